@@ -1,4 +1,6 @@
-"""The requests of a client's connection, phase by phase; each phase has its own deadline.
+"""The TLS connection of a client, its requests, and its call.
+
+A connection has phases, each with its own deadline:
 
     handshake -> request line -> authentication -> call -> close; with keep-alive: -> next request line
 
@@ -7,6 +9,16 @@ link to the supervisor is open, and the password is in the cache. A client that 
 costs only its own connection and one log line. The owner id and the secret in a request for a resumable call are sent
 to the supervisor and never logged.
 
+There are two kinds of calls, which forward data between supervisor and client.
+
+A *connection-bound* call ends with its connection. Only the supervisor's lines are sent on: when the client sends data
+or disconnects, the call is stopped. The connection counts for `limits.max_connections` until the call's processes have
+ended. If the client requested keep-alive, data after the closing line is its next request.
+
+For a *resumable* call, both directions are sent on without decoding; only the length of the client's lines is checked.
+When either side disconnects, no error line is sent: it would look like the end of the call, but the call continues.
+With keep-alive, the next request follows the command ``release``.
+
 Spec: docs/protocol.md, harpd.
 """
 
@@ -14,44 +26,64 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import socket
 import time
 import uuid
-from collections.abc import Coroutine
+from abc import abstractmethod
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from harp.protocol import harpd as messages
 from harp.protocol.ends import Failed
 from harp.protocol.fields import ProtocolError
-from harp.protocol.harpd import AnyRequest, Attach, ListCalls, Request, RequestedTerms, decode_request, encode_message
+from harp.protocol.harpd import AnyRequest, Attach, ListCalls, Request, encode_message
 from harp.protocol.json_text import dumps
 from harp.protocol.lines import LineBuffer, LineTooLong
 from harp_daemon.long_lines import LONG_LINE, decode_in_thread
-from harp_daemon.memory_quota import MemoryQuota
+from harp_daemon.memory_quota import MemoryQuota, Reservation
 from harp_daemon.sliced_json import decode_slices
-from harp_daemon.timer_wheel import TimerWheel
+from harp_daemon.timer_wheel import Timer, TimerWheel
 from harpd.config.loaded import LoadedConfig
 from harpd.control.supervisor_client import SupervisorClient, SupervisorError
 from harpd.frontend.arrival_clock import ArrivalClock, boottime
 from harpd.frontend.authenticator import Authenticator
-from harpd.frontend.calls import AFTER_REQUEST, BoundCall, ResumableCall
-from harpd.frontend.client_connection import SHUTDOWN, Call, ClientConnection
-from harpd.frontend.link import Link
+from harpd.frontend.link import Channel, Link
 from harpd.frontend.supervisor_links import SupervisorLinks
+from harpd.supervisor.frames import ATTACH, COMMANDS_WINDOW, END, ERROR, START
 
 log = logging.getLogger("harpd.frontend")
 
+#: From this many unsent bytes on, the supervisor should wait.
+_HIGH_WATER = 64 * 1024
+#: Seconds for the TLS shutdown, including the last buffered bytes.
+_CLOSE_TIMEOUT = 30.0
+#: After an error the client may still be sending. Its data is read and discarded, because unread data would make the
+#: kernel reset the connection, and the client could lose the error. Reading ends after `_QUIET_TIME` seconds without
+#: data, at the latest after `_MAX_DISCARD_TIME` seconds.
+_QUIET_TIME, _MAX_DISCARD_TIME = 0.5, 10.0
 #: Most characters of a user name or a procedure name in the log.
 _MAX_LOGGED_NAME = 64
 #: From this many bytes on, a client is not read before its request was handled.
 _MAX_EARLY_BYTES = 64 * 1024
+#: Seconds for the supervisor to stop a call, beyond the two grace periods.
+_STOP_MARGIN = 10.0
+#: Seconds for a supervisor's first reply to a resumable call.
+_FIRST_REPLY_TIMEOUT = 60.0
+#: The start of the line by which a supervisor that shuts down rejects a call, as `encode_message` writes it.
+_SHUTDOWN_PREFIX = b'{"harp":1,"error":{"type":"shutdown"'
+#: The terms of a resumable call that its supervisor needs besides the id.
+_TERMS = tuple(name for name in messages.RequestedTerms.__slots__ if name != "id")
 
+_CALL_DIED = Failed("call_died", "the supervisor died")
+_SHUTDOWN = Failed("shutdown", "the daemon is shutting down")
+_TOO_MANY_CONNECTIONS = Failed("too_many_connections", "limits.max_connections is reached; try again later")
+_INTERNAL_ERROR = Failed("system_error", "internal error of harpd; its log has the details")
 _AUTH_ERROR = Failed("auth_error", "unknown user or wrong password")
 _REQUEST_MEMORY_FULL = Failed("too_many_connections", "limits.request_memory is used up; try again later")
-
-#: The terms of a resumable call that its supervisor needs besides the id.
-_TERMS = tuple(name for name in RequestedTerms.__slots__ if name != "id")
+_AFTER_REQUEST = Failed("invalid_request", "data after the request line")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,17 +99,63 @@ class ConnectionContext:
     timers: TimerWheel
 
 
-class Connection(ClientConnection):
-    """A client's connection and its requests."""
+class Connection(asyncio.Protocol):
+    """A client's connection and its requests; it owns the accepted socket. `peer` is the client's address and port."""
 
     def __init__(self, accepted: socket.socket, peer: str, context: ConnectionContext) -> None:
-        super().__init__(accepted, peer, context.config, context.quota, context.timers)
+        self.peer = peer
+        self.limits = context.config.configuration.limits
+        self.reads = True  # the client reads: its write buffer is not full
+        self.stopping = False  # the frontend stops
         self._context = context
+        self._socket = accepted
+        self._reservation = Reservation(context.quota)  # of the request, until the supervisor has it
+        self._timers = context.timers
+        self._transport: asyncio.Transport | None = None
+        self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._receive: Callable[[bytes], None] = self._ignore  # handles the client's data in the present phase
+        self._call: Call | None = None
+        self._task: asyncio.Task[None] | None = None  # work of the present phase that has to wait
+        self._timer: Timer | None = None  # of the present phase
+        self._write_timer: Timer | None = None
+        self._written = 0  # bytes
+        self._discard_until = 0.0
+        self._rejected = self._closing = self._lost = False
         self._lines = LineBuffer(self.limits.request_line)
         self._early = b""  # data that arrived after the request line, before the supervisor has the request
         self._received_at = boottime()  # when the request arrived, or earlier
         self._authentication_time = 0.0  # seconds
         self._idle = False
+
+    def serve(self) -> asyncio.Future[None]:
+        """Handle the requests; return a future that is done when the connection is closed, and can be cancelled."""
+        self._task = asyncio.get_running_loop().create_task(self._shake_hands())
+        self._closed.add_done_callback(self._on_closed)
+        return self._closed
+
+    def reject(self) -> asyncio.Future[None]:
+        """Reply that there are too many connections; see `serve`."""
+        self._rejected = True
+        return self.serve()
+
+    async def _shake_hands(self) -> None:
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(
+                lambda: self,
+                self._socket,
+                ssl=self._context.config.context,
+                ssl_handshake_timeout=self.limits.handshake_timeout,
+                ssl_shutdown_timeout=_CLOSE_TIMEOUT,
+            )
+        except OSError as error:  # includes ssl.SSLError
+            reason = getattr(error, "reason", None) or str(error) or type(error).__name__
+            log.info("TLS handshake failed", extra={"peer": self.peer, "reason": reason})
+            self._check_closed()
+
+    def _on_closed(self, closed: asyncio.Future[None]) -> None:
+        if closed.cancelled():
+            self._cancel_task()
+            self._abort()
 
     def stop(self, supervisor_stops: bool) -> None:
         """End this connection soon: the frontend stops. If the supervisor stops too, it ends the calls."""
@@ -91,13 +169,75 @@ class Connection(ClientConnection):
             self._close()
         elif self._receive in (self._receive_request, self._keep_early):
             self._cancel_task()
-            self.end(SHUTDOWN)
+            self.end(_SHUTDOWN)
+
+    # From the transport: `asyncio.Protocol`.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport, self._task = transport, None
+        transport.set_write_buffer_limits(high=_HIGH_WATER)
+        if self._rejected:
+            self.end(_TOO_MANY_CONNECTIONS, discard_input=True)
+        else:
+            self._receive = self._receive_request
+            self.set_timer(self.limits.request_timeout, self._on_request_timeout)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self._receive(data)
+        except Exception:
+            log.exception("connection failed", extra={"peer": self.peer})
+            self._fail()
+
+    def eof_received(self) -> None:
+        self._on_lost()
+        if self._call is not None:  # it is being stopped
+            self._abort()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._transport = None
+        self._on_lost()
+        self._check_closed()
+
+    def pause_writing(self) -> None:
+        self.reads = False
+        self._check_progress(before=-math.inf)
+
+    def resume_writing(self) -> None:
+        self.reads = True
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+        if self._closing:
+            self._close()
+        elif self._call is not None:
+            self._call.confirm(0, reads=True)
+
+    def _on_lost(self) -> None:
+        if self._lost:
+            return
+        self._lost = True
+        log.debug("client disconnected", extra={"peer": self.peer})
+        self._cancel_task()
+        self._reservation.release()
+        if self._call is not None:
+            self._call.disconnect()
+        else:
+            self.cancel_timer()
+
+    def _check_progress(self, before: float) -> None:
+        """Disconnect a client that has read nothing for `limits.write_timeout` seconds; it had read `before` bytes."""
+        if self._transport is None:
+            return
+        unsent = self._transport.get_write_buffer_size()
+        read = self._written - unsent
+        if read <= before:
+            log.info("client does not read", extra={"peer": self.peer, "unsent": unsent})
+            self._abort()
+        else:
+            self._write_timer = self._timers.call_later(self.limits.write_timeout, partial(self._check_progress, read))
 
     # The request line.
-
-    def _on_connected(self) -> None:
-        self._receive = self._receive_request
-        self.set_timer(self.limits.request_timeout, self._on_request_timeout)
 
     def _receive_request(self, data: bytes) -> None:
         if self._idle:
@@ -141,7 +281,7 @@ class Connection(ClientConnection):
             self._run(self._handle_long_line(line))
             return
         try:
-            request = decode_request(line, decode_slices)
+            request = messages.decode_request(line, decode_slices)
         except ProtocolError as error:
             self._reject_invalid(error)
             return
@@ -161,7 +301,7 @@ class Connection(ClientConnection):
         resumable = isinstance(request, Attach) or (isinstance(request, Request) and request.call is not None)
         if resumable or not self._early.strip():
             return True
-        self.end(AFTER_REQUEST, discard_input=True)  # with keep-alive, too, the client has to wait for the reply
+        self.end(_AFTER_REQUEST, discard_input=True)  # with keep-alive, too, the client has to wait for the reply
         return False
 
     # The call.
@@ -238,7 +378,7 @@ class Connection(ClientConnection):
 
     async def _handle_long_line(self, line: bytes) -> None:
         async with asyncio.timeout(self.limits.request_timeout):
-            request = await decode_in_thread(partial(decode_request, decoder=decode_slices), line)
+            request = await decode_in_thread(partial(messages.decode_request, decoder=decode_slices), line)
         if self._admit(request):
             await self._handle_request(request, shared_link=False)
 
@@ -277,7 +417,312 @@ class Connection(ClientConnection):
         facts = {"attach": request.call, "owner": request.owner, "secret": request.secret, "since": request.since}
         keep_alive = {"keep_alive": self.limits.keep_alive_timeout} if request.keep_alive else {}
         call = ResumableCall(self, request.call, request.keep_alive, dumps({**facts, **keep_alive}))
-        error = await self._context.links.attach(call)
+        error = await self._context.links.attach(call.attach)
         if error is not None:
             self.write(error)
             self.end()
+
+    # From the call.
+
+    def write(self, lines: bytes) -> None:
+        self._written += len(lines)
+        if self._transport is not None:
+            self._transport.write(lines)
+
+    def pause_reading(self) -> None:
+        if self._transport is not None:
+            self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        if self._transport is not None:
+            self._transport.resume_reading()
+
+    def set_timer(self, seconds: float, callback: Callable[[], object]) -> None:
+        """Run the callback after this time, unless the timer is cancelled or set again before."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._timers.call_later(seconds, callback)
+
+    def cancel_timer(self) -> None:
+        """Cancel the timer, if it is set."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def end(self, error: Failed | None = None, discard_input: bool = False) -> None:
+        """Send an error if there is one, and close the connection: its call has ended or is detached."""
+        self._call = None
+        self._reservation.release()
+        if error is not None and not self._lost:
+            level = logging.ERROR if error in (_CALL_DIED, _INTERNAL_ERROR) else logging.INFO
+            fields = {"peer": self.peer, "type": error.type, "reason": error.message}
+            log.log(level, "replied with an error", extra=fields)
+            self.write(encode_message(error))
+        if discard_input and not self._lost:
+            self._receive = self._discard
+            self._discard_until = time.monotonic() + _MAX_DISCARD_TIME
+            self.set_timer(_QUIET_TIME, self._close)
+            self.resume_reading()
+        else:
+            self._close()
+
+    def abort_call(self) -> None:
+        """Close the connection in the middle of a line: its call has ended."""
+        self._call = None
+        self.cancel_timer()
+        self._abort()
+        self._check_closed()
+
+    # The end.
+
+    def _discard(self, data: bytes) -> None:
+        self.set_timer(min(_QUIET_TIME, self._discard_until - time.monotonic()), self._close)
+
+    def _ignore(self, data: bytes) -> None:
+        pass
+
+    def _fail(self) -> None:
+        if self._call is None:
+            self.end(_INTERNAL_ERROR)
+        else:
+            self._abort()  # stops or detaches the call
+
+    def _close(self) -> None:
+        """Close the connection when all written data is sent, as long as the client reads."""
+        self._closing = True
+        self._receive = self._ignore
+        self.cancel_timer()
+        if self._transport is not None:
+            self._transport.set_write_buffer_limits(high=1, low=0)  # calls `pause_writing` if there is unsent data
+            if self.reads and not self._transport.is_closing():
+                self._transport.close()  # a second close makes abort raise AttributeError: asyncio of Python 3.11.2
+        self._check_closed()
+
+    def _abort(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _check_closed(self) -> None:
+        """Let `serve` return when the connection is closed and no call is being stopped."""
+        if self._transport is None and self._call is None and not self._closed.done():
+            self._closed.set_result(None)
+
+    def _cancel_task(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            self._task = None
+
+
+class Call(Channel):
+    """A call of either kind: its channel to the supervisor, and the connection of the client.
+
+    `request` is the body of the first frame, see `harpd.supervisor.main`.
+    """
+
+    _accepted = False  # the supervisor has replied to the request
+
+    def __init__(self, connection: Connection, call_id: str, keep_alive: bool, request: bytes) -> None:
+        self._connection = connection
+        self._keep_alive = keep_alive  # requested by the client
+        self._request = request
+        self._log_fields = {"call": call_id, "peer": connection.peer}
+
+    def start(self, link: Link) -> None:
+        """Start the call in the supervisor of this link."""
+        self.open(link, START, self._request)
+
+    @abstractmethod
+    def on_client_data(self, data: bytes) -> None:
+        """Handle data of the client, after the first reply of the supervisor."""
+
+    @abstractmethod
+    def disconnect(self) -> None:
+        """Handle that the client has disconnected, or that the frontend stops and the supervisor continues."""
+
+
+class BoundCall(Call):
+    """A connection-bound call."""
+
+    _complete = _mid_line = _unexpected_data = False
+    _stop_event: str | None = None
+
+    def on_lines(self, kind: int, lines: bytes) -> None:
+        if not self._accepted:
+            retires = kind == ERROR and lines.startswith(_SHUTDOWN_PREFIX) and self._stop_event is None
+            if retires and self._connection.restart(self):
+                return  # it began to retire before it received the request: it has not started the call
+            self._accepted = True
+            self._request = b""
+            self._connection.on_accepted(self)
+        if self._stop_event is not None:
+            return
+        self._connection.write(lines)
+        self.confirm(len(lines), self._connection.reads)
+        self._mid_line = not lines.endswith(b"\n")
+        if kind in (END, ERROR):
+            self._complete = True
+            if kind == END and self._keep_alive:  # do not wait for the close, which follows the exit of the process
+                self.abandon()
+                self._connection.next_request(b"")
+
+    def on_closed(self) -> None:
+        if self._stop_event is not None:
+            log.info(self._stop_event, extra=self._log_fields)
+        self._finish()
+
+    def _finish(self) -> None:
+        if self._mid_line:
+            self._connection.abort_call()
+        elif self._complete:
+            self._connection.end()
+        elif self._unexpected_data:
+            self._connection.end(_AFTER_REQUEST, discard_input=True)
+        else:
+            self._connection.end(_SHUTDOWN if self._connection.stopping else _CALL_DIED)
+
+    def on_client_data(self, data: bytes) -> None:
+        if data.strip() and self._stop_event is None:
+            self._unexpected_data = True
+            self._stop("client sent unexpected data; call stopped")
+
+    def disconnect(self) -> None:
+        stopping = self._connection.stopping
+        self._stop("frontend stops; call stopped" if stopping else "client disconnected; call stopped")
+
+    def _stop(self, event: str) -> None:
+        """Let the supervisor stop the call; its close of the channel proves that the processes have ended."""
+        if self._complete:
+            self.abandon()
+            self._connection.end()
+        elif self._stop_event is None:
+            self._stop_event = event
+            seconds = 2 * self._connection.limits.kill_grace + _STOP_MARGIN
+            self._connection.set_timer(seconds, self._on_stop_timeout)
+            self.hang_up()
+
+    def _on_stop_timeout(self) -> None:
+        log.error("call did not stop in time", extra={**self._log_fields, "cause": self._stop_event})
+        self.abandon()
+        self._finish()
+
+
+class ResumableCall(Call):
+    """A resumable call. Its connection can end, and another one can attach to it later."""
+
+    _attached: asyncio.Future[bytes | None] | None = None  # until the first reply to `attach`
+    _waits = False  # until the supervisor accepts more commands
+    _unsent = b""  # data of the client, meanwhile
+
+    def __init__(self, connection: Connection, call_id: str, keep_alive: bool, request: bytes) -> None:
+        super().__init__(connection, call_id, keep_alive, request)
+        self._lines = LineBuffer(messages.MAX_COMMAND_BYTES)
+
+    def start(self, link: Link) -> None:
+        self._connection.set_timer(_FIRST_REPLY_TIMEOUT, self._on_timeout)
+        super().start(link)
+        self._request = b""
+
+    async def attach(self, link: Link) -> bytes | None:
+        """Attach to the call in the supervisor of this link.
+
+        Return None if the supervisor has the call. Otherwise return its error line; b"" if it died.
+        """
+        self._attached = asyncio.get_running_loop().create_future()
+        self.open(link, ATTACH, self._request)
+        try:
+            return await self._attached
+        finally:
+            if not self._accepted:
+                self.abandon()
+                self.hang_up()
+
+    def on_lines(self, kind: int, lines: bytes) -> None:
+        if not self._accepted and not self._is_accepted(kind, lines):
+            return
+        self._connection.write(lines)
+        self.confirm(len(lines), self._connection.reads)
+        if not self._accepted:
+            self._accepted = True
+            self._connection.cancel_timer()
+            self._connection.on_accepted(self)
+
+    def _is_accepted(self, kind: int, lines: bytes) -> bool:
+        """Return whether the first reply is for the client. Otherwise it is the outcome of `attach`."""
+        if self._attached is None:
+            return True
+        if self._attached.done():  # cancelled
+            return False
+        rejected = kind == ERROR and _is_no_such_call(lines)
+        self._attached.set_result(lines if rejected else None)
+        return not rejected
+
+    def add_credit(self, size: int) -> None:
+        super().add_credit(size)
+        if self._waits and self.may_send:
+            self._waits = False
+            self._connection.cancel_timer()
+            self._connection.resume_reading()
+            self.on_client_data(b"")
+
+    def on_closed(self) -> None:
+        if self._attached is None or self._accepted:
+            self._connection.end()
+        elif not self._attached.done():
+            self._attached.set_result(b"")
+
+    def on_client_data(self, data: bytes) -> None:
+        """Send commands on, as many as the supervisor accepts now, and read no more until it has accepted all.
+
+        A window at a time: a client that floods its call with commands must not delay the calls of others.
+        """
+        self._unsent += data
+        while self._unsent and self.may_send:
+            data, self._unsent = self._unsent[:COMMANDS_WINDOW], self._unsent[COMMANDS_WINDOW:]
+            try:
+                lines = self._lines.feed(data)
+            except LineTooLong as error:
+                log.warning("invalid command from client; detached", extra={**self._log_fields, "reason": str(error)})
+                self._detach()
+                return
+            end = next((at for at, line in enumerate(lines, 1) if self._keep_alive and _is_release(line)), None)
+            if lines:
+                self.send_commands(b"".join([line + b"\n" for line in lines[:end]]))
+            if end is not None:
+                self.abandon()
+                self._connection.next_request(b"\n".join((*lines[end:], self._lines.pending)) + self._unsent)
+                return
+        if not self.may_send and not self._waits:
+            self._waits = True
+            self._connection.pause_reading()
+            self._connection.set_timer(self._connection.limits.write_timeout, self._on_timeout)
+
+    def disconnect(self) -> None:
+        if self._connection.stopping:
+            log.info("frontend stops; client detached", extra=self._log_fields)
+        self._detach()
+
+    def _detach(self) -> None:
+        self.abandon()
+        self.hang_up()
+        self._connection.end()
+
+    def _on_timeout(self) -> None:
+        log.error("supervisor does not respond; detached", extra=self._log_fields)
+        self._detach()
+
+
+def _is_no_such_call(error: bytes) -> bool:
+    """Return whether a supervisor rejects a request to attach by this line because it does not have the call."""
+    try:
+        end = messages.decode_message(error.removesuffix(b"\n"))
+    except ProtocolError:
+        return False
+    return isinstance(end, Failed) and end.type == "no_such_call"
+
+
+def _is_release(line: bytes) -> bool:
+    """Return whether this line is the command ``release``."""
+    try:
+        return b"release" in line and isinstance(messages.decode_command(line), messages.Release)
+    except ProtocolError:
+        return False

@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 from harpd.control.supervisor_client import SupervisorClient, SupervisorNotRunning, retry_until_active
-from harpd.frontend.calls import ResumableCall
 from harpd.frontend.link import Link
 from harpd.supervisor.listener import ACTIVE_SOCKET
 
@@ -46,12 +46,13 @@ class SupervisorLinks:
         """
         return await retry_until_active(partial(self._connect, ACTIVE_SOCKET, shared))
 
-    async def attach(self, call: ResumableCall) -> bytes | None:
+    async def attach(self, attach: Callable[[Link], Awaitable[bytes | None]]) -> bytes | None:
         """Attach to a call in the supervisor that has it. If none has it, return the error line of the active one.
 
+        `attach` tries one link; it returns None, or the error line. b"": the supervisor died.
         Raises `SupervisorError`: a supervisor sent no reply, or none is active. So the call may exist.
         """
-        return await retry_until_active(partial(self._attach_once, call))
+        return await retry_until_active(partial(self._attach_once, attach))
 
     async def wait_until_unused(self, deadline: float) -> None:
         """Wait until all channels are closed, for at most this number of seconds."""
@@ -86,7 +87,7 @@ class SupervisorLinks:
         self._all.discard(link)
         self._shared = {inode: other for inode, other in self._shared.items() if other is not link}
 
-    async def _attach_once(self, call: ResumableCall) -> bytes | None:
+    async def _attach_once(self, attach: Callable[[Link], Awaitable[bytes | None]]) -> bytes | None:
         """Send the request to each supervisor.
 
         Raises `SupervisorNotRunning` if no supervisor is active and no other one has the call.
@@ -94,7 +95,7 @@ class SupervisorLinks:
         active_error = b""
         for name in (ACTIVE_SOCKET, *self._client.socket_names()):
             try:
-                error = await call.attach(await self._connect(name))
+                error = await attach(await self._connect(name))
             except SupervisorNotRunning:
                 continue
             if error is None:
