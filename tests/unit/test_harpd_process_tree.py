@@ -25,7 +25,7 @@ from harpd.processes.process_tree import (
     take_snapshot,
 )
 from harpd.supervisor.event_loop import EventLoop, Timer
-from harpd.supervisor.output import OutputCollector, OutputPipe
+from harpd.supervisor.worker_process import OutputCollector, OutputPipe
 from support.deadline import wait_until
 from support.hopper import group_lives, hopping, is_hopper
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from harp_daemon.memory_quota import MemoryQuota, Reservation
-from harpd.frontend.thread_pool import BoundedThreadPool, TaskFailed
+from harpd.frontend.authenticator import BoundedThreadPool, TaskFailed
 from support.deadline import eventually
 
 LONG = 60.0

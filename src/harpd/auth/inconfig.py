@@ -21,8 +21,7 @@ __all__ = ["ConfiguredUsers", "create"]
 def create(config: Mapping[str, Any]) -> ConfiguredUsers:
     """Return the users of the configuration.
 
-    Raises:
-        ValueError: the configuration is invalid. The message names the key and never contains a password.
+    Raises ValueError if it is invalid. The message names the key and never contains a password.
     """
     users = config.get("users")
     if not (isinstance(users, dict) and all(isinstance(name, str) for name in users)):

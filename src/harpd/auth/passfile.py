@@ -28,8 +28,7 @@ log = logging.getLogger(__name__)
 def create(config: Mapping[str, Any]) -> PasswordFile:
     """Return the users of the configured file.
 
-    Raises:
-        ValueError: the configuration is invalid, or the file cannot be read. The message names key and file.
+    Raises ValueError if the configuration is invalid, or the file cannot be read. The message names key and file.
     """
     file = config.get("file")
     if not isinstance(file, str) or not file:

@@ -120,23 +120,21 @@ class Connection(asyncio.Protocol):
         self._write_timer: Timer | None = None
         self._written = 0  # bytes
         self._discard_until = 0.0
-        self._rejected = self._closing = self._lost = False
+        self._rejected = self._closing = self._lost = self._idle = False
         self._lines = LineBuffer(self.limits.request_line)
         self._early = b""  # data that arrived after the request line, before the supervisor has the request
         self._received_at = boottime()  # when the request arrived, or earlier
         self._authentication_time = 0.0  # seconds
-        self._idle = False
 
-    def serve(self) -> asyncio.Future[None]:
-        """Handle the requests; return a future that is done when the connection is closed, and can be cancelled."""
+    def serve(self, rejected: bool = False) -> asyncio.Future[None]:
+        """Handle the requests; return a future that is done when the connection is closed, and can be cancelled.
+
+        A rejected client receives the reply that there are too many connections.
+        """
+        self._rejected = rejected
         self._task = asyncio.get_running_loop().create_task(self._shake_hands())
         self._closed.add_done_callback(self._on_closed)
         return self._closed
-
-    def reject(self) -> asyncio.Future[None]:
-        """Reply that there are too many connections; see `serve`."""
-        self._rejected = True
-        return self.serve()
 
     async def _shake_hands(self) -> None:
         try:
@@ -444,7 +442,6 @@ class Connection(asyncio.Protocol):
         self._timer = self._timers.call_later(seconds, callback)
 
     def cancel_timer(self) -> None:
-        """Cancel the timer, if it is set."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -528,7 +525,6 @@ class Call(Channel):
         self._log_fields = {"call": call_id, "peer": connection.peer}
 
     def start(self, link: Link) -> None:
-        """Start the call in the supervisor of this link."""
         self.open(link, START, self._request)
 
     @abstractmethod
@@ -721,7 +717,6 @@ def _is_no_such_call(error: bytes) -> bool:
 
 
 def _is_release(line: bytes) -> bool:
-    """Return whether this line is the command ``release``."""
     try:
         return b"release" in line and isinstance(messages.decode_command(line), messages.Release)
     except ProtocolError:

@@ -26,7 +26,6 @@ class Channel(ABC):
     _confirmable_bytes = 0  # since the last credit
 
     def open(self, link: Link, kind: int, body: bytes) -> None:
-        """Open a new channel with its first frame."""
         self.link = link
         self._number = link.add(self)
         link.write(self._number, kind, body)
@@ -37,7 +36,6 @@ class Channel(ABC):
         return self._command_credit > 0
 
     def send_commands(self, lines: bytes) -> None:
-        """Send complete command lines."""
         self._command_credit -= len(lines)
         self.link.write(self._number, frames.COMMANDS, lines)
 
@@ -55,8 +53,6 @@ class Channel(ABC):
     def abandon(self) -> None:
         """Ignore further frames."""
         self.link.abandon(self._number)
-
-    # From the link.
 
     @abstractmethod
     def on_lines(self, kind: int, lines: bytes) -> None:
@@ -91,20 +87,12 @@ class Link(FrameSocket):
         self._unsent += frames.PREFACE
         self._loop.add_reader(connection, self._on_ready)
 
-    @property
-    def usable(self) -> bool:
-        """Whether calls can be sent."""
-        return not self._broken
-
     def close(self) -> None:
         """Close the link; its channels are abandoned."""
         self._channels.clear()
         self._lose()
 
-    # For channels.
-
     def add(self, channel: Channel) -> int:
-        """Return the number of a new channel."""
         number = (self._last_number + 1) % frames.MAX_CHANNELS
         while number in self._channels:
             number = (number + 1) % frames.MAX_CHANNELS
@@ -113,11 +101,8 @@ class Link(FrameSocket):
         return number
 
     def abandon(self, number: int) -> None:
-        """Ignore further frames of a channel."""
         if number in self._channels:
             self._channels[number] = None
-
-    # Frames: `FrameSocket`.
 
     def _handle(self, number: int, kind: int, body: bytes) -> None:
         if number not in self._channels:
@@ -151,8 +136,6 @@ class Link(FrameSocket):
                 channel.on_closed()
             except Exception:
                 log.exception("connection failed")
-
-    # The socket: `FrameSocket`.
 
     def _watch_writable(self, watch: bool) -> None:
         if watch:

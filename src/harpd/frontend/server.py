@@ -24,10 +24,9 @@ from harpd.control.launcher import STOP_MARGIN, SupervisorLauncher
 from harpd.control.lifecycle import ServiceRunner, runtime_directory
 from harpd.control.supervisor_client import SupervisorClient
 from harpd.frontend.arrival_clock import ArrivalClock
-from harpd.frontend.authenticator import Authenticator
+from harpd.frontend.authenticator import Authenticator, BoundedThreadPool, TaskFailed
 from harpd.frontend.connection import Connection, ConnectionContext
 from harpd.frontend.supervisor_links import SupervisorLinks
-from harpd.frontend.thread_pool import BoundedThreadPool, TaskFailed
 
 log = logging.getLogger("harpd.frontend")
 
@@ -78,7 +77,7 @@ class FrontendServer:
         self._acceptor = Acceptor(
             lambda accepted, peer: Connection(accepted, peer, self._context),
             serve=Connection.serve,
-            reject=Connection.reject,
+            reject=partial(Connection.serve, rejected=True),
             max_connections=lambda: self._config.configuration.limits.max_connections,
         )
 
@@ -93,7 +92,6 @@ class FrontendServer:
         _warn_about_old_tls(self._config)
 
     def _settings(self, config: LoadedConfig) -> dict[str, Any]:
-        """Return the supervisor's settings for a configuration."""
         outlive = self._initial_config.configuration.runtime_directory is not None
         return config.supervisor_settings(self._client.directory, outlive)
 

@@ -33,10 +33,9 @@ class SupervisorLinks:
         """Return the open link to the supervisor of this socket, usually the active one; None if there is none."""
         inode = self._client.inode(name)
         link = None if inode is None else self._shared.get(inode)
-        return link if link is not None and link.usable else None
+        return None if link is None or link.broken else link
 
     def is_active(self, link: Link) -> bool:
-        """Return whether the supervisor of this link is the active one."""
         return link.inode is not None and link.inode == self._client.inode()
 
     async def connect_active(self, shared: bool = True) -> Link:
@@ -64,7 +63,6 @@ class SupervisorLinks:
                     await asyncio.sleep(_STOP_INTERVAL)
 
     def close(self) -> None:
-        """Close all links."""
         for link in list(self._all):
             link.close()
 

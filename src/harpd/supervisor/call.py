@@ -110,12 +110,10 @@ class Session:
         """Separate from the call: no process remains to be stopped. `stop_report`: of survivors that are gone now."""
 
     def stop(self, stop_reason: StopReason, detail: str | None = None, user: str | None = None) -> None:
-        """Stop the call, see `Call.stop`."""
         if self.call is not None:
             self.call.stop(stop_reason, detail, user)
 
     def resume_reading(self) -> None:
-        """Have the call read more output: there is room for it."""
         if self.call is not None:
             self.call.update_watch()
 
@@ -191,8 +189,6 @@ class Call:
         self._last_read = 0.0
         self._exit_reported = False
         self._worker = zygote.assign(self, call_id, procedure)
-
-    # The start.
 
     def start(self, arguments: Raw, authentication: float | None) -> None:
         """Send the worker its arguments; once. `authentication`: its duration in seconds, for exit info."""
@@ -279,7 +275,6 @@ class Call:
                 break
 
     def _read(self) -> bool:
-        """Read once; return whether there was data."""
         try:
             data = self._worker.channel.recv(_READ_SIZE)
         except BlockingIOError:
@@ -485,8 +480,6 @@ class Call:
     def _close_channel(self) -> None:
         self._discard_partial()
         self._worker.close()
-
-    # Exit info.
 
     def _exit_info(self) -> Raw:
         code = self._exit_code

@@ -86,11 +86,9 @@ class EventLoop:
         self._soon.append(callback)
 
     def stop(self) -> None:
-        """Return from `run` after this turn."""
         self._running = False
 
     def run(self) -> None:
-        """Run callbacks until `stop`."""
         while self._running:
             # After a suspension, all timers are due: data that has arrived meanwhile is handled before them.
             for descriptor, _ in self._epoll.poll(self._wait_seconds()) or self._epoll.poll(0):

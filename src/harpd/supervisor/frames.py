@@ -65,12 +65,10 @@ class Frame(NamedTuple):
 
 
 def encode_frame(channel: int, kind: int, body: bytes = b"") -> bytes:
-    """Return the bytes of a frame."""
     return _HEADER.pack(channel, len(body), kind) + body
 
 
 def encode_credit(size: int) -> bytes:
-    """Return the body of a CREDIT frame."""
     return _CREDIT.pack(size)
 
 
@@ -151,12 +149,12 @@ class FrameSocket(ABC):
         self._flush_scheduled = False
         self._kernel_full = False  # the socket's buffer has no room
         self._blocked: dict[Callable[[], None], None] = {}  # in the order in which they continue
-        self._broken = False  # nothing can be sent; data may still be received
+        self.broken = False  # nothing can be sent; data may still be received
         self._lost = False
 
     def write(self, number: int, kind: int, body: bytes = b"") -> None:
         """Send a frame of a channel, soon."""
-        if not self._broken:
+        if not self.broken:
             self._unsent += encode_frame(number, kind, body)
             if not (self._flush_scheduled or self._kernel_full):
                 self._flush_scheduled = True
@@ -164,12 +162,10 @@ class FrameSocket(ABC):
 
     @property
     def has_channels(self) -> bool:
-        """Whether a channel is open."""
         return bool(self._channels)
 
     @property
     def writable(self) -> bool:
-        """Whether channels may send now."""
         return len(self._unsent) < _HIGH_WATER
 
     def wait_until_writable(self, resume: Callable[[], None]) -> None:
@@ -193,7 +189,7 @@ class FrameSocket(ABC):
         except BlockingIOError:
             pass
         except OSError:  # the peer is dead
-            self._broken = True
+            self.broken = True
             self._unsent.clear()
         if self._kernel_full != bool(self._unsent):
             self._kernel_full = not self._kernel_full
@@ -221,7 +217,7 @@ class FrameSocket(ABC):
     def _lose(self) -> None:
         """Close the socket; once."""
         if not self._lost:
-            self._lost = self._broken = True
+            self._lost = self.broken = True
             self._unwatch()
             self._connection.close()
             self._unsent.clear()

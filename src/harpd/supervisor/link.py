@@ -58,7 +58,6 @@ class LinkChannel:
 
     @property
     def writable(self) -> bool:
-        """Whether more should be sent now."""
         return self.waiting_bytes < _CHANNEL_HIGH_WATER and not self._hung_up
 
     def send(self, lines: bytes, kind: int = frames.LINES) -> None:
@@ -91,7 +90,6 @@ class LinkChannel:
             self._handled_bytes = 0
 
     def reject(self, error: bytes) -> None:
-        """Send an error line and close the channel."""
         self.send(error, frames.ERROR)
         self.close_after_flush()
 
@@ -106,10 +104,7 @@ class LinkChannel:
         self._discard_waiting()
         self._link.forget(self._number)
 
-    # For the link.
-
     def send_waiting(self) -> None:
-        """Send the lines that wait, as far as credit and link allow."""
         while self._waiting and self._credit > 0 and self._link.writable:
             kind, lines = self._waiting.popleft()
             self.waiting_bytes -= len(lines)
@@ -128,7 +123,6 @@ class LinkChannel:
             self.close()
 
     def handle(self, kind: int, body: bytes) -> None:
-        """Handle a frame. Raises `InvalidFrame`."""
         if kind == frames.HANG_UP:
             self.hang_up()
         elif kind == frames.CREDIT:
@@ -188,8 +182,6 @@ class Link(FrameSocket):
             with contextlib.suppress(OSError):
                 self._connection.sendall(self._unsent)
 
-    # For channels.
-
     def gather(self, channel: LinkChannel) -> None:
         """Flush the lines that the channel has gathered, soon."""
         if not self._gathering:
@@ -205,8 +197,6 @@ class Link(FrameSocket):
         channels, self._gathering = self._gathering, []
         for channel in channels:
             channel.flush_gathered()
-
-    # Frames: `FrameSocket`.
 
     def _handle(self, number: int, kind: int, body: bytes) -> None:
         channel = self._channels.get(number)
@@ -244,8 +234,6 @@ class Link(FrameSocket):
         for channel in list(self._channels.values()):
             channel.hang_up()
         self._notify_lost(self)
-
-    # The socket: `FrameSocket`.
 
     def _watch_writable(self, watch: bool) -> None:
         self._loop.watch(self._connection.fileno(), READ | (WRITE if watch else 0), self._on_ready)

@@ -23,9 +23,8 @@ a channel of the link. The first frame of a channel has facts, a JSON object:
 Both may have "keep_alive": SECONDS, which the acknowledgement repeats. START may have "authentication": SECONDS, the
 duration of the password check, which exit info repeats. The arguments were checked by the frontend and are passed on.
 
-The supervisor sends the lines for the client, see docs/protocol.md. A connection-bound call is stopped when the
-frontend hangs up the channel or closes the link. The supervisor closes the channel only when the processes of such a
-call are gone: the close proves it. A connection with another first line receives one line:
+The supervisor sends the lines for the client, see docs/protocol.md. A connection with another first line receives one
+line:
 
     {"calls": OWNER}                            the list of the owner's resumable calls
     {"control": "status"}                       {"calls": N, "resumable": N, "supervisor": PID, "instance": NAME,
@@ -70,11 +69,11 @@ from harpd.supervisor.event_loop import READ, EventLoop
 from harpd.supervisor.frames import VERSION
 from harpd.supervisor.link import Link, LinkChannel
 from harpd.supervisor.listener import Listener, send_final_reply
-from harpd.supervisor.output import OutputCollector
 from harpd.supervisor.registry import CallRegistry, read_texts
 from harpd.supervisor.sessions import BoundSession, ResumableSession
 from harpd.supervisor.spool import GUARANTEED_BYTES
 from harpd.supervisor.state_files import CALL_ID
+from harpd.supervisor.worker_process import OutputCollector
 from harpd.supervisor.zygote_client import ZygoteClient
 
 log = logging.getLogger("harpd.supervisor")
@@ -168,13 +167,13 @@ class Supervisor:
                 self._lifeline.send(self._instance.encode())
 
     def _restart_zygote(self) -> None:
-        if self._zygote is None:
-            self._load(self._context.settings, self._on_restart_load)
+        def on_done(error: str | None) -> None:
+            if error is not None:
+                log.error("cannot load procedures file", extra={"reason": error})
+                self._loop.call_later(_ZYGOTE_RESTART_DELAY, self._restart_zygote)
 
-    def _on_restart_load(self, error: str | None) -> None:
-        if error is not None:
-            log.error("cannot load procedures file", extra={"reason": error})
-            self._loop.call_later(_ZYGOTE_RESTART_DELAY, self._restart_zygote)
+        if self._zygote is None:
+            self._load(self._context.settings, on_done)
 
     # Calls.
 
@@ -235,7 +234,6 @@ class Supervisor:
         return call
 
     def _check_start(self, call_id: str, name: str, resumable: bool) -> Failed | None:
-        """Return why a call cannot start now; None if it can."""
         if self._retired and resumable:
             return self._registry.wrong_instance()
         if self._context.shutting_down or self._retired:
@@ -319,7 +317,6 @@ class Supervisor:
             self._shut_down()
 
     def _shut_down(self) -> None:
-        """Stop all calls, then exit."""
         if not self._context.shutting_down:
             self._context.shutting_down = True
             for call in list(self._context.calls.values()):
@@ -367,7 +364,6 @@ def _finish_reload(settings: Mapping[str, Any], error: str | None) -> dict[str, 
 
 
 def main() -> NoReturn:
-    """Run the supervisor."""
     (lifeline,) = map(int, sys.argv[1:])
     settings = loads(sys.stdin.buffer.read())
     logs.configure(name="harpd", **settings["logging"])

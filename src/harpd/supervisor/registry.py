@@ -45,7 +45,6 @@ class TombstoneSet:
         self._old: set[int] = set()
 
     def add(self, owner: str, call_id: str, now: float) -> None:
-        """Add a tombstone for an owner's call."""
         age = now - self._since
         if age > self._ttl:
             self._old = self._new if age <= 2 * self._ttl else set()
@@ -54,7 +53,6 @@ class TombstoneSet:
         self._new.add(hash((owner, call_id)))
 
     def contains(self, owner: str, call_id: str) -> bool:
-        """Return whether there is a tombstone for an owner's call."""
         tombstone = hash((owner, call_id))
         return tombstone in self._new or tombstone in self._old
 
@@ -127,12 +125,9 @@ class CallRegistry:
             channel.reject(encode_message(rejection))
 
     def list_calls(self, owner: str) -> bytes:
-        """Return the line that lists an owner's calls."""
         self.clean_up_orphans()
         calls = [call_id for call_id, session in self._sessions.items() if _is_same(session.terms.owner, owner)]
         return encode_message(CallList(tuple(calls), self._instance))
-
-    # The calls of dead supervisors.
 
     def clean_up_orphans(self) -> bool:
         """Kill the calls of dead supervisors and adopt the resumable ones; return whether to repeat that soon."""

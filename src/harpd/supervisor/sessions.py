@@ -84,8 +84,6 @@ class BoundSession(Session):
         self.call = None
         self._channel.close_after_flush()
 
-    # The channel.
-
     def on_commands(self, data: bytes) -> None:
         pass  # the frontend sends none
 
@@ -127,7 +125,6 @@ class SessionTerms:
         return cls(owner, secret, **seconds, streaming=streaming)
 
     def encode(self) -> Raw:
-        """Return the terms as a JSON object."""
         return dumps({key: getattr(self, key) for key in self.__slots__})
 
 
@@ -153,7 +150,6 @@ class ResumableSession(Session):
         self._quota = context.quota
         self._kill_grace = context.settings["kill_grace"]
         self._spool_size = context.settings["spool"]
-        self._guaranteed_size = min(self._spool_size, GUARANTEED_BYTES)
         self._on_discarded = on_discarded
         self._spool = Spool()
         self._channel: LinkChannel | None = None
@@ -175,9 +171,9 @@ class ResumableSession(Session):
     @property
     def full(self) -> bool:
         size = self._spool.size
-        if size < self._guaranteed_size:
-            return False
-        return size >= self._spool_size or not self._quota.may_grow(size, self, self.resume_reading)
+        if size >= self._spool_size:
+            return True
+        return size >= GUARANTEED_BYTES and not self._quota.may_grow(self.resume_reading)
 
     def on_started(self) -> None:
         self._started_at = self._last_output_at = self._loop.now()  # the limits count from now on

@@ -34,7 +34,6 @@ class Spool:
         self._chunks: OrderedDict[int, Chunk] = OrderedDict()
 
     def append(self, lines: bytes, count: int, time: float) -> None:
-        """Append the next `count` records."""
         self._chunks[self.end] = Chunk(self.end, count, lines, time)
         self.end += count
         self.size += len(lines)
@@ -72,7 +71,7 @@ class SpoolQuota:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._used = 0
-        self._paused: dict[object, Callable[[], None]] = {}
+        self._paused: dict[Callable[[], None], None] = {}
 
     @property
     def exhausted(self) -> bool:
@@ -80,7 +79,6 @@ class SpoolQuota:
         return self._used > 2 * self.limit
 
     def reserve(self, size: int) -> None:
-        """Count bytes as used."""
         self._used += size
 
     def release(self, size: int) -> None:
@@ -88,12 +86,12 @@ class SpoolQuota:
         self._used -= size
         if self._paused and self._used < self.limit:
             paused, self._paused = self._paused, {}
-            for resume in paused.values():
+            for resume in paused:
                 resume()
 
-    def may_grow(self, size: int, owner: object, resume: Callable[[], None]) -> bool:
-        """Return whether a spool of `size` bytes may grow; if not, `resume` is called once there is room."""
-        if size < GUARANTEED_BYTES or self._used < self.limit:
+    def may_grow(self, resume: Callable[[], None]) -> bool:
+        """Return whether a spool of `GUARANTEED_BYTES` or more may grow; if not, `resume` is called once it may."""
+        if self._used < self.limit:
             return True
-        self._paused[owner] = resume
+        self._paused[resume] = None
         return False

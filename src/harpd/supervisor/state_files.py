@@ -56,9 +56,6 @@ _SCAN_INTERVALS = (0.005, 0.01, 0.02, 0.04)
 _ROUND_INTERVAL = 0.02
 
 
-# The format of an entry.
-
-
 class Purpose(Enum):
     """What a later supervisor has to do for a call."""
 
@@ -117,9 +114,6 @@ def decode_entry(data: bytes, boot: str) -> tuple[Purpose, bytes, CallState] | N
         raise InvalidEntry(f"it does not describe a call: {error!r}") from error
     tree = CallTree(pid, start, cookie_for(call_id), None if cgroup is None else Cgroup(cgroup))
     return Purpose(purpose), content, CallState(call_id, tree, members.get("resumable"))
-
-
-# The files.
 
 
 @dataclass(slots=True)
@@ -189,7 +183,6 @@ class _OpenFile:
         return [*range(first, self._reserved)]
 
     def write(self, entry: _Entry) -> None:
-        """Write an entry that has a purpose. Raises OSError."""
         assert entry.purpose is not None
         data = encode_entry(entry.purpose, entry.content)
         if len(data) > ENTRY_SIZE:
@@ -319,7 +312,6 @@ class StateFiles:
         return CleanupResult(killed, calls, stop_reports, any(orphan.is_fresh for orphan in self._orphans))
 
     def _lock_dead(self) -> Iterator[_OpenFile]:
-        """Lock the files of dead supervisors, and yield them."""
         for name in sorted(os.listdir(self._directory)):
             known = name in self._dead or name == self._file.path.name
             if not known and name.endswith(_SUFFIX) and not name.startswith(_UNLOCKED):

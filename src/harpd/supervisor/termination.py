@@ -168,7 +168,6 @@ class TerminationSequence:
         return self._report.remaining
 
     def _is_empty(self) -> bool:
-        """Return whether the last scan has found no process."""
         cgroup = self._tree.cgroup
         return self._main_ended and not self._report.remaining and not (cgroup is not None and cgroup.populated)
 

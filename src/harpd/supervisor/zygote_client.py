@@ -25,8 +25,7 @@ from harp.protocol.json_text import encode_value, loads
 from harpd.processes.cookie import reserve_cookie
 from harpd.processes.process_tree import start_time
 from harpd.supervisor.event_loop import READ, WRITE
-from harpd.supervisor.output import OutputCollector
-from harpd.supervisor.worker_process import WorkerProcess, WorkerUser
+from harpd.supervisor.worker_process import OutputCollector, WorkerProcess, WorkerUser
 
 log = logging.getLogger("harpd.supervisor")
 
@@ -110,7 +109,6 @@ class ZygoteClient:
             report(error)
 
     def worker_identities(self) -> set[tuple[int, int]]:
-        """Return the pids and start times of all its workers."""
         return {worker.identity for worker in self._children.values()}
 
     # Workers for calls.
@@ -138,7 +136,6 @@ class ZygoteClient:
         return None
 
     def may_reuse(self, worker: WorkerProcess) -> bool:
-        """Return whether a worker may serve another call."""
         return worker.served < self.procedures[worker.procedure].max_calls and not self._retired
 
     def add_idle(self, worker: WorkerProcess) -> None:
@@ -153,10 +150,7 @@ class ZygoteClient:
             del self._idle_since[worker]
             worker.shut_down()
 
-    # Forks.
-
     def _fork_ahead(self) -> None:
-        """Have workers forked for later calls."""
         try:
             while len(self._preforked) < _PREFORKED and not self._retired:
                 self._preforked.append(self._fork())
