@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from harp.protocol.json_text import dumps
 from harpd.supervisor.listener import ACTIVE_SOCKET
 from support.harpd import Harpd
 from support.scripted_supervisors import Script, dead_supervisor, make_current, supervisor
@@ -43,7 +44,7 @@ def error(type: str, **data: Any) -> dict[str, Any]:
 
 
 def replying(*messages: dict[str, Any]) -> Script:
-    return lambda request: b"".join(json.dumps(message).encode() + b"\n" for message in messages)
+    return lambda request: b"".join(dumps(message) + b"\n" for message in messages)
 
 
 def not_found(name: str) -> Script:

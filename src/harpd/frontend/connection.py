@@ -72,8 +72,10 @@ _MAX_EARLY_BYTES = 64 * 1024
 _STOP_MARGIN = 10.0
 #: Seconds for a supervisor's first reply to a resumable call.
 _FIRST_REPLY_TIMEOUT = 60.0
-#: The start of the line by which a supervisor that shuts down rejects a call, as `encode_message` writes it.
+#: The starts of the lines by which a supervisor rejects a call because it shuts down, or does not have the call, as
+#: `encode_message` writes them.
 _SHUTDOWN_PREFIX = b'{"harp":1,"error":{"type":"shutdown"'
+_NO_SUCH_CALL_PREFIX = b'{"harp":1,"error":{"type":"no_such_call"'
 #: The terms of a resumable call that its supervisor needs besides the id.
 _TERMS = tuple(name for name in messages.RequestedTerms.__slots__ if name != "id")
 
@@ -648,7 +650,7 @@ class ResumableCall(Call):
             return True
         if self._attached.done():  # cancelled
             return False
-        rejected = kind == ERROR and _is_no_such_call(lines)
+        rejected = kind == ERROR and lines.startswith(_NO_SUCH_CALL_PREFIX)
         self._attached.set_result(lines if rejected else None)
         return not rejected
 
@@ -705,15 +707,6 @@ class ResumableCall(Call):
     def _on_timeout(self) -> None:
         log.error("supervisor does not respond; detached", extra=self._log_fields)
         self._detach()
-
-
-def _is_no_such_call(error: bytes) -> bool:
-    """Return whether a supervisor rejects a request to attach by this line because it does not have the call."""
-    try:
-        end = messages.decode_message(error.removesuffix(b"\n"))
-    except ProtocolError:
-        return False
-    return isinstance(end, Failed) and end.type == "no_such_call"
 
 
 def _is_release(line: bytes) -> bool:

@@ -74,11 +74,13 @@ class Link(FrameSocket):
     died. If the link is not `shared`, it has one channel and is closed with it.
     """
 
+    _log = log
+
     def __init__(
         self, connection: socket.socket, inode: int | None, on_lost: Callable[[Link], None], shared: bool
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        super().__init__(connection, frames.MAX_LINES_BYTES, self._loop.call_soon, log)
+        super().__init__(connection, frames.MAX_LINES_BYTES, self._loop.call_soon)
         self.inode = inode
         self.shared = shared
         self._notify_lost = on_lost

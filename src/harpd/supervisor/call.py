@@ -220,7 +220,6 @@ class Call:
         self.update_watch()
 
     def on_fork_failed(self, reason: str) -> None:
-        """Reject the call: there is no worker."""
         log.info("call ended", extra={**self._fields, "end": "system_error", "reason": reason})
         self._has_closing_line = self._exit_reported = True
         self._session.on_end(encode_message(Failed("system_error", reason)))
@@ -315,7 +314,6 @@ class Call:
             self._handle_closing(closing)
 
     def _buffer_partial(self, data: bytes) -> None:
-        """Buffer the beginning of a line, if there is room for it."""
         self._partial_line += data
         self._context.quota.reserve(len(data))
         if len(self._partial_line) > _MAX_LINE_BYTES:
@@ -464,15 +462,13 @@ class Call:
             self._zygote.add_idle(self._worker)
         else:
             self._worker.release()
+        self._session.call = None
         self._session.on_closed(stop_report if self._exit_reported else None)
         self._context.remove(self)
 
     def _release_state(self) -> None:
-        """Release the state, before the end is reported: from now on, processes of the call are not orphans.
-
-        A resumable session needs it until its end is reported.
-        """
-        if self._session.stored is not None:
+        """Release the state, before the end is reported: from now on, processes of the call are not orphans."""
+        if self._session.stored is not None:  # needed until the end is reported
             self._context.state_files.mark_ended(self.id)
         else:
             self._context.state_files.remove(self.id)

@@ -95,19 +95,17 @@ class FrameBuffer:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._pieces: list[bytes] = []
-        self._size = 0
-        self._needed = 0  # bytes of the first frame
+        self._partial = bytearray()  # the beginning of a frame
+        self._needed = 0  # bytes of that frame
 
     def feed(self, data: bytes) -> list[Frame]:
         """Add received bytes; return the frames that they complete. Raises `InvalidFrame`."""
-        if self._pieces:
-            self._pieces.append(data)
-            self._size += len(data)
-            if self._size < self._needed:
+        if self._partial:
+            self._partial += data
+            if len(self._partial) < self._needed:
                 return []
-            data = b"".join(self._pieces)
-            self._pieces.clear()
+            data = bytes(self._partial)
+            self._partial.clear()
         frames = []
         start, size = 0, len(data)
         needed = _HEADER.size
@@ -122,8 +120,8 @@ class FrameBuffer:
             start = body + length
             frames.append(Frame(channel, kind, data[body:start]))
         if start < size:
-            self._pieces.append(data[start:])
-            self._size, self._needed = size - start, needed
+            self._partial += data[start:]
+            self._needed = needed
         return frames
 
 
@@ -133,17 +131,14 @@ class FrameSocket(ABC):
     `call_soon` runs a function at the end of this turn of the event loop, or in the next turn.
     """
 
+    _log: logging.Logger  # of the process
+
     def __init__(
-        self,
-        connection: socket.socket,
-        max_frame_bytes: int,
-        call_soon: Callable[[Callable[[], None]], object],
-        log: logging.Logger,
+        self, connection: socket.socket, max_frame_bytes: int, call_soon: Callable[[Callable[[], None]], object]
     ) -> None:
         self._channels: dict[int, Any] = {}  # the open ones, by number
         self._connection = connection
         self._call_soon = call_soon
-        self._log = log
         self._frames = FrameBuffer(max_frame_bytes)
         self._unsent = bytearray()
         self._flush_scheduled = False

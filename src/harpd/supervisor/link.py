@@ -159,6 +159,8 @@ class Link(FrameSocket):
     KeyError or ProtocolError, the channel is closed. `on_lost` is called once, after all channels were hung up.
     """
 
+    _log = log
+
     def __init__(
         self,
         loop: EventLoop,
@@ -167,7 +169,7 @@ class Link(FrameSocket):
         on_attach: Callable[[LinkChannel, Mapping[str, Any]], None],
         on_lost: Callable[[Link], None],
     ) -> None:
-        super().__init__(connection, _MAX_FRAME_BYTES, loop.call_soon, log)
+        super().__init__(connection, _MAX_FRAME_BYTES, loop.call_soon)
         self._loop = loop
         self._on_start, self._on_attach, self._notify_lost = on_start, on_attach, on_lost
         self._channels: dict[int, LinkChannel] = {}

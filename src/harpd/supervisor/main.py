@@ -310,7 +310,6 @@ class Supervisor:
             self._shut_down()
 
     def _exit_if_idle(self) -> None:
-        """Exit if there are no calls and no new ones can start."""
         idle = not (self._context.calls or self._registry or any(link.has_channels for link in self._links))
         if idle and not self._context.shutting_down and (self._retired or self._loop.now() >= self._idle_exit_at):
             self._retired = True  # a resumable start that arrives now is retried in the next supervisor

@@ -81,7 +81,6 @@ class BoundSession(Session):
         self._channel.send(line, ERROR if line.startswith(ERROR_PREFIX) else END)
 
     def on_closed(self, stop_report: Mapping[str, Any] | None) -> None:
-        self.call = None
         self._channel.close_after_flush()
 
     def on_commands(self, data: bytes) -> None:
@@ -91,8 +90,7 @@ class BoundSession(Session):
         self.stop(StopReason.CANCELLED)
         self.resume_reading()  # to discard the output that follows
 
-    def on_writable(self) -> None:
-        self.resume_reading()
+    on_writable = Session.resume_reading
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +197,6 @@ class ResumableSession(Session):
         self._add_end(report + messages.encode_exit_info(exit_info()) + closing_line)
 
     def on_closed(self, stop_report: Mapping[str, Any] | None) -> None:
-        self.call = None
         if self._started_at is None:  # it is rejected
             if self._channel is not None:
                 self._channel.send(self._closing_line)

@@ -102,8 +102,6 @@ class TerminationSequence:
         """Return the stop report. Spec: docs/protocol.md, Resumable calls."""
         return self._report.to_json(self._main_ended, self._complete, self._began, self._ended)
 
-    # The steps.
-
     def _interrupt(self) -> None:
         self._step = self._loop.call_later(self._kill_grace, self._terminate)
         self._scan()  # processes that are found now stay known when the main process ends
@@ -155,8 +153,6 @@ class TerminationSequence:
     def _send(self, number: signal.Signals, identity: tuple[int, int]) -> None:
         if send_signal(number, identity):
             self._report.record_signal(number, identity)
-
-    # The scans.
 
     def _scan(self) -> Mapping[tuple[int, int], Process]:
         """Record the remaining processes of a snapshot; return them by identity."""

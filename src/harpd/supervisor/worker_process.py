@@ -45,20 +45,15 @@ _MAX_DRAIN_READS = 128
 
 
 class WorkerUser(Protocol):
-    """The call of a worker."""
+    """The call of a worker. It is notified of the fork, or of the reason why there is no worker; then of the end.
 
-    def on_forked(self) -> None:
-        """Handle that the worker exists."""
+    The end has a wait status; `cpu` seconds, with those of the children that it waited for; and `memory`, the maximum
+    resident bytes of the largest of these processes. The last two are unknown if it was killed with its zygote.
+    """
 
-    def on_fork_failed(self, reason: str) -> None:
-        """Handle that there is no worker."""
-
-    def on_reaped(self, status: int, cpu: float | None, memory: int | None) -> None:
-        """Handle that the worker has ended with this wait status, or was killed with its zygote.
-
-        `cpu` is in seconds, with that of the children that it waited for; `memory` is the maximum resident bytes of the
-        largest of these processes.
-        """
+    def on_forked(self) -> None: ...
+    def on_fork_failed(self, reason: str) -> None: ...
+    def on_reaped(self, status: int, cpu: float | None, memory: int | None) -> None: ...
 
 
 class WorkerProcess:
@@ -171,7 +166,6 @@ class WorkerProcess:
             send_signal(signal.SIGKILL, self.identity)
 
     def close(self) -> None:
-        """Close the channel: nothing more is sent or received."""
         if self.channel.fileno() >= 0:
             self._loop.unwatch(self.channel.fileno())
             self.channel.close()
@@ -208,7 +202,6 @@ class OutputPipe:
         collector.loop.watch(self._descriptor, READ, self._read)
 
     def assign(self, fields: Mapping[str, str]) -> None:
-        """Assign the pipe to a call, whose log events have these fields."""
         self._fields = {**fields, "stream": self._fields["stream"]}
         self._last.clear()
 

@@ -99,7 +99,6 @@ class ZygoteClient:
         self._send(command)
 
     def abort_load(self, reason: str) -> None:
-        """Kill the zygote while it loads, and report the load as failed."""
         self.kill()
         self._report_load(reason)
 
@@ -110,8 +109,6 @@ class ZygoteClient:
 
     def worker_identities(self) -> set[tuple[int, int]]:
         return {worker.identity for worker in self._children.values()}
-
-    # Workers for calls.
 
     def assign(self, call: WorkerUser, call_id: str, procedure: str) -> WorkerProcess:
         """Return a worker for a call, which may not be forked yet. Raises OSError if no descriptor is free."""
@@ -139,7 +136,6 @@ class ZygoteClient:
         return worker.served < self.procedures[worker.procedure].max_calls and not self._retired
 
     def add_idle(self, worker: WorkerProcess) -> None:
-        """Let a worker whose call has ended wait for another call of its procedure."""
         worker.become_idle()
         self._idle_since[worker] = self._loop.now()
 
@@ -184,8 +180,6 @@ class ZygoteClient:
         if not self._retired:
             self.retire()
             self._on_lost()
-
-    # The end.
 
     def retire(self) -> None:
         """Have the zygote exit once its last call has ended, and the workers without a call at once."""
@@ -232,8 +226,6 @@ class ZygoteClient:
         if lost:
             log.error("zygote died", extra={"zygote": self.pid})
             self._on_lost()
-
-    # Messages.
 
     def _send(self, message: dict[str, Any], descriptors: Sequence[int] = ()) -> None:
         self._unsent.append((encode_value(message), descriptors))
