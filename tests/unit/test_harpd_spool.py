@@ -53,12 +53,6 @@ def test_chunk_has_arrival_time() -> None:
     assert [(piece.first, piece.count, piece.time) for piece in pieces] == [(1, 2, 12.5), (3, 1, 13.5)]
 
 
-def test_spool_start_at_number_has_nothing_before() -> None:
-    spool = Spool()
-    spool.start_at(7)
-    assert (spool.first, spool.end) == (7, 7)
-
-
 def test_quota_used_up_pauses_large_spools() -> None:
     memory = SpoolQuota(3 * GUARANTEED_BYTES)
     woken: list[str] = []

@@ -13,7 +13,7 @@ import pytest
 
 from harpd.control import supervisor_client as module
 from harpd.control.supervisor_client import SupervisorClient, SupervisorError, SupervisorNotRunning
-from harpd.frontend.supervisor_links import SupervisorLinks
+from harpd.frontend.link import SupervisorLinks
 from harpd.supervisor.listener import ACTIVE_SOCKET
 from support.scripted_supervisors import Script, dead_supervisor, make_current, supervisor
 

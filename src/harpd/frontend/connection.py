@@ -47,11 +47,9 @@ from harp_daemon.memory_quota import MemoryQuota, Reservation
 from harp_daemon.sliced_json import decode_slices
 from harp_daemon.timer_wheel import Timer, TimerWheel
 from harpd.config.loaded import LoadedConfig
-from harpd.control.supervisor_client import SupervisorClient, SupervisorError
-from harpd.frontend.arrival_clock import ArrivalClock, boottime
+from harpd.control.supervisor_client import SupervisorError
 from harpd.frontend.authenticator import Authenticator
-from harpd.frontend.link import Channel, Link
-from harpd.frontend.supervisor_links import SupervisorLinks
+from harpd.frontend.link import Channel, Link, SupervisorLinks
 from harpd.supervisor.frames import ATTACH, COMMANDS_WINDOW, END, ERROR, START
 
 log = logging.getLogger("harpd.frontend")
@@ -68,6 +66,8 @@ _QUIET_TIME, _MAX_DISCARD_TIME = 0.5, 10.0
 _MAX_LOGGED_NAME = 64
 #: From this many bytes on, a client is not read before its request was handled.
 _MAX_EARLY_BYTES = 64 * 1024
+#: Seconds between two heartbeats. After twice this time without one, the process was suspended.
+_HEARTBEAT_INTERVAL = 0.5
 #: Seconds for the supervisor to stop a call, beyond the two grace periods.
 _STOP_MARGIN = 10.0
 #: Seconds for a supervisor's first reply to a resumable call.
@@ -88,6 +88,46 @@ _REQUEST_MEMORY_FULL = Failed("too_many_connections", "limits.request_memory is 
 _AFTER_REQUEST = Failed("invalid_request", "data after the request line")
 
 
+def _boottime() -> float:
+    """Return the seconds since the system's start, including the time in which it was suspended."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class ArrivalClock:
+    """A clock that gives a time before the arrival of received data, even after a suspension of the process.
+
+    Data that was sent to a suspended process is read after it continues. A request in this data is as old as the
+    suspension, and its dispatcher may have abandoned it. So a start that is delayed for too long must be recognised.
+
+    Each heartbeat records the time. Data that is read in the same or in the next turn of the event loop may have
+    arrived before it: the present turn may have looked for data before the heartbeat. Data of later turns arrived
+    after it.
+    """
+
+    def __init__(self) -> None:
+        self._confirmed = self._recorded = _boottime()
+
+    def run(self) -> None:
+        """Record a heartbeat now and after each interval."""
+        self._record()
+        asyncio.get_running_loop().call_later(_HEARTBEAT_INTERVAL, self.run)
+
+    def earliest_arrival(self) -> float:
+        """Return a time before the arrival of the data that is read in this turn; usually half a second before."""
+        if _boottime() - self._recorded > 2 * _HEARTBEAT_INTERVAL:
+            self._record()  # after a suspension, so that later requests count as new ones
+        return self._confirmed
+
+    def _record(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._recorded = recorded = _boottime()
+        # Callbacks run before the reads of their turn.
+        loop.call_soon(loop.call_soon, self._confirm, recorded)
+
+    def _confirm(self, recorded: float) -> None:
+        self._confirmed = recorded
+
+
 @dataclass(frozen=True, slots=True)
 class ConnectionContext:
     """The objects that all connections of a configuration share."""
@@ -95,7 +135,6 @@ class ConnectionContext:
     config: LoadedConfig
     authenticator: Authenticator
     quota: MemoryQuota
-    client: SupervisorClient
     links: SupervisorLinks
     arrival_clock: ArrivalClock
     timers: TimerWheel
@@ -125,7 +164,7 @@ class Connection(asyncio.Protocol):
         self._rejected = self._closing = self._lost = self._idle = False
         self._lines = LineBuffer(self.limits.request_line)
         self._early = b""  # data that arrived after the request line, before the supervisor has the request
-        self._received_at = boottime()  # when the request arrived, or earlier
+        self._received_at = _boottime()  # when the request arrived, or earlier
         self._authentication_time = 0.0  # seconds
 
     def serve(self, rejected: bool = False) -> asyncio.Future[None]:
@@ -170,8 +209,6 @@ class Connection(asyncio.Protocol):
         elif self._receive in (self._receive_request, self._keep_early):
             self._cancel_task()
             self.end(_SHUTDOWN)
-
-    # From the transport: `asyncio.Protocol`.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -304,8 +341,6 @@ class Connection(asyncio.Protocol):
         self.end(_AFTER_REQUEST, discard_input=True)  # with keep-alive, too, the client has to wait for the reply
         return False
 
-    # The call.
-
     def _start_call(self, request: Request, link: Link) -> None:
         terms = request.call
         call_id = str(uuid.uuid4()) if terms is None else terms.id
@@ -404,7 +439,7 @@ class Connection(asyncio.Protocol):
 
     async def _list_calls(self, request: ListCalls) -> None:
         log.debug("calls listed", extra=self._log_fields(request))
-        calls = await self._context.client.list_calls(request.owner)
+        calls = await self._context.links.client.list_calls(request.owner)
         keep_alive = self.limits.keep_alive_timeout if request.keep_alive else None
         self.write(encode_message(replace(calls, keep_alive=keep_alive)))
         if request.keep_alive:
@@ -471,8 +506,6 @@ class Connection(asyncio.Protocol):
         self.cancel_timer()
         self._abort()
         self._check_closed()
-
-    # The end.
 
     def _discard(self, data: bytes) -> None:
         self.set_timer(min(_QUIET_TIME, self._discard_until - time.monotonic()), self._close)

@@ -23,10 +23,9 @@ from harpd.config.settings import Network
 from harpd.control.launcher import STOP_MARGIN, SupervisorLauncher
 from harpd.control.lifecycle import ServiceRunner, runtime_directory
 from harpd.control.supervisor_client import SupervisorClient
-from harpd.frontend.arrival_clock import ArrivalClock
 from harpd.frontend.authenticator import Authenticator, BoundedThreadPool, TaskFailed
-from harpd.frontend.connection import Connection, ConnectionContext
-from harpd.frontend.supervisor_links import SupervisorLinks
+from harpd.frontend.connection import ArrivalClock, Connection, ConnectionContext
+from harpd.frontend.link import SupervisorLinks
 
 log = logging.getLogger("harpd.frontend")
 
@@ -102,7 +101,6 @@ class FrontendServer:
             config=config,
             authenticator=Authenticator(config),
             quota=MemoryQuota(config.configuration.limits.request_memory),
-            client=self._client,
             links=self._links,
             arrival_clock=self._arrival_clock,
             timers=self._timers,
@@ -129,10 +127,9 @@ class FrontendServer:
         _warn_about_old_tls(new)
 
     async def stop(self) -> None:
-        """Stop accepting, end the connections, and return within a bounded time.
+        """Stop within a bounded time. If this program launches the supervisor, all calls end with ``shutdown``.
 
-        If this program launches the supervisor, all calls end with ``shutdown``. Otherwise only connection-bound calls
-        end; resumable calls continue without a connection.
+        Otherwise only connection-bound calls end; resumable calls continue without a connection.
         """
         self._acceptor.close_listeners()
         for listener in self._listeners:  # also those that were never opened, when the start failed

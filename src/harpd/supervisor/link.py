@@ -177,7 +177,7 @@ class Link(FrameSocket):
         self._watch_writable(False)
 
     def finish(self, deadline: float) -> None:
-        """Handle the frames that have arrived, and send all data within this time, before the exit of this process."""
+        """Handle the frames that have arrived, and send all data within this time: this process exits."""
         self._on_ready()
         if not self._lost:
             self._connection.settimeout(deadline)

@@ -21,10 +21,8 @@ a channel of the link. The first frame of a channel has facts, a JSON object:
                                             attach to a resumable call
 
 Both may have "keep_alive": SECONDS, which the acknowledgement repeats. START may have "authentication": SECONDS, the
-duration of the password check, which exit info repeats. The arguments were checked by the frontend and are passed on.
-
-The supervisor sends the lines for the client, see docs/protocol.md. A connection with another first line receives one
-line:
+duration of the password check, which exit info repeats. The supervisor sends the lines for the client, see
+docs/protocol.md. A connection with another first line receives one line:
 
     {"calls": OWNER}                            the list of the owner's resumable calls
     {"control": "status"}                       {"calls": N, "resumable": N, "supervisor": PID, "instance": NAME,
@@ -38,10 +36,9 @@ A supervisor sends its instance id over the lifeline when it is active. When its
 continues while it has calls if it has the setting `outlive`. Without it, the runtime directory is temporary, and no
 other program could find the supervisor: it stops all calls and exits.
 
-`harpd.config.loaded.SupervisorConfig.supervisor_settings` returns the settings, see docs/settings-harpd.md. A call has
-the settings of its start. `descriptors` is the limit of open files for calls; absent: this process's own at its start.
-
-The only secrets that the supervisor has are the owners and secrets of calls.
+`harpd.config.loaded.SupervisorConfig.supervisor_settings` returns the settings. A call has the settings of its start.
+`descriptors` is the limit of open files for calls; absent: this process's own at its start. The only secrets that the
+supervisor has are the owners and secrets of calls.
 """
 
 from __future__ import annotations

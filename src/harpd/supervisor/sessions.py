@@ -223,8 +223,8 @@ class ResumableSession(Session):
 
         Return the error if some of these records are gone; then the connection is not attached.
         """
-        if self._adopted:
-            self._spool.start_at(since)
+        if self._adopted:  # this supervisor does not have the earlier records
+            self._spool.first = self._spool.end = since
         first, end = self._spool.first, self._spool.end
         if not first <= since <= end:
             data = {"first": first, "end": end}

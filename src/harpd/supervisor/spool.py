@@ -50,10 +50,6 @@ class Spool:
         self.first = next(iter(self._chunks), self.end)
         return before - self.size
 
-    def start_at(self, number: int) -> None:
-        """Set the number of the first record of an empty spool: this supervisor does not have the earlier records."""
-        self.first = self.end = number
-
     def chunk_from(self, number: int) -> Chunk:
         """Return the next records from a number on, which is at least `first` and below `end`."""
         if number in self._chunks:
