@@ -36,9 +36,8 @@ class BoundedThreadPool:
     async def run(self, function: Callable[[], T], deadline: float) -> T:
         """Run a function in its own thread; return its value.
 
-        Raises:
-            TimeoutError: it took longer than `deadline` seconds, with the wait for a slot. The thread continues.
-            TaskFailed: it raised any exception, including SystemExit; or no thread can be started.
+        Raises TimeoutError after `deadline` seconds, with the wait for a slot; the thread continues. Raises
+        `TaskFailed` if the function raised any exception, including SystemExit, or if no thread can be started.
         """
         loop = asyncio.get_running_loop()
         outcome: concurrent.futures.Future[T] = concurrent.futures.Future()

@@ -79,6 +79,9 @@ _NO_SUCH_CALL_PREFIX = b'{"harp":1,"error":{"type":"no_such_call"'
 #: The terms of a resumable call that its supervisor needs besides the id.
 _TERMS = tuple(name for name in messages.RequestedTerms.__slots__ if name != "id")
 
+#: Returns the seconds since the system's start, including the time in which it was suspended.
+_boottime = partial(time.clock_gettime, time.CLOCK_BOOTTIME)
+
 _CALL_DIED = Failed("call_died", "the supervisor died")
 _SHUTDOWN = Failed("shutdown", "the daemon is shutting down")
 _TOO_MANY_CONNECTIONS = Failed("too_many_connections", "limits.max_connections is reached; try again later")
@@ -86,11 +89,6 @@ _INTERNAL_ERROR = Failed("system_error", "internal error of harpd; its log has t
 _AUTH_ERROR = Failed("auth_error", "unknown user or wrong password")
 _REQUEST_MEMORY_FULL = Failed("too_many_connections", "limits.request_memory is used up; try again later")
 _AFTER_REQUEST = Failed("invalid_request", "data after the request line")
-
-
-def _boottime() -> float:
-    """Return the seconds since the system's start, including the time in which it was suspended."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class ArrivalClock:
@@ -546,10 +544,7 @@ class Connection(asyncio.Protocol):
 
 
 class Call(Channel):
-    """A call of either kind: its channel to the supervisor, and the connection of the client.
-
-    `request` is the body of the first frame, see `harpd.supervisor.main`.
-    """
+    """A call of either kind. `request` is the body of its first frame, see `harpd.supervisor.main`."""
 
     _accepted = False  # the supervisor has replied to the request
 

@@ -226,10 +226,7 @@ class SupervisorLinks:
         self._shared = {inode: other for inode, other in self._shared.items() if other is not link}
 
     async def _attach_once(self, attach: Callable[[Link], Awaitable[bytes | None]]) -> bytes | None:
-        """Send the request to each supervisor.
-
-        Raises `SupervisorNotRunning` if no supervisor is active and no other one has the call.
-        """
+        """Try each supervisor. Raises `SupervisorNotRunning` if none is active and no other one has the call."""
         active_error = b""
         for name in (ACTIVE_SOCKET, *self.client.socket_names()):
             try:

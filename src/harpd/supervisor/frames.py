@@ -126,10 +126,7 @@ class FrameBuffer:
 
 
 class FrameSocket(ABC):
-    """A socket, non-blocking, that sends and receives frames. A subclass watches it in its event loop.
-
-    `call_soon` runs a function at the end of this turn of the event loop, or in the next turn.
-    """
+    """A socket, non-blocking, that sends and receives frames. A subclass watches it in its event loop."""
 
     _log: logging.Logger  # of the process
 

@@ -30,10 +30,7 @@ _GATHER_SECONDS = 0.003
 
 
 class _ChannelUser(Protocol):
-    """The session that uses a channel.
-
-    `on_hang_up` is called once, when the client has disconnected. The channel stays open until it is closed here.
-    """
+    """The session that uses a channel. After `on_hang_up`, the channel stays open until it is closed here."""
 
     def on_commands(self, data: bytes) -> None: ...
     def on_hang_up(self) -> None: ...

@@ -122,10 +122,7 @@ class Supervisor:
     # The zygote.
 
     def _load(self, settings: Mapping[str, Any], on_done: Callable[[str | None], None]) -> None:
-        """Start a zygote with these settings, and use it when it has loaded. An earlier load is aborted.
-
-        `on_done` receives None or the error.
-        """
+        """Start a zygote with these settings, and use it when it has loaded. `on_done` receives None or the error."""
         if self._loading is not None:
             self._loading.abort_load("another load has begun")
 

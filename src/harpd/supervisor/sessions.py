@@ -56,10 +56,7 @@ def _encode_acknowledgement(streaming: bool, keep_alive: float | None, *terms: A
 
 
 class BoundSession(Session):
-    """The session of a connection-bound call, and the user of its link channel.
-
-    At most about `buffer_size` bytes wait until the frontend reads them.
-    """
+    """The session of a connection-bound call. Until the frontend reads, about `buffer_size` bytes may wait."""
 
     def __init__(self, channel: LinkChannel, streaming: bool, keep_alive: float | None, buffer_size: int) -> None:
         self._acknowledgement = _encode_acknowledgement(streaming, keep_alive)
@@ -127,10 +124,7 @@ class SessionTerms:
 
 
 class ResumableSession(Session):
-    """The session of a resumable call, and the user of a link channel while a dispatcher is attached.
-
-    `contact_at` is the latest loop time at which contact with the dispatcher is proven.
-    """
+    """The session of a resumable call. `contact_at`: the latest loop time at which contact is proven."""
 
     def __init__(
         self,

@@ -197,7 +197,6 @@ class _OpenFile:
             pass
 
     def delete(self) -> None:
-        """Delete the file, then release its lock."""
         self.path.unlink(missing_ok=True)
         os.close(self._descriptor)
 
