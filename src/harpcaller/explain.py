@@ -13,7 +13,7 @@ from typing import Any
 from harp.protocol.ends import Failed, Raised
 from harp.protocol.json_text import Envelope, InvalidJSON, Raw, loads
 from harpcaller.config import Config
-from harpcaller.hosts.inventory import Host
+from harpcaller.hosts.registry import Host
 from harpcaller.model.jobs import Job, JobDetails, JobMetadata, QueuePosition, State, StopState
 from harpcaller.runs.run import Run
 

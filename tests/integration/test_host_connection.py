@@ -21,7 +21,7 @@ from harp_daemon.timer_wheel import TimerWheel
 from harpcaller.config import Config
 from harpcaller.hosts.connecting import open_connection
 from harpcaller.hosts.connection import HarpdConnection, MessageQueue
-from harpcaller.hosts.inventory import Host
+from harpcaller.hosts.registry import Host
 from harpcaller.hosts.tls import HostTLS
 from support.certificates import server_files
 from support.deadline import eventually

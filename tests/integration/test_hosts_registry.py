@@ -21,8 +21,7 @@ import pytest
 
 from harp.protocol.ends import Returned
 from harpcaller.config import Config
-from harpcaller.hosts.inventory import Host
-from harpcaller.hosts.registry import CachedHosts, HostsRegistry, RefreshFailed, read_cache, write_cache
+from harpcaller.hosts.registry import CachedHosts, Host, HostsRegistry, RefreshFailed, read_cache, write_cache
 from harpcaller.hosts.script import ScriptFailed, run_script
 from harpcaller.model.jobs import State
 from support.certificates import server_files

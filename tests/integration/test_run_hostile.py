@@ -17,7 +17,7 @@ from harp_daemon.timer_wheel import TimerWheel
 from harpcaller.config import Config
 from harpcaller.hosts.connecting import open_connection
 from harpcaller.hosts.connection import MessageQueue
-from harpcaller.hosts.inventory import Host
+from harpcaller.hosts.registry import Host
 from harpcaller.hosts.tls import HostTLS
 from harpcaller.model.jobs import StopState
 from harpcaller.store.sqlite import open_store

@@ -11,8 +11,8 @@ from harp_daemon.timer_wheel import TimerWheel
 from harpcaller.config import Config
 from harpcaller.hosts import pool as pool_module
 from harpcaller.hosts.connection import HarpdConnection
-from harpcaller.hosts.inventory import Host
 from harpcaller.hosts.pool import ConnectionPool
+from harpcaller.hosts.registry import Host
 from harpcaller.hosts.tls import HostTLS
 from support.deadline import eventually
 

@@ -10,7 +10,7 @@ import ssl
 import pytest
 
 from harpcaller.hosts.connecting import to_failed
-from harpcaller.hosts.inventory import Host
+from harpcaller.hosts.registry import Host
 from harpcaller.hosts.tls import CertificateRefused
 
 WEB01 = Host("web01", "10.0.0.1", 4306, "u", "p")

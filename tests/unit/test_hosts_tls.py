@@ -17,7 +17,7 @@ from harp_daemon.settings import ConfigError
 from harp_daemon.timer_wheel import TimerWheel
 from harpcaller.config import Config
 from harpcaller.hosts.connecting import open_connection, to_failed
-from harpcaller.hosts.inventory import Host
+from harpcaller.hosts.registry import Host
 from harpcaller.hosts.tls import CertificateRefused, HostTLS, names_host, server_name
 from support.certificates import Certificates, authority
 from support.peers import Peer, server_context

@@ -1,15 +1,13 @@
 """What each host supports: its supervisor's instance id, resumable calls and keep-alive.
 
-The first request to a host lists the calls that it has for this dispatcher. The reply has the instance id and shows
-orphaned calls. A legacy harpd rejects the request; it is sent again after 300 s. Spec: docs/protocol.md, Resumable calls.
+The first request to a host lists the calls that it has for this dispatcher; the reply also has the instance id. A
+legacy harpd rejects the request; it is sent again after 300 s. Spec: docs/protocol.md, Resumable calls.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import math
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -21,7 +19,7 @@ from harp_daemon.timer_wheel import TimerWheel
 from harpcaller.config import Config
 from harpcaller.hosts.connecting import HostUnreachable, open_connection
 from harpcaller.hosts.connection import MessageQueue
-from harpcaller.hosts.inventory import Host
+from harpcaller.hosts.registry import Host
 from harpcaller.hosts.tls import HostTLS
 from harpcaller.model.jobs import Identity
 
@@ -46,10 +44,7 @@ LEGACY = HostSupport()
 
 
 class HostCapabilities:
-    """A cache of what hosts support; it sends one query at a time to each host.
-
-    `on_call_list` is called with the ids of the calls that a host has for this dispatcher.
-    """
+    """A cache of what hosts support; `on_call_list` is called with the ids of the calls that a host has."""
 
     def __init__(
         self, identity: Identity, timers: TimerWheel, on_call_list: Callable[[Host, Sequence[str]], None]
@@ -57,13 +52,12 @@ class HostCapabilities:
         self._identity = identity
         self._timers = timers
         self._on_call_list = on_call_list
-        self._known: dict[Host, tuple[HostSupport, float]] = {}  # with the monotonic time at which it expires
+        self._known: dict[Host, HostSupport] = {}
         self._queries: dict[Host, asyncio.Task[HostSupport]] = {}
 
     def get_known(self, host: Host) -> HostSupport | None:
         """Return what a host supports; None if it has to be queried."""
-        support, expires_at = self._known.get(host, (None, 0.0))
-        return support if time.monotonic() < expires_at else None
+        return self._known.get(host)
 
     async def get(self, host: Host, tls: HostTLS, config: Config) -> HostSupport:
         """Return what a host supports; query it if that is not known. Raises one of `CONNECTION_ERRORS`."""
@@ -82,7 +76,8 @@ class HostCapabilities:
 
     def set_legacy(self, host: Host) -> None:
         """Store that a host runs a legacy harpd, as its acknowledgement has shown."""
-        self._known[host] = LEGACY, time.monotonic() + _LEGACY_RETRY_SECONDS
+        self._known[host] = LEGACY
+        self._timers.call_later(_LEGACY_RETRY_SECONDS, partial(self.invalidate, host))
 
     def invalidate(self, host: Host) -> None:
         """Query the host again before the next start."""
@@ -102,7 +97,7 @@ class HostCapabilities:
         match reply:
             case CallList(calls, instance, keep_alive):
                 support = HostSupport(instance, keep_alive is not None)
-                self._known[host] = support, math.inf
+                self._known[host] = support
                 self._on_call_list(host, calls)
                 return support
             case Failed(kind) if kind in _TEMPORARY_ERRORS:  # a start would receive it too

@@ -1,7 +1,4 @@
-"""Opens TLS connections to hosts, and maps every error of a connection to a job's end.
-
-Spec: docs/protocol.md, Error types.
-"""
+"""Opens TLS connections to hosts, and maps their errors to ends of jobs. Spec: docs/protocol.md, Error types."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ import os
 import socket
 import ssl
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -23,7 +20,7 @@ from harp_daemon.sockets import configure_socket
 from harp_daemon.timer_wheel import TimerWheel
 from harpcaller.config import Config
 from harpcaller.hosts.connection import HarpdConnection
-from harpcaller.hosts.inventory import Host
+from harpcaller.hosts.registry import Host
 from harpcaller.hosts.tls import CertificateRefused, HostTLS, parse_ip, server_name
 
 #: Errors of this machine; all others are errors of the network.
@@ -55,11 +52,22 @@ async def open_connection(
     host: Host, tls: HostTLS, config: Config, timers: TimerWheel, max_line: int = sys.maxsize
 ) -> HarpdConnection:
     """Connect to a host and check its certificate. Raises OSError, `CertificateRefused` or UnicodeError."""
-    create = partial(HarpdConnection, timers, min(max_line, config.record_line))
     chain_error: str | None = None
+    seconds = config.connect_timeout
     for context in tls.contexts:
+        async with asyncio.timeout(seconds):
+            connection = await _connect_any_address(host, seconds)
         try:
-            transport, conn = await _connect(host, context, config.connect_timeout, create)
+            # From here the transport owns the socket and closes it, also after a cancellation. If it were closed here
+            # too, the loop could still watch its number, which may belong to the next connection.
+            async with asyncio.timeout(seconds):
+                transport, conn = await asyncio.get_running_loop().create_connection(
+                    partial(HarpdConnection, timers, min(max_line, config.record_line)),
+                    sock=connection,
+                    ssl=context,
+                    server_hostname=server_name(host.address),
+                    ssl_handshake_timeout=2 * seconds,  # the timeout above expires first
+                )
         except ssl.SSLCertVerificationError as error:
             chain_error = error.verify_message
             continue
@@ -71,24 +79,6 @@ async def open_connection(
         return conn
     assert chain_error is not None  # otherwise a context was accepted or another error was raised
     raise tls.chain_refused(chain_error)
-
-
-async def _connect(
-    host: Host, context: ssl.SSLContext, seconds: float, create: Callable[[], HarpdConnection]
-) -> tuple[asyncio.Transport, HarpdConnection]:
-    """Connect and complete the TLS handshake, each in at most `seconds`."""
-    async with asyncio.timeout(seconds):
-        connection = await _connect_any_address(host, seconds)
-    # From here the transport owns the socket and closes it, also after a cancellation. If it were closed here too, the
-    # loop could still watch its number, which may belong to the next connection.
-    async with asyncio.timeout(seconds):
-        return await asyncio.get_running_loop().create_connection(
-            create,
-            sock=connection,
-            ssl=context,
-            server_hostname=server_name(host.address),
-            ssl_handshake_timeout=2 * seconds,  # the timeout above expires first
-        )
 
 
 async def _connect_any_address(host: Host, seconds: float) -> socket.socket:

@@ -30,13 +30,11 @@ from harp_daemon.timer_wheel import Timer, TimerWheel
 
 PAST_END = 2**53  #: A record number that does not exist. Attaching at it is refused with the number of the next record.
 
-#: Maximum number of records that are delivered in one turn of the event loop, and how many of them take as much time as
-#: a line that is decoded by itself. Other peers have their turn before the next ones.
-_MAX_TURN_LINES, _SINGLE_LINE_COST = 3000, 30
-#: Maximum length in bytes of an acknowledgement that is stored, because the next call may get the same one.
-_MAX_STORED_LINE = 1000
-#: Seconds between two heartbeats, and the number of unanswered ones after which the connection is aborted.
-_HEARTBEAT_INTERVAL, _MAX_MISSED_HEARTBEATS = 15.0, 3
+_MAX_TURN_LINES = 3000  #: Maximum number of records that are delivered in one turn of the event loop.
+_SINGLE_LINE_COST = 30  #: The number of records that need as much time as a line that is decoded by itself.
+_MAX_STORED_LINE = 1000  #: Maximum bytes of a stored acknowledgement.
+_HEARTBEAT_INTERVAL = 15.0  #: Seconds between two heartbeats.
+_MAX_MISSED_HEARTBEATS = 3  #: Number of unanswered ones after which the connection is aborted.
 _MIN_HEARTBEAT_INTERVAL = 0.1  #: Minimum seconds between two heartbeats, whatever timeout a host sets.
 _is_record = methodcaller("startswith", RECORD_PREFIX)
 _is_heartbeat = methodcaller("startswith", b'{"heartbeat":')
@@ -78,14 +76,12 @@ class HarpdConnection(asyncio.Protocol):
         self._heartbeat_interval = _HEARTBEAT_INTERVAL
         self._last_command = b""  # of a finished request; not sent yet
         self._command_timer: Timer | None = None
-        self._peer_time = 0.0
+        self._peer_time = 0.0  # the latest time of the host, which the next heartbeat echoes
         self._reused_unanswered = False
         self._acknowledgement: tuple[bytes, Message] | None = None  # of the last call; most calls get the same line
         self.is_paused = False  #: Whether the receiver has paused reading.
         #: Monotonic time of the last received data, or of the request.
         self.last_received_at = self._reading_since = time.monotonic()
-
-    # Called by the event loop.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See `asyncio.Protocol`."""
@@ -112,10 +108,7 @@ class HarpdConnection(asyncio.Protocol):
     # The request.
 
     def send_request(self, line: bytes, phase: Phase, receiver: Receiver) -> None:
-        """Write an encoded request. It may have reached the host even if the connection breaks at once.
-
-        `phase` is the first one of the exchange. The receiver gets messages from the next turn of the event loop on.
-        """
+        """Write an encoded request; its exchange begins in `phase`. The receiver is called from the next turn on."""
         self._reused_unanswered = self._exchange is not None
         self.last_received_at = self._reading_since = time.monotonic()
         self._exchange = ReplyReader(decode_slices, phase)
@@ -127,7 +120,7 @@ class HarpdConnection(asyncio.Protocol):
         self.resume_reading()
 
     def send_command(self, command: Command) -> None:
-        """Send a command for the attached call. Abort the connection if the host does not read its commands."""
+        """Send a command for the call. Abort the connection if the host does not read its commands."""
         transport = self._transport
         if not transport.is_closing():
             self._write(encode_command(command))
@@ -153,10 +146,7 @@ class HarpdConnection(asyncio.Protocol):
             asyncio.get_running_loop().call_soon(self._write_piece)
 
     def finish_request(self, last_command: Command | None = None) -> None:
-        """Deliver no further message. The last command is sent with the next request, or after `_COMMAND_DELAY`.
-
-        That halves the writes and reads of a busy connection.
-        """
+        """Deliver no further message. The last command is sent with the next request, which halves the writes."""
         self._stop_heartbeat()
         self._receiver = None
         if self._unread:
@@ -242,7 +232,8 @@ class HarpdConnection(asyncio.Protocol):
             line = lines[at]
             if len(line) > LONG_LINE:
                 at += 1
-                self._decode_in_thread(line)
+                self._suspend()
+                decode_in_thread(self._decode, line).add_done_callback(self._on_decoded)
                 continue
             if exchange.is_streaming and at >= decode_singly_to:
                 run = list(takewhile(_is_record, islice(lines, at, at + room)))
@@ -274,10 +265,6 @@ class HarpdConnection(asyncio.Protocol):
         if self._ended and not self._suspended:
             self._end(self._end_error)
         self._update_reading()
-
-    def _decode_in_thread(self, line: bytes) -> None:
-        self._suspend()
-        decode_in_thread(self._decode, line).add_done_callback(self._on_decoded)
 
     def _on_decoded(self, decoding: asyncio.Future[Message]) -> None:
         self._suspended = False
@@ -352,13 +339,8 @@ class HarpdConnection(asyncio.Protocol):
         if receiver is not None:
             receiver.on_disconnect(self._end_error)
 
-    # Heartbeats.
-
     def start_heartbeat(self, peer_time: float, timeout: float, at_once: bool) -> None:
-        """Send heartbeats until the request is finished or the connection is closed; the first one `at_once` or later.
-
-        The acknowledgement has `peer_time`, and the `timeout` after which the host ends a call without a heartbeat.
-        """
+        """Send heartbeats until the request is finished; the host ends the call after `timeout` s without one."""
         self._peer_time = peer_time
         interval = min(_HEARTBEAT_INTERVAL, timeout / (_MAX_MISSED_HEARTBEATS + 2))
         self._heartbeat_interval = max(_MIN_HEARTBEAT_INTERVAL, interval)

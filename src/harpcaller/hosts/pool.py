@@ -2,9 +2,7 @@
 
 A connection is stored only for a short time: the connection to a host that disappears seems open, and a start written
 to it is delayed until the outage is detected. If a reused connection breaks before the acknowledgement, the run
-attaches to the call; it never writes the start twice. The client's pool is shared between threads and has no timer.
-
-Spec: docs/protocol.md, Keep-alive.
+attaches to the call; it never writes the start twice. Spec: docs/protocol.md, Keep-alive.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ from collections import deque
 
 from harp_daemon.timer_wheel import Timer, TimerWheel
 from harpcaller.hosts.connection import HarpdConnection
-from harpcaller.hosts.inventory import Host
+from harpcaller.hosts.registry import Host
 from harpcaller.hosts.tls import HostTLS
 
 #: Maximum idle time of a connection in seconds, and as a share of the time that its host grants.

@@ -1,12 +1,8 @@
-"""The hosts registry: the output of `host_db_script`, its cache in `host_db`, and the hosts of `hosts_file`.
+"""The hosts registry: the last successful output of `host_db_script`, its cache in `host_db`, and `hosts_file`.
 
-The registry contains the hosts of the script's last successful run. A host of `hosts_file` replaces a host with the
-same name from the script. Passwords, invalid lines, and the stderr of a successful script are never logged.
-
-The cache survives restarts. It is a header line, then one host per line, and is replaced as a whole. It contains
-passwords, so only the daemon's user can read it.
-
-Spec: docs/settings-dispatcher.md, Hosts registry.
+A host of `hosts_file` replaces a host with the same name from the script. The cache is a header line, then one host per
+line. It contains passwords, so only the daemon's user can read it. Passwords, invalid lines, and the stderr of a
+successful script are never logged. Spec: docs/settings-dispatcher.md, Hosts registry.
 """
 
 from __future__ import annotations
@@ -19,11 +15,14 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
+from typing import Annotated, NamedTuple
 
-from harp.protocol.fields import ProtocolError
+from harp.protocol.fields import ProtocolError, decode_object
+from harp.protocol.json_text import decode_values, dumps
+from harp.protocol.schema import Kind, WireObject, decode_as, encode_object
 from harpcaller.config import Config, file_errors
-from harpcaller.hosts.inventory import Host, parse_line
 from harpcaller.hosts.script import ScriptFailed, run_script
 from harpcaller.hosts.watched_file import WatchedFile
 
@@ -31,6 +30,20 @@ log = logging.getLogger(__name__)
 
 _MAX_LOGGED_LINES = 10  #: Maximum number of invalid lines that are logged one by one; the others are only counted.
 _FORMAT = "harpcaller hosts 1"
+_NAME = Kind(lambda name: name != "", "a name, got an empty string", is_text=True)
+
+
+class Host(NamedTuple):
+    """A host of the registry: where its harpd listens, and the credentials to call it with."""
+
+    hostname: str  # the name in submitted jobs
+    address: str  # the name, IPv4 or IPv6 address to connect to
+    port: int
+    user: str
+    password: str
+
+    def __repr__(self) -> str:
+        return f"Host({self.hostname!r}, {self.address!r}, {self.port}, {self.user!r})"
 
 
 class RefreshFailed(Exception):
@@ -162,11 +175,27 @@ def _watch_hosts_file(config: Config) -> WatchedFile[Mapping[str, Host]] | None:
         return WatchedFile(file, lambda text: parse_hosts(text.split(b"\n"), file))
 
 
-def parse_hosts(lines: Iterable[bytes], source: object) -> Mapping[str, Host]:
-    """Return the hosts of a file or of a script's output, by name; log the errors of invalid lines.
+@dataclass(frozen=True, slots=True)
+class _Line(WireObject):
+    """The line of a host; no error quotes a value."""
 
-    Empty lines are skipped. The last of several lines with the same hostname is used.
-    """
+    hostname: Annotated[str, _NAME]
+    address: Annotated[str, _NAME]
+    port: Annotated[int, Kind(lambda port: type(port) is int and 0 < port <= 65535, "an integer from 1 to 65535")]
+    user: Annotated[str, "credentials.user"] = field(repr=False)
+    password: Annotated[str, "credentials.password"] = field(repr=False)
+
+
+_FIELDS = attrgetter(*Host._fields)
+
+
+def parse_line(line: bytes) -> Host:
+    """Return the host of a line. Raises `ProtocolError` if it is invalid; the message never quotes a value."""
+    return Host(*_FIELDS(decode_as(_Line, decode_object(line, decode_values))))
+
+
+def parse_hosts(lines: Iterable[bytes], source: object) -> Mapping[str, Host]:
+    """Return the hosts by name, of lines with the same hostname the last one; log the errors of invalid lines."""
     hosts: dict[str, Host] = {}
     invalid = duplicates = 0
     for number, line in enumerate(lines, 1):
@@ -204,12 +233,9 @@ def write_cache(file: Path, cached: CachedHosts) -> Path | None:
     new = file.with_name(f"{file.name}.new")
     new.unlink(missing_ok=True)  # of a daemon that was killed
     try:
-        with open(os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w", encoding="ascii") as stream:
-            stream.write(json.dumps({"form": _FORMAT, "refreshed": cached.refreshed_at}) + "\n")
-            for host in cached.hosts.values():
-                members = host._asdict()
-                credentials = {key: members.pop(key) for key in ("user", "password")}
-                stream.write(json.dumps({**members, "credentials": credentials}) + "\n")
+        with open(os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as stream:
+            stream.write(dumps({"form": _FORMAT, "refreshed": cached.refreshed_at}) + b"\n")
+            stream.writelines(encode_object(_Line(*host)) + b"\n" for host in cached.hosts.values())
             stream.flush()
             os.fsync(stream.fileno())
         foreign = file.replace(file.with_name(f"{file.name}.foreign")) if _is_foreign(file) else None

@@ -1,8 +1,6 @@
-"""Runs `host_db_script` with a limit on time and output.
+"""Runs `host_db_script` with a limit on time and output. Spec: docs/settings-dispatcher.md, Hosts registry.
 
-The output goes to files in memory: it contains passwords. A process that outlives the script cannot block it.
-
-Spec: docs/settings-dispatcher.md, Hosts registry.
+The output goes to files in memory: it contains passwords, and a process that outlives the script cannot block a reader.
 """
 
 from __future__ import annotations
@@ -25,10 +23,7 @@ class ScriptFailed(Exception):
 
 
 async def run_script(script: Path, time_limit: float, max_output: int = MAX_OUTPUT) -> bytes:
-    """Return the output of a program that runs for at most `time_limit` seconds. Then its process group is killed.
-
-    Raises `ScriptFailed`, and OSError if the system has no descriptors.
-    """
+    """Return the output of a program; its process group is killed at the end. Raises `ScriptFailed` or OSError."""
     with _memory_file() as output, _memory_file() as errors:
         try:
             process = await asyncio.create_subprocess_exec(

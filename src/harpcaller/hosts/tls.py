@@ -1,16 +1,11 @@
 """TLS connections to hosts: the rules by which a certificate is accepted, and the reason if it is not.
 
-- `ca_file`: the certificate has a chain to one of these authorities. Unless `verify_hostname` is off, it contains the
-  host's name or address in the registry.
-- `known_certs_file`: the certificate is, byte for byte, one of those in the file. They are never loaded as trust
-  anchors: a certificate signed by one of them is not accepted.
-- Both: either rule is enough. Neither: any certificate is accepted.
+The rules are in docs/settings-dispatcher.md, Certificates of hosts. The certificates of `known_certs_file` are never
+loaded as trust anchors: a certificate signed by one of them is not accepted.
 
 Python's `ssl` either checks the chain in the handshake or cannot check it at all. If a chain is refused and the
 certificate may be a known one, the host is therefore connected to a second time without that check. Nothing is sent
 over a connection before `check_certificate` has accepted its certificate.
-
-Spec: docs/settings-dispatcher.md, Certificates of hosts.
 """
 
 from __future__ import annotations
@@ -23,12 +18,11 @@ from typing import Any
 
 from harp_daemon.tls import set_minimum_version
 from harpcaller.config import Config, file_errors
-from harpcaller.hosts.inventory import Host
+from harpcaller.hosts.registry import Host
 from harpcaller.hosts.watched_file import WatchedFile
 
 #: Names that may be sent to the server. Other addresses are resolved, but not sent.
 _SERVER_NAME = re.compile(r"(?=.{1,253}\Z)\w([\w-]{0,62})(\.\w[\w-]{0,62})*", re.ASCII)
-
 _PEM = re.compile(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
 
 
@@ -59,10 +53,7 @@ class HostTLS:
             self.warnings.append("tls_minimum allows insecure TLS versions")
 
     def check_certificate(self, connection: ssl.SSLObject, host: Host, chain_error: str | None = None) -> None:
-        """Raise `CertificateRefused` if no rule accepts the certificate of a connection, after its handshake.
-
-        An earlier handshake, which checked the chain, has failed with `chain_error`.
-        """
+        """Raise `CertificateRefused` if no rule accepts the certificate; an earlier handshake had a `chain_error`."""
         if self._known_certs is not None and connection.getpeercert(binary_form=True) in self._known_certs.value:
             return
         if chain_error is not None:
@@ -90,10 +81,7 @@ def server_name(address: str) -> str:
 
 
 def names_host(certificate: Mapping[str, Any], host: Host) -> bool:
-    """Return whether a certificate, a value of `ssl.SSLObject.getpeercert`, contains the host's name or address.
-
-    The subject's alternative names are compared without case. A ``*`` as the left-most label stands for one label.
-    """
+    """Return whether the subject's alternative names in a result of `getpeercert` match the host's name or address."""
     entries: list[tuple[str, str]] = list(certificate.get("subjectAltName", ()))
     return any(_matches(kind, entry, name) for kind, entry in entries for name in (host.hostname, host.address))
 
@@ -104,7 +92,7 @@ def _matches(kind: str, entry: str, name: str) -> bool:
         return address is not None and parse_ip(entry.strip()) == address
     if kind != "DNS" or address is not None:
         return False
-    pattern, labels = _split_labels(entry), _split_labels(name)
+    pattern, labels = _split_labels(entry), _split_labels(name)  # in lower case
     if pattern[0] == "*" and len(pattern) > 2 and len(labels) == len(pattern):
         return pattern[1:] == labels[1:]
     return pattern == labels

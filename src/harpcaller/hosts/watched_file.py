@@ -14,10 +14,7 @@ T = TypeVar("T")
 
 
 class WatchedFile(Generic[T]):
-    """The parsed contents of a file. Raises OSError, or ValueError of `parse`.
-
-    If a changed file cannot be read or parsed, the error is logged once and the previous value remains.
-    """
+    """The parsed contents of a file; the previous ones if the file becomes invalid. Raises OSError or ValueError."""
 
     def __init__(self, file: Path, parse: Callable[[bytes], T]) -> None:
         self.file = file

@@ -1,7 +1,4 @@
-"""Job ids: UUIDs in the order of submission, as precisely as the clock allows.
-
-Consecutive ids are in the same page of the store's index: see docs/decisions/0016. Nothing relies on their order.
-"""
+"""Job ids: UUIDs in the order of submission, for the store's index (docs/decisions/0016); nothing relies on it."""
 
 from __future__ import annotations
 
@@ -18,10 +15,7 @@ def new_job_id(now: float) -> str:
 
 
 def new_job_ids(now: float, count: int) -> list[str]:
-    """Return new job ids of the same time: UUIDs of version 7 (RFC 9562, section 6.2, method 3).
-
-    They have the time in units of 1/4096 of a millisecond, and 62 random bits.
-    """
+    """Return UUIDs of version 7 (RFC 9562, section 6.2, method 3): the time in 1/4096 ms, and 62 random bits."""
     stamp = f"{int(now * 4096_000) & (1 << 60) - 1:015x}"
     variant_and_random = [f"{0b10 << 62 | random >> 2:016x}" for random in unpack(f">{count}Q", urandom(8 * count))]
     return [f"{stamp[:8]}-{stamp[8:12]}-7{stamp[12:]}-{rest[:4]}-{rest[4:]}" for rest in variant_and_random]

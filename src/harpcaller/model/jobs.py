@@ -54,9 +54,6 @@ class StopState(StrEnum):
     UNKNOWN = "unknown"  # the host runs a legacy harpd, which cannot report it
 
 
-_NULL = Raw(b"null")
-
-
 class NewJob(Struct, frozen=True):
     """A job that is to be stored."""
 
@@ -68,14 +65,11 @@ class NewJob(Struct, frozen=True):
     max_exec_time: float  # maximum seconds from start to end
     queue: Raw | None = None  # name of the queue, a JSON object, as the submitter wrote it
     concurrency: int = 1  # maximum number of running jobs of the queue; the first job of a queue decides
-    info: Raw = _NULL
+    info: Raw = Raw(b"null")
 
 
 class Job(Struct, frozen=True):
-    """A stored job. Times are Unix seconds with fractions; None: not yet, or never.
-
-    It holds a slot of its queue and host until the host has confirmed the end of the call or was declared lost.
-    """
+    """A stored job. Times are Unix seconds with fractions; None: not yet, or never."""
 
     id: str
     state: State
@@ -91,7 +85,7 @@ class Job(Struct, frozen=True):
     ended: float | None  # time at which its end was stored
     end: End | None  # payloads are `Raw`
     records: int  # number of stored records
-    holds_slot: bool = False
+    holds_slot: bool = False  # of its queue and host, until the host has confirmed the end of the call or is lost
     stop: StopState | None = None  # None: it was not stopped
 
 

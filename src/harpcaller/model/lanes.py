@@ -1,8 +1,7 @@
 """The keys of lanes, which decide the order in which queued jobs get their slot. Pure: no clock, no input or output.
 
-Each queued job is in one lane: the lane of its queue or, if it has no queue, the lane of its host. A lane is first
-in, first out; only its head may start. Between lanes the order of submission decides. So a search for jobs to start
-reads the heads only, however many jobs wait behind them.
+Each queued job is in one lane: the lane of its queue or, if it has no queue, the lane of its host. Only the head of a
+lane may start; between heads, the order of submission decides. So a search for jobs to start reads the heads only.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The environment of runs: settings and objects of the dispatcher, writes to the store, measured durations."""
+"""The environment of runs: objects of the dispatcher, writes to the store, measured durations."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from harp.protocol.harpd import Attach, Request, RequestedTerms, StartEncoder, e
 from harp_daemon.timer_wheel import TimerWheel
 from harpcaller.config import Config
 from harpcaller.hosts.capabilities import HostCapabilities, HostSupport
-from harpcaller.hosts.inventory import Host
 from harpcaller.hosts.pool import ConnectionPool
+from harpcaller.hosts.registry import Host
 from harpcaller.hosts.tls import HostTLS
 from harpcaller.model.jobs import Identity, Job, NewJob
 from harpcaller.notifier import Notifier
@@ -53,10 +53,7 @@ class StoreWrites:
         on_stored: Callable[[T], None],
         on_error: Callable[[Exception], None],
     ) -> None:
-        """Call a verb of the store with `write`, again after each `StorageError`; pass its result to `on_stored`.
-
-        `on_error` is called with any other exception of the verb or of `on_stored`.
-        """
+        """Repeat a write while it raises `StorageError`; pass its result to `on_stored`, other errors to `on_error`."""
 
         def attempt() -> None:
             asyncio.ensure_future(write()).add_done_callback(on_done)
@@ -131,8 +128,7 @@ class RunContext:
     capabilities: HostCapabilities
     connections: ConnectionPool
     writes: StoreWrites
-    #: Called with a write that releases a slot, so that another job gets it in the same transaction.
-    request_claim: Callable[[], None]
+    request_claim: Callable[[], None]  # for a write that releases a slot: another job gets it in the same transaction
     wall: Callable[[], float]  # the wall clock for stored times; Unix seconds
     timings: Timings = field(default_factory=Timings)
     openings: set[asyncio.Task[Any]] = field(default_factory=set)  #: The tasks that open connections.
@@ -162,5 +158,4 @@ class RunContext:
 
 def log_fields(job: Job | NewJob) -> dict[str, Any]:
     """Return the log fields that identify a job."""
-    queue = job.queue.decode() if job.queue is not None else None
-    return {"job": job.id, "host": job.host, "procedure": job.procedure, "queue": queue}
+    return {"job": job.id, "host": job.host, "procedure": job.procedure, "queue": job.queue and job.queue.decode()}

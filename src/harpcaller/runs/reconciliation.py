@@ -17,7 +17,7 @@ from harp.protocol.harpd import Ack, Acknowledgement, ExitInfo, Phase, Record, R
 from harp.protocol.json_text import Raw
 from harpcaller.hosts.connecting import CONNECTION_ERRORS, open_connection
 from harpcaller.hosts.connection import PAST_END, MessageQueue, parse_end_of_records
-from harpcaller.hosts.inventory import Host
+from harpcaller.hosts.registry import Host
 from harpcaller.model.jobs import JobMetadata
 from harpcaller.runs.context import RunContext
 from harpcaller.store import StorageError, UnknownJob
@@ -25,10 +25,8 @@ from harpcaller.store import StorageError, UnknownJob
 log = logging.getLogger(__name__)
 
 _WORKERS_PER_HOST = 4  #: Maximum number of orphans of a host that are handled at the same time.
-#: Maximum seconds for an orphan: a stop is shorter, unless a very long `kill_grace` is configured on its host.
-_TIME_LIMIT = 120.0
-#: Maximum number of attaches: the first one, past the end, is refused with the number of the next record.
-_MAX_ATTACHES = 3
+_TIME_LIMIT = 120.0  #: Maximum seconds for an orphan: a stop is shorter, unless `kill_grace` of its host is very long.
+_MAX_ATTACHES = 3  #: The first one, past the end, is refused with the number of the next record.
 
 
 class OrphanReaper:

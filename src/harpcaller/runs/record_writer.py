@@ -16,10 +16,8 @@ from harpcaller.runs.context import RunContext
 log = logging.getLogger(__name__)
 
 _BOUND_LIMIT = 1024 * 1024  #: Maximum bytes of buffered records of a connection-bound call.
-#: Maximum bytes, beside the longest record, that a host sends for a resumable call without an ack.
-_RESUMABLE_LIMIT = 8 * 1024 * 1024
-#: Bytes of a batch, beside its last record: all other writes of the store wait for its commit.
-_BATCH_BYTES = 256 * 1024
+_RESUMABLE_LIMIT = 8 * 1024 * 1024  #: The same of a resumable call, beside the longest record.
+_BATCH_BYTES = 256 * 1024  #: Bytes of a batch, beside its last record: other writes of the store wait for its commit.
 _RECORD_OVERHEAD = 64  #: Bytes that a buffered record needs beside its contents.
 
 
@@ -67,7 +65,7 @@ class RecordWriter:
             self._store_batch()
 
     def when_empty(self, action: Callable[[], None]) -> None:
-        """Run an action as soon as all buffered records are stored: at once, or later; it replaces an earlier one."""
+        """Run an action as soon as all buffered records are stored; it replaces an earlier one."""
         if self.is_empty:
             action()
         else:

@@ -11,17 +11,15 @@ connection, the store, the timers and the dispatcher call its methods, which cha
 It attaches to the call again after each outage, until the host reports the end or counts as lost. Its state is a cache:
 the next dispatcher continues from the store and the hosts.
 
-A call is *resumable* if the host's harpd supports it (`harpcaller.hosts.capabilities`). Otherwise it is
-*connection-bound*, as on a legacy harpd: closing the connection stops it without confirmation, and a lost connection
-ends the job.
+A *connection-bound* call, as on a legacy harpd, is stopped without confirmation by the end of its connection, which
+also ends the job. The rest is about *resumable* calls.
 
-At most once: the request is written a single time, in the same step as the last check that the job was not cancelled.
-It is written again only after the host has reported that the start did not happen: because it named another instance
-(``wrong_instance``), or arrived too late. If the connection breaks before the acknowledgement, the run attaches: a host
-that does not have the call stores a tombstone for its id then.
+At most once: the start is written a single time, in the same step as the last check that the job was not cancelled. It
+is written again only after the host has reported that it did not happen (``wrong_instance``, or it arrived too late).
+If the connection breaks before the acknowledgement, the run attaches: a host without the call stores a tombstone then.
 
-After a protocol error the host's messages are ignored, except the stop report. The run attaches once more, past the
-last record, only to stop the call.
+After a protocol error the run attaches once more, past the last record, only to stop the call and to get the stop
+report.
 
 A cancel or a limit that stops a call stores the job's end first. The stop command is sent when the host can be
 reached, and the stop report is stored when it is received. The first stored end wins, so writes of one job may overlap.
@@ -47,7 +45,7 @@ from harp_daemon.timer_wheel import Timer
 from harpcaller.hosts.capabilities import LEGACY, HostSupport
 from harpcaller.hosts.connecting import CONNECTION_ERRORS, describe_host, open_connection, to_failed
 from harpcaller.hosts.connection import PAST_END, HarpdConnection, get_error_detail, parse_end_of_records
-from harpcaller.hosts.inventory import Host
+from harpcaller.hosts.registry import Host
 from harpcaller.model.jobs import Job, JobDetails, JobMetadata, StopState, state_of
 from harpcaller.runs.context import RunContext, log_fields
 from harpcaller.runs.deadlines import MARGIN, Deadlines, Outage
@@ -57,8 +55,7 @@ log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 
-#: Seconds between two attempts to attach to a call, or to start one that was delayed: the first delay, and the longest.
-_MIN_DELAY, _MAX_DELAY = 0.2, 5.0
+_MIN_DELAY, _MAX_DELAY = 0.2, 5.0  #: Seconds between two attempts to attach to a call, or to start a delayed one.
 _CANCEL_WAIT = 2.0  #: Maximum seconds that a cancel waits for the reply to a sent start.
 _MAX_STARTS = 3  #: Maximum number of starts, if the host reports that the earlier ones named another instance.
 _RECHECK = 1.0  #: Seconds until the limits are checked again while the host is not read.
@@ -144,8 +141,6 @@ class Run:
         self._log_fields = log_fields(job)
         self._end_fields: dict[str, Any] = {}  # log fields of the end
 
-    # Requests to the run.
-
     @_event
     def start(self, recovered: bool = False) -> None:
         """Start the call; if the job is `recovered`, attach to the call that an earlier dispatcher may have started."""
@@ -225,7 +220,7 @@ class Run:
         if outage is None:
             deadline = self._deadlines.deadline
             if self.has_ended or time.monotonic() >= deadline:
-                self._finish_unsent()
+                self._finish(_Outcome(self._deadlines.max_exec_time_error()))
                 return
         else:
             deadline = outage.deadline(self._host_timeout())
@@ -288,13 +283,12 @@ class Run:
             self._connect_later()
 
     def _send_request(self, conn: HarpdConnection, host: Host, support: HostSupport) -> None:
-        """Send the start, or in an outage an attach."""
         if self.outage is not None:
             exchange = harpd.Phase.SENT_ATTACH
             line = self._context.encode_attach(self.job.id, host, self._records.next_number)
         elif self.has_ended:
             conn.abort()
-            self._finish_unsent()
+            self._finish(_Outcome(self._deadlines.max_exec_time_error()))
             return
         else:
             self._resumable = support.instance is not None
@@ -312,9 +306,6 @@ class Run:
 
     def _unknown_host(self) -> Failed:
         return Failed("unknown_host", f"the hosts registry has no host {self.job.host}")
-
-    def _finish_unsent(self) -> None:
-        self._finish(_Outcome(self._deadlines.max_exec_time_error()))
 
     def _start_again(self, error: Failed) -> bool:
         """Start a refused call again; return False if the host may have started it, or would refuse it again."""
@@ -341,8 +332,6 @@ class Run:
         """The host, after the first connection to it."""
         assert self._host is not None
         return self._host
-
-    # Messages of the host.
 
     @_event
     def on_records(self, records: list[Raw]) -> None:
@@ -417,7 +406,7 @@ class Run:
             self._lose_contact(f"{where}: {error.type}: {error.message}")
 
     def _on_records_gone(self, error: Failed, where: str) -> None:
-        """End the job: the host has deleted records that are not stored, for example after a restored backup."""
+        """End the job: the host has deleted records that are not stored, as after a restored backup."""
         message = f"{where}: records of the job are lost from number {self._records.next_number} on"
         try:
             end_of_records = parse_end_of_records(error)
@@ -455,8 +444,6 @@ class Run:
             self._phase = RunPhase.SURVIVORS
             self._detach_if_possible()
 
-    # The end of a connection.
-
     @_event
     def on_disconnect(self, error: Exception | None) -> None:
         """See `Receiver`."""
@@ -479,8 +466,6 @@ class Run:
             self._end_job(Failed(end.type, message), "protocol_error", PAST_END)
         else:
             self._lose_contact(end.message)
-
-    # Limits.
 
     @_event
     def _on_timer(self) -> None:
@@ -510,10 +495,7 @@ class Run:
             self._end_job(end, "limit")
 
     def _end_job(self, end: Failed, why: str, next_record: int | None = None) -> None:
-        """Store an end of the job, then stop its call.
-
-        With `next_record`, received records are stored before, and those from this number on are discarded.
-        """
+        """Store an end of the job, then stop its call; records from `next_record` on are discarded."""
         if self._ending_job:
             return
         self._ending_job = True
@@ -521,7 +503,7 @@ class Run:
         if next_record is None:
             store()
         else:
-            self._records.when_empty(store)
+            self._records.when_empty(store)  # after the received records
 
     @_event
     def _store_job_end(self, end: Failed, command: harpd.StopCall, next_record: int | None) -> None:
@@ -550,8 +532,6 @@ class Run:
         self._apply_stop()
         self._detach_if_possible()
 
-    # Stops.
-
     def _apply_stop(self) -> None:
         """Stop the call if that was requested and is possible now."""
         if self._stop_command is None:
@@ -577,8 +557,6 @@ class Run:
             case RunPhase.RUNNING | RunPhase.SURVIVORS | RunPhase.OUTAGE:
                 self._close("call detached")
 
-    # Outages.
-
     def _begin_outage(self, error: str) -> None:
         """Close the connection; the caller attaches again later."""
         if self.outage is None:
@@ -594,7 +572,6 @@ class Run:
         self._no_start_pending.set()
 
     def _lose_contact(self, error: str) -> None:
-        """Begin an outage, and attach to the call, which may be running."""
         self._begin_outage(error)
         self._connect_later()
 
@@ -640,10 +617,7 @@ class Run:
         self._records.when_empty(partial(self._store, outcome, self._close))
 
     def _fail(self, error: Exception) -> None:
-        """End the job after an internal error; it holds its slot until the next dispatcher if the call may be running.
-
-        Its stop is not pending then, because no run handles it any more.
-        """
+        """End the job after an internal error; if the call may be running, the next dispatcher recovers its slot."""
         if self._phase is RunPhase.CLOSED:
             return
         log.error("call failed: internal error", exc_info=error, extra=self._log_fields)
@@ -652,7 +626,7 @@ class Run:
             return
         self._has_failed = True
         may_run = self._phase is not RunPhase.CONNECTING
-        stop = StopState.FAILED if may_run else StopState.CONFIRMED
+        stop = StopState.FAILED if may_run else StopState.CONFIRMED  # not pending: no run handles it any more
         self._disconnect()
         self._phase = RunPhase.ENDING
         self._store(_Outcome(_INTERNAL_ERROR, stop, was_stopped=may_run, keep_slot=may_run), self._close)
@@ -682,8 +656,6 @@ class Run:
             seconds = round(time.monotonic() - self._began_at, 3)
             log.info(event, extra={**self._log_fields, **self._end_fields, "seconds": seconds})
             self._on_closed(self)
-
-    # Writes to the store.
 
     def _store(self, outcome: _Outcome, on_stored: Callable[[], None]) -> None:
         """Store the end of the job, or only the outcome of its stop if it has another end; then call `on_stored`."""
@@ -717,10 +689,7 @@ class Run:
 
         context.writes.begin(job_id, write, on_done, self._fail)
 
-    # Resources.
-
     def _disconnect(self) -> None:
-        """Close the connection, or stop opening one; cancel the timer."""
         self._set_timer(None)
         opening, self._opening = self._opening, None
         if opening is not None:
