@@ -42,11 +42,7 @@ class Cancelled(BaseException):
 
 
 class Result:
-    """The end result of a streaming procedure, which yields it last or returns it.
-
-    Args:
-        value: any value that JSON can represent.
-    """
+    """The end result of a streaming procedure, which yields it last or returns it: any value for JSON."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -108,12 +104,10 @@ class Procedure:
     def signature(self) -> inspect.Signature:
         """Return the signature for a call's arguments: that of the function, or of a subclass's ``__call__``.
 
-        For ``__call__(self, *args, **kwargs)``, it is that of the function.
-
-        Raises:
-            ValueError: there is no signature, as for some functions in C; then the arguments of a call are not checked.
+        For ``__call__(self, *args, **kwargs)``, it is that of the function. Raises ValueError: there is none, as for
+        some functions in C; then the arguments of a call are not checked.
         """
-        import inspect  # large, and most calls do not need it; see `harpd.worker.arguments`
+        import inspect  # large, and most calls do not need it; see `harpd.worker.child.ArgumentCheck`
 
         if type(self).__call__ is not Procedure.__call__:
             own = inspect.signature(self.__call__)
@@ -136,10 +130,7 @@ class StreamingProcedure(Procedure):
 
 
 def check_options(procedure: Procedure) -> None:
-    """Check the options, which are attributes that a subclass may have set; convert `gid` to a tuple.
-
-    Raises TypeError or ValueError.
-    """
+    """Check the options, which a subclass may have set; convert `gid` to a tuple. Raises TypeError or ValueError."""
     timeout, calls = procedure.timeout, procedure.max_calls_per_process
     gid: Any = procedure.gid
     if timeout is not None:

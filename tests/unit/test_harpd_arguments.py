@@ -1,4 +1,4 @@
-"""`harpd.worker.arguments`: the check by the code object agrees with `inspect`."""
+"""`ArgumentCheck` of `harpd.worker.child`: the check by the code object agrees with `inspect`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from harpd.proc import Procedure, StreamingProcedure, procedure
-from harpd.worker.arguments import ArgumentCheck, WrongArguments
+from harpd.worker.child import ArgumentCheck, CallRejected
 
 
 def none() -> None: ...
@@ -66,9 +66,11 @@ def test_check_arguments_agrees_with_inspect(one: Procedure) -> None:
         try:
             signature.bind(*positional, **named)
         except TypeError as error:
-            with pytest.raises(WrongArguments) as caught:
+            with pytest.raises(CallRejected) as caught:
                 check.check(positional, named)
-            assert str(caught.value).startswith(str(error))
+            kind, message = caught.value.args
+            assert kind == "invalid_argument_list"
+            assert message.startswith(str(error))
         else:
             check.check(positional, named)
 
@@ -98,7 +100,7 @@ def loaded(directory: Path, text: str) -> set[str]:
     program = """
 import sys
 from harpd.worker import zygote
-from harpd.worker.arguments import ArgumentCheck
+from harpd.worker.child import ArgumentCheck
 from harpd.worker.procedures import load_procedures
 checks = [*map(ArgumentCheck, load_procedures(sys.argv[1]).values())]
 print(*sys.modules)

@@ -1,8 +1,7 @@
 """The cgroup of a call, where the daemon may create one. Its processes stay in it unless they are moved on purpose.
 
 The daemon may create cgroups where systemd has delegated the service's cgroup (``Delegate=yes``), or where the setting
-`cgroup` names a directory. Only the grouping is used, no controller: resources are not limited here. Without a cgroup,
-the processes of a call are found by parent, session and environment cookie.
+`cgroup` names a directory. Without one, the processes of a call are found by parent, session and environment cookie.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ log = logging.getLogger("harpd.supervisor")
 
 @dataclass(frozen=True, slots=True)
 class Cgroup:
-    """The cgroup of a call; `path` is its directory."""
+    """The cgroup of a call."""
 
-    path: str
+    path: str  #: Its directory.
 
     def pids(self) -> set[int]:
         """Return the pids of all processes in it and in the cgroups below it."""
@@ -89,14 +88,9 @@ def delegated_cgroup() -> str | None:
         root, mounted = before.split()[3:5]
         if own is not None and after.startswith("cgroup2 ") and own.startswith(root):
             path = os.path.normpath(f"{mounted}/{own.removeprefix(root)}")
-            return path if os.access(path, os.W_OK) and _is_delegated(path) else None
+            for attribute in ("trusted.delegate", "user.delegate"):  # set by systemd; the second if harpd is not root
+                with contextlib.suppress(OSError):
+                    if os.getxattr(path, attribute) == b"1" and os.access(path, os.W_OK):
+                        return path
+            return None
     return None
-
-
-def _is_delegated(path: str) -> bool:
-    """Return whether systemd has marked a cgroup as delegated; the second attribute is for daemons without root."""
-    for name in ("trusted.delegate", "user.delegate"):
-        with contextlib.suppress(OSError):
-            if os.getxattr(path, name) == b"1":
-                return True
-    return False

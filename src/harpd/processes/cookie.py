@@ -1,8 +1,7 @@
 """The environment cookie: an environment entry by which the processes of a call are found in /proc.
 
-Programs that a call executes inherit the entry as part of their environment. Processes that it only forks share the
-initial environment block of their zygote: /proc reads that block where it lies in memory. So the zygote is executed
-with space reserved for the entry, and each call writes its id there.
+Programs that a call executes inherit the entry. Processes that it only forks share the initial environment block of
+their zygote, which /proc reads from memory: the zygote is executed with space for the entry, where each call writes it.
 """
 
 from __future__ import annotations
@@ -10,9 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 
-_NAME = "HARPD_CALL"
-#: Length of a call's id, which is a UUID.
-_ID_LENGTH = 36
+_NAME, _ID_LENGTH = "HARPD_CALL", 36  # a call's id is a UUID
 _PREFIX, _UNUSED = f"{_NAME}=".encode(), "-" * _ID_LENGTH
 
 

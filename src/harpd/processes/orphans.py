@@ -61,11 +61,6 @@ class OrphanedCall:
             cgroup.remove()
         return len(self._report.remaining.keys() - known)
 
-    def halt(self) -> None:
-        """Send SIGSTOP to all, so that none forks while the others are killed."""
-        for identity in self._report.remaining:
-            send_signal(signal.SIGSTOP, identity)
-
     def kill(self) -> None:
         """Kill all, and the processes that they have forked since the scan."""
         for identity in self._report.remaining:
@@ -82,8 +77,9 @@ def kill_orphans(calls: Collection[OrphanedCall]) -> int:
     processes = take_snapshot()
     found = sum(call.scan(processes) for call in calls)
     remaining = [call for call in calls if not call.gone]
-    for call in remaining:
-        call.halt()
+    for call in remaining:  # so that none forks while the others are killed
+        for identity in call._report.remaining:
+            send_signal(signal.SIGSTOP, identity)
     for call in remaining:
         call.kill()
     return found

@@ -6,9 +6,7 @@ import ctypes
 import os
 from _signal import SIGKILL  # type: ignore[import-not-found]  # without the enumerations of `signal`
 
-_SET_PDEATHSIG = 1
-_SET_DUMPABLE = 4
-_SET_CHILD_SUBREAPER = 36
+_SET_PDEATHSIG, _SET_DUMPABLE, _SET_CHILD_SUBREAPER = 1, 4, 36
 
 # Prepared once, in the zygote. Its arguments have no declared types: with them, a call of it in a process that was just
 # forked touches 28 pages instead of 9. On the supported systems, an int is passed in a whole register.

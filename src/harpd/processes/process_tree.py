@@ -11,8 +11,7 @@ listed in that order. So a process that forks and exits in a tight loop is liste
 the process may be gone, and its child is not in the list. Therefore a snapshot lists /proc again until every process of
 the last list was read alive. Then it is *complete*: a process that is not in it did not live at the time of the last
 list, or its parent is in it. A process whose parent has died meanwhile is read again, because it has another parent by
-now. Only processes that live for a fraction of a millisecond prevent a complete snapshot. On a busy system the second
-list has few new pids.
+now. Only processes that live for a fraction of a millisecond prevent a complete snapshot.
 
 After the highest pid the kernel begins again with low ones, which a list may have passed. So no such wrap may happen
 during the last list. It counts from the list before: a pid is assigned a little earlier than its process is listed.
@@ -82,13 +81,11 @@ class CallTree:
     def members(
         self, processes: Mapping[int, Process], known: Iterable[tuple[int, int]] = (), late: bool = False
     ) -> list[Process]:
-        """Return those of the processes that belong to the call and are alive.
+        """Return those processes of a snapshot that belong to the call and are alive.
 
-        Args:
-            processes: a snapshot.
-            known: identities of processes that belonged to the call before; they and their children still do.
-            late: the call was not watched for a while. By now its session id may belong to another session that has
-                lost its leader as well, so only the cookie counts.
+        `known` are the identities of processes that belonged to the call before; they and their children still do.
+        `late`: the call was not watched for a while. Its session id may belong to another session without a leader by
+        now, so only the cookie counts.
         """
         found = {pid for pid, start in known if pid in processes and processes[pid].start == start}
         main = processes.get(self.pid)
@@ -112,8 +109,7 @@ class CallTree:
     def process_groups(self, members: Iterable[Process]) -> set[int]:
         """Return the process groups of these members. They have no other members, because the call has created them.
 
-        The main process creates the first one right after the fork. Until then it has no children, and is in the group
-        of its zygote.
+        Until the main process has created its own, right after the fork, it is in its zygote's and has no children.
         """
         own = (member for member in members if member.pid != self.pid or member.session == self.pid)
         return {member.group for member in own if member.group > 1}
@@ -124,13 +120,8 @@ class CallTree:
         """Return whether an unknown process may belong to the call, whose main process has been reaped.
 
         The zygote is a subreaper, so orphans of a call become its children. A child of the zygote may belong to the
-        call, unless it is a main process, has one of the cookies, or is older than the call.
-
-        Args:
-            zygote: the pid of the zygote that has forked the call.
-            processes: a snapshot from after the main process was reaped.
-            mains: the main processes of the zygote's calls.
-            cookies: the cookies of present and recent calls. Any process can write other ones.
+        call, unless it is one of the calls' main processes `mains`, has one of the cookies, which are those of present
+        and recent calls, or is older than the call. The snapshot is from after the main process was reaped.
         """
         if not processes.complete or zygote not in processes:
             return True
@@ -211,25 +202,20 @@ def _read_cookies(process: Process) -> frozenset[bytes] | None:
 
 def _read(pid: int) -> Process | None:
     """Return a process without its cookies; None if it is gone. Raises PermissionError if it may not be read."""
-    found = _read_stat(pid)
-    if found is None:
-        return None
-    command, fields = found[0].decode("utf-8", "backslashreplace"), found[1]
-    parent, group, session = (int(field) for field in fields[1:4])
-    state, flags, threads, start = fields[0].decode(), int(fields[6]), int(fields[17]), int(fields[19])
-    return Process(pid, start, parent, group, session, state, command, threads, flags)
-
-
-def _read_stat(pid: int) -> tuple[bytes, list[bytes]] | None:
-    """Return command and further fields of a stat line; otherwise like `_read`. Spec: proc_pid_stat(5)."""
     try:
-        descriptor = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+        name, fields = _read_stat(pid)
     except (FileNotFoundError, ProcessLookupError):
         return None
+    parent, group, session = (int(field) for field in fields[1:4])
+    state, flags, threads, start = fields[0].decode(), int(fields[6]), int(fields[17]), int(fields[19])
+    return Process(pid, start, parent, group, session, state, name.decode("utf-8", "backslashreplace"), threads, flags)
+
+
+def _read_stat(pid: int) -> tuple[bytes, list[bytes]]:
+    """Return command and further fields of a stat line. Raises OSError. Spec: proc_pid_stat(5)."""
+    descriptor = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
     try:
         text = os.read(descriptor, _MAX_STAT_BYTES)
-    except ProcessLookupError:
-        return None
     finally:
         os.close(descriptor)
     end = text.rindex(b")")  # the command may contain any character
@@ -239,10 +225,10 @@ def _read_stat(pid: int) -> tuple[bytes, list[bytes]] | None:
 def start_time(pid: int, parent: int | None = None) -> int:
     """Return the start time of a process in clock ticks since boot; 0: it is gone, not readable, or not of `parent`."""
     try:
-        found = _read_stat(pid)
-    except PermissionError:
+        _, fields = _read_stat(pid)
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
         return 0
-    return int(found[1][19]) if found and parent in (None, int(found[1][1])) else 0
+    return int(fields[19]) if parent in (None, int(fields[1])) else 0
 
 
 def send_signal(number: signal.Signals, identity: tuple[int, int]) -> bool:
@@ -253,21 +239,20 @@ def send_signal(number: signal.Signals, identity: tuple[int, int]) -> bool:
     except ProcessLookupError:
         return False
     try:
-        if start_time(pid) != start:
-            return False
-        signal.pidfd_send_signal(descriptor, number)
+        if start_time(pid) == start:
+            signal.pidfd_send_signal(descriptor, number)
+            return True
     except (ProcessLookupError, PermissionError):
-        return False
+        pass
     finally:
         os.close(descriptor)
-    return True
+    return False
 
 
 def kill_group(group: int) -> None:
-    """Kill all processes of a group at once, so that none can fork while the others are killed.
+    """Kill all processes of a group of `CallTree.process_groups` at once, so that none can fork meanwhile.
 
-    The group is one of `CallTree.process_groups` of a current snapshot. It has its id while it has members. Ids are
-    assigned in ascending order, so a free id is reused only after all others.
+    The group has its id while it has members. Ids are assigned in ascending order: a free one is reused last.
     """
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(group, signal.SIGKILL)

@@ -1,6 +1,6 @@
 """The stop report: which processes of a call were found, which signals they were sent, and how they ended.
 
-Its size is bounded: the first 100 processes are listed, all are counted.
+Its size is bounded: the first 100 processes and survivors are listed, all are counted.
 """
 
 from __future__ import annotations
@@ -9,22 +9,11 @@ import os
 import signal
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from harpd.processes.process_tree import Process
 
-#: How many processes, and how many survivors, are listed.
 _MAX_LISTED = 100
-
-
-@dataclass(slots=True)
-class _ProcessOutcome:
-    """The name of a process, the signals that it was sent, and how it ended (None: it has not ended)."""
-
-    command: str = ""
-    signals: list[str] = field(default_factory=list)
-    ended: str | None = None
 
 
 class StopReport:
@@ -34,30 +23,34 @@ class StopReport:
         self._main = main
         #: The processes that the last scan has found, by pid and start time.
         self.remaining: Mapping[tuple[int, int], Process] = {}
-        self._outcomes = {main: _ProcessOutcome()}
-        self._found = 1
+        self._outcomes: dict[tuple[int, int], dict[str, Any]] = {}  # as in the report
+        self._found = 0
+        self._add(main)
+
+    def _add(self, identity: tuple[int, int]) -> None:
+        self._found += 1
+        if len(self._outcomes) < _MAX_LISTED:
+            self._outcomes[identity] = {"pid": identity[0], "command": "", "signals": [], "ended": None}
 
     def record(self, members: Iterable[Process]) -> None:
         """Record a scan that has found these processes of the call and no others."""
         found = {member.identity: member for member in members}
         for identity, member in found.items():
             if identity not in self.remaining and identity != self._main:
-                self._found += 1
-                if len(self._outcomes) < _MAX_LISTED:
-                    self._outcomes[identity] = _ProcessOutcome()
+                self._add(identity)
             if identity in self._outcomes:
-                self._outcomes[identity].command = member.command
+                self._outcomes[identity]["command"] = member.command
         for identity in self.remaining.keys() - found.keys():
             outcome = self._outcomes.get(identity)
-            if outcome and outcome.ended is None:
-                outcome.ended = f"gone after {outcome.signals[-1]}" if outcome.signals else "gone"
+            if outcome and outcome["ended"] is None:
+                outcome["ended"] = f"gone after {outcome['signals'][-1]}" if outcome["signals"] else "gone"
         self.remaining = found
 
     def record_signal(self, number: signal.Signals, identity: tuple[int, int]) -> None:
         """Record that a process was sent a signal. Repetitions of the last one are omitted."""
         outcome = self._outcomes.get(identity)
-        if outcome and outcome.signals[-1:] != [number.name]:
-            outcome.signals.append(number.name)
+        if outcome and outcome["signals"][-1:] != [number.name]:
+            outcome["signals"].append(number.name)
 
     def record_exit(self, status: int) -> None:
         """Record that the main process has been reaped, with this wait status."""
@@ -66,7 +59,7 @@ class StopReport:
             ended = f"exit {code}"
         else:
             ended = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-        self._outcomes[self._main].ended = ended
+        self._outcomes[self._main]["ended"] = ended
 
     def to_json(self, main_ended: bool, complete: bool, began: float, ended: float | None = None) -> dict[str, Any]:
         """Return the report as values that JSON can represent. Spec: docs/protocol.md, Resumable calls.
@@ -76,13 +69,10 @@ class StopReport:
         """
         survivors = {identity: process.command for identity, process in self.remaining.items()}
         if not main_ended:
-            survivors.setdefault(self._main, self._outcomes[self._main].command)
+            survivors.setdefault(self._main, self._outcomes[self._main]["command"])
         listed = list(survivors.items())[:_MAX_LISTED]
         return {
-            "processes": [
-                {"pid": pid, "command": outcome.command, "signals": outcome.signals, "ended": outcome.ended}
-                for (pid, _), outcome in self._outcomes.items()
-            ],
+            "processes": [outcome.copy() for outcome in self._outcomes.values()],
             "found": self._found,
             "survivors": [{"pid": pid, "command": command} for (pid, _), command in listed],
             "surviving": len(survivors),

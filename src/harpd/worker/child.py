@@ -2,9 +2,8 @@
 
 The zygote forks it ahead, before there is a call for it. It waits at its channel, a stream socket whose other end the
 supervisor has, for the line of a call: its id, the number of its procedure, and the arguments, with spaces between.
-Then it changes the user, checks the arguments, runs the procedure, writes the lines of the wire protocol to the
-channel, and exits. It serves several calls of the same procedure, one after the other, if the procedure allows it. It
-also exits when the supervisor closes its end of the channel.
+Then it changes the user, checks the arguments, runs the procedure, and writes the lines of the wire protocol to the
+channel. It exits after as many calls as the procedure allows, or when the supervisor closes its end of the channel.
 
 The supervisor's signals raise exceptions in the procedure's code and nowhere else. While an exception would do harm,
 within a line or outside the procedure, signals are deferred. The signal mask cannot do that: a signal that another
@@ -20,37 +19,99 @@ from __future__ import annotations
 import _signal  # type: ignore[import-not-found]  # without the enumerations of `signal`
 import os
 import sys
+from types import FunctionType
 
 from harp.protocol.call_output import VERSION, encode_record
 from harp.protocol.json_text import InvalidJSON, NotJSON, encode_value, loads
-from harpd.proc import Cancelled, Procedure, Result, TimeLimit
+from harpd.proc import Cancelled, Procedure, Result, StreamingProcedure, TimeLimit
 from harpd.processes.cookie import EnvCookie
 from harpd.processes.prctl import become_subreaper, die_with_parent, never_dump_core
-from harpd.worker.arguments import ArgumentCheck, WrongArguments
 from harpd.worker.privileges import UserError, change_user
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from types import FrameType
     from typing import Any, NoReturn
 
     from harpd.proc import Identity
 
-#: The signals of calls.
 CALL_SIGNALS = (_signal.SIGXCPU, _signal.SIGTERM)
 #: The most bytes of a record or a result: peers read lines of up to 64 MiB, of which the envelope has 64 bytes.
 MAX_PAYLOAD_BYTES = 64 * 1024 * 1024 - 64
-#: The most characters of a traceback.
-_MAX_TRACEBACK_LENGTH = 16 * 1024
+_MAX_TRACEBACK_LENGTH = 16 * 1024  # in characters
 _READ_SIZE = 1 << 16
+#: Flags of a code object that has ``*args`` or ``**kwargs``.
+_VARIABLE = 0x04 | 0x08
+#: A function that shows the signature of another one has one of these attributes.
+_SIGNATURE_ATTRIBUTES = ("__wrapped__", "__signature__", "__text_signature__")
+
+
+class CallRejected(Exception):
+    """The call ends with an error of harpd, not with an exception of the procedure. Arguments: type and message."""
+
+
+class ArgumentCheck:
+    """The check of one procedure's arguments; it is prepared in the zygote, before the first fork.
+
+    Nearly all arguments fit, and nearly all procedures are plain functions: for these, a look at the code object is
+    enough. All other cases need the large module `inspect`.
+    """
+
+    def __init__(self, procedure: Procedure) -> None:
+        self._procedure = procedure
+        self._names: tuple[str, ...] | None = None  # of the parameters that may be named
+        # How many positional arguments certainly fit, at least and at most.
+        self._least, self._most = 0, -1
+        function = getattr(procedure, "function", None)  # missing in some subclasses
+        if (
+            type(procedure) not in (Procedure, StreamingProcedure)
+            or type(function) is not FunctionType
+            or function.__code__.co_flags & _VARIABLE
+            or any(name in function.__dict__ for name in _SIGNATURE_ATTRIBUTES)
+        ):
+            import inspect  # noqa: F401 - so that not each call has to load it
+
+            return
+        code = function.__code__
+        if len(function.__kwdefaults__ or ()) == code.co_kwonlyargcount:
+            self._most = code.co_argcount
+            self._least = code.co_argcount - len(function.__defaults__ or ())
+            if not code.co_posonlyargcount:
+                self._names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+
+    def check(self, positional: Sequence[Any], named: Mapping[str, Any]) -> None:
+        """Check the arguments, all positional or all named. Raises `CallRejected`, which names the parameters."""
+        names = self._names
+        if not named:
+            fits = self._least <= len(positional) <= self._most
+        else:
+            fits = (
+                names is not None
+                and all(name in names for name in named)
+                and all(name in named for name in names[: self._least])
+            )
+        if fits:
+            return
+        try:
+            signature = self._procedure.signature()
+        except ValueError:  # as for some functions in C
+            return
+        try:
+            signature.bind(*positional, **named)
+        except TypeError as error:
+            # Without the defaults, which may be secret.
+            empty = type(signature).empty
+            parameters = [
+                str(parameter.replace(default=empty, annotation=empty)) + ("" if parameter.default is empty else "=...")
+                for parameter in signature.parameters.values()
+            ]
+            message = f"{error}; the procedure takes ({', '.join(parameters)})"
+            raise CallRejected("invalid_argument_list", message) from error
 
 
 class SignalGuard:
-    """Turns the signals of calls into exceptions. From `defer` to `deliver`, it stores the last signal instead.
-
-    Signals are deferred at first.
-    """
+    """Turns the signals of calls into exceptions. At first, and from `defer` to `deliver`, it stores the last."""
 
     def __init__(self) -> None:
         self._deferring = True
@@ -91,10 +152,6 @@ def _exit_with(interruption: TimeLimit | Cancelled) -> NoReturn:
     os._exit(1)
 
 
-class _CallRejected(Exception):
-    """The call ends with an error of harpd, not with an exception of the procedure. Arguments: type and message."""
-
-
 class _Channel:
     """The channel of this process, and not of the processes that it forks. Both directions may raise OSError."""
 
@@ -128,12 +185,9 @@ class _Channel:
 class Worker:
     """What a worker does. It is prepared once, in the zygote; each worker is a process that has called `run`.
 
-    Args:
-        procedures: the procedures, by the numbers with which the supervisor names them.
-        cookie: the cookie of this process.
-        default_user: the user of a procedure without `uid`; None: that of harpd.
-        default_group: the group of a procedure without `uid` and `gid`; None: the groups of the user.
-        tracebacks: whether the supervisor gets the traceback of an exception.
+    The supervisor names the procedures by their index. `default_user` is for procedures without `uid` (None: that of
+    harpd), `default_group` for those without `uid` and `gid` (None: the groups of the user). With `tracebacks`, the
+    supervisor gets the traceback of an exception.
     """
 
     def __init__(
@@ -156,23 +210,20 @@ class Worker:
     def run(self, channel: int, stdout: int, stderr: int) -> NoReturn:
         """Serve calls in this process, which the zygote has just forked, with these descriptors; then exit."""
         try:
-            self._leave_zygote(stdout, stderr)
+            os.setsid()  # its own session and process group, so that they can be stopped as a whole
+            become_subreaper()  # processes that fork twice remain descendants
+            die_with_parent(self._zygote)
+            for number in (_signal.SIGHUP, _signal.SIGINT, _signal.SIGCHLD):
+                _signal.signal(number, _signal.SIG_DFL)
+            os.dup2(stdout, 1)
+            os.dup2(stderr, 2)
+            os.close(stdout)
+            os.close(stderr)
+            self.guard.deferred = None  # a signal that the zygote has received
             self._serve_calls(_Channel(channel))
         except OSError:
             os._exit(1)  # the supervisor has died: no process reads the result
         os._exit(0)
-
-    def _leave_zygote(self, stdout: int, stderr: int) -> None:
-        os.setsid()  # its own session and process group, so that they can be stopped as a whole
-        become_subreaper()  # processes that fork twice remain descendants
-        die_with_parent(self._zygote)
-        for number in (_signal.SIGHUP, _signal.SIGINT, _signal.SIGCHLD):
-            _signal.signal(number, _signal.SIG_DFL)
-        os.dup2(stdout, 1)
-        os.dup2(stderr, 2)
-        os.close(stdout)
-        os.close(stderr)
-        self.guard.deferred = None  # a signal that the zygote has received
 
     def _serve_calls(self, channel: _Channel) -> None:
         line, served = channel.read_line(), 0
@@ -185,7 +236,7 @@ class Worker:
                 if served == 1:
                     self._become_worker_of(procedure)
                 lines = self._run_call(call_id, procedure, check, arguments, channel)
-            except _CallRejected as rejected:
+            except CallRejected as rejected:
                 kind, message = rejected.args
                 error = {"type": kind, "message": message}
                 lines, last = encode_value({"harp": VERSION, "error": error}) + b"\n", True
@@ -202,7 +253,7 @@ class Worker:
                 _exit_with(interruption)
 
     def _become_worker_of(self, procedure: Procedure) -> None:
-        """Accept the signals of calls, and become the procedure's user. Raises `_CallRejected`."""
+        """Accept the signals of calls, and become the procedure's user. Raises `CallRejected`."""
         _signal.pthread_sigmask(_signal.SIG_SETMASK, ())  # the zygote has blocked them
         user, groups = procedure.uid, procedure.gid
         if user is None:
@@ -212,14 +263,14 @@ class Worker:
         try:
             change_user(user, groups)
         except UserError as error:
-            raise _CallRejected("system_error", str(error)) from error
+            raise CallRejected("system_error", str(error)) from error
         finally:
             die_with_parent(self._zygote)
 
     def _run_call(
         self, call_id: bytes, procedure: Procedure, check: ArgumentCheck, arguments: bytes, channel: _Channel
     ) -> bytes:
-        """Run the procedure; return the last lines, whichever exception is raised. Raises `_CallRejected`."""
+        """Run the procedure; return the last lines, whichever exception is raised. Raises `CallRejected`."""
         try:
             try:
                 self.guard.deliver()
@@ -231,7 +282,7 @@ class Worker:
             finally:
                 self.guard.defer()  # from here on, the supervisor's termination sequence is sufficient
             return b'{"result":%b}\n' % _encode_payload(value)
-        except _CallRejected:
+        except CallRejected:
             raise
         except (TimeLimit, Cancelled) as interruption:
             flush_output()
@@ -271,28 +322,25 @@ class Worker:
 
 
 def _decode_arguments(text: bytes, check: ArgumentCheck) -> tuple[list[Any], dict[str, Any]]:
-    """Decode the arguments of a call and check them. Raises `_CallRejected`."""
+    """Decode the arguments of a call and check them. Raises `CallRejected`."""
     try:
         arguments = loads(text)
     except InvalidJSON as error:
-        raise _CallRejected("invalid_request", f"arguments: {error}") from error
+        raise CallRejected("invalid_request", f"arguments: {error}") from error
     positional, named = (arguments, {}) if isinstance(arguments, list) else ([], arguments)
-    try:
-        check.check(positional, named)
-    except WrongArguments as wrong:
-        raise _CallRejected("invalid_argument_list", str(wrong)) from wrong
+    check.check(positional, named)
     return positional, named
 
 
 def _encode_payload(value: Any, record: int | None = None) -> bytes:
-    """Encode the result, or the record with this number, as JSON that fits into a line. Raises `_CallRejected`."""
+    """Encode the result, or the record with this number, as JSON that fits into a line. Raises `CallRejected`."""
     try:
         text = encode_value(value)
         if len(text) > MAX_PAYLOAD_BYTES:
             raise NotJSON("", f"{len(text)} bytes; a record or a result may have {MAX_PAYLOAD_BYTES}")
     except NotJSON as error:
         name = "the result" if record is None else f"record {record}"
-        raise _CallRejected("invalid_message", f"cannot encode {name} as JSON: {error}") from error
+        raise CallRejected("invalid_message", f"cannot encode {name} as JSON: {error}") from error
     return text
 
 

@@ -23,13 +23,10 @@ class UserError(Exception):
 def change_user(user: Identity | None, groups: Sequence[Identity] | None) -> None:
     """Change to a user and groups irrevocably, and set the environment and the owner of the output pipes.
 
-    Args:
-        user: id or name of the user; None: no change.
-        groups: ids or names of groups, the first is primary, all are supplementary. None: a user with an entry in the
-            user database gets its own groups; another user id gets group 65534 and no supplementary group.
+    The first group is primary, all are supplementary. None: a user with an entry in the user database gets its own
+    groups; another user id gets group 65534 and no supplementary group. Without a user, no user is changed.
 
-    Raises:
-        UserError: a name is unknown, or the system has refused. The process must not continue.
+    Raises `UserError`: a name is unknown, or the system has refused. The process must not continue.
     """
     uid, gid, group_ids, entry = resolve_credentials(user, groups)
     if uid is not None:
@@ -51,25 +48,21 @@ def change_user(user: Identity | None, groups: Sequence[Identity] | None) -> Non
 def resolve_credentials(
     user: Identity | None, groups: Sequence[Identity] | None
 ) -> tuple[int | None, int | None, tuple[int, ...] | None, pwd.struct_passwd | None]:
-    """Return user id, primary group id and ids of all groups (None: those of the daemon), and the user's entry if any.
+    """Return user id, primary group id, ids of all groups, None for the daemon's, and the user's entry if any.
 
-    The arguments are those of `change_user`. Raises `UserError`: a name is unknown.
+    The arguments are those of `change_user`. Raises `UserError`.
     """
-    uid, entry = _find_user(user)
+    uid, entry = (None, None) if user is None else _find_user(user)
     if groups is not None:
         group_ids = tuple(dict.fromkeys(_group_id(group) for group in groups))
         return uid, group_ids[0], group_ids, entry
     if entry:
         return uid, entry.pw_gid, tuple(os.getgrouplist(entry.pw_name, entry.pw_gid)), entry
-    if uid is None:
-        return None, None, None, None
-    return uid, _OVERFLOW_GROUP, (), None
+    return (None, None, None, None) if uid is None else (uid, _OVERFLOW_GROUP, (), None)
 
 
-def _find_user(user: Identity | None) -> tuple[int | None, pwd.struct_passwd | None]:
+def _find_user(user: Identity) -> tuple[int, pwd.struct_passwd | None]:
     """Return the user's id, and its entry if it has one."""
-    if user is None:
-        return None, None
     try:
         entry = pwd.getpwnam(user) if isinstance(user, str) else pwd.getpwuid(user)
     except (KeyError, ValueError) as error:  # ValueError: a character that no name has
@@ -93,10 +86,7 @@ def _group_id(group: Identity) -> int:
 
 
 def drop_privileges(uid: int | None, gid: int | None, groups: tuple[int, ...] | None) -> None:
-    """Change to these ids irrevocably, groups first and user last, then verify the result.
-
-    Raises `UserError`: the system has refused. The process must not continue.
-    """
+    """Change to these ids irrevocably, groups first and user last, and verify that. Raises `UserError`."""
     try:
         if groups is not None and gid is not None:
             if set(os.getgroups()) != set(groups):

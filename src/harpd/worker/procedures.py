@@ -12,10 +12,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-#: The name of the file's module. It is in `sys.modules`, because some libraries look up the module of a class.
-MODULE_NAME = "harpd_procedures"
-#: The most characters of an exception's text in an error message.
-_MAX_TEXT_LENGTH = 2000
+#: The file's module is in `sys.modules` by this name, because some libraries look up the module of a class.
+_MODULE_NAME = "harpd_procedures"
+_MAX_TEXT_LENGTH = 2000  # of an exception in an error message, in characters
 
 
 class ProceduresError(Exception):
@@ -23,12 +22,9 @@ class ProceduresError(Exception):
 
 
 def load_procedures(file: str | os.PathLike[str]) -> Mapping[str, Procedure]:
-    """Run a procedures file and return its procedures by name.
-
-    Raises `ProceduresError`: the file cannot be read, or raises an exception, SystemExit included.
-    """
+    """Run a procedures file and return its procedures by name. Raises `ProceduresError`."""
     path = os.fspath(file)
-    module = sys.modules[MODULE_NAME] = ModuleType(MODULE_NAME)
+    module = sys.modules[_MODULE_NAME] = ModuleType(_MODULE_NAME)
     module.__file__ = path
     try:
         with open(path, "rb") as opened:

@@ -1,8 +1,6 @@
 """The zygote (a fork server): it has loaded the procedures file, forks the workers and reaps them.
 
-The supervisor has it fork workers before there are calls for them, gives each call to a worker over the worker's
-channel, and receives the worker's output there. The zygote is not involved in calls.
-
+The supervisor has it fork workers before there are calls for them, and gives calls to the workers without the zygote.
 It is leaner than the supervisor, because the cost of a fork grows with the memory of its parent. It is executed, not
 forked, so it has never had a key or a password in memory. It exits when the supervisor closes the socket, and is killed
 when the supervisor dies.
@@ -78,13 +76,16 @@ class _Zygote:
             self._send({"error": str(error)})
             os._exit(0)
         for name, procedure in procedures.items():
-            timeout, max_calls = procedure.timeout, procedure.max_calls_per_process
-            self._send(
-                {"procedure": name, "streaming": procedure.streaming, "timeout": timeout, "max_calls": max_calls}
-            )
+            message = {"procedure": name, "streaming": procedure.streaming, "timeout": procedure.timeout}
+            self._send({**message, "max_calls": procedure.max_calls_per_process})
         user, group, tracebacks = command["default_user"], command["default_group"], command["tracebacks"]
         worker = Worker(list(procedures.values()), self._cookie, user, group, tracebacks)
-        _reset_streams()
+        # Flush the streams, so that workers do not write buffered text again, and occupy the descriptors 0 to 2.
+        flush_output()
+        while (descriptor := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) <= 2:
+            pass
+        os.dup2(descriptor, 0)
+        os.close(descriptor)
         threads = len(os.listdir("/proc/self/task")) - 1
         if threads:  # Python warns when a process with threads forks; the supervisor logs one warning instead
             import warnings
@@ -160,25 +161,13 @@ class _Zygote:
 
 
 def _do_nothing(number: int, frame: FrameType | None) -> None:
-    pass
+    """Ignore a signal: a handler, unlike SIG_IGN, is not inherited by executed programs."""
 
 
 def _ignore_signals() -> None:
-    """Ignore signals that are sent to all of harpd. By handlers, which executed programs do not inherit."""
+    """Ignore signals that are sent to all of harpd."""
     for number in (_signal.SIGINT, _signal.SIGHUP, _signal.SIGTERM):
         _signal.signal(number, _do_nothing)
-
-
-def _reset_streams() -> None:
-    """Flush the streams, so that workers do not write buffered text again, and occupy the descriptors 0 to 2.
-
-    Stdin becomes /dev/null, also that of the workers.
-    """
-    flush_output()
-    while (descriptor := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) <= 2:
-        pass
-    os.dup2(descriptor, 0)
-    os.close(descriptor)
 
 
 def main() -> NoReturn:
