@@ -14,37 +14,29 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Generic, TypeVar
 
-from harp_daemon.listeners import Listener
-from harp_daemon.sockets import configure_socket, peer_name
-
-log = logging.getLogger(__name__)
+from harp_daemon.sockets import Listener, configure_socket, peer_name
 
 C = TypeVar("C")
 
+log = logging.getLogger(__name__)
+
 #: Connections accepted before other tasks get their turn.
 _ACCEPT_BATCH = 64
-
 #: Connections over the limit that are rejected in a task of their own; later ones may miss the reply.
-MAX_REJECTING = 64
-
+_MAX_REJECTING = 64
 #: The share of the limit above which it is nearly reached. Below it, the next rejection is logged again.
 _CALM_SHARE = 0.9
-
 #: Seconds to pause accepting when the system is exhausted.
 _ACCEPT_PAUSE = 0.2
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
 class Acceptor(Generic[C]):
-    """Accepts connections.
+    """Accepts connections. `connect` makes one of an accepted socket and the name of its peer.
 
-    Args:
-        connect: makes a connection of an accepted socket and the name of its peer.
-        serve: serves and closes a connection: a coroutine, or a future that is done when the connection is closed, and
-            whose cancellation closes it.
-        reject: sends the reply to a connection over the limit and closes it.
-        max_connections: returns the limit, which a reload may change.
-        rejection: sent without waiting when too many connections are being rejected.
+    `serve` serves and closes a connection: a coroutine, or a future that is done when the connection is closed, and
+    whose cancellation closes it. `reject` sends the reply to a connection over the limit and closes it; while too many
+    are being rejected, others are sent `rejection` without waiting. A reload may change what `max_connections` returns.
     """
 
     def __init__(
@@ -107,23 +99,20 @@ class Acceptor(Generic[C]):
                     log.info("accepting connections again")
                 return
             except OSError as error:
-                if error.errno in _EXHAUSTED:
-                    self._pause(listener, error)
-                    return
-                continue  # this connection was closed before it was accepted
+                if error.errno not in _EXHAUSTED:
+                    continue  # this connection was closed before it was accepted
+                if not self._exhausted:
+                    self._exhausted = True
+                    log.error("cannot accept connections", extra={"reason": error.strerror})
+                loop = asyncio.get_running_loop()
+                loop.remove_reader(listener.socket)
+                loop.call_later(_ACCEPT_PAUSE, self._resume, listener)
+                return
             try:
                 configure_socket(accepted)
                 self._admit(accepted, peer_name(accepted, address))
             except OSError:  # the peer has closed it already
                 accepted.close()
-
-    def _pause(self, listener: Listener, error: OSError) -> None:
-        if not self._exhausted:
-            self._exhausted = True
-            log.error("cannot accept connections", extra={"reason": error.strerror})
-        loop = asyncio.get_running_loop()
-        loop.remove_reader(listener.socket)
-        loop.call_later(_ACCEPT_PAUSE, self._resume, listener)
 
     def _resume(self, listener: Listener) -> None:
         if listener in self._listeners:
@@ -137,7 +126,7 @@ class Acceptor(Generic[C]):
         self._crowded = over or (self._crowded and count > _CALM_SHARE * limit)
         if not over:
             self._start(self._serving, self._serve, self._connect(accepted, peer))
-        elif len(self._rejecting) < MAX_REJECTING:
+        elif len(self._rejecting) < _MAX_REJECTING:
             self._start(self._rejecting, self._reject, self._connect(accepted, peer))
         else:
             with accepted:

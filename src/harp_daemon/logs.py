@@ -1,8 +1,4 @@
-"""Structured logs: one event per line, a constant text, and a field for each value.
-
-A log call passes its values in `extra`; both formatters print all of them:
-``log.info("call started", extra={"call": call_id, "procedure": name})``. A line feed in a value does not start a new
-line.
+"""Structured logs: one event per line, a constant text, and a field for each value in `extra` of the log call.
 
 An event loop writes the events of one turn together, see `write_per_turn`: a write for each event would cost as much as
 its text. SIGKILL loses at most the events of the present turn.
@@ -25,12 +21,11 @@ from typing import Any
 #: How many attributes each log record has; those of `extra` follow them, and some that other formatters add.
 _STANDARD_ATTRIBUTES = len(logging.makeLogRecord({}).__dict__)
 _ADDED_ATTRIBUTES = ("message", "asctime")
-_encode = json.JSONEncoder(default=str).encode
-
-_SYSLOG_SOCKET = "/dev/log"
-_STDERR = 2
 #: Text that needs no quotes.
 _PLAIN = re.compile(r'[^ "=]+')
+_STDERR = 2
+
+_encode = json.JSONEncoder(default=str).encode
 
 
 class _EventFormatter(logging.Formatter):
@@ -123,9 +118,9 @@ class _EventWriter(logging.Handler):
 
 
 def write_per_turn(call_soon: Callable[[Callable[[], None]], object] | None) -> None:
-    """Write the events of each turn of this thread's event loop together; events of other threads at once.
+    """Write the events of each turn of this thread's event loop together; None: the loop has ended.
 
-    `call_soon` has a function called at the end of the loop's turn; None: the loop has ended.
+    `call_soon` has a function called at the end of the loop's turn. Events of other threads are written at once.
     """
     flush()
     _EventWriter.turn = None if call_soon is None else (call_soon, threading.get_ident())
@@ -148,11 +143,8 @@ def configure(
     """Send the program's log to stderr or to syslog, and close the previous handlers.
 
     `level` is the lowest level that is logged, `form` is ``text`` or ``json``, `name` is the program's name in syslog.
-    `config`, the argument for `logging.config.dictConfig`, replaces the other arguments.
-
-    Raises:
-        ValueError: `logging.config.dictConfig` rejects `config`; the message gives the reason.
-        OSError: a log file or the syslog socket cannot be opened.
+    `config`, the argument for `logging.config.dictConfig`, replaces the other arguments; if it is rejected, ValueError
+    has the reason. Raises OSError: a log file or the syslog socket cannot be opened.
     """
     flush()
     if config is not None:
@@ -168,7 +160,7 @@ def configure(
     formatter = JSONFormatter() if form == "json" else TextFormatter(timestamp=not syslog)
     handler: logging.Handler
     if syslog:
-        handler = logging.handlers.SysLogHandler(_SYSLOG_SOCKET, logging.handlers.SysLogHandler.LOG_DAEMON)
+        handler = logging.handlers.SysLogHandler("/dev/log", logging.handlers.SysLogHandler.LOG_DAEMON)
         handler.ident = f"{name}[{os.getpid()}]: "
         handler.setFormatter(formatter)
     else:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 #: Bytes of each reservation that are not counted, so that small requests are accepted while long ones use the quota.
 _FREE = 64 * 1024
 
 
+@dataclass
 class MemoryQuota:
     """The quota of all request lines together, in bytes without the free bytes of each reservation."""
 
-    def __init__(self, limit: int) -> None:
-        self.available = limit
+    available: int
 
 
 class Reservation:

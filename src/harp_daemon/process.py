@@ -1,8 +1,10 @@
-"""A daemon's process: pid file, background, notification of the service manager."""
+"""A daemon's process: memory, pid file, background, notification of the service manager."""
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
+import gc
 import os
 import re
 import signal
@@ -10,6 +12,8 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 class ProcessError(Exception):
@@ -77,6 +81,21 @@ def detach() -> Callable[[], None]:
         os.close(notify_end)
 
     return notify_ready
+
+
+def tune_memory(kept_bytes: int, mapped_bytes: int) -> None:
+    """Set up the memory of this process, so that no turn of its event loop takes long. It has no thread yet.
+
+    glibc reuses `kept_bytes` of freed memory: page faults make the copy of 1 MiB take 2 ms instead of 0.1 ms. Blocks of
+    more than `mapped_bytes` are returned to the system when they are freed.
+    """
+    # A full collection does not visit the objects of the program itself, which takes 20 ms. Fewer collections would
+    # leave finished requests of up to 16 MiB, which are in cycles of futures, in memory: 60 MiB more were measured.
+    gc.freeze()
+    with suppress(AttributeError, OSError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_TRIM_THRESHOLD, kept_bytes)
+        libc.mallopt(_M_MMAP_THRESHOLD, mapped_bytes)
 
 
 def notify_service_manager(state: str) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 import re
+import ssl
+import warnings
 from collections.abc import Callable, Iterable
 from functools import reduce
 from operator import attrgetter, getitem
@@ -16,20 +18,24 @@ from typing import Annotated, Any, TypeAlias, TypeVar
 import msgspec
 from msgspec import Meta
 
-log = logging.getLogger(__name__)
-
 T = TypeVar("T")
-
 Bytes: TypeAlias = Annotated[int, Meta(ge=1024, extra={"unit": "bytes"})]
 Count: TypeAlias = Annotated[int, Meta(ge=1, extra={"unit": "count"})]
+
+log = logging.getLogger(__name__)
+
+#: The minimum version of TLS, by its name.
+TLS_VERSIONS = {
+    "1.0": ssl.TLSVersion.TLSv1,
+    "1.1": ssl.TLSVersion.TLSv1_1,
+    "1.2": ssl.TLSVersion.TLSv1_2,
+    "1.3": ssl.TLSVersion.TLSv1_3,
+}
+DEFAULT_TLS_MINIMUM = "1.2"
 
 #: A message of `msgspec`: the reason, and the key. If a `__post_init__` raised the error, the reason begins with the
 #: rest of the key.
 _MESSAGE = re.compile(r"(?P<what>.*?)(?: - at `(?:key in )?\$\.?(?P<key>.*)`)?", re.DOTALL)
-_MISSING = re.compile(r"Object missing required field `(.*)`")
-_UNKNOWN = re.compile(r"Object contains unknown field `(.*)`")
-_BOUND = re.compile(r"Expected `(.*)` ([<>]=?) (\S+)")
-_TYPE = re.compile(r"Expected `(.*)`, got `(.*)`")
 _TYPE_NAMES = {
     "object": "a mapping",
     "array": "a list",
@@ -47,13 +53,10 @@ class ConfigError(Exception):
 
 
 def convert(file: Path, document: Any, settings: type[T], convert_value: Callable[[type, Any], Any] | None = None) -> T:
-    """Return a decoded file as a value of a class of settings.
+    """Return a decoded file as a value of a class of settings. Raises `ConfigError`.
 
     The `__post_init__` of the class raises ValueError with ``KEY: expected X, got Y``. `convert_value` returns a value
     as another type, for types that `msgspec` does not convert, or raises ValueError.
-
-    Raises:
-        ConfigError: a key is missing, unknown or has an invalid value.
     """
     try:
         return msgspec.convert(document, settings, dec_hook=convert_value)
@@ -75,18 +78,31 @@ def report_restart_needed(old: object, new: object, keys: Iterable[str]) -> list
     return changed
 
 
+def set_minimum_version(context: ssl.SSLContext, minimum: str) -> bool:
+    """Set the minimum version of TLS; return whether it is below 1.2, which the daemon logs as a warning.
+
+    OpenSSL 3 rejects the signatures of TLS 1.0 and 1.1 at its default security level, which is lowered then.
+    """
+    low = minimum in ("1.0", "1.1")
+    if low:
+        context.set_ciphers("DEFAULT:@SECLEVEL=0")
+    with warnings.catch_warnings():
+        # Python warns of old versions; the administrator configured one and is warned by the daemon's log.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        context.minimum_version = TLS_VERSIONS[minimum]
+    return low
+
+
 def _describe_error(error: msgspec.ValidationError, document: Any) -> str:
-    match = _MESSAGE.fullmatch(str(error))
-    assert match is not None
-    what, key = match["what"], match["key"] or ""
+    what, key = _MESSAGE.fullmatch(str(error)).groups("")  # type: ignore[union-attr]  # it matches any text
     section = f"{key}." if key else ""
-    if found := _MISSING.fullmatch(what):
+    if found := re.fullmatch(r"Object missing required field `(.*)`", what):
         return f"{section}{found[1]}: missing"
-    if found := _UNKNOWN.fullmatch(what):
+    if found := re.fullmatch(r"Object contains unknown field `(.*)`", what):
         return f"{section}{found[1]}: unknown key"
-    if found := _TYPE.fullmatch(what):
+    if found := re.fullmatch(r"Expected `(.*)`, got `(.*)`", what):
         return f"{key or 'the file'}: expected {_name_types(found[1])}, got {_name_types(found[2])}"
-    if found := _BOUND.fullmatch(what):
+    if found := re.fullmatch(r"Expected `(.*)` ([<>]=?) (\S+)", what):
         value = describe_value(reduce(getitem, key.split("."), document))
         return f"{key}: expected {_name_types(found[1])}, {_BOUNDS[found[2]]} {found[3]}, got {value}"
     return f"{key}: {what}" if what.startswith("expected ") else f"{section}{what}"

@@ -1,10 +1,8 @@
 """The decoder of the daemons: objects whose payloads are `Raw` slices of the text.
 
 msgspec finds the slices. It has read an object exactly if it writes the same text again. Otherwise, for example if a
-key is repeated, each slice is found again in the text.
-
-msgspec needs 60 ms for 16 MiB. The scanner of Python would block the interpreter for up to a second, and so delay
-all other peers, in a thread too.
+key is repeated, each slice is found again in the text. msgspec needs 60 ms for 16 MiB. The scanner of Python would
+block the interpreter for up to a second, and so delay all other peers, in a thread too.
 """
 
 from __future__ import annotations
@@ -27,15 +25,15 @@ from harp.protocol.json_text import (
     may_exceed_depth,
 )
 
-_object = msgspec.json.Decoder(dict[str, msgspec.Raw])
-_array = msgspec.json.Decoder(list[msgspec.Raw])
-
 #: Bytes from which a text is long, and the maximum number of members of an object.
 _LONG, _MAX_MEMBERS = 64 * 1024, 100
 #: The text between two values: white space, a comma, a name and its colon.
 _NAME = re.compile(rb'[ \t\r\n,]*("(?:[^"\\]|\\.){0,9999}")[ \t\r\n]*:[ \t\r\n]*')
 #: The exceptions of msgspec for text that it rejects.
 _REJECTIONS = (msgspec.MsgspecError, ValueError, RecursionError)
+
+_object = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_array = msgspec.json.Decoder(list[msgspec.Raw])
 
 
 class _Slices(JSONObject):

@@ -1,4 +1,4 @@
-"""Many timers on one timer of the event loop.
+"""Many timers on one timer of the event loop; and the delays between attempts.
 
 Nearly all deadlines of a daemon are cancelled before they pass, and none has to be exact. Timers that are due in the
 same `TICK` share one bucket: starting and cancelling a timer changes one set, and the loop has one timer in all.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import random
+import time
 from collections.abc import Callable
 from heapq import heappop, heappush
 
@@ -77,3 +79,29 @@ class TimerWheel:
         while self._ticks and not self._buckets[self._ticks[0]]:  # all of its timers were cancelled
             del self._buckets[heappop(self._ticks)]
         self._set_alarm()
+
+
+class Backoff:
+    """The delays in seconds between attempts at one thing: doubled by each attempt without progress, and randomized."""
+
+    def __init__(self, min_delay: float, max_delay: float) -> None:
+        self._min_delay = min_delay
+        self._max_delay = max_delay
+        self._attempts = 0
+        self._last_attempt_at = float("-inf")
+
+    def record_attempt(self) -> None:
+        """Count an attempt."""
+        self._attempts += 1
+        self._last_attempt_at = time.monotonic()
+
+    def reset(self) -> None:
+        """Forget all attempts, because there was progress."""
+        self._attempts = 0
+
+    def next_delay(self) -> float:
+        """Return the seconds to wait before the next attempt; 0 after a reset, if the last one is `max_delay` ago."""
+        if not self._attempts and time.monotonic() - self._last_attempt_at >= self._max_delay:
+            return 0.0
+        delay = min(self._max_delay, self._min_delay * 2.0 ** min(self._attempts, 16))
+        return delay * random.uniform(0.5, 1.0)  # noqa: S311 - spreads attempts, protects nothing

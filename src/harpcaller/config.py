@@ -20,8 +20,7 @@ from typing import Annotated, Any, Self
 import msgspec
 from msgspec import Meta
 
-from harp_daemon.settings import Bytes, ConfigError, Count, check_choice, convert
-from harp_daemon.tls import DEFAULT_MINIMUM, TLS_VERSIONS
+from harp_daemon.settings import DEFAULT_TLS_MINIMUM, TLS_VERSIONS, Bytes, ConfigError, Count, check_choice, convert
 
 #: The default path of the configuration file.
 DEFAULT_FILE = Path("/etc/harpcaller/harpcaller.toml")
@@ -99,7 +98,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     #: Whether a certificate accepted by `ca_file` must contain the host's name or address.
     verify_hostname: bool = True
     known_certs_file: Path | None = None  #: PEM file with certificates of hosts.
-    tls_minimum: str = DEFAULT_MINIMUM  #: Minimum TLS version of connections to hosts.
+    tls_minimum: str = DEFAULT_TLS_MINIMUM  #: Minimum TLS version of connections to hosts.
 
     host_db: Path = Path("/var/lib/harpcaller/hosts.db")  #: Cache of the last successful output of `host_db_script`.
     host_db_script: Path | None = None  #: Program that prints the hosts.

@@ -17,9 +17,9 @@ from contextlib import AsyncExitStack, aclosing, closing, suppress
 from pathlib import Path
 
 from harp_daemon import logs
-from harp_daemon.listeners import Listener, ListenError, listen_unix
 from harp_daemon.process import ProcessError, notify_service_manager
 from harp_daemon.settings import ConfigError, report_restart_needed
+from harp_daemon.sockets import Listener, ListenError, listen_unix
 from harpcaller.api.client_server import ClientServer, listen
 from harpcaller.api.control_server import ControlServer
 from harpcaller.config import Config, file_errors, load

@@ -8,7 +8,7 @@ import socket
 from typing import Any
 
 from harp_daemon.acceptor import Acceptor
-from harp_daemon.listeners import Listener
+from harp_daemon.sockets import Listener
 from support.deadline import eventually
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from harp_daemon.backoff import Backoff
+from harp_daemon.timer_wheel import Backoff
 
 
 def test_backoff_repeated_attempts_double_the_delay() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from harp_daemon.listeners import ListenError, ResolveError, listen_tcp, resolve
+from harp_daemon.sockets import ListenError, ResolveError, listen_tcp, resolve
 
 V4, V6 = socket.AF_INET, socket.AF_INET6
 EVERYWHERE = [(V6, "::")] if socket.has_dualstack_ipv6() else [(V4, "0.0.0.0")]

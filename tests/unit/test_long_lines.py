@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from harp_daemon.long_lines import decode_in_thread
+from harp_daemon.event_loop import decode_in_thread
 
 
 async def test_long_lines_are_decoded_one_at_a_time() -> None:

@@ -15,9 +15,9 @@ from harp.protocol import replies, requests
 from harp.protocol.ends import End, Failed
 from harp.protocol.fields import ProtocolError
 from harp.protocol.json_text import Envelope
-from harp_daemon.listeners import Listener, ListenError, listen_tcp, listen_unix
-from harp_daemon.long_lines import LONG_LINE, decode_in_thread
+from harp_daemon.event_loop import LONG_LINE, decode_in_thread
 from harp_daemon.settings import ConfigError
+from harp_daemon.sockets import Listener, ListenError, listen_tcp, listen_unix
 from harpcaller.api.connection import ClientDisconnected, Connection, Server
 from harpcaller.api.fast_decoder import decode_request
 from harpcaller.config import Config

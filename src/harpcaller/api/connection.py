@@ -24,8 +24,8 @@ from typing import Any
 from harp.protocol.fields import ProtocolError
 from harp.protocol.lines import LineBuffer, LineTooLong
 from harp_daemon.acceptor import Acceptor
-from harp_daemon.listeners import Listener
 from harp_daemon.memory_quota import MemoryQuota, Reservation
+from harp_daemon.sockets import Listener
 from harp_daemon.timer_wheel import Timer, TimerWheel
 
 log = logging.getLogger(__name__)

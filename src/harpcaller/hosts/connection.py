@@ -24,7 +24,7 @@ from harp.protocol.fields import ProtocolError, is_count
 from harp.protocol.harpd import Acknowledgement, Command, Heartbeat, Message, Phase, Record, ReplyReader, encode_command
 from harp.protocol.json_text import InvalidJSON, Raw, loads
 from harp.protocol.lines import LineBuffer, LineTooLong
-from harp_daemon.long_lines import LONG_LINE, decode_in_thread
+from harp_daemon.event_loop import LONG_LINE, decode_in_thread
 from harp_daemon.sliced_json import decode_slices, slice_records
 from harp_daemon.timer_wheel import Timer, TimerWheel
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any
 
-from harp_daemon.tls import set_minimum_version
+from harp_daemon.settings import set_minimum_version
 from harpcaller.config import Config, file_errors
 from harpcaller.hosts.registry import Host
 from harpcaller.hosts.watched_file import WatchedFile

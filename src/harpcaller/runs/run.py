@@ -40,8 +40,7 @@ from harp.protocol.ends import End, Failed, Raised, Returned
 from harp.protocol.fields import ProtocolError
 from harp.protocol.json_text import Raw, dumps, loads
 from harp.protocol.lines import LineTooLong
-from harp_daemon.backoff import Backoff
-from harp_daemon.timer_wheel import Timer
+from harp_daemon.timer_wheel import Backoff, Timer
 from harpcaller.hosts.capabilities import LEGACY, HostSupport
 from harpcaller.hosts.connecting import CONNECTION_ERRORS, describe_host, open_connection, to_failed
 from harpcaller.hosts.connection import PAST_END, HarpdConnection, get_error_detail, parse_end_of_records

@@ -1,8 +1,6 @@
 """The loaded configuration, which a reload replaces as a whole: settings, certificate, users, log settings.
 
-``--test``, the start and every reload use the same functions, so they find the same errors. Authentication modules and
-the procedures file are Python code that runs when it is loaded. ``--test`` loads them in a child process, so their
-side effects and their output stay there.
+``--test``, the start and every reload use the same functions, so they find the same errors.
 """
 
 from __future__ import annotations
@@ -21,9 +19,9 @@ from typing import Any
 import msgspec
 
 from harp_daemon import logs
-from harp_daemon.listeners import ResolveError, resolve
 from harp_daemon.process import describe_exit
 from harp_daemon.settings import ConfigError
+from harp_daemon.sockets import ResolveError, resolve
 from harpd.auth import AuthDB
 from harpd.config.settings import Configuration, load, load_yaml, one_line, server_context
 from harpd.worker.privileges import UserError, resolve_credentials
@@ -104,10 +102,7 @@ def load_supervisor_config(options: CommandLine) -> SupervisorConfig:
 
 
 def load_config(options: CommandLine) -> LoadedConfig:
-    """Load and check configuration, certificate, users and log settings. May block.
-
-    Sets `sys.path`, because the authentication module may need it; not if it raises `ConfigError`.
-    """
+    """Load the configuration; set `sys.path` for the authentication module. May block. Raises `ConfigError`."""
     common = load_supervisor_config(options)
     configuration = common.configuration
     context = server_context(configuration.network, options.config)
@@ -152,7 +147,9 @@ def _module_error(where: str, error: BaseException) -> ConfigError:
 def check(options: CommandLine) -> list[str]:
     """Check configuration, certificate, users, log settings and procedures; return warnings.
 
-    Call it before the process has threads, because it forks. Raises `ConfigError`: the first error found.
+    Authentication modules and the procedures file are Python code that runs when it is loaded. A child process loads
+    them, so their side effects and their output stay there. Call it before the process has threads, because it forks.
+    Raises `ConfigError`: the first error found.
     """
     reading_end, writing_end = os.pipe()
     child = os.fork()
@@ -161,8 +158,12 @@ def check(options: CommandLine) -> list[str]:
             null = os.open(os.devnull, os.O_RDWR)
             for stream in (0, 1, 2):
                 os.dup2(null, stream)
+            try:
+                result = {"error": "", "warnings": _load_everything(options)}
+            except BaseException as error:  # noqa: BLE001 - any exception of the loaded code is reported
+                result = {"error": one_line(error) or type(error).__name__}
             with os.fdopen(writing_end, "w") as report:
-                json.dump(_load_and_report(options), report)
+                json.dump(result, report)
         finally:
             os._exit(0)
     os.close(writing_end)
@@ -176,13 +177,6 @@ def check(options: CommandLine) -> list[str]:
     if result["error"]:
         raise ConfigError(result["error"])
     return list(result["warnings"])
-
-
-def _load_and_report(options: CommandLine) -> dict[str, Any]:
-    try:
-        return {"error": "", "warnings": _load_everything(options)}
-    except BaseException as error:  # noqa: BLE001 - any exception of the loaded code is reported
-        return {"error": one_line(error) or type(error).__name__}
 
 
 def _load_everything(options: CommandLine) -> list[str]:

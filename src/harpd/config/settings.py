@@ -1,8 +1,6 @@
-"""harpd's settings: reads a YAML file into one frozen, validated `Configuration`.
+"""harpd's settings: reads a YAML file into one frozen, validated `Configuration`. Spec: docs/settings-harpd.md.
 
-The start, a reload and ``--test`` use the same function, `load`. Errors read ``FILE: key: expected X, got Y``.
-
-Spec: docs/settings-harpd.md.
+Errors read ``FILE: key: expected X, got Y``.
 """
 
 from __future__ import annotations
@@ -16,8 +14,17 @@ import msgspec
 import yaml
 from msgspec import Meta
 
-from harp_daemon.settings import Bytes, ConfigError, Count, check_choice, convert, describe_value
-from harp_daemon.tls import DEFAULT_MINIMUM, TLS_VERSIONS, set_minimum_version
+from harp_daemon.settings import (
+    DEFAULT_TLS_MINIMUM,
+    TLS_VERSIONS,
+    Bytes,
+    ConfigError,
+    Count,
+    check_choice,
+    convert,
+    describe_value,
+    set_minimum_version,
+)
 
 # The maximum of one year stands for "no limit". It excludes infinity and NaN, which are typing errors.
 Seconds: TypeAlias = Annotated[float, Meta(gt=0, le=365 * 86400, extra={"unit": "seconds"})]
@@ -31,7 +38,7 @@ class Network(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     address: str | None = None  #: The address or name to listen on; None: every address, IPv4 and IPv6.
     port: Annotated[int, Meta(ge=0, le=65535)] = 4306  #: The TCP port; 0: any free port.
     #: The lowest TLS version. YAML reads ``1.2`` as a number, so both types are accepted.
-    tls_minimum: str | float = DEFAULT_MINIMUM
+    tls_minimum: str | float = DEFAULT_TLS_MINIMUM
 
     def __post_init__(self) -> None:
         check_choice("tls_minimum", self.tls_minimum, TLS_VERSIONS)
@@ -156,10 +163,7 @@ def one_line(error: BaseException) -> str:
 
 
 def server_context(network: Network, path: Path) -> ssl.SSLContext:
-    """Return the TLS context for the section `network` of the file `path`.
-
-    Raises `ConfigError`: the certificate or the key cannot be read, or they do not belong together.
-    """
+    """Return the TLS context for the section `network` of the file `path`. Raises `ConfigError`."""
     for key in ("certfile", "keyfile"):
         name = getattr(network, key)
         try:

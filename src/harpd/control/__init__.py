@@ -1,1 +1,1 @@
-"""harpd's own processes: lifecycle and runtime directory, launcher, supervisor client."""
+"""harpd's own processes: services, launcher, runtime directory, supervisor client."""

@@ -1,16 +1,12 @@
-"""Launches the supervisor: starts it, restarts it when it dies, replaces it at a reload.
+"""Runs services of harpd. Launches the supervisor: starts it, restarts it when it dies, replaces it at a reload.
 
-A supervisor is the process ``python -m harpd.supervisor.main LIFELINE``. LIFELINE is an inherited descriptor: one end
-of a socket pair whose other end the launcher has. The supervisor reads its settings, one JSON object, from stdin. It
-sends its instance id over the lifeline when it is active, and its exit closes the lifeline.
-
-A supervisor creates its own sockets and can outlive its launcher. At its start and at each reload, the launcher makes
-older supervisors *retire*: they accept no new calls and exit after their last one. A full stop ends all supervisors.
+`harpd.supervisor.main` describes a supervisor's arguments, settings and lifeline. A supervisor creates its own sockets
+and can outlive its launcher. At its start and at each reload, the launcher makes older supervisors *retire*: they
+accept no new calls and exit after their last one. A full stop ends all supervisors.
 
 The launcher runs in the frontend's process (``harpd`` without a command), or as the service ``harpd supervisor``. In
 the service, SIGTERM ends all calls. SIGHUP starts a new supervisor with the code and the configuration that are
-installed now; the old one retires. SIGUSR1 ends only the service: supervisors continue, and retire when the service
-starts again.
+installed now. SIGUSR1 ends only the service: supervisors continue, and retire when the service starts again.
 """
 
 from __future__ import annotations
@@ -23,17 +19,21 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from harp.protocol.json_text import dumps
-from harp_daemon.backoff import Backoff
-from harp_daemon.process import describe_exit
+from harp_daemon.process import describe_exit, notify_service_manager
 from harp_daemon.settings import ConfigError, report_restart_needed
+from harp_daemon.timer_wheel import Backoff
 from harpd.config.loaded import SupervisorConfig, load_supervisor_config
-from harpd.control.lifecycle import ServiceRunner, runtime_directory
-from harpd.control.supervisor_client import SupervisorClient, SupervisorError, SupervisorNotRunning
+from harpd.control.supervisor_client import (
+    SupervisorClient,
+    SupervisorError,
+    SupervisorNotRunning,
+    runtime_directory,
+)
 
 log = logging.getLogger("harpd.control")
 
@@ -47,14 +47,61 @@ _MIN_DELAY, _MAX_DELAY = 0.1, 30.0
 _STABLE_TIME = 10.0
 _READ_SIZE = 100
 
+#: A step of a service. It may raise.
+_Step = Callable[[], Awaitable[None]]
+
+
+class ServiceRunner:
+    """The runner of a service: SIGTERM and SIGINT stop it, SIGHUP reloads it, already before it starts."""
+
+    def __init__(self) -> None:
+        self.stop_requested = asyncio.Event()  #: Set it to stop the service.
+        self._reload_requested = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop_requested.set)
+        loop.add_signal_handler(signal.SIGHUP, self._reload_requested.set)
+
+    async def run(self, start: _Step, reload: _Step, stop: _Step, on_serving: Callable[[], None]) -> None:
+        """Run a service; call `on_serving` when it serves, after `start`. Raises the exception of a start that fails.
+
+        `reload` loads the configuration again and applies all of it, or nothing. `stop` stops the service within a
+        bounded time; also after a start that failed or did not finish.
+        """
+        serving = asyncio.create_task(self._serve(start, reload, on_serving))
+        stopping = asyncio.create_task(self.stop_requested.wait())
+        try:
+            await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if serving.done():
+                serving.result()
+            log.info("harpd stops")
+            notify_service_manager("STOPPING=1")
+        finally:
+            serving.cancel()
+            stopping.cancel()
+            await asyncio.gather(serving, stopping, return_exceptions=True)
+            await stop()
+            # Closing the loop restores the default actions: a second signal would change the exit status.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
+
+    async def _serve(self, start: _Step, reload: _Step, on_serving: Callable[[], None]) -> NoReturn:
+        """Start the service; then reload it at each request. Requests during the start or a reload cause one reload."""
+        await start()
+        on_serving()
+        notify_service_manager("READY=1")
+        while True:
+            await self._reload_requested.wait()
+            self._reload_requested.clear()
+            try:
+                await reload()
+            except (ConfigError, SupervisorError) as error:
+                log.error("reload failed; nothing is changed", extra={"reason": str(error)})
+            except Exception:
+                log.exception("reload failed; nothing is changed")
+
 
 class SupervisorLauncher:
-    """The launcher of the supervisor of the client's runtime directory.
-
-    Args:
-        background: whether supervisors start without stderr.
-        settings: returns the settings for the next supervisor.
-    """
+    """The launcher of supervisors with the settings of `settings()`; in the background, they have no stderr."""
 
     def __init__(self, client: SupervisorClient, background: bool, settings: Callable[[], dict[str, Any]]) -> None:
         self._client = client
@@ -69,8 +116,7 @@ class SupervisorLauncher:
     async def start(self) -> None:
         """Start a supervisor; return when it is active. Older supervisors retire.
 
-        Raises:
-            SupervisorError: it exited or did not reply; its log gives the reason. An older supervisor stays active.
+        Raises `SupervisorError`: it exited or did not reply; its log gives the reason. An older one stays active.
         """
         async with self._starting:
             await self._client.remove_dead_sockets()
@@ -94,16 +140,14 @@ class SupervisorLauncher:
             child.exit_status.add_done_callback(partial(self._on_exit, child))
             log.info("supervisor started", extra={"supervisor": child.process.pid})
             for name in self._client.socket_names():
-                if not name.endswith(child.instance.result()):
-                    await self._retire(name)
-
-    async def _retire(self, name: str) -> None:
-        try:
-            await self._client.request({"control": "retire"}, name=name)
-        except SupervisorNotRunning:
-            pass
-        except SupervisorError as error:
-            log.error("cannot retire an older supervisor", extra={"supervisor": name, "reason": str(error)})
+                if name.endswith(child.instance.result()):
+                    continue
+                try:
+                    await self._client.request({"control": "retire"}, name=name)
+                except SupervisorNotRunning:
+                    pass
+                except SupervisorError as error:
+                    log.error("cannot retire an older supervisor", extra={"supervisor": name, "reason": str(error)})
 
     def _on_exit(self, child: SupervisorProcess, ended: asyncio.Future[int]) -> None:
         """Handle the exit of a supervisor that was active; start another one if it still was."""
@@ -187,34 +231,31 @@ class SupervisorProcess:
 async def run(config: SupervisorConfig, on_serving: Callable[[], None]) -> None:
     """Run the service until SIGTERM, SIGINT or SIGUSR1; call `on_serving` when a supervisor is active.
 
-    Raises:
-        ConfigError: the runtime directory cannot be used.
-        SupervisorError: the supervisor did not start; its log gives the reason.
+    Raises `ConfigError`: the runtime directory cannot be used; `SupervisorError`: the supervisor did not start.
     """
     runner = ServiceRunner()
     with runtime_directory(config, "launcher") as client:
-        service = SupervisorService(config, client)
-
-        def detach() -> None:
-            service.detaching = True
-            runner.stop_requested.set()
-
-        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, detach)
-        await runner.run(service, on_serving)
+        service = _SupervisorService(config, client, runner)
+        await runner.run(service.start, service.reload, service.stop, on_serving)
 
 
-class SupervisorService:
-    """The running service. Implements `harpd.control.lifecycle.Service`."""
+class _SupervisorService:
+    """The running service."""
 
-    def __init__(self, config: SupervisorConfig, client: SupervisorClient) -> None:
+    def __init__(self, config: SupervisorConfig, client: SupervisorClient, runner: ServiceRunner) -> None:
         self._config = config
         self._directory = client.directory
         self._launcher = SupervisorLauncher(client, config.options.daemon, self._settings)
-        #: Whether supervisors continue after `stop`.
-        self.detaching = False
+        self._runner = runner
+        self._detaching = False  # whether supervisors continue after `stop`
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, self._detach)
+
+    def _detach(self) -> None:
+        self._detaching = True
+        self._runner.stop_requested.set()
 
     def _settings(self) -> dict[str, Any]:
-        """Return the settings for the next supervisor, from the files; if they are invalid, from the last valid ones.
+        """Return the settings from the files; if they are invalid, from the last valid ones.
 
         The files are read each time, because a reload of the frontend changes the settings of the running supervisor.
         """
@@ -243,7 +284,7 @@ class SupervisorService:
 
     async def stop(self) -> None:
         """Stop the supervisors and all calls, which end with ``shutdown``; after SIGUSR1, both continue."""
-        if self.detaching:
+        if self._detaching:
             await self._launcher.detach()
         else:
             await self._launcher.stop(2 * self._config.configuration.limits.kill_grace + STOP_MARGIN)

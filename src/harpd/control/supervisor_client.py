@@ -1,4 +1,4 @@
-"""The client of the supervisors of a runtime directory: finds, connects to and controls them.
+"""The runtime directory, and the client of its supervisors: finds, connects to and controls them.
 
 One supervisor is active: it accepts new calls, at the socket `ACTIVE_SOCKET`. During an upgrade or after a restart,
 older supervisors still have calls. Each supervisor has its own socket, `SOCKET_PREFIX` + INSTANCE. A socket that
@@ -12,12 +12,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import fcntl
 import logging
 import os
+import shutil
 import signal
 import socket
-from collections.abc import Awaitable, Callable
-from contextlib import ExitStack
+import stat
+import tempfile
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -25,7 +29,9 @@ from typing import Any, Self, TypeVar
 from harp.protocol.fields import ProtocolError
 from harp.protocol.harpd import CallList
 from harp.protocol.json_text import InvalidJSON, dumps, loads
+from harp_daemon.settings import ConfigError
 from harp_daemon.sockets import peer_process
+from harpd.config.loaded import SupervisorConfig
 from harpd.supervisor.listener import ACTIVE_SOCKET, SOCKET_PREFIX
 
 T = TypeVar("T")
@@ -54,11 +60,7 @@ class SupervisorNotRunning(SupervisorError):
 
 
 class SupervisorClient:
-    """The client of one runtime directory; a context manager that closes the directory.
-
-    Raises:
-        SupervisorError: the directory cannot be opened.
-    """
+    """The client of one runtime directory; a context manager that closes it. Raises `SupervisorError`."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -87,12 +89,7 @@ class SupervisorClient:
             return None
 
     async def connect(self, name: str = ACTIVE_SOCKET) -> socket.socket:
-        """Return a non-blocking connection to a supervisor.
-
-        Raises:
-            SupervisorNotRunning: no process listens at the socket.
-            SupervisorError: a process listens, but the connection fails.
-        """
+        """Return a non-blocking connection to a supervisor. Raises `SupervisorNotRunning` and `SupervisorError`."""
         with ExitStack() as closing:
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
             closing.enter_context(connection)
@@ -131,9 +128,7 @@ class SupervisorClient:
     ) -> dict[str, Any]:
         """Send a request to the supervisor of a socket; return the reply. Spec: harpd.supervisor.main.
 
-        Raises:
-            SupervisorNotRunning: no process listens at the socket, or it died before it replied.
-            SupervisorError: there is no reply after `deadline` seconds, or it is an error.
+        Raises `SupervisorNotRunning`; `SupervisorError`: it is an error, or missing after `deadline` seconds.
         """
         loop = asyncio.get_running_loop()
         line = bytearray()
@@ -168,9 +163,8 @@ class SupervisorClient:
     async def list_calls(self, owner: str) -> CallList:
         """Return the owner's calls in all supervisors, and the instance of the active supervisor.
 
-        Raises:
-            SupervisorError: no supervisor is active, or one sends no reply. An incomplete list is not returned: the
-                dispatcher would conclude that the missing calls have ended.
+        Raises `SupervisorError`: no supervisor is active, or one sends no reply. With an incomplete list, the
+        dispatcher would conclude that the missing calls have ended.
         """
         active = await retry_until_active(partial(self._calls_of, ACTIVE_SOCKET, owner))
         calls = dict.fromkeys(active.calls)
@@ -188,10 +182,7 @@ class SupervisorClient:
             raise SupervisorError(f"invalid list of calls from the supervisor: {error!r}") from error
 
     async def shut_down(self, name: str, deadline: float) -> None:
-        """Stop a supervisor and all its calls, which end with the error ``shutdown``.
-
-        It is killed after `deadline` seconds. It may be dead already.
-        """
+        """Stop a supervisor and its calls with the error ``shutdown``; kill it after `deadline` seconds."""
         with ExitStack() as closing:
             try:
                 connection = closing.enter_context(await self.connect(name))
@@ -234,3 +225,36 @@ async def _wait_for_exit(pidfd: int) -> None:
         await exited.wait()
     finally:
         loop.remove_reader(pidfd)
+
+
+@contextmanager
+def runtime_directory(config: SupervisorConfig, *roles: str) -> Iterator[SupervisorClient]:
+    """Create the directory of sockets and state files if it is missing, and lock it; yield the client for it.
+
+    If none is configured, it is a temporary directory, which is removed at the end. `roles`: ``frontend``, ``launcher``
+    or both: those of this program. Each has a lock file. Raises `ConfigError`, also if a running program has the role.
+    """
+    configured = config.configuration.runtime_directory
+    path = Path(tempfile.mkdtemp(prefix="harpd-") if configured is None else configured).absolute()
+    with ExitStack() as closing:
+        if configured is None:
+            closing.callback(shutil.rmtree, path, ignore_errors=True)
+        where = f"{config.options.config}: runtime_directory: {path}"
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            status = path.stat()
+            # A user who can write there can impersonate the supervisor.
+            if status.st_uid not in (0, os.geteuid()):
+                hint = "change the owner to the user that harpd runs as"
+                raise ConfigError(f"{where}: owned by user {status.st_uid}; {hint}")
+            if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                raise ConfigError(f"{where}: other users can write there; run chmod go-w")
+            for role in roles:
+                descriptor = os.open(path / f"{role}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                closing.callback(os.close, descriptor)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"{where}: used by another running harpd") from error
+        except OSError as error:
+            raise ConfigError(f"{where}: {error.strerror}") from error
+        yield closing.enter_context(SupervisorClient(path))

@@ -42,7 +42,7 @@ from harp.protocol.fields import ProtocolError
 from harp.protocol.harpd import AnyRequest, Attach, ListCalls, Request, encode_message
 from harp.protocol.json_text import dumps
 from harp.protocol.lines import LineBuffer, LineTooLong
-from harp_daemon.long_lines import LONG_LINE, decode_in_thread
+from harp_daemon.event_loop import LONG_LINE, decode_in_thread
 from harp_daemon.memory_quota import MemoryQuota, Reservation
 from harp_daemon.sliced_json import decode_slices
 from harp_daemon.timer_wheel import Timer, TimerWheel

@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from harp_daemon.acceptor import Acceptor
-from harp_daemon.listeners import Listener, ListenError, ResolveError, listen_tcp
 from harp_daemon.memory_quota import MemoryQuota
 from harp_daemon.settings import ConfigError, report_restart_needed
+from harp_daemon.sockets import Listener, ListenError, ResolveError, listen_tcp
 from harp_daemon.timer_wheel import TimerWheel
 from harpd.config.loaded import LoadedConfig, load_config
 from harpd.config.settings import Network
-from harpd.control.launcher import STOP_MARGIN, SupervisorLauncher
-from harpd.control.lifecycle import ServiceRunner, runtime_directory
-from harpd.control.supervisor_client import SupervisorClient
+from harpd.control.launcher import STOP_MARGIN, ServiceRunner, SupervisorLauncher
+from harpd.control.supervisor_client import SupervisorClient, runtime_directory
 from harpd.frontend.authenticator import Authenticator, BoundedThreadPool, TaskFailed
 from harpd.frontend.connection import ArrivalClock, Connection, ConnectionContext
 from harpd.frontend.link import SupervisorLinks
@@ -53,11 +52,12 @@ async def run(config: LoadedConfig, on_serving: Callable[[], None], frontend_onl
     roles = ("frontend",) if frontend_only else ("frontend", "launcher")
     with runtime_directory(config, *roles) as client:
         listeners = _listen(configuration.network, config.options.config)
-        await runner.run(FrontendServer(config, client, listeners, frontend_only), on_serving)
+        server = FrontendServer(config, client, listeners, frontend_only)
+        await runner.run(server.start, server.reload, server.stop, on_serving)
 
 
 class FrontendServer:
-    """The running frontend. Implements `harpd.control.lifecycle.Service`."""
+    """The running frontend; `harpd.control.launcher.ServiceRunner` describes its steps."""
 
     def __init__(
         self, config: LoadedConfig, client: SupervisorClient, listeners: list[Listener], frontend_only: bool

@@ -60,7 +60,8 @@ from harp.protocol.ends import Failed
 from harp.protocol.fields import ProtocolError, check, required_string
 from harp.protocol.harpd import encode_message
 from harp.protocol.json_text import JSONObject, Raw, dumps, loads
-from harp_daemon import logs, memory
+from harp_daemon import logs
+from harp_daemon.process import tune_memory
 from harpd.supervisor.call import Call, CallContext, StopReason
 from harpd.supervisor.event_loop import READ, EventLoop
 from harpd.supervisor.frames import VERSION
@@ -367,7 +368,7 @@ def main() -> NoReturn:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # the launcher handles signals to all of harpd
         signal.signal(number, signal.SIG_IGN)
     os.set_inheritable(lifeline, False)
-    memory.tune(_KEPT_BYTES, _MAPPED_BYTES)
+    tune_memory(_KEPT_BYTES, _MAPPED_BYTES)
     loop = EventLoop()
     logs.write_per_turn(loop.call_soon)
     Supervisor(loop, socket.socket(fileno=lifeline), {"descriptors": soft, **settings})
