@@ -7,15 +7,12 @@ import asyncio
 import json
 import math
 import sys
-from collections.abc import Callable, Coroutine
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from harp_daemon.event_loop import run
 from harp_daemon.process import ProcessError, detach, pidfile
 from harp_daemon.settings import ConfigError
-from harpd.config.loaded import CommandLine, SupervisorConfig, check, load_config, load_supervisor_config
+from harpd.config.loaded import CommandLine, check, load_config, load_supervisor_config
 from harpd.config.settings import load
 from harpd.control import launcher
 from harpd.control.supervisor_client import SupervisorClient, SupervisorError, SupervisorNotRunning
@@ -71,18 +68,23 @@ def _run_command(options: CommandLine) -> int:
             print(f"harpd: warning: {warning}", file=sys.stderr)
         print("config OK")
         return 0
-    match options.command:
-        case None:
-            _serve(options, load_config, partial(server.run, frontend_only=False))
-        case "frontend":
-            _runtime_directory(options)
-            _serve(options, load_config, partial(server.run, frontend_only=True))
-        case "supervisor":
-            _runtime_directory(options)
-            _serve(options, load_supervisor_config, launcher.run)
-        case command:
-            with SupervisorClient(_runtime_directory(options)) as client:
-                return asyncio.run(_control(client, command, options.timeout))
+    if options.command in ("drain", "resume", "status"):
+        with SupervisorClient(_runtime_directory(options)) as client:
+            return asyncio.run(_control(client, options.command, options.timeout))
+    if options.command is not None:
+        _runtime_directory(options)
+    if options.daemon:
+        check(options)  # while stderr still shows the error
+    on_serving = detach() if options.daemon else lambda: None
+    with pidfile(options.pidfile):
+        if options.command == "supervisor":
+            supervisor_config = load_supervisor_config(options)
+            supervisor_config.configure_log()
+            run(launcher.run(supervisor_config, on_serving))
+        else:
+            config = load_config(options)
+            config.configure_log()
+            run(server.run(config, on_serving, frontend_only=options.command == "frontend"))
     return 0
 
 
@@ -95,15 +97,14 @@ async def _control(client: SupervisorClient, command: str, deadline: float | Non
         return 0 if replies else 1
     if not replies:
         raise SupervisorNotRunning("the supervisor does not run")
-    if command == "drain":
-        try:
-            async with asyncio.timeout(deadline):
-                while True:
-                    if not any(status["calls"] + status["resumable"] for status in await client.request_all("status")):
-                        return 0
-                    await asyncio.sleep(_DRAIN_INTERVAL)
-        except TimeoutError:
-            return 1
+    try:
+        async with asyncio.timeout(deadline):
+            while command == "drain":
+                if not any(status["calls"] + status["resumable"] for status in await client.request_all("status")):
+                    break
+                await asyncio.sleep(_DRAIN_INTERVAL)
+    except TimeoutError:
+        return 1
     return 0
 
 
@@ -114,20 +115,6 @@ def _runtime_directory(options: CommandLine) -> Path:
         hint = "frontend and supervisor find each other by it"
         raise ConfigError(f"{options.config}: runtime_directory: missing; {hint}")
     return Path(configured).absolute()
-
-
-def _serve(
-    options: CommandLine,
-    load_files: Callable[[CommandLine], SupervisorConfig],
-    run_service: Callable[[Any, Callable[[], None]], Coroutine[Any, Any, None]],
-) -> None:
-    if options.daemon:
-        check(options)  # while stderr still shows the error
-    on_serving = detach() if options.daemon else lambda: None
-    with pidfile(options.pidfile):
-        config = load_files(options)
-        config.configure_log()
-        run(run_service(config, on_serving))
 
 
 def _path(text: str) -> Path:

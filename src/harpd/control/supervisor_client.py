@@ -10,7 +10,6 @@ Connections are plain sockets, not asyncio streams: data that a supervisor sent 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import fcntl
 import logging
@@ -21,7 +20,7 @@ import socket
 import stat
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -118,7 +117,7 @@ class SupervisorClient:
                 try:
                     (await self.connect(name)).close()
                 except SupervisorNotRunning:
-                    with contextlib.suppress(FileNotFoundError):
+                    with suppress(FileNotFoundError):
                         os.unlink(name, dir_fd=self._descriptor)
                 except SupervisorError:
                     pass  # the supervisor lives, but cannot accept now
@@ -156,7 +155,7 @@ class SupervisorClient:
         """Send a control command to every running supervisor; return the replies. Raises `SupervisorError`."""
         replies = []
         for name in self.socket_names():
-            with contextlib.suppress(SupervisorNotRunning):
+            with suppress(SupervisorNotRunning):
                 replies.append(await self.request({"control": command}, name=name))
         return replies
 
@@ -169,7 +168,7 @@ class SupervisorClient:
         active = await retry_until_active(partial(self._calls_of, ACTIVE_SOCKET, owner))
         calls = dict.fromkeys(active.calls)
         for name in {*self.socket_names()} - {SOCKET_PREFIX + active.instance}:
-            with contextlib.suppress(SupervisorNotRunning):
+            with suppress(SupervisorNotRunning):
                 calls |= dict.fromkeys((await self._calls_of(name, owner)).calls)
         return CallList(tuple(calls), active.instance)
 
@@ -193,12 +192,12 @@ class SupervisorClient:
             closing.callback(os.close, process)
             try:
                 async with asyncio.timeout(deadline):
-                    with contextlib.suppress(OSError):
+                    with suppress(OSError):
                         connection.send(b'{"control":"shutdown"}\n')
                     await _wait_for_exit(process)
             except TimeoutError:
                 log.error("supervisor did not stop; killing it", extra={"supervisor": name})
-                with contextlib.suppress(ProcessLookupError, TimeoutError):
+                with suppress(ProcessLookupError, TimeoutError):
                     signal.pidfd_send_signal(process, signal.SIGKILL)
                     async with asyncio.timeout(_KILL_TIMEOUT):
                         await _wait_for_exit(process)
@@ -209,7 +208,7 @@ async def retry_until_active(attempt: Callable[[], Awaitable[T]]) -> T:
     try:
         async with asyncio.timeout(_START_TIMEOUT):
             while True:
-                with contextlib.suppress(SupervisorNotRunning):
+                with suppress(SupervisorNotRunning):
                     return await attempt()
                 await asyncio.sleep(_RETRY_INTERVAL)
     except TimeoutError as error:

@@ -19,10 +19,10 @@ during the last list. It counts from the list before: a pid is assigned a little
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 from collections.abc import Container, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from harpd.processes.cgroup import Cgroup
@@ -189,7 +189,7 @@ def _read_cookies(process: Process) -> frozenset[bytes] | None:
         if process.state in "ZX":  # the first thread has released its memory, the others have not
             directories = [f"/proc/{process.pid}/task/{thread}" for thread in os.listdir(f"/proc/{process.pid}/task")]
         for directory in directories:
-            with contextlib.suppress(ProcessLookupError), open(f"{directory}/environ", "rb") as file:
+            with suppress(ProcessLookupError), open(f"{directory}/environ", "rb") as file:
                 if text := file.read():
                     return find_cookies(text)
         current = _read(process.pid)
@@ -254,5 +254,5 @@ def kill_group(group: int) -> None:
 
     The group has its id while it has members. Ids are assigned in ascending order: a free one is reused last.
     """
-    with contextlib.suppress(ProcessLookupError, PermissionError):
+    with suppress(ProcessLookupError, PermissionError):
         os.killpg(group, signal.SIGKILL)
