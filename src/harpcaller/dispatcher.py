@@ -5,13 +5,11 @@ directions. The state is in the store; only the active calls are in memory, in `
 
 Leaving the context shuts the dispatcher down in this order:
 
-1. The APIs have stopped accepting, because they run inside the context.
-2. No job is claimed any more; queued jobs stay queued.
-3. Resumable calls continue on their hosts, for the next dispatcher. Connection-bound calls are stopped by closing their
+1. No job is claimed any more; queued jobs stay queued.
+2. Resumable calls continue on their hosts, for the next dispatcher. Connection-bound calls are stopped by closing their
    connections, and their jobs end as ``missing_result``.
-4. Pending writes are stored for a limited time; the next start recovers the jobs of the others.
-5. Pruning and the refresh of the hosts registry stop.
-6. The caller that opened the store closes it.
+3. Pending writes are stored for a limited time; the next start recovers the jobs of the others.
+4. Pruning and the refresh of the hosts registry stop.
 """
 
 from __future__ import annotations
@@ -36,7 +34,7 @@ from harpcaller.hosts.capabilities import HostCapabilities
 from harpcaller.hosts.pool import ConnectionPool
 from harpcaller.hosts.registry import Host, HostsRegistry
 from harpcaller.hosts.tls import HostTLS
-from harpcaller.model.ids import is_job_id, new_job_id, new_job_ids
+from harpcaller.model.ids import new_job_id, new_job_ids
 from harpcaller.model.jobs import Job, JobDetails, JobMetadata, NewJob, State, StopState
 from harpcaller.notifier import Notifier
 from harpcaller.pruner import prune, prune_regularly
@@ -44,7 +42,8 @@ from harpcaller.record_stream import RecordStream, wait_for_end
 from harpcaller.runner import Runner
 from harpcaller.runs.context import RunContext, StoreWrites, log_fields
 from harpcaller.runs.reconciliation import OrphanReaper
-from harpcaller.store import QueueStatus, Store, UnknownJob
+from harpcaller.store import QueueStatus, UnknownJob
+from harpcaller.store.sqlite import Store
 
 log = logging.getLogger(__name__)
 
@@ -81,14 +80,12 @@ def _shielded(
 class Dispatcher:
     """The dispatcher: an asynchronous context manager that runs while its context lasts.
 
-    Every method may raise `StorageError`; then it changed nothing. Methods with a job id accept any text: a text that
-    is not a UUID in lower-case form is an unknown job. `wall` returns the wall clock in Unix seconds, for times that
-    are stored and shown. Raises `ConfigError` if a certificate file or the hosts file is invalid.
+    Every method may raise `StorageError`; then it changed nothing. `wall` returns the wall clock in Unix seconds, for
+    times that are stored and shown. Raises `ConfigError` if a certificate file or the hosts file is invalid.
     """
 
     def __init__(self, config: Config, store: Store, wall: Callable[[], float] = time.time) -> None:
-        #: The current configuration.
-        self.config = config
+        self.config = config  #: The current configuration.
         self._store = store
         self._wall = wall
         self._notifier = Notifier()
@@ -164,7 +161,8 @@ class Dispatcher:
                 return
             self._runner.context.timings.record_stored(job.id, received_at, store_began)
             log.info("job submitted", extra={**log_fields(job), "client": client})
-            self._log_arguments(job)
+            if log.isEnabledFor(logging.DEBUG):
+                _log_arguments(job)
             if not job_id.done():
                 job_id.set_result(job.id)
 
@@ -190,7 +188,7 @@ class Dispatcher:
         if log.isEnabledFor(logging.DEBUG):
             for job in jobs:
                 log.debug("job submitted with others", extra=log_fields(job))
-                self._log_arguments(job)
+                _log_arguments(job)
         return [job.id for job in jobs]
 
     @_shielded
@@ -199,8 +197,6 @@ class Dispatcher:
 
         Its call is not started after this function has returned. `client` is the address in the stop request.
         """
-        if not is_job_id(job_id):
-            return False
         before = await self._store.cancel_job(job_id, self._wall(), self._cancelled_by(client))
         if before is not None:
             await self._stop_cancelled(job_id, before, client)
@@ -241,8 +237,6 @@ class Dispatcher:
     @_shielded
     async def release_slot(self, job_id: str) -> bool:
         """Release the slot of a job that has ended, whatever its host reports; return False if it holds none."""
-        if not is_job_id(job_id):
-            return False
         try:
             job = await self._store.get_job(job_id)
         except UnknownJob:
@@ -261,8 +255,6 @@ class Dispatcher:
 
         Spec: docs/protocol.md, Details.
         """
-        if not is_job_id(job_id):
-            raise UnknownJob(job_id)
         details = await self._store.get_details(job_id)
         runs, context = self._runner.runs, self._runner.context
         state = ExplainContext(
@@ -279,14 +271,10 @@ class Dispatcher:
 
     async def get_job(self, job_id: str) -> Job:
         """Return a job. Raises `UnknownJob`."""
-        if not is_job_id(job_id):
-            raise UnknownJob(job_id)
         return await self._store.get_job(job_id)
 
     def result(self, job_id: str, wait: bool) -> asyncio.Future[End | None]:
         """Return a future as `wait_for_end` does. It raises `UnknownJob` if the job is unknown, or is pruned."""
-        if not is_job_id(job_id):
-            return _failed(UnknownJob(job_id))
         run = self._runner.runs.get(job_id)
         is_active = run is not None and not run.has_ended
         return wait_for_end(job_id, wait, is_active, self._store, self._notifier)
@@ -301,11 +289,8 @@ class Dispatcher:
         """Return the records of a job; with `wait`, also the future ones. The caller closes the stream.
 
         See `RecordStream` for the arguments. Without `since` and `recent`, a stream that waits begins with the next
-        record, another one with record 0. Raises `UnknownJob` if the text is not a job id; the stream raises it if the
-        job is unknown.
+        record, another one with record 0. The stream raises `UnknownJob`.
         """
-        if not is_job_id(job_id):
-            raise UnknownJob(job_id)
         if wait and since is None and recent is None:
             recent = 0
         return RecordStream(job_id, since, recent, wait, self._store, self._notifier, on_ready)
@@ -341,10 +326,8 @@ class Dispatcher:
     async def reload(self, config: Config) -> None:
         """Apply a new configuration to later calls, to the hosts registry and to pruning.
 
-        The APIs apply their part (limits of requests) themselves, and the program applies the log settings.
-
-        Raises:
-            ConfigError: a certificate file or the hosts file is invalid; then nothing has changed.
+        The APIs apply their part (limits of requests) themselves, and the program applies the log settings. Raises
+        `ConfigError` if a certificate file or the hosts file is invalid; then nothing has changed.
         """
         tls = HostTLS(config)
         self._registry.update_config(config)
@@ -373,10 +356,6 @@ class Dispatcher:
             call.queue.concurrency if call.queue else 1,
             _NULL if call.info is None else call.info,
         )
-
-    def _log_arguments(self, job: NewJob) -> None:
-        if log.isEnabledFor(logging.DEBUG):
-            log.debug("job's arguments", extra={"job": job.id, "arguments": job.arguments.decode()})
 
     def _cancelled_by(self, client: str | None) -> Raw:
         return dumps({"why": "cancelled", "by": client, "at": self._wall()})
@@ -423,7 +402,5 @@ class Dispatcher:
             log.warning(warning)
 
 
-def _failed(error: Exception) -> asyncio.Future[Any]:
-    future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-    future.set_exception(error)
-    return future
+def _log_arguments(job: NewJob) -> None:
+    log.debug("job's arguments", extra={"job": job.id, "arguments": job.arguments.decode()})

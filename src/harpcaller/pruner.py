@@ -6,7 +6,8 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from harpcaller.store import StorageError, Store
+from harpcaller.store import StorageError
+from harpcaller.store.sqlite import Store
 
 log = logging.getLogger(__name__)
 
@@ -21,8 +22,7 @@ _PAUSE = 0.05
 async def prune(store: Store, ended_before: float) -> int:
     """Delete the jobs that ended before a time in Unix seconds, in small steps; return how many.
 
-    Raises:
-        StorageError: a step failed; the earlier steps have deleted their jobs.
+    Raises `StorageError` if a step failed; the earlier steps have deleted their jobs.
     """
     pruned = 0
     while deleted := await store.prune_jobs(ended_before, _STEP):

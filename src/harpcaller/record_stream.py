@@ -15,7 +15,8 @@ from harp.protocol.ends import End
 from harp.protocol.replies import Continue
 from harpcaller.model.jobs import Job, Records
 from harpcaller.notifier import Notifier, RecordBatch
-from harpcaller.store import Store, UnknownJob
+from harpcaller.store import UnknownJob
+from harpcaller.store.sqlite import Store
 
 T = TypeVar("T")
 

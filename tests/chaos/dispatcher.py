@@ -21,7 +21,8 @@ from typing import Any
 
 from harpcaller import cli
 from harpcaller.model.jobs import NewJob, Records
-from harpcaller.store import Store, sqlite
+from harpcaller.store import sqlite
+from harpcaller.store.sqlite import Store
 
 __all__ = ["CLOCK", "SABOTAGES"]
 

@@ -14,8 +14,7 @@ import pytest
 
 from harpcaller.api.client_server import ClientServer, listen
 from harpcaller.config import Address
-from harpcaller.store import Store
-from harpcaller.store.sqlite import open_store
+from harpcaller.store.sqlite import Store, open_store
 from support.dispatcher import host_line, running
 from support.scripted import scripted_harpd
 

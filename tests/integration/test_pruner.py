@@ -38,7 +38,7 @@ async def test_prune_deletes_only_old_ended_jobs(tmp_path: Path) -> None:
 
 async def test_prune_regularly_retries_and_follows_max_age(tmp_path: Path) -> None:
     real = await open_store(tmp_path / "store")
-    store = Switched(real, "prune_jobs")
+    store: Any = Switched(real, "prune_jobs")
     store.off = True
     job_id = await job_in(real, State.RETURNED, now=time.time() - 1000)
     max_age = 2000.0

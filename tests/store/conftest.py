@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from harpcaller.store import Store
+from harpcaller.store.sqlite import Store
 from support.backends import BACKENDS
 
 Reopen = Callable[[], Awaitable[Store]]

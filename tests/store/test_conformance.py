@@ -23,7 +23,8 @@ from harpcaller.model.jobs import (
     State,
     StopState,
 )
-from harpcaller.store import QueueStatus, Store, UnknownJob
+from harpcaller.store import QueueStatus, UnknownJob
+from harpcaller.store.sqlite import Store
 from support.backends import BACKENDS
 from support.jobs import ENDS, STANDS, job_in, new_id, new_job, records
 

@@ -7,7 +7,7 @@ import asyncio
 from harp.protocol.ends import Cancelled, Returned
 from harp.protocol.json_text import Raw
 from harpcaller.model.jobs import JobMetadata, State, StopState
-from harpcaller.store import Store
+from harpcaller.store.sqlite import Store
 from support.jobs import ENDS, added, claimed, job_in, new_job, records
 
 MANY = 1000

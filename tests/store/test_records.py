@@ -10,7 +10,7 @@ import pytest
 from harp.protocol.ends import Returned
 from harp.protocol.json_text import Raw
 from harpcaller.model.jobs import Records, State, StopState
-from harpcaller.store import Store
+from harpcaller.store.sqlite import Store
 from support.jobs import ENDS, added, claimed, job_in, records
 
 Reopen = Callable[[], Awaitable[Store]]

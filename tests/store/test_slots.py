@@ -10,7 +10,8 @@ from msgspec.structs import replace
 from harp.protocol.ends import Failed
 from harp.protocol.json_text import Raw
 from harpcaller.model.jobs import QueuePosition, State, StopState
-from harpcaller.store import QueueStatus, Store
+from harpcaller.store import QueueStatus
+from harpcaller.store.sqlite import Store
 from support.jobs import ENDS, added, claimed, job_in, new_job
 
 Reopen = Callable[[], Awaitable[Store]]

@@ -19,15 +19,14 @@ from harp.protocol.ends import Returned
 from harp.protocol.json_text import Raw
 from harpcaller.model.jobs import TRANSITIONS, JobMetadata, Records, State, StopState
 from harpcaller.store import StorageError
-from harpcaller.store.sqlite import FILE_NAME, SQLiteStore, file, open_store, reads, sql
-from harpcaller.store.sqlite.file import connect
-from harpcaller.store.sqlite.sql import MIGRATIONS, QUERIES
+from harpcaller.store.sqlite import FILE_NAME, Store, file, open_store, reads
+from harpcaller.store.sqlite.file import MIGRATIONS, QUERIES, connect
 from harpcaller.store.sqlite.writes import Writes
 from support.jobs import ENDS, claimed, job_in, new_id, new_job, records
 
 
 @pytest.fixture
-async def store(tmp_path: Path) -> AsyncIterator[SQLiteStore]:
+async def store(tmp_path: Path) -> AsyncIterator[Store]:
     opened = await open_store(tmp_path)
     yield opened
     await opened.close()
@@ -70,7 +69,7 @@ async def test_existing_directory_keeps_its_mode(tmp_path: Path) -> None:
     assert (mode(tmp_path), mode(tmp_path / FILE_NAME)) == (0o755, 0o600)
 
 
-async def test_open_store_twice_raises(tmp_path: Path, store: SQLiteStore) -> None:
+async def test_open_store_twice_raises(tmp_path: Path, store: Store) -> None:
     with pytest.raises(StorageError, match=rf"{FILE_NAME}: another dispatcher uses it"):
         await open_store(tmp_path)
     await store.add_job(new_job(), 1.0)
@@ -306,7 +305,7 @@ LISTS = {
 
 
 def test_queries_sql_every_statement_is_used() -> None:
-    package = Path(sql.__file__).parent
+    package = Path(file.__file__).parent
     code = "".join(module.read_text() for module in package.glob("*.py"))
     assert {name for name in QUERIES if f'QUERIES["{name}"]' not in code} == LISTS
 
@@ -423,7 +422,7 @@ def test_queue_position_is_counted_in_covering_indexes(database: sqlite3.Connect
         assert any(f"COVERING INDEX {index}" in step for step in plan), plan
 
 
-async def test_append_records_with_small_records_shares_rows(tmp_path: Path, store: SQLiteStore) -> None:
+async def test_append_records_with_small_records_shares_rows(tmp_path: Path, store: Store) -> None:
     job_id = await job_in(store, State.RUNNING)
     for n in range(500):
         await store.append_records(job_id, n, records([b'"x"'], made=float(n)))
@@ -433,7 +432,7 @@ async def test_append_records_with_small_records_shares_rows(tmp_path: Path, sto
     assert rows < 15
 
 
-async def test_record_timestamps_take_little_space(tmp_path: Path, store: SQLiteStore) -> None:
+async def test_record_timestamps_take_little_space(tmp_path: Path, store: Store) -> None:
     job_id = await job_in(store, State.RUNNING)
     values = [Raw(b'"x"')] * 50_000
     await store.append_records(job_id, 0, Records(values, [float(n // 1000) for n in range(50_000)]))

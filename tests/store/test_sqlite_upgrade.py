@@ -15,9 +15,8 @@ from harp.protocol.json_text import Raw
 from harpcaller.model.jobs import ENDED, NO_METADATA, Job, JobMetadata, Records, State, StopState
 from harpcaller.model.lanes import canonical
 from harpcaller.store import QueueStatus
-from harpcaller.store.sqlite import FILE_NAME, SQLiteStore, open_store
-from harpcaller.store.sqlite.file import connect
-from harpcaller.store.sqlite.sql import MIGRATIONS
+from harpcaller.store.sqlite import FILE_NAME, Store, open_store
+from harpcaller.store.sqlite.file import MIGRATIONS, connect
 from support.jobs import added, claimed, new_job, records
 
 VERSION_1 = Path(__file__).with_name("version1.sql")
@@ -75,14 +74,14 @@ def write_version(version: int, directory: Path) -> None:
 
 
 @pytest.fixture(params=range(1, max(MIGRATIONS)))
-async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[SQLiteStore]:
+async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Store]:
     write_version(request.param, tmp_path)
     opened = await open_store(tmp_path)
     yield opened
     await opened.close()
 
 
-async def test_upgrade_keeps_every_job_unchanged(store: SQLiteStore) -> None:
+async def test_upgrade_keeps_every_job_unchanged(store: Store) -> None:
     jobs = {number(job): job for _, job in await store.list_jobs(ended=True)}
     assert list(jobs) == list(range(1, 13))
     assert {n: job.state.value for n, job in jobs.items()} == {
@@ -99,7 +98,7 @@ async def test_upgrade_keeps_every_job_unchanged(store: SQLiteStore) -> None:
     assert (jobs[8].queue, jobs[8].arguments) == (b'{ "db": "prod" }', b'["8"]')
 
 
-async def test_upgrade_gives_slots_to_running_jobs_only(store: SQLiteStore) -> None:
+async def test_upgrade_gives_slots_to_running_jobs_only(store: Store) -> None:
     assert [number(job) for job in await store.list_slot_holders()] == [7, 8, 10]
     assert {(job.holds_slot, job.stop) for job in await store.list_slot_holders()} == {(True, None)}
     assert await store.list_queues() == [QueueStatus(QUEUE, 2, running=2, queued=1)]
@@ -110,7 +109,7 @@ async def test_upgrade_gives_slots_to_running_jobs_only(store: SQLiteStore) -> N
     assert await claimed(store) == [job_id(9)]
 
 
-async def test_upgrade_makes_old_jobs_appear_in_every_list(store: SQLiteStore) -> None:
+async def test_upgrade_makes_old_jobs_appear_in_every_list(store: Store) -> None:
     async def listed(**options: Any) -> list[int]:
         return [number(job) for _, job in await store.list_jobs(**options)]
 
@@ -130,14 +129,14 @@ async def test_upgrade_makes_old_jobs_appear_in_every_list(store: SQLiteStore) -
         assert await listed(ended=True, newest_first=True, **of) == found[::-1]
 
 
-async def test_upgrade_gives_old_records_the_start_of_their_job(store: SQLiteStore) -> None:
+async def test_upgrade_gives_old_records_the_start_of_their_job(store: Store) -> None:
     lines = [b'"line 0"', b'"line 1"', b'"line 2"', b'{"b":1.10,"a":"\\ud800"}']
     assert await store.read_records(job_id(1), 0, 10**6) == records(lines, made=100.75)
     assert await store.read_records(job_id(1), 2, 1) == records(lines[2:3], made=100.75)
     assert (await store.get_details(job_id(1))).record_bytes == sum(map(len, lines))
 
 
-async def test_upgrade_lets_a_stream_continue(store: SQLiteStore) -> None:
+async def test_upgrade_lets_a_stream_continue(store: Store) -> None:
     assert await store.append_records(job_id(7), 2, Records([Raw(b"2")], [200.5]))
     assert await store.append_records(job_id(7), 3, Records([Raw(b"3")], [200.75]))
     made = (160.75, 160.75, 200.5, 200.75)
@@ -158,7 +157,7 @@ async def test_upgrade_renames_the_keys_of_stored_metadata(tmp_path: Path, versi
     await store.close()
 
 
-async def test_upgraded_store_works_like_a_new_one(tmp_path: Path, store: SQLiteStore) -> None:
+async def test_upgraded_store_works_like_a_new_one(tmp_path: Path, store: Store) -> None:
     [new] = await added(store, host="new")
     with pytest.raises(ValueError, match="already"):
         await store.add_job(new_job(id=job_id(5)), 300.0)
@@ -172,7 +171,7 @@ async def test_upgraded_store_works_like_a_new_one(tmp_path: Path, store: SQLite
     await again.close()
 
 
-async def test_upgraded_schema_equals_a_new_one(tmp_path: Path, store: SQLiteStore) -> None:
+async def test_upgraded_schema_equals_a_new_one(tmp_path: Path, store: Store) -> None:
     await store.close()
     (tmp_path / "new").mkdir()
     await (await open_store(tmp_path / "new")).close()

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
-from harpcaller.store import Store
-from harpcaller.store.sqlite import open_store
+from harpcaller.store.sqlite import Store, open_store
 
 #: Opens the store in a directory.
 Opener = Callable[[Path], Awaitable[Store]]

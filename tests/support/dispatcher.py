@@ -17,8 +17,8 @@ from harpcaller.config import Config
 from harpcaller.dispatcher import Dispatcher
 from harpcaller.model.jobs import Job
 from harpcaller.notifier import RecordBatch
-from harpcaller.store import StorageError, Store
-from harpcaller.store.sqlite import open_store
+from harpcaller.store import StorageError
+from harpcaller.store.sqlite import Store, open_store
 from support.deadline import eventually
 
 CREDENTIALS = {"user": "u", "password": "topsecret"}
@@ -49,7 +49,7 @@ def hosts_file(directory: Path, *lines: str) -> Path:
 
 @asynccontextmanager
 async def running(
-    directory: Path, *lines: str, store: Store | None = None, **settings: Any
+    directory: Path, *lines: str, store: Any = None, **settings: Any
 ) -> AsyncIterator[Dispatcher]:
     """Run a dispatcher with all files in `directory` and these lines in its hosts file."""
     settings.setdefault("hosts_file", hosts_file(directory, *lines))

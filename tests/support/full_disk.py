@@ -25,7 +25,7 @@ from harp.protocol.ends import Returned
 from harp.protocol.json_text import Raw, dumps
 from harpcaller.model.jobs import NO_METADATA, JobMetadata, NewJob, State
 from harpcaller.store import StorageError
-from harpcaller.store.sqlite import SQLiteStore, open_store
+from harpcaller.store.sqlite import Store, open_store
 from harpd.processes.cookie import cookie_for
 from harpd.processes.process_tree import CallTree
 from harpd.supervisor.state_files import StateFiles
@@ -41,7 +41,7 @@ def job(number: int, arguments: Raw) -> NewJob:
     return NewJob(f"00000000-0000-0000-0000-{number:012}", "web01", "deploy", arguments, 10.0, 60.0)
 
 
-async def fill(store: SQLiteStore, arguments: Raw, start: int) -> list[str]:
+async def fill(store: Store, arguments: Raw, start: int) -> list[str]:
     """Add jobs until the disk is full; return the ids of the stored jobs."""
     accepted: list[str] = []
     for number in range(start, start + 100_000):

@@ -10,7 +10,7 @@ from typing import Any
 from harp.protocol.ends import Cancelled, End, Failed, Raised, Returned
 from harp.protocol.json_text import Raw
 from harpcaller.model.jobs import ENDED, NewJob, Records, State
-from harpcaller.store import Store
+from harpcaller.store.sqlite import Store
 
 #: An end for each closing state, with payloads that decoding and encoding would change.
 ENDS: Mapping[State, End] = {

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from harp.protocol.json_text import Raw
 from harpcaller.model.jobs import JobMetadata, State, StopState
-from harpcaller.store.sqlite import SQLiteStore, open_store
+from harpcaller.store.sqlite import Store, open_store
 from support.jobs import new_job, records
 
 
@@ -21,14 +21,14 @@ def confirmed(*words: object) -> None:
     print(*words, flush=True)
 
 
-async def submit(store: SQLiteStore) -> None:
+async def submit(store: Store) -> None:
     while True:
         job = new_job(queue={}, concurrency=2, arguments=Raw(b'["' + b"x" * 3000 + b'"]'))
         await store.add_job(job, 1.0)
         confirmed("job", job.id)
 
 
-async def start(store: SQLiteStore) -> str:
+async def start(store: Store) -> str:
     job = new_job()
     await store.add_job(job, 1.0)
     confirmed("job", job.id)
@@ -37,14 +37,14 @@ async def start(store: SQLiteStore) -> str:
     return job.id
 
 
-async def stream(store: SQLiteStore) -> None:
+async def stream(store: Store) -> None:
     job_id = await start(store)
     for first in itertools.count(0, 3):
         assert await store.append_records(job_id, first, records(b"%d" % n for n in range(first, first + 3)))
         confirmed("records", job_id, first + 3)
 
 
-async def cancel(store: SQLiteStore) -> None:
+async def cancel(store: Store) -> None:
     while True:
         job_id = await start(store)
         await store.cancel_job(job_id, 2.0, Raw(b'{"why":"cancel"}'))

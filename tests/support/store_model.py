@@ -28,7 +28,7 @@ from harpcaller.store import QueueStatus, UnknownJob
 
 
 class ModelStore:
-    """The verbs of `harpcaller.store.Store`, without `await`."""
+    """The verbs of `harpcaller.store.sqlite.Store`, without `await`."""
 
     def __init__(self) -> None:
         self.jobs: dict[str, tuple[int, Job]] = {}

@@ -18,7 +18,8 @@ from harpcaller.hosts.registry import Host
 from harpcaller.hosts.tls import HostTLS
 from harpcaller.model.jobs import Identity, Job, NewJob
 from harpcaller.notifier import Notifier
-from harpcaller.store import StorageError, Store
+from harpcaller.store import StorageError
+from harpcaller.store.sqlite import Store
 
 log = logging.getLogger(__name__)
 

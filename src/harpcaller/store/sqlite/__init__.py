@@ -1,4 +1,11 @@
-"""The embedded store: one SQLite file, one thread that writes, a few that read.
+"""The store: domain verbs that take and return jobs, never SQL or rows, on one SQLite file.
+
+Every verb is one guarded statement or one short transaction, and returns whether it changed anything. The first
+committed end of a job wins. `now` is an argument, Unix seconds with fractions: no verb reads a clock. Every verb may
+raise `StorageError`; then nothing was changed, and the store works again as soon as the cause is removed. A verb
+begins when it is called, and the caller need not wait for it; one whose awaiter is cancelled may complete all the same.
+
+One thread writes, a few read:
 
 - `file` creates, recognizes, locks and migrates the file, and maps the errors of SQLite.
 - `writer` is the thread that writes: everything that arrives during a commit goes into the next one.
@@ -26,7 +33,7 @@ from harpcaller.store.sqlite.file import FILE_NAME, connect, lock, prepare, stor
 from harpcaller.store.sqlite.writer import Writer
 from harpcaller.store.sqlite.writes import Writes
 
-__all__ = ["FILE_NAME", "SQLiteStore", "open_store"]
+__all__ = ["FILE_NAME", "Store", "open_store"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -35,25 +42,22 @@ T = TypeVar("T")
 _READERS = 4
 
 
-async def open_store(directory: Path) -> SQLiteStore:
+async def open_store(directory: Path) -> Store:
     """Open the store in a directory; create the file, and a private directory, if they do not exist.
 
-    The time does not depend on the number of jobs that have ended.
-
-    Raises:
-        StorageError: another store has it open; the file is not HARP's or has a newer schema, and stays untouched; or
-            it cannot be created, read or written.
+    The time does not depend on the number of jobs that have ended. Raises `StorageError` if another store has it open,
+    the file is not HARP's or has a newer schema, and stays untouched, or it cannot be created, read or written.
     """
-    return await asyncio.to_thread(SQLiteStore, directory, asyncio.get_running_loop())
+    return await asyncio.to_thread(Store, directory, asyncio.get_running_loop())
 
 
 def _writes(
     verb: Callable[Concatenate[Writes, P], T], last: bool = False
-) -> Callable[Concatenate[SQLiteStore, P], asyncio.Future[T]]:
+) -> Callable[Concatenate[Store, P], asyncio.Future[T]]:
     """Return a method that runs a verb in the writing thread; with `last`, after the others of its batch."""
 
     @wraps(verb)
-    def method(self: SQLiteStore, /, *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
+    def method(self: Store, /, *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
         if self._closed:
             raise self._closed_error()
         return self._writer.run(verb, last, args, kwargs)
@@ -63,11 +67,11 @@ def _writes(
 
 def _reads(
     verb: Callable[Concatenate[sqlite3.Connection, P], T],
-) -> Callable[Concatenate[SQLiteStore, P], asyncio.Future[T]]:
+) -> Callable[Concatenate[Store, P], asyncio.Future[T]]:
     """Return a method that runs a verb in a reading thread, which never waits for the writer."""
 
     @wraps(verb)
-    def method(self: SQLiteStore, /, *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
+    def method(self: Store, /, *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
         if self._closed:
             raise self._closed_error()
         loop = asyncio.get_running_loop()
@@ -76,8 +80,8 @@ def _reads(
     return method
 
 
-class SQLiteStore:
-    """A `harpcaller.store.Store`, created by `open_store`. Its verbs are called in the loop in which it was created."""
+class Store:
+    """The verbs, whose contracts are in `writes` and `reads`. They are called in the loop of `open_store`."""
 
     def __init__(self, directory: Path, loop: asyncio.AbstractEventLoop) -> None:
         self._path = path = directory / FILE_NAME
@@ -116,7 +120,10 @@ class SQLiteStore:
     _checkpoint = _reads(reads.checkpoint)
 
     async def prune_jobs(self, ended_before: float, limit: int) -> int:
-        """See `Store.prune_jobs`. Each step is a transaction of its own; other verbs run between the steps."""
+        """Delete up to `limit` jobs that ended before a time, with their records; return how many were deleted.
+
+        A job that holds a slot stays. Each step is a short transaction, so that other verbs do not wait for all steps.
+        """
         pruned = 0
         while deleted := await self._delete_jobs(ended_before, limit - pruned):
             pruned += deleted
@@ -129,7 +136,7 @@ class SQLiteStore:
         return pruned
 
     async def close(self) -> None:
-        """See `Store.close`. Closing again does nothing."""
+        """Complete the verbs that were called, and close, once. No verb may be called after this."""
         if not self._closed:
             self._closed = True
             self._writer.stop()

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 
 from harpcaller.model.jobs import Job, State
+from harpcaller.store.sqlite.file import QUERIES
 from harpcaller.store.sqlite.rows import decode_name
-from harpcaller.store.sqlite.sql import QUERIES
 
 
 class Lane:
@@ -66,6 +66,7 @@ class Lane:
 class ActiveJob:
     """A job that has not ended or holds a slot."""
 
+    id: str
     seq: int
     lane: Lane
     host: str = ""  # empty for a queued job
@@ -89,7 +90,7 @@ class ActiveJobs:
             self.add_lane(key, concurrency)
         for seq, id_, key, host, state, records in db.execute(QUERIES["slot_holders_to_cache"]).fetchall():
             lane = self.lanes.get(key) or self.add_lane(key, None)
-            self._hold_slot(id_, ActiveJob(seq, lane, decode_name(host), State(state), records))
+            self._hold_slot(ActiveJob(id_, seq, lane, decode_name(host), State(state), records))
         for seq, key in db.execute(QUERIES["queued_to_cache"]):
             (self.lanes.get(key) or self.add_lane(key, None)).append(seq)
         # The lanes that may have a job that can start: a heap of their heads. A lane may be in it several times, and
@@ -118,15 +119,16 @@ class ActiveJobs:
         if was_head:
             self._offer(lane)
 
-    def give_slot(self, job_id: str, seq: int, lane: Lane, host: str) -> None:
+    def give_slot(self, job: ActiveJob) -> None:
         """Give a slot to the head of a lane."""
-        lane.remove(seq)
-        self._hold_slot(job_id, ActiveJob(seq, lane, host, State.RUNNING))
+        lane = job.lane
+        lane.remove(job.seq)
+        self._hold_slot(job)
         self._offer(lane)
 
-    def release_slot(self, job_id: str) -> None:
+    def release_slot(self, job: ActiveJob) -> None:
         """Remove a job that holds a slot, because it has ended."""
-        job = self.slot_holders.pop(job_id)
+        del self.slot_holders[job.id]
         was_full = not job.lane.has_room
         job.lane.slots_held -= 1
         self._slots_on_host[job.host] -= 1
@@ -135,8 +137,8 @@ class ActiveJobs:
         if was_full:
             self._offer(job.lane)
 
-    def _hold_slot(self, job_id: str, job: ActiveJob) -> None:
-        self.slot_holders[job_id] = job
+    def _hold_slot(self, job: ActiveJob) -> None:
+        self.slot_holders[job.id] = job
         job.lane.slots_held += 1
         self._slots_on_host[job.host] += 1
 

@@ -1,4 +1,4 @@
-"""The store's file: creation, recognition, lock, migration, connections; and errors of SQLite as `StorageError`.
+"""The store's file: creation, recognition, lock, migration, connections; its SQL; SQLite's errors as `StorageError`.
 
 The file appears complete or not at all: it is created under another name and renamed. So an existing file without
 HARP's application id belongs to another program, and is not touched.
@@ -12,10 +12,22 @@ import secrets
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from importlib.resources import files
 from pathlib import Path
 
 from harpcaller.store import StorageError
-from harpcaller.store.sqlite.sql import MIGRATIONS, QUERIES
+
+_FOLDER = files(__package__)
+_, *_PARTS = (_FOLDER / "queries.sql").read_text("utf-8").split("-- name: ")
+
+#: The statements of queries.sql by their names.
+QUERIES = dict(part.split("\n", 1) for part in _PARTS)
+
+#: The script that makes each version of the schema from the previous one, by number, in order.
+MIGRATIONS = dict(sorted((int(file.name[:-4]), file.read_text("utf-8")) for file in (_FOLDER / "migrations").iterdir()))
+
+#: The largest integer of SQLite.
+MAX_INTEGER = 2**63 - 1
 
 #: The name of the file in the store's directory.
 FILE_NAME = "harpcaller.sqlite"

@@ -1,4 +1,4 @@
-"""The verbs of `Store` that read, as functions on a reading connection. Each reads one snapshot."""
+"""The verbs that read, as functions on a reading connection. Each reads one snapshot."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from contextlib import closing
 from typing import Any
 
 from harp.protocol.json_text import Raw
+from harpcaller.model.ids import is_job_id
 from harpcaller.model.jobs import Identity, Job, JobDetails, JobMetadata, QueuePosition, Records, State
 from harpcaller.model.lanes import queue_lane
 from harpcaller.store import QueueStatus, UnknownJob
+from harpcaller.store.sqlite.file import MAX_INTEGER, QUERIES
 from harpcaller.store.sqlite.rows import decode_job, encode_name, split_records, split_timestamps
-from harpcaller.store.sqlite.sql import MAX_INTEGER, QUERIES
 
 # A page of a list ends when its payloads have this size.
 _PAGE_BYTES = 8 * 1024 * 1024
@@ -22,18 +23,23 @@ _MAX_HOLDERS = 10
 
 
 def get_job(db: sqlite3.Connection, job_id: str) -> Job:
+    """Return a job. Raises `UnknownJob`."""
     return decode_job(_find_row(db, job_id))
 
 
 def _find_row(db: sqlite3.Connection, job_id: str) -> Sequence[Any]:
-    rows: list[Sequence[Any]] = db.execute(QUERIES["get_job"], {"id": job_id}).fetchall()
-    if not rows:
+    """Return the row of a job in job_view; a text that is not a UUID in lower-case form is an unknown job."""
+    row: Sequence[Any] | None = None
+    if is_job_id(job_id):
+        row = db.execute(QUERIES["get_job"], {"id": job_id}).fetchone()
+    if row is None:
         raise UnknownJob(job_id)
-    return rows[0]
+    return row
 
 
 def get_details(db: sqlite3.Connection, job_id: str) -> JobDetails:
-    db.execute("BEGIN")  # all statements read the same snapshot
+    """Return a job with everything that is stored about it, from one snapshot. Raises `UnknownJob`."""
+    db.execute("BEGIN")
     try:
         row = _find_row(db, job_id)
         job, seq = decode_job(row), row[0]
@@ -54,6 +60,10 @@ def _queue_position(db: sqlite3.Connection, seq: int) -> QueuePosition:
 
 
 def read_records(db: sqlite3.Connection, job_id: str, first: int, max_bytes: int) -> Records:
+    """Return records from number `first` on: up to `max_bytes` in total, but at least one if there is one.
+
+    The result is empty if the job is unknown.
+    """
     values: list[Raw] = []
     times: list[float] = []
     room = max_bytes
@@ -74,10 +84,12 @@ def read_records(db: sqlite3.Connection, job_id: str, first: int, max_bytes: int
 
 
 def list_slot_holders(db: sqlite3.Connection) -> list[Job]:
+    """Return all jobs that hold a slot, in the order of submission."""
     return [decode_job(row) for row in db.execute(QUERIES["list_slot_holders"]).fetchall()]
 
 
 def get_identity(db: sqlite3.Connection) -> Identity:
+    """Return the identity of the dispatcher that owns this store. It never changes."""
     [(owner, key)] = db.execute(QUERIES["get_identity"]).fetchall()
     return Identity(owner, key)
 
@@ -92,6 +104,12 @@ def list_jobs(
     after: int | None = None,
     limit: int = 1000,
 ) -> list[tuple[int, Job]]:
+    """Return one page of jobs with their sequence numbers, in the order of submission or newest first.
+
+    It has the jobs of a host, of a queue, or all of them; with `ended` also those that have ended, whose number does
+    not change the cost. It begins after the job with the sequence number `after`. A page with long payloads has fewer
+    than `limit` jobs; only an empty page is the last one.
+    """
     if after is None:
         after = MAX_INTEGER if newest_first else 0
     parameters: dict[str, int | str | bytes] = {"after": min(after, MAX_INTEGER), "limit": limit}
@@ -116,6 +134,7 @@ def list_jobs(
 
 
 def list_queues(db: sqlite3.Connection) -> list[QueueStatus]:
+    """Return the queues with jobs that have not ended or hold a slot, oldest first."""
     rows = db.execute(QUERIES["list_queues"]).fetchall()
     return [QueueStatus(Raw(name), concurrency, running, queued) for name, concurrency, running, queued in rows]
 

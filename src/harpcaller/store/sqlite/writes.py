@@ -1,4 +1,4 @@
-"""The verbs of `Store` that write, on the writing connection, within a transaction of the writer.
+"""The verbs that write, on the writing connection, within a transaction of the writer.
 
 Theory of operation. A verb decides in memory (`active`) and reads nothing back. New jobs and ends are collected, and
 inserted together when the transaction is complete (`Writes.flush`): a job that a claim of the same transaction starts
@@ -19,6 +19,7 @@ from msgspec.structs import replace
 
 from harp.protocol.ends import Cancelled, End
 from harp.protocol.json_text import Raw
+from harpcaller.model.ids import is_job_id
 from harpcaller.model.jobs import (
     ENDED,
     NO_METADATA,
@@ -33,6 +34,7 @@ from harpcaller.model.jobs import (
 )
 from harpcaller.model.lanes import host_lane, queue_lane
 from harpcaller.store.sqlite.active import ActiveJob, ActiveJobs, Lane
+from harpcaller.store.sqlite.file import MAX_INTEGER, QUERIES
 from harpcaller.store.sqlite.rows import (
     ENTRY_BYTES,
     decode_job,
@@ -41,7 +43,6 @@ from harpcaller.store.sqlite.rows import (
     join_records,
     join_timestamps,
 )
-from harpcaller.store.sqlite.sql import MAX_INTEGER, QUERIES
 
 # Records are appended to a chunk below this size; as it fits in a page, rewriting it costs one page, like a new chunk.
 _GROWING_CHUNK_BYTES = 2048
@@ -135,9 +136,14 @@ class Writes:
     # Submission and claims.
 
     def add_job(self, job: NewJob, now: float) -> None:
+        """Store a queued job; it is on stable storage when this returns. Create its queue if it does not exist.
+
+        Raises `ValueError` if a job with this id exists.
+        """
         self.add_jobs((job,), now)
 
     def add_jobs(self, jobs: Sequence[NewJob], now: float) -> None:
+        """Store queued jobs in this order, all or none, as `add_job` does."""
         for job in jobs:
             key = _lane_of(job)
             lane = self._active.lanes.get(key) or self._add_lane(key, job)
@@ -160,11 +166,23 @@ class Writes:
                 self.db.execute(QUERIES["delete_queue"], (lane.key,))
 
     def claim_jobs(self, now: float, limit: int, max_calls_per_host: int) -> list[Job]:
+        """Assign slots to at most `limit` queued jobs in the order of submission; return them as running jobs.
+
+        The jobs of a queue that hold a slot stay within its concurrency, and its jobs start first in, first out. The
+        jobs that hold a slot on a host, with or without a queue, stay within `max_calls_per_host`. No job starts
+        before it was submitted: claims run last, so `now` may be earlier.
+        """
         claimed: list[Job] = []
         startable = self._active.startable_jobs(self._head, limit=limit, max_calls_per_host=max_calls_per_host)
         for seq, lane in startable:
-            job = self._start(seq, lane, now)
-            self._active.give_slot(job.id, seq, lane, job.host)
+            queued = self._head(seq, lane)
+            started = max(now, queued.submitted)
+            job = replace(queued, state=State.RUNNING, started=started, holds_slot=True)
+            if seq in self._added:
+                self._added[seq] = lane, job
+            else:
+                self._execute_guarded(QUERIES["start_job"], [(started, seq)])
+            self._active.give_slot(ActiveJob(job.id, seq, lane, job.host, State.RUNNING))
             claimed.append(job)
         return claimed
 
@@ -177,20 +195,13 @@ class Writes:
             lane.head_job = decode_job(row)
         return lane.head_job
 
-    def _start(self, seq: int, lane: Lane, now: float) -> Job:
-        """Start the head of a lane; `now` may be before its submission, because claims run last."""
-        queued = self._head(seq, lane)
-        started = max(now, queued.submitted)
-        job = replace(queued, state=State.RUNNING, started=started, holds_slot=True)
-        if seq in self._added:
-            self._added[seq] = lane, job
-        else:
-            self._execute_guarded(QUERIES["start_job"], [(started, seq)])
-        return job
-
     # Records.
 
     def append_records(self, job_id: str, first: int, records: Records) -> bool:
+        """Append records numbered from `first`; return False if the job is not running or has not `first` records.
+
+        Raises `ValueError` if a record has no time or contains a line feed.
+        """
         if len(records.values) != len(records.timestamps):
             raise ValueError(f"{len(records.values)} records and {len(records.timestamps)} times: expected one each")
         job = self._active.slot_holders.get(job_id)
@@ -229,6 +240,11 @@ class Writes:
         keep_slot: bool = False,
         metadata: JobMetadata = NO_METADATA,
     ) -> bool:
+        """Store the end of a job and its metadata, and release its slot unless `keep_slot` is set.
+
+        Returns False, and stores nothing, if the job has ended or is unknown. Raises `ValueError` for an end that may
+        not follow the job's state: a queued job cannot return, keep a slot or be stopped.
+        """
         job = self._find_unended(job_id)
         if job is None:
             return False
@@ -236,58 +252,61 @@ class Writes:
             raise ValueError(f"job {job_id} is {job.state}: it cannot have been {state_of(end)}")
         if job.state is State.QUEUED and (keep_slot or stop is not None):
             raise ValueError(f"job {job_id} is {job.state}: it has no slot to keep, and no process to stop")
-        self._end(job_id, job, end, now, stop, keep_slot, metadata)
+        self._end(job, end, now, stop, keep_slot, metadata)
         return True
 
     def cancel_job(self, job_id: str, now: float, stop_request: Raw | None = None) -> State | None:
+        """Store the end `Cancelled`; return the state before, or None if the job has ended or is unknown.
+
+        `stop_request` is stored as metadata. A job that was running keeps its slot, and its stop is pending.
+        """
         job = self._find_unended(job_id)
-        return None if job is None else self._cancel(job_id, job, now, stop_request)
+        return None if job is None else self._cancel(job, now, stop_request)
 
     def cancel_queue(
         self, queue: Raw, now: float, stop_request: Raw | None = None, *, limit: int = 500
     ) -> list[tuple[str, State]]:
+        """Cancel at most `limit` jobs of a queue as `cancel_job` does; return id and state before of each.
+
+        Queued jobs come first, so that none of them gets the slot of another job of the queue. Fewer than `limit`
+        jobs are the last ones.
+        """
         self.flush()
         lane = self._active.lanes.get(queue_lane(queue))
         if lane is None:
             return []
         rows = self.db.execute(QUERIES["queued_of_lane"], (lane.key, limit)).fetchall()
-        jobs = [(job_id, ActiveJob(seq, lane)) for seq, job_id in rows]
+        jobs = [ActiveJob(job_id, seq, lane) for seq, job_id in rows]
         if len(jobs) < limit:
-            holders = self._active.slot_holders.items()
-            jobs += [(id_, job) for id_, job in holders if job.lane is lane and job.state is State.RUNNING]
-        return [(job_id, self._cancel(job_id, job, now, stop_request)) for job_id, job in jobs[:limit]]
+            holders = self._active.slot_holders.values()
+            jobs += [job for job in holders if job.lane is lane and job.state is State.RUNNING]
+        return [(job.id, self._cancel(job, now, stop_request)) for job in jobs[:limit]]
 
     def _find_unended(self, job_id: str) -> ActiveJob | None:
         job = self._active.slot_holders.get(job_id)
         if job is not None:
             return None if job.state in ENDED else job
+        if not is_job_id(job_id):
+            return None
         self.flush()
         for seq, key in self.db.execute(QUERIES["find_queued_job"], (job_id,)).fetchall():
-            return ActiveJob(seq, self._active.lanes[key])
+            return ActiveJob(job_id, seq, self._active.lanes[key])
         return None
 
-    def _cancel(self, job_id: str, job: ActiveJob, now: float, stop_request: Raw | None) -> State:
+    def _cancel(self, job: ActiveJob, now: float, stop_request: Raw | None) -> State:
         """Store the end `Cancelled`; return the state before."""
-        before = job.state
-        running = before is State.RUNNING
+        before, running = job.state, job.state is State.RUNNING
         stop = StopState.PENDING if running else None
-        self._end(job_id, job, Cancelled(), now, stop, running, JobMetadata(stop_request=stop_request))
+        self._end(job, Cancelled(), now, stop, running, JobMetadata(stop_request=stop_request))
         return before
 
     def _end(
-        self,
-        job_id: str,
-        job: ActiveJob,
-        end: End,
-        now: float,
-        stop: StopState | None,
-        keep_slot: bool,
-        metadata: JobMetadata,
+        self, job: ActiveJob, end: End, now: float, stop: StopState | None, keep_slot: bool, metadata: JobMetadata
     ) -> None:
         if job.state is State.QUEUED:
             self._active.remove_queued(job.seq, job.lane)
         elif not keep_slot:
-            self._active.release_slot(job_id)
+            self._active.release_slot(job)
         self._remove_lane_if_empty(job.lane)
         job.state = state_of(end)
         self._ended.append((job.state, now, stop, keep_slot, job.seq))
@@ -301,18 +320,23 @@ class Writes:
     def finalize_stop(
         self, job_id: str, stop: StopState, *, keep_slot: bool = False, metadata: JobMetadata = NO_METADATA
     ) -> bool:
+        """Store the outcome of a job's stop and its metadata, and release its slot unless `keep_slot` is set.
+
+        Returns False, and stores nothing, if the job has not ended, holds no slot or is unknown.
+        """
         job = self._active.slot_holders.get(job_id)
         if job is None or job.state not in ENDED:
             return False
         self.flush()
         self._execute_guarded(QUERIES["finalize_stop"], [(stop, keep_slot, job.seq)])
         if not keep_slot:
-            self._active.release_slot(job_id)
+            self._active.release_slot(job)
             self._remove_lane_if_empty(job.lane)
         self._add_outcome(job.seq, None, metadata)
         return True
 
     def update_metadata(self, job_id: str, metadata: JobMetadata) -> bool:
+        """Store the metadata that is not None, whatever the job's state; return False if the job is unknown."""
         self.flush()
         for (seq,) in self.db.execute(QUERIES["find_job"], (job_id,)).fetchall():
             self._add_outcome(seq, None, metadata)
