@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = parser().parse_args(arguments)
     sys.setrecursionlimit(10_000)  # values may be nested as deeply as the protocol allows
     try:
-        return int(parsed.run(parsed))
+        return int(parsed.run(parsed) or 0)
     except (ControlError, ProcessError) as error:
         print(f"harpcallerd: {error}", file=sys.stderr)
         return 1
@@ -57,10 +57,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
-# The commands; each returns the exit status.
+# The commands.
 
 
-def _start(parsed: Namespace) -> int:
+def _start(parsed: Namespace) -> None:
     # Only the daemon needs the event loop, TLS and SQLite; commands should not wait for these imports.
     from harp_daemon.event_loop import run as run_loop
     from harpcaller.daemon import configure_log, run
@@ -73,7 +73,6 @@ def _start(parsed: Namespace) -> int:
             run_loop(run(config, parsed.socket, on_ready, parsed.debug))
     except (ConfigError, StorageError) as error:
         raise ProcessError(str(error)) from error
-    return 0
 
 
 def _status(parsed: Namespace) -> int:
@@ -83,41 +82,35 @@ def _status(parsed: Namespace) -> int:
     return 0 if running else 1
 
 
-def _stop(parsed: Namespace) -> int:
+def _stop(parsed: Namespace) -> None:
     pid = ControlClient(parsed.socket).stop(parsed.timeout)
     if parsed.print_pid:
         print(pid)
-    return 0
 
 
-def _reload(parsed: Namespace) -> int:
+def _reload(parsed: Namespace) -> None:
     for key in _single_reply(parsed)["restart_needed"]:
         print(f"harpcallerd: warning: the change of {key} needs a restart", file=sys.stderr)
-    return 0
 
 
-def _reopen_logs(parsed: Namespace) -> int:
+def _reopen_logs(parsed: Namespace) -> None:
     _single_reply(parsed)
-    return 0
 
 
-def _cancel(parsed: Namespace) -> int:
+def _cancel(parsed: Namespace) -> None:
     if not _single_reply(parsed)["cancelled"]:
         raise ControlError(f"job {parsed.job} has ended or does not exist")
-    return 0
 
 
-def _release_slot(parsed: Namespace) -> int:
+def _release_slot(parsed: Namespace) -> None:
     if not _single_reply(parsed)["released"]:
         raise ControlError(f"job {parsed.job} has not ended, holds no slot, or does not exist")
-    return 0
 
 
-def _print_reply(parsed: Namespace) -> int:
+def _print_reply(parsed: Namespace) -> None:
     for item in _send(parsed):
         sys.stdout.buffer.write(item + b"\n")
     sys.stdout.buffer.flush()
-    return 0
 
 
 def _send(parsed: Namespace) -> Iterator[Raw]:
@@ -143,17 +136,14 @@ def parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    program.add_argument(
-        "--socket", metavar="PATH", type=_absolute_path, default=_SOCKET, help=f"control socket ({_SOCKET})"
-    )
+    path: dict[str, Any] = {"metavar": "PATH", "type": _absolute_path}
+    program.add_argument("--socket", **path, default=_SOCKET, help=f"control socket ({_SOCKET})")
     # Also accepted after the command. Its default must not override the option before the command.
     socket = argparse.ArgumentParser(add_help=False)
-    socket.add_argument(
-        "--socket", metavar="PATH", type=_absolute_path, default=argparse.SUPPRESS, help="control socket"
-    )
+    socket.add_argument("--socket", **path, default=argparse.SUPPRESS, help="control socket")
     commands = program.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    def add(name: str, run: Callable[[Namespace], int], help: str) -> Callable[..., argparse.Action]:
+    def add(name: str, run: Callable[[Namespace], int | None], help: str) -> Callable[..., argparse.Action]:
         command = commands.add_parser(name, parents=[socket], help=help, description=f"{help[0].upper()}{help[1:]}.")
         command.set_defaults(run=run)
         return command.add_argument

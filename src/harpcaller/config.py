@@ -129,11 +129,7 @@ KEYS = frozenset(Config.__struct_fields__) - {"file", "ignored"}
 
 
 def load(file: Path = DEFAULT_FILE) -> Config:
-    """Load and check a configuration file, to whose directory relative paths in it are relative.
-
-    Raises:
-        ConfigError: the file cannot be read, is not TOML, or has an invalid key or value.
-    """
+    """Load and check a file, to whose directory the relative paths in it are relative. Raises `ConfigError`."""
 
     def to_path(_: type, value: Any) -> Path:
         if not isinstance(value, str) or not value or "\0" in value:

@@ -28,9 +28,6 @@ from harpcaller.store.sqlite import open_store
 
 log = logging.getLogger(__name__)
 
-#: Permissions of the control socket: only the daemon's user.
-_CONTROL_MODE = 0o600
-
 #: The settings that a reload does not change.
 _NEEDING_RESTART = ("listen", "stream_directory", "request_memory")
 
@@ -52,12 +49,8 @@ async def run(
 ) -> None:
     """Serve until SIGTERM, SIGINT or the command `stop`; SIGHUP reloads the file, SIGUSR1 reopens the log files.
 
-    `on_ready` is called when requests are accepted. `wall` is the wall clock for stored times.
-
-    Raises:
-        ConfigError: the configuration cannot be used.
-        ProcessError: the control socket cannot be opened; another daemon may be using it.
-        StorageError: the store cannot be opened.
+    `on_ready` is called when requests are accepted. `wall` is the wall clock for stored times. Raises `ConfigError` or
+    `StorageError`, and `ProcessError` if the control socket cannot be opened: another daemon may be using it.
     """
     stop, reload_requested = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -116,10 +109,9 @@ class _Reloader:
                 log.exception("reload failed; nothing is changed")
 
     async def reload(self) -> list[str]:
-        """Reload, all or nothing; return the changed keys that need a restart, whose old values remain in use.
+        """Reload; return the changed keys that need a restart, whose old values remain in use.
 
-        Raises:
-            ConfigError: the file cannot be used; nothing has changed.
+        Raises `ConfigError` if the file cannot be used; then nothing has changed.
         """
         async with self._lock:
             notify_service_manager(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
@@ -143,7 +135,7 @@ class _Reloader:
 
 def _open_control(path: Path) -> Listener:
     try:
-        return listen_unix(path, _CONTROL_MODE)
+        return listen_unix(path, 0o600)  # only the daemon's user may connect
     except ListenError as error:
         if error.in_use and path.is_socket():
             raise ProcessError(f"a harpcallerd is already running on {path}") from error

@@ -28,9 +28,6 @@ from harpcaller.store import StorageError, UnknownJob
 
 log = logging.getLogger(__name__)
 
-#: Permissions of a Unix socket: its owner and its group may connect.
-_UNIX_MODE = 0o660
-
 #: Maximum length of an error message in characters: it may quote the client's data.
 _MAX_MESSAGE = 1000
 
@@ -43,7 +40,7 @@ def listen(config: Config) -> list[Listener]:
             if entry.path is None:
                 opened += listen_tcp(entry.host, entry.port)
             else:
-                opened.append(listen_unix(entry.path, _UNIX_MODE))
+                opened.append(listen_unix(entry.path, 0o660))  # for its owner and its group
         except ListenError as error:
             for listener in opened:
                 listener.close()

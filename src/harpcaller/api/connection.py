@@ -14,7 +14,6 @@ A connection reads a request line, then its server answers it, then it reads the
 from __future__ import annotations
 
 import asyncio
-import logging
 import socket
 import time
 from abc import ABC, abstractmethod
@@ -27,8 +26,6 @@ from harp_daemon.acceptor import Acceptor
 from harp_daemon.memory_quota import MemoryQuota, Reservation
 from harp_daemon.sockets import Listener
 from harp_daemon.timer_wheel import Timer, TimerWheel
-
-log = logging.getLogger(__name__)
 
 _READ_BYTES = 64 * 1024
 
@@ -54,9 +51,9 @@ class Server(ABC):
     """
 
     def __init__(self, max_connections: Callable[[], int], rejection: bytes, request_memory: int) -> None:
+        self.memory = MemoryQuota(request_memory)
+        self.timers = TimerWheel()
         self._rejection = rejection
-        self._memory = MemoryQuota(request_memory)
-        self._timers = TimerWheel()
         self.acceptor = Acceptor(self._connect, self._serve, self._reject, max_connections, rejection)
 
     @abstractmethod
@@ -89,7 +86,7 @@ class Server(ABC):
     def _connect(self, accepted: socket.socket, client: str) -> Connection:
         if accepted.family != socket.AF_UNIX:
             accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
-        return Connection(accepted, client, self, self._timers, Reservation(self._memory))
+        return Connection(accepted, client, self)
 
     def _serve(self, connection: Connection) -> asyncio.Future[None]:
         connection.read_request()
@@ -104,14 +101,18 @@ class Server(ABC):
 class Connection:
     """An accepted connection, which closes its non-blocking socket. `client` is an address or a user, for the log."""
 
-    def __init__(
-        self, accepted: socket.socket, client: str, server: Server, timers: TimerWheel, memory: Reservation
-    ) -> None:
+    def __init__(self, accepted: socket.socket, client: str, server: Server) -> None:
         self.client = client
+        self.is_closing = False  #: Whether nothing more can be sent.
+        self.disconnected = False  #: Whether the client has closed its side, or the server is closing.
+        self.has_extra_input = False  #: Whether the client has sent data after its request, which is discarded.
+        self.received_at = 0.0  #: Time at which the last request was complete, on the monotonic clock.
+        self.keep_alive = False  #: Whether the last request asked for another one; set by the server.
+        #: Called once when all data is in the kernel's buffer, or never will be.
+        self.on_sent: Callable[[], object] | None = None
         self._socket = accepted
         self._server = server
-        self._timers = timers
-        self._memory = memory
+        self._memory = Reservation(server.memory)
         self._timer: Timer | None = None
         self._loop = asyncio.get_running_loop()
         self._is_reading = False
@@ -121,18 +122,6 @@ class Connection:
         self._unsent: memoryview | None = None
         self._task: asyncio.Task[None] | None = None  # answers a request that needs one
         self._on_disconnect: Callable[[], object] | None = None
-        #: Whether nothing more can be sent.
-        self.is_closing = False
-        #: Whether the client has closed its side, or the server is closing.
-        self.disconnected = False
-        #: Whether the client has sent data after its request, which is discarded.
-        self.has_extra_input = False
-        #: Time at which the last request was complete, on the monotonic clock.
-        self.received_at = 0.0
-        #: Whether the last request asked for another one after the reply; set by the server.
-        self.keep_alive = False
-        #: Called once when all data is in the kernel's buffer, or never will be.
-        self.on_sent: Callable[[], object] | None = None
         #: Done when the connection is closed; cancelling it closes the connection.
         self.closed: asyncio.Future[None] = self._loop.create_future()
         self.closed.add_done_callback(self._on_closed)
@@ -151,7 +140,7 @@ class Connection:
         else:
             self._is_reading = True
             self._line_limit, seconds = self._server.request_limits()
-            self._timer = self._timers.call_later(seconds, lambda: self._on_late_request(seconds))
+            self._timer = self._server.timers.call_later(seconds, lambda: self._on_late_request(seconds))
 
     def release_memory(self) -> None:
         """Return the memory of the request to the quota."""
@@ -246,7 +235,7 @@ class Connection:
 
     # Replies.
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         """Send data. All of the data before must have been sent: see `on_sent`."""
         assert self._unsent is None
         if self.closed.done():
@@ -269,17 +258,10 @@ class Connection:
 
     def _on_writable(self) -> None:
         assert self._unsent is not None
-        try:
-            sent = self._socket.send(self._unsent)
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError:
-            self.abort()
-            return
-        self._unsent = self._unsent[sent:]
-        if not self._unsent:
-            self._unsent = None
-            self._loop.remove_writer(self._socket.fileno())
+        unsent, self._unsent = self._unsent, None
+        self._loop.remove_writer(self._socket.fileno())
+        self.write(unsent)
+        if self._unsent is None:
             self._notify_sent()
 
     def _notify_sent(self) -> None:
@@ -333,7 +315,7 @@ class Connection:
         try:
             if not self.disconnected and (not self._request_received or self._socket.recv(1)):
                 self._socket.shutdown(socket.SHUT_WR)
-                self._timer = self._timers.call_later(_CLOSE_TIMEOUT, self.abort)
+                self._timer = self._server.timers.call_later(_CLOSE_TIMEOUT, self.abort)
                 return
         except OSError:
             pass  # nothing is unread, or the connection is closed already

@@ -19,11 +19,8 @@ from typing import Any
 from harp.protocol.json_text import Envelope, InvalidJSON, Raw, dumps
 from harp_daemon.sliced_json import decode_slices
 
-#: Maximum seconds for the reply to a simple command.
-_REPLY_TIMEOUT = 10.0
-
-#: Seconds between two attempts to connect to a starting daemon.
-_POLL_INTERVAL = 0.05
+_REPLY_TIMEOUT = 10.0  # maximum seconds for the reply to a simple command
+_POLL_INTERVAL = 0.05  # seconds between two attempts to connect to a starting daemon
 
 
 class ControlError(Exception):

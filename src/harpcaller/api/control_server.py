@@ -38,12 +38,8 @@ log = logging.getLogger(__name__)
 _MAX_CONNECTIONS = 64
 _MAX_REQUEST = 16 * 1024 * 1024
 _IDLE_TIMEOUT = 30.0
-
-#: The `by` of a job that was cancelled over this socket.
-_ADMINISTRATOR = "administrator"
-
-#: Bytes of a list that are sent together.
-_SEND_BYTES = 64 * 1024
+_ADMINISTRATOR = "administrator"  # the `by` of a job that was cancelled over this socket
+_SEND_BYTES = 64 * 1024  # bytes of a list that are sent together
 
 Items: TypeAlias = AsyncGenerator[Envelope, None]
 
@@ -51,11 +47,8 @@ Items: TypeAlias = AsyncGenerator[Envelope, None]
 class ControlServer(Server):
     """The server of the connections to the control socket.
 
-    Args:
-        dispatcher: executes most commands.
-        stop: stops the daemon.
-        reload: reads the configuration again; returns the changed keys that need a restart. Raises `ConfigError` if the
-            configuration cannot be used.
+    `stop` stops the daemon. `reload` reads the configuration again and returns the changed keys that need a restart, or
+    raises `ConfigError`.
     """
 
     def __init__(
@@ -92,13 +85,13 @@ class ControlServer(Server):
         members = decode_object(line, decode_slices)
         name = required_string(members, "command")
         check(name in _COMMANDS, f"command: expected one of {', '.join(_COMMANDS)}, got {name!r}")
-        command = _COMMANDS[name]
-        reject_unknown_keys(members, ("command", *command.required, *command.optional))
-        options = {key: read(members, key) for key, read in command.required.items()}
-        options |= {key: read(members, key) for key, read in command.optional.items() if key in members}
+        run, required, optional = _COMMANDS[name]
+        reject_unknown_keys(members, ("command", *required, *optional))
+        options = {key: read(members, key) for key, read in required.items()}
+        options |= {key: read(members, key) for key, read in optional.items() if key in members}
         log.debug("command", extra={"command": name, "client": connection.client})
         piece = bytearray()  # of bounded size, so that a long list needs few sends and little memory
-        async with aclosing(command.run(self, **options)) as items:
+        async with aclosing(run(self, **options)) as items:
             async for item in items:
                 piece += _line(item=item)
                 if len(piece) >= _SEND_BYTES:

@@ -17,35 +17,31 @@ from harp.protocol.requests import decode_request as decode_any_request
 from harp_daemon.sliced_json import decode_slices
 
 _Number = Annotated[int, msgspec.Meta(gt=0, lt=10**9)]
-_ABSENT = msgspec.Raw()
 
 
-class _Queue(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+class _Members(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    pass
+
+
+class _Queue(_Members):
     name: msgspec.Raw
     concurrency: _Number | None = None
 
 
-class _Call(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+class _Call(_Members):
     host: str
     procedure: str
     arguments: msgspec.Raw
     timeout: _Number | None = None
     max_exec_time: _Number | None = None
     queue: _Queue | None = None
-    info: msgspec.Raw = _ABSENT
+    info: msgspec.Raw = msgspec.Raw()
 
     def to_request(self) -> Call:
         queue = Queue(Raw(self.queue.name), self.queue.concurrency or 1) if self.queue else None
-        info = Raw(self.info)
-        return Call(
-            self.host,
-            self.procedure,
-            Raw(self.arguments),
-            self.timeout,
-            self.max_exec_time,
-            queue,
-            None if info in (b"", b"null") else info,
-        )
+        info = None if (text := Raw(self.info)) in (b"", b"null") else text
+        limits = self.timeout, self.max_exec_time
+        return Call(self.host, self.procedure, Raw(self.arguments), *limits, queue, info)
 
 
 class _Submit(_Call, kw_only=True):
@@ -53,7 +49,7 @@ class _Submit(_Call, kw_only=True):
     keep_alive: bool | None = None
 
 
-class _SubmitMany(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+class _SubmitMany(_Members):
     harpcaller: Literal[1]
     submit_many: Annotated[list[_Call], msgspec.Meta(max_length=MAX_CALLS)]
     keep_alive: bool | None = None
@@ -62,7 +58,7 @@ class _SubmitMany(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True
         return SubmitMany([call.to_request() for call in self.submit_many])
 
 
-class _GetResult(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+class _GetResult(_Members):
     harpcaller: Literal[1]
     get_result: str
     wait: bool | None = None
@@ -78,11 +74,7 @@ _get_result = msgspec.json.Decoder(_GetResult)
 
 
 def decode_request(line: bytes) -> tuple[Request, bool]:
-    """Return the request of a line, with payloads as `Raw`, and whether the client requests keep-alive.
-
-    Raises:
-        ProtocolError: the line is not a request.
-    """
+    """Return the request of a line and whether the client requests keep-alive. Raises `ProtocolError`."""
     return decode_usual_request(line) or decode_any_request(line, decode_slices)
 
 
