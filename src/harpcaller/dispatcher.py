@@ -1,7 +1,7 @@
 """The application: submit, cancel, read results and streams, list.
 
-The APIs (client protocol, control socket) call `Dispatcher` and nothing behind it. Payloads are `Raw` in both
-directions. The state is in the store; only the active calls are in memory, in `Runner`.
+The APIs (client protocol, control socket) call `Dispatcher`, and its store and registry for lists. Payloads are `Raw`
+in both directions. The state is in the store; only the active calls are in memory, in `Runner`.
 
 Leaving the context shuts the dispatcher down in this order:
 
@@ -42,22 +42,15 @@ from harpcaller.record_stream import RecordStream, wait_for_end
 from harpcaller.runner import Runner
 from harpcaller.runs.context import RunContext, StoreWrites, log_fields
 from harpcaller.runs.reconciliation import OrphanReaper
-from harpcaller.store import QueueStatus, UnknownJob
+from harpcaller.store import UnknownJob
 from harpcaller.store.sqlite import Store
 
 log = logging.getLogger(__name__)
 
-#: Maximum number of jobs in one page of a list.
-_PAGE_SIZE = 200
-
-#: Maximum number of jobs of a queue that are cancelled in one transaction.
-_CANCEL_STEP = 500
-
-#: Maximum seconds that a shutdown waits until the ends of the active calls are stored.
-_SHUTDOWN_TIMEOUT = 10.0
-
+_PAGE_SIZE = 200  #: Maximum number of jobs in one page of a list.
+_CANCEL_STEP = 500  #: Maximum number of jobs of a queue that are cancelled in one transaction.
+_SHUTDOWN_TIMEOUT = 10.0  #: Maximum seconds that a shutdown waits until the ends of the active calls are stored.
 _NULL = Raw(b"null")
-
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -86,12 +79,12 @@ class Dispatcher:
 
     def __init__(self, config: Config, store: Store, wall: Callable[[], float] = time.time) -> None:
         self.config = config  #: The current configuration.
-        self._store = store
+        self.store = store
         self._wall = wall
         self._notifier = Notifier()
         self._tls = HostTLS(config)
-        self._runner = Runner(lambda: self._registry.is_ready)
-        self._registry = HostsRegistry(config, self._runner.request_claim)
+        self._runner = Runner(lambda: self.registry.is_ready)
+        self.registry = HostsRegistry(config, self._runner.request_claim)
         self._group = asyncio.TaskGroup()
         # Calls of a host without a run here are orphans.
         self._orphan_reaper = OrphanReaper(self._group, self._runner.runs.__contains__)
@@ -99,15 +92,15 @@ class Dispatcher:
         self._bulk = asyncio.Lock()  # held by the request with many jobs that is in the store
 
     async def __aenter__(self) -> Self:
-        identity = await self._store.get_identity()
+        identity = await self.store.get_identity()
         timers = TimerWheel()
         runner = self._runner
         runner.context = RunContext(
             config=self.config,
             tls=self._tls,
-            store=self._store,
+            store=self.store,
             notifier=self._notifier,
-            find_host=self._registry.find_host,
+            find_host=self.registry.find_host,
             identity=identity,
             timers=timers,
             capabilities=HostCapabilities(
@@ -123,15 +116,37 @@ class Dispatcher:
         recovered = await runner.recover()
         self._maintenance = [
             self._group.create_task(runner.begin_claiming(recovered)),
-            self._group.create_task(self._registry.refresh_regularly()),
-            self._group.create_task(prune_regularly(self._store, self._wall, lambda: self.config.max_age_seconds)),
+            self._group.create_task(self.registry.refresh_regularly()),
+            self._group.create_task(prune_regularly(self.store, self._wall, lambda: self.config.max_age_seconds)),
         ]
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await self._shut_down()
+        runner, context = self._runner, self._runner.context
+        log.info("dispatcher stops", extra={"calls": len(runner.runs)})
+        await runner.detach()
+        try:
+            async with asyncio.timeout(_SHUTDOWN_TIMEOUT):
+                await runner.wait_closed()
+                while self._requests:
+                    await asyncio.wait(self._requests)
+        except TimeoutError:
+            unfinished = len(runner.runs) + len(self._requests)
+            log.error("shutdown timeout; jobs will be recovered", extra={"unfinished": unfinished})
+            for run in runner.runs.values():
+                run.abandon()
+            for task in self._requests:
+                task.cancel()
+        for task in self._maintenance:
+            task.cancel()
+        self._orphan_reaper.stop()
+        context.connections.close()
+        await context.capabilities.close()
+        if context.openings:
+            await asyncio.wait(context.openings)
+        context.timers.close()
         if isinstance(error, Exception):
             await self._group.__aexit__(None, None, None)  # so that the error of the APIs is raised unchanged
         else:
@@ -167,7 +182,7 @@ class Dispatcher:
                 job_id.set_result(job.id)
 
         self._runner.request_claim()  # before the store's own turn, so that it shares the commit
-        asyncio.ensure_future(self._store.add_job(job, self._wall())).add_done_callback(on_stored)
+        asyncio.ensure_future(self.store.add_job(job, self._wall())).add_done_callback(on_stored)
         return job_id
 
     @_shielded
@@ -182,7 +197,7 @@ class Dispatcher:
         jobs = await asyncio.to_thread(self._new_jobs, calls)
         async with self._bulk:
             self._runner.request_claim()
-            await self._store.add_jobs(jobs, self._wall())
+            await self.store.add_jobs(jobs, self._wall())
         ids = {"first": jobs[0].id, "last": jobs[-1].id}
         log.info("jobs submitted", extra={"jobs": len(jobs), **ids, "client": client})
         if log.isEnabledFor(logging.DEBUG):
@@ -197,7 +212,7 @@ class Dispatcher:
 
         Its call is not started after this function has returned. `client` is the address in the stop request.
         """
-        before = await self._store.cancel_job(job_id, self._wall(), self._cancelled_by(client))
+        before = await self.store.cancel_job(job_id, self._wall(), self._cancelled_by(client))
         if before is not None:
             await self._stop_cancelled(job_id, before, client)
         return before is not None
@@ -210,7 +225,7 @@ class Dispatcher:
         """
         stop_request, cancelled = self._cancelled_by(client), 0
         while True:
-            jobs = await self._store.cancel_queue(queue, self._wall(), stop_request, limit=_CANCEL_STEP)
+            jobs = await self.store.cancel_queue(queue, self._wall(), stop_request, limit=_CANCEL_STEP)
             await asyncio.gather(*(self._stop_cancelled(job_id, before, client) for job_id, before in jobs))
             cancelled += len(jobs)
             if len(jobs) < _CANCEL_STEP:
@@ -229,7 +244,7 @@ class Dispatcher:
                 changed.clear()
                 job = await self.get_job(job_id)
                 if job.end is not None and job.stop is not StopState.PENDING:
-                    return await self._store.get_details(job_id)
+                    return await self.store.get_details(job_id)
                 await changed.wait()
         finally:
             self._notifier.unsubscribe(job_id, on_published)
@@ -238,12 +253,12 @@ class Dispatcher:
     async def release_slot(self, job_id: str) -> bool:
         """Release the slot of a job that has ended, whatever its host reports; return False if it holds none."""
         try:
-            job = await self._store.get_job(job_id)
+            job = await self.store.get_job(job_id)
         except UnknownJob:
             return False
         # An ended job that holds its slot has a pending stop, or one that failed: then the host's report stays.
         report = dumps({"released": self._wall()}) if job.stop is StopState.PENDING else None
-        released = await self._store.finalize_stop(job_id, StopState.FAILED, metadata=JobMetadata(stop_report=report))
+        released = await self.store.finalize_stop(job_id, StopState.FAILED, metadata=JobMetadata(stop_report=report))
         if released:
             log.warning("slot released by administrator", extra={"job": job_id})
             self._notifier.publish_end(job_id)
@@ -255,12 +270,12 @@ class Dispatcher:
 
         Spec: docs/protocol.md, Details.
         """
-        details = await self._store.get_details(job_id)
+        details = await self.store.get_details(job_id)
         runs, context = self._runner.runs, self._runner.context
         state = ExplainContext(
             run=runs.get(job_id),
-            host=self._registry.find_host(details.job.host),
-            registry_loaded=self._registry.is_ready,
+            host=self.registry.find_host(details.job.host),
+            registry_loaded=self.registry.is_ready,
             config=self.config,
             active_calls=len(runs),
             store_failing=context.writes.failing,
@@ -271,13 +286,13 @@ class Dispatcher:
 
     async def get_job(self, job_id: str) -> Job:
         """Return a job. Raises `UnknownJob`."""
-        return await self._store.get_job(job_id)
+        return await self.store.get_job(job_id)
 
-    def result(self, job_id: str, wait: bool) -> asyncio.Future[End | None]:
+    def result(self, job_id: str) -> asyncio.Future[End]:
         """Return a future as `wait_for_end` does. It raises `UnknownJob` if the job is unknown, or is pruned."""
         run = self._runner.runs.get(job_id)
         is_active = run is not None and not run.has_ended
-        return wait_for_end(job_id, wait, is_active, self._store, self._notifier)
+        return wait_for_end(job_id, is_active, self.store, self._notifier)
 
     def record_delivery(self, job_id: str, received_at: float) -> None:
         """Record that the end of a job was sent to a client whose request was received at this monotonic time."""
@@ -293,7 +308,7 @@ class Dispatcher:
         """
         if wait and since is None and recent is None:
             recent = 0
-        return RecordStream(job_id, since, recent, wait, self._store, self._notifier, on_ready)
+        return RecordStream(job_id, since, recent, wait, self.store, self._notifier, on_ready)
 
     async def list_jobs(
         self, ended: bool = False, host: str | None = None, queue: Raw | None = None, newest: int | None = None
@@ -301,27 +316,15 @@ class Dispatcher:
         """Yield the jobs of `Store.list_jobs`; only the last `newest` ones, in reverse order, unless it is None."""
         after = None
         remaining = sys.maxsize if newest is None else newest
-        next_page = partial(self._store.list_jobs, ended=ended, host=host, queue=queue, newest_first=newest is not None)
+        next_page = partial(self.store.list_jobs, ended=ended, host=host, queue=queue, newest_first=newest is not None)
         while remaining > 0 and (page := await next_page(after=after, limit=min(remaining, _PAGE_SIZE))):
             remaining -= len(page)
             for after, job in page:  # noqa: B007 - the next page begins after the last one
                 yield job
 
-    async def list_queues(self) -> list[QueueStatus]:
-        """Return the queues with jobs that have not ended or hold a slot, oldest first."""
-        return await self._store.list_queues()
-
-    def hosts(self) -> list[Host]:
-        """Return the hosts of the registry, by name. They contain credentials, which must not be listed or logged."""
-        return self._registry.list_hosts()
-
-    async def refresh_hosts(self) -> int:
-        """Run `host_db_script`, or wait for its current run; return the number of hosts. Raises `RefreshFailed`."""
-        return await self._registry.refresh()
-
     async def prune(self, min_age: float) -> int:
         """Delete the jobs that ended more than `min_age` seconds ago, with their records; return how many."""
-        return await prune(self._store, self._wall() - min_age)
+        return await prune(self.store, self._wall() - min_age)
 
     async def reload(self, config: Config) -> None:
         """Apply a new configuration to later calls, to the hosts registry and to pruning.
@@ -330,7 +333,7 @@ class Dispatcher:
         `ConfigError` if a certificate file or the hosts file is invalid; then nothing has changed.
         """
         tls = HostTLS(config)
-        self._registry.update_config(config)
+        self.registry.update_config(config)
         reported, self.config = frozenset(self.config.ignored), config
         self._tls = tls
         self._runner.context = replace(self._runner.context, config=config, tls=tls)
@@ -345,17 +348,12 @@ class Dispatcher:
 
     def _new_job(self, job_id: str, call: Call) -> NewJob:
         config = self.config
-        return NewJob(
-            job_id,
-            call.host,
-            call.procedure,
-            call.arguments,
-            min(call.timeout or config.default_timeout, config.default_timeout),
-            min(call.max_exec_time or config.max_exec_time, config.max_exec_time),
-            call.queue.name if call.queue else None,
-            call.queue.concurrency if call.queue else 1,
-            _NULL if call.info is None else call.info,
-        )
+        timeout = min(call.timeout or config.default_timeout, config.default_timeout)
+        max_exec_time = min(call.max_exec_time or config.max_exec_time, config.max_exec_time)
+        queue, concurrency = (call.queue.name, call.queue.concurrency) if call.queue else (None, 1)
+        procedure = call.host, call.procedure, call.arguments
+        info = _NULL if call.info is None else call.info
+        return NewJob(job_id, *procedure, timeout, max_exec_time, queue, concurrency, info)
 
     def _cancelled_by(self, client: str | None) -> Raw:
         return dumps({"why": "cancelled", "by": client, "at": self._wall()})
@@ -366,31 +364,6 @@ class Dispatcher:
         self._notifier.publish_end(job_id, Cancelled())
         await self._runner.cancel_call(job_id, before, client)
         self._runner.request_claim()
-
-    async def _shut_down(self) -> None:
-        runner, context = self._runner, self._runner.context
-        log.info("dispatcher stops", extra={"calls": len(runner.runs)})
-        await runner.detach()
-        try:
-            async with asyncio.timeout(_SHUTDOWN_TIMEOUT):
-                await runner.wait_closed()
-                while self._requests:
-                    await asyncio.wait(self._requests)
-        except TimeoutError:
-            unfinished = len(runner.runs) + len(self._requests)
-            log.error("shutdown timeout; jobs will be recovered", extra={"unfinished": unfinished})
-            for run in runner.runs.values():
-                run.abandon()
-            for task in self._requests:
-                task.cancel()
-        for task in self._maintenance:
-            task.cancel()
-        self._orphan_reaper.stop()
-        context.connections.close()
-        await context.capabilities.close()
-        if context.openings:
-            await asyncio.wait(context.openings)
-        context.timers.close()
 
     def _report_config(self, config: Config, reported: frozenset[str]) -> None:
         for key in config.ignored:

@@ -19,9 +19,7 @@ from harpcaller.store import UnknownJob
 from harpcaller.store.sqlite import Store
 
 T = TypeVar("T")
-
-#: Approximate number of bytes of records in one read from the store.
-_BATCH_BYTES = 64 * 1024
+_BATCH_BYTES = 64 * 1024  #: Approximate number of bytes of records in one read from the store.
 
 
 class RecordStream:
@@ -71,7 +69,7 @@ class RecordStream:
             self._next = batch.next
             return batch
         if self._next < (job.records if newest is None else max(job.records, newest.next)):
-            self._read(lambda: self._store.read_records(self._job_id, self._next, _BATCH_BYTES), self._on_batch)
+            self._read(self._store.read_records(self._job_id, self._next, _BATCH_BYTES), self._on_batch)
             return None
         if job.end is not None:
             return job.end
@@ -97,7 +95,7 @@ class RecordStream:
             self._on_ready()
 
     def _read_job(self) -> None:
-        self._read(lambda: self._store.get_job(self._job_id), self._on_job)
+        self._read(self._store.get_job(self._job_id), self._on_job)
 
     def _on_job(self, job: Job) -> None:
         known = self._job
@@ -113,7 +111,7 @@ class RecordStream:
         else:
             self._error = UnknownJob(self._job_id)  # pruned during the read
 
-    def _read(self, verb: Callable[[], Awaitable[T]], use: Callable[[T], None]) -> None:
+    def _read(self, reading: Awaitable[T], use: Callable[[T], None]) -> None:
         """Read from the store; `next_item` returns None until then."""
         self._reads += 1
 
@@ -128,20 +126,18 @@ class RecordStream:
             if not self._reads:
                 self._on_ready()
 
-        _call(verb).add_done_callback(on_read)
+        asyncio.ensure_future(reading).add_done_callback(on_read)
 
 
-def wait_for_end(
-    job_id: str, wait: bool, is_active: bool, store: Store, notifier: Notifier
-) -> asyncio.Future[End | None]:
-    """Return a future of the end of a job; without `wait`, its result is None if the job has not ended.
+def wait_for_end(job_id: str, is_active: bool, store: Store, notifier: Notifier) -> asyncio.Future[End]:
+    """Return a future of the end of a job. Cancelling it ends the wait.
 
-    Cancelling it ends the wait. The store is not read for a job that `is_active`: its end will be published.
+    The store is not read for a job that `is_active`: its end will be published.
     """
-    result: asyncio.Future[End | None] = asyncio.get_running_loop().create_future()
+    result: asyncio.Future[End] = asyncio.get_running_loop().create_future()
 
     def read_job() -> None:
-        _call(lambda: store.get_job(job_id)).add_done_callback(on_read)
+        asyncio.ensure_future(store.get_job(job_id)).add_done_callback(on_read)
 
     def on_read(read: asyncio.Future[Job]) -> None:
         error = None if read.cancelled() else read.exception()
@@ -149,7 +145,7 @@ def wait_for_end(
             return
         if error is not None:
             result.set_exception(error)
-        elif (end := read.result().end) is not None or not wait:
+        elif (end := read.result().end) is not None:
             result.set_result(end)
 
     def on_published(ended: bool) -> None:
@@ -162,16 +158,6 @@ def wait_for_end(
 
     subscription = notifier.subscribe(job_id, on_published)
     result.add_done_callback(lambda _: notifier.unsubscribe(job_id, on_published))
-    if not (wait and is_active):
+    if not is_active:
         read_job()
     return result
-
-
-def _call(verb: Callable[[], Awaitable[T]]) -> asyncio.Future[T]:
-    """Call a verb of the store; an exception is raised by the future only."""
-    try:
-        return asyncio.ensure_future(verb())
-    except Exception as error:  # noqa: BLE001 - the awaiter gets it
-        failed: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        failed.set_exception(error)
-        return failed

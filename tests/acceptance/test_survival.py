@@ -326,7 +326,7 @@ async def test_full_disk_does_not_end_running_calls(tmp_path: Path) -> None:
             done.touch()
             await eventually(lambda: harpd.status()["calls"] == 0, what="the end of the calls")
             store.off = False
-            end = await dispatcher.result(flood, wait=True)
+            end = await dispatcher.result(flood)
             assert isinstance(end, Returned), end
             count = int(end.result)
             assert (await dispatcher.get_job(flood)).records == count
@@ -337,5 +337,5 @@ async def test_full_disk_does_not_end_running_calls(tmp_path: Path) -> None:
                 for pair in decoded(item)
             ]
             assert [int(record[0]) for _, record in records] == list(range(count))
-            assert await dispatcher.result(quiet, wait=True) == Returned(b"5")
+            assert await dispatcher.result(quiet) == Returned(b"5")
     await real.close()

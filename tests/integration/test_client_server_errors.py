@@ -22,6 +22,10 @@ UNKNOWN = "00000000-0000-4000-8000-000000000000"
 INTERNAL_ERROR = [{"error": {"type": "internal_error", "message": "internal error of the dispatcher; see its log"}}]
 
 
+async def _fail(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("a fault with a secret")
+
+
 class Faulty:
     """A real store with a failing verb.
 
@@ -40,7 +44,7 @@ class Faulty:
         if name == self._verb:
             self._sound -= 1
             if self._sound < 0:
-                raise RuntimeError("a fault with a secret")
+                return _fail
         return getattr(self._store, name)
 
 

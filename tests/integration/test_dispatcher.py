@@ -154,7 +154,7 @@ async def test_claim_is_retried_until_the_store_works(tmp_path: Path) -> None:
             job_id = await dispatcher.submit(call(), "test")
             await eventually(lambda: store.refused >= 2, what="a second try")
             store.off = False
-            assert await dispatcher.result(job_id, wait=True) == Returned(b"[]")
+            assert await dispatcher.result(job_id) == Returned(b"[]")
     await real.close()
 
 
@@ -164,9 +164,8 @@ async def test_claim_is_retried_until_the_store_works(tmp_path: Path) -> None:
 async def test_requests_with_an_unknown_id_raise(tmp_path: Path, job_id: str) -> None:
     async with running(tmp_path) as dispatcher:
         assert not await dispatcher.cancel(job_id)
-        for wait in (True, False):
-            with pytest.raises(UnknownJob):
-                await dispatcher.result(job_id, wait)
+        with pytest.raises(UnknownJob):
+            await dispatcher.result(job_id)
         with pytest.raises(UnknownJob):
             await dispatcher.get_job(job_id)
         with pytest.raises(UnknownJob):
@@ -185,7 +184,7 @@ async def test_jobs_of_a_queue_run_in_order_within_concurrency(tmp_path: Path) -
             for count in (2, 4, 6):
                 await eventually(lambda count=count: len(gated.begun_calls) == count, what="the calls")  # type: ignore[misc]
                 gated.release(2)
-            assert [await dispatcher.result(job, wait=True) for job in jobs] == [Returned(raw([n])) for n in range(6)]
+            assert [await dispatcher.result(job) for job in jobs] == [Returned(raw([n])) for n in range(6)]
     assert gated.max_running == 2
     assert [sorted(gated.begun_calls[at : at + 2]) for at in (0, 2, 4)] == [[[0], [1]], [[2], [3]], [[4], [5]]]
 
@@ -199,7 +198,7 @@ async def test_calls_beyond_a_limit_wait(tmp_path: Path, limit: dict[str, Any]) 
             await eventually(lambda: gated.running == 3, what="three calls")
             gated.release(9)
             for n, job in enumerate(jobs):
-                assert await dispatcher.result(job, wait=True) == Returned(raw([n]))
+                assert await dispatcher.result(job) == Returned(raw([n]))
     assert gated.max_running == 3
 
 
@@ -212,7 +211,7 @@ async def test_dispatcher_runs_two_hundred_calls_on_one_host(tmp_path: Path) -> 
             assert dispatcher.active_calls == 200
             gated.release(200)
             for n, job in enumerate(jobs):
-                assert await dispatcher.result(job, wait=True) == Returned(raw([n]))
+                assert await dispatcher.result(job) == Returned(raw([n]))
 
 
 async def test_cancel_queue_cancels_queued_and_running_jobs(tmp_path: Path) -> None:
@@ -222,14 +221,14 @@ async def test_cancel_queue_cancels_queued_and_running_jobs(tmp_path: Path) -> N
             jobs = [await dispatcher.submit(call(queue={"a": 1, "b": 2}), "test") for _ in range(5)]
             other = await dispatcher.submit(call(arguments=["other"], queue={}), "test")
             await eventually(lambda: gated.running == 2, what="one call of each queue")
-            assert [(q.running, q.queued) for q in await dispatcher.list_queues()] == [(1, 4), (1, 0)]
+            assert [(q.running, q.queued) for q in await dispatcher.store.list_queues()] == [(1, 4), (1, 0)]
             assert len([job async for job in dispatcher.list_jobs(queue=raw({"b": 2, "a": 1.0}))]) == 5
             assert await dispatcher.cancel_queue(raw({"b": 2, "a": 1})) == 5
             assert await dispatcher.cancel_queue(raw({"b": 2, "a": 1})) == 0
             for job in jobs:
-                assert await dispatcher.result(job, wait=False) == Cancelled()
+                assert (await dispatcher.get_job(job)).end == Cancelled()
             gated.release(6)
-            assert await dispatcher.result(other, wait=True) == Returned(b'["other"]')
+            assert await dispatcher.result(other) == Returned(b'["other"]')
     assert len(gated.begun_calls) == 2
 
 
@@ -262,7 +261,7 @@ async def test_cancel_of_queued_and_running_job_of_a_queue(tmp_path: Path) -> No
             assert job.ended is not None
             assert await dispatcher.cancel(first)
             gated.release(3)
-            assert await dispatcher.result(third, wait=True) == Returned(b"[2]")
+            assert await dispatcher.result(third) == Returned(b"[2]")
     assert gated.begun_calls == [[0], [2]]
 
 
@@ -273,7 +272,7 @@ async def test_result_of_a_waiting_client_returns_on_cancel(tmp_path: Path) -> N
             for started in (False, True):
                 blocker = await dispatcher.submit(call(queue={}), "test")
                 job_id = blocker if started else await dispatcher.submit(call(queue={}), "test")
-                waiting = asyncio.ensure_future(dispatcher.result(job_id, wait=True))
+                waiting = asyncio.ensure_future(dispatcher.result(job_id))
                 following = asyncio.create_task(followed(dispatcher, job_id))
                 await eventually(lambda: gated.running == 1, what="a call")
                 assert await dispatcher.cancel(job_id)
@@ -293,16 +292,16 @@ async def test_result_during_a_call_does_not_read_the_store(tmp_path: Path) -> N
             job_id = await dispatcher.submit(call(), "test")
             await eventually(lambda: gated.running == 1, what="a call")
             store.off = True
-            waiting = [asyncio.ensure_future(dispatcher.result(job_id, wait=True)) for _ in range(3)]
+            waiting = [asyncio.ensure_future(dispatcher.result(job_id)) for _ in range(3)]
             with pytest.raises(StorageError):
-                await dispatcher.result(job_id, wait=False)
+                await dispatcher.get_job(job_id)
             gated.release(1)
             assert await asyncio.gather(*waiting) == [Returned(b"[]")] * 3
             await eventually(lambda: not dispatcher.active_calls, what="the run's end")
             with pytest.raises(StorageError):
-                await dispatcher.result(job_id, wait=True)
+                await dispatcher.result(job_id)
             store.off = False
-            assert await dispatcher.result(job_id, wait=True) == Returned(b"[]")
+            assert await dispatcher.result(job_id) == Returned(b"[]")
     await opened.close()
 
 
@@ -381,7 +380,7 @@ async def test_read_ends_at_the_records_of_its_begin(tmp_path: Path) -> None:
             assert isinstance(second, RecordBatch)
             assert (decoded(second), closing) == ([(1, 1)], Continue())
             await stream.end()
-            assert await dispatcher.result(job_id, wait=True) == Returned(b'"end"')
+            assert await dispatcher.result(job_id) == Returned(b'"end"')
 
 
 async def test_thousand_followers_are_not_delayed_by_a_slow_one(tmp_path: Path) -> None:
@@ -411,7 +410,7 @@ async def test_follow_yields_batches_of_limited_size(tmp_path: Path) -> None:
     with host(tmp_path, script) as peer:
         async with running(tmp_path, host_line(peer.port)) as dispatcher:
             job_id = await dispatcher.submit(call(), "test")
-            assert await dispatcher.result(job_id, wait=True) == Returned(b"null")
+            assert await dispatcher.result(job_id) == Returned(b"null")
             batches = [item async for item in follow(dispatcher, job_id, since=0) if isinstance(item, RecordBatch)]
             sizes = [sum(map(len, batch.records.values)) for batch in batches]
             assert sum(sizes) == 50 * 100_002
@@ -445,9 +444,9 @@ async def test_reload_applies_to_later_calls(tmp_path: Path) -> None:
             )
             await dispatcher.reload(config)
             assert dispatcher.config is config
-            assert [found.hostname for found in dispatcher.hosts()] == ["web02"]
+            assert [found.hostname for found in dispatcher.registry.list_hosts()] == ["web02"]
             job_id = await dispatcher.submit(call(host="web02"), "test")
-            assert await dispatcher.result(job_id, wait=True) == Returned(b"[]")
+            assert await dispatcher.result(job_id) == Returned(b"[]")
             assert (await dispatcher.get_job(job_id)).timeout == 5.0
             for broken in ({"ca_file": tmp_path / "none"}, {"hosts_file": tmp_path / "none"}):
                 with pytest.raises(ConfigError, match=next(iter(broken))):
@@ -477,9 +476,9 @@ async def test_restart_ends_bound_calls_and_runs_queued_jobs(tmp_path: Path) -> 
 
     with host(tmp_path, script, (legacy_harpd,)) as peer:
         async with running(tmp_path, host_line(peer.port), store=store) as dispatcher:
-            assert is_missing(await dispatcher.result(interrupted, wait=True))
+            assert is_missing(await dispatcher.result(interrupted))
             for job in queued:
-                assert await dispatcher.result(job, wait=True) == Returned(b"null")
+                assert await dispatcher.result(job) == Returned(b"null")
     assert begun_calls == [[0], [1], [2]]
     await store.close()
 
@@ -492,11 +491,11 @@ async def test_claim_waits_until_interrupted_jobs_are_recovered(tmp_path: Path) 
     with host(tmp_path, echo, (legacy_harpd,)) as peer:
         async with running(tmp_path, host_line(peer.port), store=store) as dispatcher:
             job_id = await dispatcher.submit(call(queue={}), "test")
-            waiting = asyncio.ensure_future(dispatcher.result(interrupted, wait=True))
+            waiting = asyncio.ensure_future(dispatcher.result(interrupted))
             await eventually(lambda: store.refused >= 2, what="a second try")
             assert (await dispatcher.get_job(job_id)).state is State.QUEUED
             store.off = False
-            assert await dispatcher.result(job_id, wait=True) == Returned(b"[]")
+            assert await dispatcher.result(job_id) == Returned(b"[]")
             assert is_missing(await waiting)
     await real.close()
 

@@ -198,7 +198,7 @@ async def test_cancel_during_recovery_stops_the_call(tmp_path: Path) -> None:
             assert await dispatcher.cancel(job_id, "somebody")
             go_on.set()
             assert (await settled(dispatcher, job_id)).stop is StopState.CONFIRMED
-            assert await dispatcher.result(job_id, wait=True) == Cancelled()
+            assert await dispatcher.result(job_id) == Cancelled()
     await opened.close()
 
 
@@ -242,7 +242,7 @@ async def test_recovered_job_of_unknown_host_ends_as_such(tmp_path: Path, monkey
     times: dict[str, Any] = {"disconnect_timeout": 0.5, "host_timeout": 1.0}
     async with running(tmp_path, store=opened, resumable_calls=True, **times) as dispatcher:
         began = time.monotonic()
-        end = await dispatcher.result(job_id, wait=True)
+        end = await dispatcher.result(job_id)
         assert end == Failed("unknown_host", "the hosts registry has no host web01")
         assert time.monotonic() - began > 0.9
         assert (await settled(dispatcher, job_id)).stop is StopState.FAILED

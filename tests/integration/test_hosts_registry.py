@@ -233,10 +233,10 @@ async def test_jobs_wait_for_the_first_run_of_the_script(tmp_path: Path, script:
             await eventually(lambda: script.runs == 1, what="the script")
             assert (await dispatcher.get_job(job_id)).state is State.QUEUED
             await asyncio.to_thread(go.write_text, "")
-            assert await dispatcher.result(job_id, wait=True) == Returned(b"1")
+            assert await dispatcher.result(job_id) == Returned(b"1")
             script.does(host_line(1, "a"), host_line(1, "b"))
-            assert await dispatcher.refresh_hosts() == 2
-            assert [host.hostname for host in dispatcher.hosts()] == ["a", "b"]
+            assert await dispatcher.registry.refresh() == 2
+            assert [host.hostname for host in dispatcher.registry.list_hosts()] == ["a", "b"]
 
 
 def test_cache_is_private_and_complete(tmp_path: Path) -> None:

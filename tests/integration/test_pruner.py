@@ -71,7 +71,7 @@ async def test_dispatcher_prunes_at_start_and_on_demand(tmp_path: Path) -> None:
         with pytest.raises(UnknownJob):
             await followed(dispatcher, young)
         unknown = await dispatcher.submit(call(), "test")
-        end = await dispatcher.result(unknown, wait=True)
+        end = await dispatcher.result(unknown)
         assert isinstance(end, Failed)
         assert await dispatcher.prune(0) == 1
     await store.close()

@@ -105,7 +105,7 @@ async def test_run_records_in_any_chunks_stay_in_order(tmp_path: Path) -> None:
 async def test_run_unknown_host_ends_the_job(tmp_path: Path) -> None:
     async with running(tmp_path) as dispatcher:
         job_id = await dispatcher.submit(call(host="nowhere"), "test")
-        failure(await dispatcher.result(job_id, wait=True), "unknown_host", "nowhere")
+        failure(await dispatcher.result(job_id), "unknown_host", "nowhere")
 
 
 async def test_run_unreachable_host_is_network_error(tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ async def test_run_sends_server_name_for_names_only(tmp_path: Path) -> None:
 
 async def cancelled(dispatcher: Dispatcher, job_id: str) -> None:
     assert await dispatcher.cancel(job_id)
-    assert await dispatcher.result(job_id, wait=False) == Cancelled()
+    assert (await dispatcher.get_job(job_id)).end == Cancelled()
     assert not await dispatcher.cancel(job_id)
     await eventually(lambda: dispatcher.active_calls == 0, what="the call's end")
 
@@ -296,7 +296,7 @@ async def test_cancel_by_a_departed_client_is_completed(tmp_path: Path) -> None:
             asking = asyncio.create_task(dispatcher.cancel(job_id))
             await asyncio.sleep(0)
             asking.cancel()
-            assert await dispatcher.result(job_id, wait=True) == Cancelled()
+            assert await dispatcher.result(job_id) == Cancelled()
             await eventually(peer.connections[0].closed.is_set, what="the connection's end")
 
 
@@ -331,7 +331,7 @@ async def test_run_data_during_store_failure_is_stored_later(tmp_path: Path) -> 
             store.off = False
             records, end = await followed(dispatcher, job_id, since=0)
             assert (records, end) == ([(0, 0), (1, 1), (2, 2)], Returned(b'"end"'))
-            assert await dispatcher.result(waiting, wait=True) == Returned(b'"other"')
+            assert await dispatcher.result(waiting) == Returned(b'"other"')
     await real.close()
 
 
@@ -357,7 +357,7 @@ async def test_run_pauses_reading_while_the_store_fails(tmp_path: Path) -> None:
             await eventually(lambda: store.refused >= 3, what="a third try")
             assert sent < enough  # the rest is in socket buffers and in bounded memory
             store.off = False
-            assert await dispatcher.result(job_id, wait=True) == Returned(b"null")
+            assert await dispatcher.result(job_id) == Returned(b"null")
             assert (await dispatcher.get_job(job_id)).records == enough // len(
                 b'{"stream": "' + b"x" * 65_500 + b'"}\n'
             ) + 1

@@ -116,7 +116,7 @@ def long_record():
         )
         async with running(tmp_path, line + "\n", resumable_calls=True, record_line=50_000) as dispatcher:
             job_id = await dispatcher.submit(call("long_record"), "test")
-            end = await dispatcher.result(job_id, wait=True)
+            end = await dispatcher.result(job_id)
             assert isinstance(end, Failed)
             assert end.type == "protocol_error"
             assert "longer than 50000 bytes" in end.message
@@ -266,7 +266,7 @@ async def test_resumable_run_buffered_result_is_not_too_late(tmp_path: Path) -> 
             await eventually(lambda: time.monotonic() > over, what="the end of the limits")
             assert (await dispatcher.get_job(job_id)).end is None
             may_answer.set()
-            assert await dispatcher.result(job_id, wait=True) == Returned(b'"in time"')
+            assert await dispatcher.result(job_id) == Returned(b'"in time"')
 
 
 async def test_resumable_run_missing_ack_does_not_end_the_job(tmp_path: Path) -> None:
@@ -287,7 +287,7 @@ async def test_resumable_run_missing_ack_does_not_end_the_job(tmp_path: Path) ->
         async with running(tmp_path, host_line(peer.port), **options) as dispatcher:
             job_id = await dispatcher.submit(call(timeout=0.2), "test")
             await eventually(silent.is_set, what="the request")
-            end = await dispatcher.result(job_id, wait=True)
+            end = await dispatcher.result(job_id)
             assert isinstance(end, Failed)
             assert end.type == "timeout"
             assert (await settled(dispatcher, job_id)).stop is StopState.CONFIRMED
@@ -369,5 +369,5 @@ async def test_host_that_ignores_the_window_is_paused(tmp_path: Path) -> None:
             await eventually(held_back.is_set, what="no more room")
             assert sent < 40_000_000
             store.off = False
-            assert await dispatcher.result(job_id, wait=True) == Returned(b"1")
+            assert await dispatcher.result(job_id) == Returned(b"1")
     await opened.close()

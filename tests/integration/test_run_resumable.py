@@ -195,7 +195,7 @@ def mark(file):
                 await asyncio.sleep(4)  # longer than `disconnect_timeout`
             finally:
                 os.kill(harpd.pid, signal.SIGCONT)
-            assert await dispatcher.result(job_id, wait=True) == Returned(b'"started "')
+            assert await dispatcher.result(job_id) == Returned(b'"started "')
             assert json.loads((await dispatcher.details(job_id))["call"])["attempts"] > 1
 
 
@@ -484,7 +484,7 @@ async def test_orphaned_calls_are_stopped_and_released(tmp_path: Path) -> None:
             assert (await result_of(dispatcher))[1] == Returned(b"1")
             await eventually(lambda: len(stopped) == 2, what="both ended")
             assert (await dispatcher.details(job_id))["exit_info"] == b'{"late": 1}'
-            end = await dispatcher.result(job_id, wait=False)
+            end = (await dispatcher.get_job(job_id)).end
             assert isinstance(end, Failed)  # the first end wins
     assert sorted(stopped) == sorted([job_id, unknown])
     await store.close()
@@ -538,8 +538,8 @@ async def test_listed_call_that_is_running_is_not_stopped(tmp_path: Path) -> Non
             second = await dispatcher.submit(call(), "test")
             await eventually(stopped.is_set, what="the orphan stopped")
             assert (attaches, checked) == ([unknown], [unknown])
-            assert await dispatcher.result(first, wait=True) == Returned(b"1")
-            assert await dispatcher.result(second, wait=True) == Returned(b"2")
+            assert await dispatcher.result(first) == Returned(b"1")
+            assert await dispatcher.result(second) == Returned(b"2")
     await opened.close()
 
 
@@ -594,7 +594,7 @@ async def test_details_explain_why_a_job_waits(tmp_path: Path) -> None:
             assert (await why(first)).startswith("it has been running on host web01 since 20")
             go_on.set()
             for job_id in (first, second, third, other, waiting):
-                assert await dispatcher.result(job_id, wait=True) == Returned(b"1")
+                assert await dispatcher.result(job_id) == Returned(b"1")
                 assert (await why(job_id)).startswith("it returned after ")
             with pytest.raises(UnknownJob):
                 await dispatcher.details("3f22e0d4-c8ed-11e5-8d66-001e8c140268")

@@ -48,9 +48,7 @@ def hosts_file(directory: Path, *lines: str) -> Path:
 
 
 @asynccontextmanager
-async def running(
-    directory: Path, *lines: str, store: Any = None, **settings: Any
-) -> AsyncIterator[Dispatcher]:
+async def running(directory: Path, *lines: str, store: Any = None, **settings: Any) -> AsyncIterator[Dispatcher]:
     """Run a dispatcher with all files in `directory` and these lines in its hosts file."""
     settings.setdefault("hosts_file", hosts_file(directory, *lines))
     settings.setdefault("host_db", directory / "hosts.db")
@@ -67,7 +65,7 @@ async def running(
 
 async def result(dispatcher: Dispatcher, **options: Any) -> End | None:
     """Submit a call and wait for its end."""
-    return await dispatcher.result(await dispatcher.submit(call(**options), "test"), wait=True)
+    return await dispatcher.result(await dispatcher.submit(call(**options), "test"))
 
 
 async def _items(

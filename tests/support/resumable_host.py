@@ -88,7 +88,7 @@ def playing(directory: Path, *scripts: Script, **options: Any) -> Iterator[Peer]
 
 async def result_of(dispatcher: Dispatcher, **options: Any) -> tuple[str, End | None]:
     job_id = await dispatcher.submit(call(**options), "test")
-    return job_id, await dispatcher.result(job_id, wait=True)
+    return job_id, await dispatcher.result(job_id)
 
 
 async def settled(dispatcher: Dispatcher, job_id: str) -> Job:

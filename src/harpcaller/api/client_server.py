@@ -28,8 +28,7 @@ from harpcaller.store import StorageError, UnknownJob
 
 log = logging.getLogger(__name__)
 
-#: Maximum length of an error message in characters: it may quote the client's data.
-_MAX_MESSAGE = 1000
+_MAX_MESSAGE = 1000  #: Maximum length of an error message in characters: it may quote the client's data.
 
 
 def listen(config: Config) -> list[Listener]:
@@ -72,15 +71,13 @@ class ClientServer(Server):
                 self._loopback_logged = True
                 log.info("every local user can call procedures")
 
-    def request_limits(self) -> tuple[int, float]:
-        """See `Server`."""
+    def _request_limits(self) -> tuple[int, float]:
         config = self._dispatcher.config
         return config.request_line, config.idle_timeout
 
     # Requests. Those of the usual path need no task.
 
-    def on_request(self, connection: Connection, line: bytes) -> None:
-        """See `Server`."""
+    def _on_request(self, connection: Connection, line: bytes) -> None:
         if len(line) < LONG_LINE:
             self._execute(connection, lambda: decode_request(line))
         else:
@@ -103,14 +100,14 @@ class ClientServer(Server):
                 case _:
                     connection.run(self._send_reply(connection, request))
         except Exception as error:  # noqa: BLE001 - the client gets it
-            self.on_failed(connection, error)
+            self._on_failed(connection, error)
 
     def _submit(self, connection: Connection, request: requests.Call) -> None:
         def on_submitted(submitted: asyncio.Future[str]) -> None:
             if (error := submitted.exception()) is None:
                 self._reply(connection, replies.Submitted(submitted.result()))
             else:
-                self.on_failed(connection, error)
+                self._on_failed(connection, error)
 
         submitted = self._dispatcher.submit(request, connection.client, connection.received_at)
         submitted.add_done_callback(on_submitted)
@@ -118,21 +115,21 @@ class ClientServer(Server):
     def _wait_for_result(self, connection: Connection, job: str) -> None:
         """Reply with the end of a job when it has ended. A client that disconnects gets an end that is stored."""
 
-        def on_end(waiting: asyncio.Future[End | None]) -> None:
+        def on_end(waiting: asyncio.Future[End]) -> None:
             if waiting.cancelled():
                 connection.run(self._send_stored_end(connection, job))
             elif (error := waiting.exception()) is not None:
-                self.on_failed(connection, error)
+                self._on_failed(connection, error)
             else:
-                self._reply(connection, waiting.result() or replies.NoResult())
+                self._reply(connection, waiting.result())
                 self._dispatcher.record_delivery(job, connection.received_at)
 
-        waiting = self._dispatcher.result(job, wait=True)
+        waiting = self._dispatcher.result(job)
         waiting.add_done_callback(on_end)
         connection.on_disconnect(waiting.cancel)
 
     async def _send_stored_end(self, connection: Connection, job: str) -> None:
-        end = await self._dispatcher.result(job, wait=False)
+        end = (await self._dispatcher.get_job(job)).end
         if end is None:
             raise ClientDisconnected
         self._reply(connection, end)
@@ -148,7 +145,7 @@ class ClientServer(Server):
                 cancelled = await dispatcher.cancel(job, connection.client)
                 reply = replies.WasCancelled(cancelled, await self._wait_stopped(connection, job) if wait else None)
             case requests.GetResult(job):
-                reply = await dispatcher.result(job, wait=False) or replies.NoResult()
+                reply = (await dispatcher.get_job(job)).end or replies.NoResult()
             case requests.GetStatus(job):
                 reply = _status(await dispatcher.get_job(job))
             case requests.GetDetails(job):
@@ -180,7 +177,7 @@ class ClientServer(Server):
                         return
                     send(item)
             except Exception as error:  # noqa: BLE001 - the client gets it
-                self.on_failed(connection, error)
+                self._on_failed(connection, error)
             if connection.is_closing:
                 stream.close()
             else:
@@ -210,8 +207,7 @@ class ClientServer(Server):
         else:
             connection.close()
 
-    def on_failed(self, connection: Connection, error: BaseException) -> None:
-        """See `Server`."""
+    def _on_failed(self, connection: Connection, error: BaseException) -> None:
         client = connection.client
         match error:
             case ProtocolError():
@@ -232,15 +228,8 @@ class ClientServer(Server):
 
 
 def _status(job: Job) -> replies.Status:
-    return replies.Status(
-        host=job.host,
-        procedure=job.procedure,
-        arguments=job.arguments,
-        submit=int(job.submitted),
-        start=None if job.started is None else int(job.started),
-        end=None if job.ended is None else int(job.ended),
-        info=job.info,
-    )
+    start, end = (None if time is None else int(time) for time in (job.started, job.ended))
+    return replies.Status(job.host, job.procedure, job.arguments, int(job.submitted), start, end, job.info)
 
 
 def _shorten(message: str) -> str:

@@ -28,15 +28,9 @@ from harp_daemon.sockets import Listener
 from harp_daemon.timer_wheel import Timer, TimerWheel
 
 _READ_BYTES = 64 * 1024
-
-#: Maximum seconds for a client to read the last reply and close.
-_CLOSE_TIMEOUT = 2.0
-
-#: Bytes in the kernel's buffer for a client beyond those on their way to it.
-_UNSENT_BYTES = 64 * 1024
-
-#: Seconds that a closing server gives to requests that are being answered.
-_DRAIN_TIMEOUT = 5.0
+_CLOSE_TIMEOUT = 2.0  #: Maximum seconds for a client to read the last reply and close.
+_UNSENT_BYTES = 64 * 1024  #: Bytes in the kernel's buffer for a client beyond those on their way to it.
+_DRAIN_TIMEOUT = 5.0  #: Seconds that a closing server gives to requests that are being answered.
 
 
 class ClientDisconnected(Exception):
@@ -57,15 +51,15 @@ class Server(ABC):
         self.acceptor = Acceptor(self._connect, self._serve, self._reject, max_connections, rejection)
 
     @abstractmethod
-    def request_limits(self) -> tuple[int, float]:
+    def _request_limits(self) -> tuple[int, float]:
         """Return the maximum length of a request line in bytes, and the maximum seconds to receive it."""
 
     @abstractmethod
-    def on_request(self, connection: Connection, line: bytes) -> None:
+    def _on_request(self, connection: Connection, line: bytes) -> None:
         """Answer a request: a line without its line feed."""
 
     @abstractmethod
-    def on_failed(self, connection: Connection, error: BaseException) -> None:
+    def _on_failed(self, connection: Connection, error: BaseException) -> None:
         """Send the error of a request and close the connection.
 
         It is a `ProtocolError` if the line is too long, late or incomplete; one of the type ``too_many_connections`` if
@@ -139,7 +133,7 @@ class Connection:
             self.abort()
         else:
             self._is_reading = True
-            self._line_limit, seconds = self._server.request_limits()
+            self._line_limit, seconds = self._server._request_limits()
             self._timer = self._server.timers.call_later(seconds, lambda: self._on_late_request(seconds))
 
     def release_memory(self) -> None:
@@ -192,7 +186,7 @@ class Connection:
         self._request_received = True
         self.received_at = time.monotonic()
         self._end_reading()
-        self._server.on_request(self, line)
+        self._server._on_request(self, line)
 
     def _on_late_request(self, seconds: float) -> None:
         if self._request_received and not self._has_part():
@@ -220,7 +214,7 @@ class Connection:
 
     def _refuse(self, message: str, error_type: str = "invalid_request") -> None:
         self._end_reading()
-        self._server.on_failed(self, ProtocolError(message, error_type))
+        self._server._on_failed(self, ProtocolError(message, error_type))
 
     def _has_part(self) -> bool:
         """Return whether a part of a request was received."""
@@ -284,7 +278,7 @@ class Connection:
     def run(self, work: Coroutine[Any, Any, None]) -> None:
         """Run a coroutine that answers a request. It is cancelled if the connection is closed meanwhile.
 
-        It may raise `ClientDisconnected`; another exception is passed to `Server.on_failed`.
+        It may raise `ClientDisconnected`; another exception is passed to `Server._on_failed`.
         """
         self._task = self._loop.create_task(self._run(work))
 
@@ -294,7 +288,7 @@ class Connection:
         except ClientDisconnected:
             self.abort()  # there is no client to reply to
         except Exception as error:  # noqa: BLE001 - the client gets it
-            self._server.on_failed(self, error)
+            self._server._on_failed(self, error)
         finally:
             self._task = None
 

@@ -11,17 +11,8 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import Any, NamedTuple, TypeAlias
 
-from harp.protocol.fields import (
-    ProtocolError,
-    check,
-    decode_object,
-    is_count,
-    is_object,
-    is_seconds,
-    member_value,
-    reject_unknown_keys,
-    required_string,
-)
+from harp.protocol import fields
+from harp.protocol.fields import ProtocolError, check, member_value, required_string
 from harp.protocol.json_text import Envelope, JSONObject, Raw, dumps
 from harp.protocol.schema import encode_object
 from harp_daemon import logs
@@ -60,16 +51,13 @@ class ControlServer(Server):
         self._stop_daemon = stop
         self._reload_daemon = reload
 
-    def request_limits(self) -> tuple[int, float]:
-        """See `Server`."""
+    def _request_limits(self) -> tuple[int, float]:
         return _MAX_REQUEST, _IDLE_TIMEOUT
 
-    def on_request(self, connection: Connection, line: bytes) -> None:
-        """See `Server`."""
+    def _on_request(self, connection: Connection, line: bytes) -> None:
         connection.run(self._run_command(connection, line))
 
-    def on_failed(self, connection: Connection, error: BaseException) -> None:
-        """See `Server`."""
+    def _on_failed(self, connection: Connection, error: BaseException) -> None:
         match error:
             case UnknownJob():
                 message = f"there is no job {error}"
@@ -82,11 +70,11 @@ class ControlServer(Server):
         connection.close()
 
     async def _run_command(self, connection: Connection, line: bytes) -> None:
-        members = decode_object(line, decode_slices)
+        members = fields.decode_object(line, decode_slices)
         name = required_string(members, "command")
         check(name in _COMMANDS, f"command: expected one of {', '.join(_COMMANDS)}, got {name!r}")
         run, required, optional = _COMMANDS[name]
-        reject_unknown_keys(members, ("command", *required, *optional))
+        fields.reject_unknown_keys(members, ("command", *required, *optional))
         options = {key: read(members, key) for key, read in required.items()}
         options |= {key: read(members, key) for key, read in optional.items() if key in members}
         log.debug("command", extra={"command": name, "client": connection.client})
@@ -153,7 +141,7 @@ class ControlServer(Server):
 
     async def _queue_list(self, queue: Raw | None = None) -> Items:
         if queue is None:
-            for lane in await self._dispatcher.list_queues():
+            for lane in await self._dispatcher.store.list_queues():
                 yield Envelope(queue=lane.name, concurrency=lane.concurrency, running=lane.running, queued=lane.queued)
             return
         async for job in self._dispatcher.list_jobs(queue=queue):
@@ -163,11 +151,11 @@ class ControlServer(Server):
         yield Envelope(cancelled=await self._dispatcher.cancel_queue(queue, _ADMINISTRATOR))
 
     async def _hosts_list(self) -> Items:
-        for host in self._dispatcher.hosts():
+        for host in self._dispatcher.registry.list_hosts():
             yield Envelope(hostname=host.hostname, address=host.address, port=host.port)
 
     async def _hosts_refresh(self) -> Items:
-        yield Envelope(hosts=await self._dispatcher.refresh_hosts())
+        yield Envelope(hosts=await self._dispatcher.registry.refresh())
 
     async def _prune_jobs(self, age: float | None = None) -> Items:
         seconds = self._dispatcher.config.max_age_seconds if age is None else age
@@ -199,20 +187,20 @@ def _flag(members: JSONObject, key: str) -> bool:
 
 def _count(members: JSONObject, key: str) -> int:
     count = member_value(members, key)
-    check(is_count(count) and count > 0, f"{key}: expected a whole number of at least 1, got {count!r}")
+    check(fields.is_count(count) and count > 0, f"{key}: expected a whole number of at least 1, got {count!r}")
     return int(count)
 
 
 def _seconds(members: JSONObject, key: str) -> Any:
     seconds = member_value(members, key)
-    check(seconds == 0 or is_seconds(seconds), f"{key}: expected a number of seconds, got {seconds!r}")
+    check(seconds == 0 or fields.is_seconds(seconds), f"{key}: expected a number of seconds, got {seconds!r}")
     return seconds
 
 
 def _queue(members: JSONObject, key: str) -> Raw:
     check(key in members, f"{key}: missing")
     queue = members.payload(key)
-    check(is_object(queue), f"{key}: expected an object")
+    check(fields.is_object(queue), f"{key}: expected an object")
     return Raw(queue)
 
 

@@ -25,7 +25,7 @@ from contextlib import ExitStack, closing
 from functools import wraps
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from harpcaller.store import StorageError
 from harpcaller.store.sqlite import reads
@@ -38,8 +38,7 @@ __all__ = ["FILE_NAME", "Store", "open_store"]
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Number of reading threads and connections. They need Python's lock most of the time: more would not be faster.
-_READERS = 4
+_READERS = 4  # Reading threads and connections. They need Python's lock most of the time: more would not be faster.
 
 
 async def open_store(directory: Path) -> Store:
@@ -59,7 +58,7 @@ def _writes(
     @wraps(verb)
     def method(self: Store, /, *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
         if self._closed:
-            raise self._closed_error()
+            return self._closed_error()
         return self._writer.run(verb, last, args, kwargs)
 
     return method
@@ -73,7 +72,7 @@ def _reads(
     @wraps(verb)
     def method(self: Store, /, *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
         if self._closed:
-            raise self._closed_error()
+            return self._closed_error()
         loop = asyncio.get_running_loop()
         return loop.run_in_executor(self._threads, self._read, lambda db: verb(db, *args, **kwargs))
 
@@ -147,8 +146,10 @@ class Store:
         self._threads.shutdown()
         self._resources.close()
 
-    def _closed_error(self) -> StorageError:
-        return StorageError(f"{self._path}: the store is closed")
+    def _closed_error(self) -> asyncio.Future[Any]:
+        failed: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        failed.set_exception(StorageError(f"{self._path}: the store is closed"))
+        return failed
 
     def _read(self, verb: Callable[[sqlite3.Connection], T]) -> T:
         connection = self._idle_readers.get()
