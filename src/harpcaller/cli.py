@@ -18,7 +18,6 @@ from harpcaller.config import DEFAULT_FILE, load
 from harpcaller.store import StorageError
 
 _SOCKET = Path("/var/run/harpcaller/control")
-
 _EXAMPLES = """\
 examples:
   harpcallerd start                                     in the foreground, the log on stderr

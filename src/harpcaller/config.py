@@ -22,21 +22,15 @@ from msgspec import Meta
 
 from harp_daemon.settings import DEFAULT_TLS_MINIMUM, TLS_VERSIONS, Bytes, ConfigError, Count, check_choice, convert
 
-#: The default path of the configuration file.
-DEFAULT_FILE = Path("/etc/harpcaller/harpcaller.toml")
-
+DEFAULT_FILE = Path("/etc/harpcaller/harpcaller.toml")  #: The default path of the configuration file.
 #: Keys of the legacy dispatcher without a meaning here: Erlang's logging modules and Erlang's own settings.
 IGNORED_KEYS = frozenset({"log_handlers", "erlang"})
-
-#: Ten years. Longer times are mistakes, and some exceed the range of event loops.
-_MAX_SECONDS = 315_360_000
+_MAX_SECONDS = 315_360_000  #: Ten years. Longer times are mistakes, and some exceed the range of event loops.
 
 Seconds = Annotated[float, Meta(gt=0, le=_MAX_SECONDS)]
 Hours = Annotated[float, Meta(gt=0, le=_MAX_SECONDS // 3600)]
 
-#: Maximum seconds that a host needs to stop a call after `disconnect_timeout`.
-_STOP_MARGIN = 10.0
-
+_STOP_MARGIN = 10.0  #: Maximum seconds that a host needs to stop a call after `disconnect_timeout`.
 _ADDRESS = re.compile(r"(?:\[(?P<bracketed>[^\[\]]+)\]|(?P<plain>[^:\[\]]+)):(?P<port>\d{1,5})", re.ASCII)
 
 
@@ -87,16 +81,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_calls_per_host: Count = 250  #: Maximum number of running calls on one host.
     connect_timeout: Seconds = 10.0  #: Maximum seconds to connect to a host, and again for the TLS handshake.
     acknowledgement_timeout: Seconds = 30.0  #: Maximum seconds to the acknowledgement of a call.
-    #: Whether calls are resumable on hosts that support it: they outlive the connection and the dispatcher.
-    resumable_calls: bool = True
+    resumable_calls: bool = True  #: Whether calls outlive connection and dispatcher, on hosts that support it.
     disconnect_timeout: Seconds = 240.0  #: Seconds without contact after which a host stops a running call.
     result_ttl: Seconds = 3600.0  #: Seconds for which a host stores the end of a call until it is fetched.
     host_timeout: Seconds = 300.0  #: Seconds of an outage after which a host counts as lost.
     record_line: Bytes = 64 * 1024 * 1024  #: Maximum length of a line from a host in bytes.
 
     ca_file: Path | None = None  #: PEM file with certificates of authorities.
-    #: Whether a certificate accepted by `ca_file` must contain the host's name or address.
-    verify_hostname: bool = True
+    verify_hostname: bool = True  #: Whether a certificate accepted by `ca_file` must name the host or its address.
     known_certs_file: Path | None = None  #: PEM file with certificates of hosts.
     tls_minimum: str = DEFAULT_TLS_MINIMUM  #: Minimum TLS version of connections to hosts.
 

@@ -28,11 +28,8 @@ from harpcaller.store.sqlite import open_store
 
 log = logging.getLogger(__name__)
 
-#: The settings that a reload does not change.
-_NEEDING_RESTART = ("listen", "stream_directory", "request_memory")
-
-#: Descriptors of the program beside those of its connections.
-_OWN_DESCRIPTORS = 64
+_NEEDING_RESTART = ("listen", "stream_directory", "request_memory")  #: The settings that a reload does not change.
+_OWN_DESCRIPTORS = 64  #: Descriptors of the program beside those of its connections.
 
 
 def configure_log(config: Config, debug: bool) -> None:

@@ -17,11 +17,8 @@ from harpcaller.hosts.registry import Host
 from harpcaller.model.jobs import Job, JobDetails, JobMetadata, QueuePosition, State, StopState
 from harpcaller.runs.run import Run
 
-#: Maximum number of characters of a message in a sentence.
-_MAX_QUOTE = 300
-
-#: Times and durations from a host are ignored from this value on, in seconds.
-_MAX_SECONDS = 2.0**40
+_MAX_QUOTE = 300  #: Maximum number of characters of a message in a sentence.
+_MAX_SECONDS = 2.0**40  #: Times and durations from a host are ignored from this value on, in seconds.
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +79,9 @@ def _phases(job: Job, metadata: JobMetadata, own: Mapping[str, float]) -> Envelo
     measured = sum(seconds for name, seconds in phases.items() if name != "wait" and seconds is not None)
     total = _between(job.started, job.ended)
     phases["other"] = None if total is None or phases["run"] is None else _between(measured, total)
-    accept, store, store_end, deliver = map(own.get, ("accept", "store", "store_end", "deliver"))
-    return Envelope(_rounded(accept=accept, store=store), **phases, **_rounded(store_end=store_end, deliver=deliver))
-
-
-def _rounded(**seconds: float | None) -> dict[str, float | None]:
-    return {name: None if value is None else round(value, 6) for name, value in seconds.items()}
+    get = {name: round(seconds, 6) for name, seconds in own.items()}.get
+    before, after = ({name: get(name) for name in names} for names in (("accept", "store"), ("store_end", "deliver")))
+    return Envelope(before, **phases, **after)
 
 
 def _object(text: Raw | None) -> dict[str, Any]:

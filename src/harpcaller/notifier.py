@@ -24,8 +24,6 @@ Subscriber: TypeAlias = Callable[[bool], None]
 class RecordBatch:
     """Consecutive records, at least one, numbered from `first`, with their encoded lines, which all followers share."""
 
-    __slots__ = ("_lines", "first", "records")
-
     def __init__(self, first: int, records: Records) -> None:
         self.first = first
         self.records = records
@@ -57,8 +55,6 @@ class RecordBatch:
 class Subscription:
     """The notifications of one job, for all its subscribers."""
 
-    __slots__ = ("end", "newest", "subscribers")
-
     def __init__(self) -> None:
         self.end: End | None = None  # if a notification carried it
         self.newest: RecordBatch | None = None  # of the last notification that carried records
@@ -81,9 +77,7 @@ class Notifier:
 
     def subscribe(self, job_id: str, subscriber: Subscriber) -> Subscription:
         """Call a subscriber at each notification of a job, until `unsubscribe` is called."""
-        subscription = self._subscriptions.get(job_id)
-        if subscription is None:
-            subscription = self._subscriptions[job_id] = Subscription()
+        subscription = self._subscriptions.get(job_id) or self._subscriptions.setdefault(job_id, Subscription())
         subscription.subscribers.append(subscriber)
         return subscription
 

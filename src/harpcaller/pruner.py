@@ -11,12 +11,9 @@ from harpcaller.store.sqlite import Store
 
 log = logging.getLogger(__name__)
 
-#: Seconds between two deletions of old jobs.
-PRUNE_EVERY = 600.0
-
-#: Number of jobs in a step, and seconds between two steps, so that other writes come first.
-_STEP = 200
-_PAUSE = 0.05
+PRUNE_EVERY = 600.0  #: Seconds between two deletions of old jobs.
+_STEP = 200  #: Number of jobs in a step.
+_PAUSE = 0.05  #: Seconds between two steps, so that other writes come first.
 
 
 async def prune(store: Store, ended_before: float) -> int:

@@ -18,11 +18,8 @@ from harpcaller.store import StorageError
 
 log = logging.getLogger(__name__)
 
-#: Maximum number of jobs in one claim.
-_CLAIM_SIZE = 100
-
-#: Seconds between two attempts after the store failed.
-_RETRY_INTERVAL = 1.0
+_CLAIM_SIZE = 100  #: Maximum number of jobs in one claim.
+_RETRY_INTERVAL = 1.0  #: Seconds between two attempts after the store failed.
 
 
 class Runner:
@@ -32,14 +29,11 @@ class Runner:
     """
 
     def __init__(self, can_start: Callable[[], bool]) -> None:
-        #: The environment of new runs.
-        self.context: RunContext
-        #: The runs of the active calls, by job id.
-        self.runs: dict[str, Run] = {}
+        self.context: RunContext  #: The environment of new runs.
+        self.runs: dict[str, Run] = {}  #: The runs of the active calls, by job id.
         self._can_start = can_start
         self._no_runs = asyncio.Event()  # set when the last run has closed
-        # Jobs that are cancelled after the store has claimed them and before their run exists.
-        self._cancelled_before_start: set[str] = set()
+        self._cancelled_before_start: set[str] = set()  # after the store has claimed them, before their run exists
         self._is_claiming = False
         self._claim_requested = False
         self._claim_postponed = False  # until a call has ended, or a claim has returned

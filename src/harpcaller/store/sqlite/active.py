@@ -80,12 +80,10 @@ class ActiveJobs:
 
     def __init__(self, db: sqlite3.Connection) -> None:
         self.lanes: dict[str, Lane] = {}
-        #: The jobs that hold a slot, by their ids.
-        self.slot_holders: dict[str, ActiveJob] = {}
+        self.slot_holders: dict[str, ActiveJob] = {}  #: The jobs that hold a slot, by their ids.
         self._slots_on_host: Counter[str] = Counter()
         [(last,)] = db.execute(QUERIES["last_seq"]).fetchall()
-        #: The sequence number of the next job.
-        self.next_seq: int = last + 1
+        self._next_seq: int = last + 1
         for key, concurrency in db.execute(QUERIES["queue_limits"]).fetchall():
             self.add_lane(key, concurrency)
         for seq, id_, key, host, state, records in db.execute(QUERIES["slot_holders_to_cache"]).fetchall():
@@ -105,8 +103,8 @@ class ActiveJobs:
 
     def add_queued(self, lane: Lane) -> int:
         """Add a new queued job to its lane; return its sequence number."""
-        seq = self.next_seq
-        self.next_seq += 1
+        seq = self._next_seq
+        self._next_seq += 1
         lane.append(seq)
         if lane.head == seq:
             self._offer(lane)

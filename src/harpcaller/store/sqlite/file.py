@@ -20,25 +20,14 @@ from harpcaller.store import StorageError
 _FOLDER = files(__package__)
 _, *_PARTS = (_FOLDER / "queries.sql").read_text("utf-8").split("-- name: ")
 
-#: The statements of queries.sql by their names.
-QUERIES = dict(part.split("\n", 1) for part in _PARTS)
-
+QUERIES = dict(part.split("\n", 1) for part in _PARTS)  #: The statements of queries.sql by their names.
 #: The script that makes each version of the schema from the previous one, by number, in order.
 MIGRATIONS = dict(sorted((int(file.name[:-4]), file.read_text("utf-8")) for file in (_FOLDER / "migrations").iterdir()))
-
-#: The largest integer of SQLite.
-MAX_INTEGER = 2**63 - 1
-
-#: The name of the file in the store's directory.
-FILE_NAME = "harpcaller.sqlite"
-
-# The application id is at offset 68 of SQLite's header, big-endian.
-_APPLICATION_ID = int.from_bytes(b"HARP", "big")
-_APPLICATION_ID_AT = slice(68, 72)
-
-#: How long to wait for another program that locks the file, such as a backup, in milliseconds.
-BUSY_TIMEOUT = 5000
-
+MAX_INTEGER = 2**63 - 1  #: The largest integer of SQLite.
+FILE_NAME = "harpcaller.sqlite"  #: The name of the file in the store's directory.
+_APPLICATION_ID = b"HARP"
+_APPLICATION_ID_AT = slice(68, 72)  # in SQLite's header
+BUSY_TIMEOUT = 5000  #: How long to wait for another program that locks the file, such as a backup, in milliseconds.
 #: The write-ahead log is truncated to this size if it has grown beyond it. SQLite checkpoints it at about 4 MiB and
 #: then overwrites it in place, which costs the file system less than growing a file.
 LOG_BYTES = 16 * 1024 * 1024
@@ -89,10 +78,7 @@ def prepare(path: Path) -> None:
         # Read before SQLite opens the file, because closing a descriptor releases all locks of the process on its file.
         with path.open("rb") as file:
             header = file.read(_APPLICATION_ID_AT.stop)
-        if (
-            not header.startswith(b"SQLite format 3\0")
-            or int.from_bytes(header[_APPLICATION_ID_AT], "big") != _APPLICATION_ID
-        ):
+        if not header.startswith(b"SQLite format 3\0") or header[_APPLICATION_ID_AT] != _APPLICATION_ID:
             raise StorageError(f"{path}: not a store of harpcallerd; move it away, or choose another stream_directory")
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
             [(version,)] = connection.execute("SELECT max(version) FROM schema_version").fetchall()
@@ -132,7 +118,7 @@ def _create(path: Path) -> None:
     new_path.touch(0o600, exist_ok=False)  # SQLite gives its side files the same mode
     with closing(connect(new_path)) as connection:
         connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
-        connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+        connection.execute(f"PRAGMA application_id = {int.from_bytes(_APPLICATION_ID, 'big')}")
         _migrate(connection, 0)
     new_path.rename(path)
     directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

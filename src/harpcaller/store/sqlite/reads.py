@@ -15,11 +15,8 @@ from harpcaller.store import QueueStatus, UnknownJob
 from harpcaller.store.sqlite.file import MAX_INTEGER, QUERIES
 from harpcaller.store.sqlite.rows import decode_job, encode_name, split_records, split_timestamps
 
-# A page of a list ends when its payloads have this size.
-_PAGE_BYTES = 8 * 1024 * 1024
-
-# Maximum number of slot holders in a queue position.
-_MAX_HOLDERS = 10
+_PAGE_BYTES = 8 * 1024 * 1024  # A page of a list ends when its payloads have this size.
+_MAX_HOLDERS = 10  # Maximum number of slot holders in a queue position.
 
 
 def get_job(db: sqlite3.Connection, job_id: str) -> Job:

@@ -27,8 +27,7 @@ from harpcaller.store.sqlite.writes import Writes
 
 T = TypeVar("T")
 
-# Limit of a batch, so that its first member does not wait for an unlimited number of others.
-_MAX_MEMBERS = 500
+_MAX_MEMBERS = 500  # Limit of a batch, so that its first member does not wait for an unlimited number of others.
 
 
 class _Member(NamedTuple):
@@ -62,8 +61,8 @@ class Writer:
     ) -> asyncio.Future[T]:
         """Run a verb within a transaction, with `last` after the other members of its batch, to see their changes.
 
-        Called in the loop's thread. The future has the verb's result when its changes are on stable storage. Otherwise
-        nothing was changed; it raises `StorageError` if the transaction failed, or the exception of the verb.
+        The future has the verb's result when its changes are on stable storage. Otherwise nothing was changed; it
+        raises `StorageError` if the transaction failed, or the exception of the verb.
         """
         if not self._next_members:
             # After the next turn, so that a verb that is called because of this turn, such as a claim, is a member too.
@@ -119,17 +118,14 @@ class Writer:
         except Exception as error:  # noqa: BLE001 - the members get it, and the thread continues
             # A failed member leaves a transaction to roll back; a full or locked file does not.
             is_member_failed = self._connection.in_transaction
-            self._roll_back()
+            self._writes.discard()
+            if is_member_failed:
+                with suppress(sqlite3.Error):
+                    self._connection.execute("ROLLBACK")
             if len(batch) == 1 or not is_member_failed:
                 return [error] * len(batch)
             return [outcome for member in batch for outcome in self._commit([member])]
         return outcomes
-
-    def _roll_back(self) -> None:
-        self._writes.discard()
-        with suppress(sqlite3.Error):
-            if self._connection.in_transaction:
-                self._connection.execute("ROLLBACK")
 
 
 def _resolve_futures(batch: Sequence[_Member], outcomes: Sequence[Any]) -> None:

@@ -46,20 +46,14 @@ from harpcaller.store.sqlite.rows import (
 
 # Records are appended to a chunk below this size; as it fits in a page, rewriting it costs one page, like a new chunk.
 _GROWING_CHUNK_BYTES = 2048
-# A chunk of this size gets no further record.
-_MAX_CHUNK_BYTES = 65536
-
-# Rows in one statement. More rows are hardly cheaper, and SQLite limits the parameters.
-_ROWS_PER_INSERT = 50
-
+_MAX_CHUNK_BYTES = 65536  # A chunk of this size gets no further record.
+_ROWS_PER_INSERT = 50  # Rows in one statement. More rows are hardly cheaper, and SQLite limits the parameters.
 # Approximate limits of one step of pruning.
 _STEP_JOBS = 100
 _STEP_BYTES = 8 * 1024 * 1024
 _STEP_CHUNKS = 4096
 _STEP_PAGES = 512
-
-# The lanes of names up to this length are cached.
-_SHORT_NAME = 256
+_SHORT_NAME = 256  # The lanes of names up to this length are cached.
 _host_lane = lru_cache(1024)(host_lane)
 _queue_lane = lru_cache(1024)(queue_lane)
 
