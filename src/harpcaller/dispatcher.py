@@ -32,7 +32,7 @@ from harpcaller.config import Config
 from harpcaller.explain import ExplainContext, describe_job
 from harpcaller.hosts.capabilities import HostCapabilities
 from harpcaller.hosts.pool import ConnectionPool
-from harpcaller.hosts.registry import Host, HostsRegistry
+from harpcaller.hosts.registry import HostsRegistry
 from harpcaller.hosts.tls import HostTLS
 from harpcaller.model.ids import new_job_id, new_job_ids
 from harpcaller.model.jobs import Job, JobDetails, JobMetadata, NewJob, State, StopState
