@@ -17,25 +17,17 @@ __all__ = ["HarpCaller", "RemoteCall", "RemoteProcedure", "RemoteServer"]
 class RemoteCall(JobBase["RemoteCall.StreamIterator"]):
     """A job of a `HarpCaller`: its status, its records, its end. Final facts are requested once.
 
-    Every method that sends a request raises `CommunicationError` if there was no reply or an invalid one, and
-    `RemoteError` if the dispatcher refused, for example ``invalid_jobid``; but `result` returns them.
-
-    Spec: docs/client-api.md, RemoteCall.
+    Methods that send a request raise `CommunicationError` if there was no valid reply, and `RemoteError` if the
+    dispatcher refused, for example ``invalid_jobid``; `result` returns both. Spec: docs/client-api.md, RemoteCall.
     """
 
     class StreamIterator(Stream):
-        """The records of a job. `close`, or the end of ``with``, closes the connection.
+        """The records of a job, from a connection on which ``follow_stream`` or ``read_stream`` was sent.
 
-        An iterator from `RemoteCall.follow` connects again after an interruption; one made by this constructor does
-        not. Iterating raises `CommunicationError` if the stream was interrupted or contains invalid data, and
-        `RemoteError` if the dispatcher refused the request.
-
-        Args:
-            remote_call: the job.
-            conn: a connection on which ``follow_stream`` or ``read_stream`` was sent.
-            numbered: whether items are pairs of a record's number and the record.
-
-        Spec: docs/client-api.md, RemoteCall.StreamIterator.
+        With `numbered`, items are pairs of a record's number and the record. Only iterators from `RemoteCall.follow`
+        continue after an interruption. `close`, or the end of ``with``, closes the connection. Iterating raises
+        `CommunicationError` if the stream was interrupted or contains invalid data, and `RemoteError` if the dispatcher
+        refused the request. Spec: docs/client-api.md, RemoteCall.StreamIterator.
         """
 
         def __init__(self, remote_call: RemoteCall, conn: JSONConnection, numbered: bool = False) -> None:
@@ -80,24 +72,16 @@ class RemoteServer(ServerBase[RemoteProcedure]):
 
 
 class HarpCaller(SyncPeer, CallerBase[JSONConnection, RemoteServer, RemoteCall]):
-    """A dispatcher.
+    """A dispatcher, by its name or address and its port.
 
     Any attribute is a host: ``rpc.web01`` is ``rpc.host("web01")``, and so is ``rpc("web01")``. For names that begin
-    with an underscore, or that are methods of this class, use `host`.
+    with an underscore, or that are methods of this class, use `host`. `reconnect` is how many seconds an interrupted
+    reader (`RemoteCall.follow`, `result` and `get` with `wait`) tries to reach the dispatcher again; 0, None or False:
+    it does not. `keep_alive` is whether connections stay open for further requests; None: if the dispatcher supports
+    it. No job is ever submitted twice.
 
-    Args:
-        host: name or address of the dispatcher.
-        port: its port.
-        reconnect: how many seconds an interrupted reader tries to reach the dispatcher again; 0, None or False: it
-            does not. Readers are `RemoteCall.follow`, and `result` and `get` with `wait`.
-        keep_alive: whether connections stay open for further requests. None: if the dispatcher supports it, which it is
-            asked before the second request. True: it does; legacy dispatchers do not. False: each request has a
-            connection of its own. A connection carries one request at a time, and no job is ever submitted twice.
-
-    As a context manager the object closes its waiting connections at the end; so does the end of the object. Requests
-    are possible afterwards, too. Raises `HarpException` if an argument is invalid.
-
-    Spec: docs/client-api.md, HarpCaller.
+    As a context manager it closes its waiting connections at the end, and can be used afterwards, too. Raises
+    `HarpException` if an argument is invalid. Spec: docs/client-api.md, HarpCaller and Keep-alive connections.
     """
 
     _server_class = RemoteServer

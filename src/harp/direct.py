@@ -50,20 +50,14 @@ class HarpProcedure(DirectProcedureBase["HarpServer"]):
 class HarpServer(SyncPeer, DirectServerBase[JSONConnection, HarpProcedure]):
     """A harpd, called without a dispatcher. Any attribute is a procedure on it.
 
-    Args:
-        host: name or address of the host.
-        user: name to authenticate as.
-        password: the user's password. A pickle of this object contains it, its repr does not.
-        port: harpd's port.
-        ca_file: PEM file with the authorities that may issue the server's certificate, which must be valid for
-            `host`; None verifies neither.
-        keep_alive: whether connections stay open for further calls, if harpd supports it. A connection carries one call
-            at a time, and no call is ever sent twice.
-        tls_minimum: lowest version of TLS: "1.0", "1.1", "1.2" or "1.3". Below 1.2, OpenSSL's security level is 0.
-        verify_hostname: with a `ca_file`, whether the certificate must be valid for `host`.
+    `host` is a name or an address; `user` and `password` authenticate each call. `ca_file` is a PEM file with the
+    authorities that may issue the server's certificate, which must be valid for `host` if `verify_hostname`; None
+    verifies neither. `keep_alive` is whether connections stay open for further calls, if harpd supports it; no call is
+    ever sent twice. `tls_minimum` is the lowest version of TLS: "1.0", "1.1", "1.2" or "1.3".
 
-    As a context manager it closes its waiting connections at the end; so does the end of the object. Calls are
-    possible afterwards, too. Raises `HarpException` if an argument is invalid. Spec: docs/client-api.md, HarpServer.
+    As a context manager it closes its waiting connections at the end, and can be used afterwards, too. A pickle has the
+    password, the repr does not. Raises `HarpException` if an argument is invalid. Spec: docs/client-api.md,
+    HarpServer and Keep-alive connections.
     """
 
     _procedure_class = HarpProcedure

@@ -27,13 +27,7 @@ class CancelledException(HarpException):
 
 
 class _Reported(HarpException):
-    """An error that the peer reported.
-
-    Args:
-        type: identifier of the kind of error, for example ``"unknown_host"`` or ``"ValueError"``.
-        message: the complete message.
-        data: any JSON value, None when there is none.
-    """
+    """An error that the peer reported: identifier of its kind, complete message, and any JSON value or None."""
 
     def __init__(self, type: str, message: str, data: Any = None) -> None:
         super().__init__(type, message, data)

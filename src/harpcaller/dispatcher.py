@@ -24,9 +24,9 @@ from functools import partial, wraps
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
+from harp.protocol.dispatcher import Call
 from harp.protocol.ends import Cancelled, End
 from harp.protocol.json_text import Raw, dumps
-from harp.protocol.requests import Call
 from harp_daemon.timer_wheel import TimerWheel
 from harpcaller.config import Config
 from harpcaller.explain import ExplainContext, describe_job

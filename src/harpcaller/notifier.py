@@ -11,8 +11,8 @@ import logging
 from collections.abc import Callable
 from typing import TypeAlias
 
+from harp.protocol.dispatcher import encode_packets
 from harp.protocol.ends import End
-from harp.protocol.replies import encode_packets
 from harpcaller.model.jobs import Records
 
 log = logging.getLogger(__name__)

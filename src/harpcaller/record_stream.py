@@ -11,8 +11,8 @@ import sys
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+from harp.protocol.dispatcher import Continue
 from harp.protocol.ends import End
-from harp.protocol.replies import Continue
 from harpcaller.model.jobs import Job, Records
 from harpcaller.notifier import Notifier, RecordBatch
 from harpcaller.store import UnknownJob

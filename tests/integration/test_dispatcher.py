@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
+from harp.protocol.dispatcher import Continue
 from harp.protocol.ends import Cancelled, End, Failed, Returned
-from harp.protocol.replies import Continue
 from harp_daemon.settings import ConfigError
 from harpcaller.config import Config
 from harpcaller.model.jobs import State

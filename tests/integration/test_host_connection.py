@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from harp.protocol.ends import Failed
-from harp.protocol.fields import ProtocolError
 from harp.protocol.harpd import ListCalls, Message, Phase, Release, Request, encode_request
 from harp.protocol.json_text import Raw, dumps
+from harp.protocol.schema import ProtocolError
 from harp_daemon.timer_wheel import TimerWheel
 from harpcaller.config import Config
 from harpcaller.hosts.connecting import open_connection

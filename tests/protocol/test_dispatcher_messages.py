@@ -9,38 +9,36 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harp.protocol.ends import Cancelled, Failed, Raised, Returned
-from harp.protocol.fields import Decoder, ProtocolError
-from harp.protocol.json_text import Raw, decode_values, loads
-from harp.protocol.replies import (
+from harp.protocol.dispatcher import (
     MAY_FOLLOW,
+    Call,
+    Cancel,
     Continue,
     Details,
+    FollowStream,
+    GetDetails,
+    GetResult,
+    GetStatus,
     NoResult,
     Packet,
+    Queue,
+    ReadStream,
     Reply,
     ReplyReader,
+    Request,
     Status,
+    SubmitMany,
     Submitted,
     SubmittedMany,
     WasCancelled,
     decode_reply,
     encode_reply,
-)
-from harp.protocol.requests import (
-    Call,
-    Cancel,
-    FollowStream,
-    GetDetails,
-    GetResult,
-    GetStatus,
-    Queue,
-    ReadStream,
-    Request,
-    SubmitMany,
     encode_request,
 )
-from harp.protocol.requests import decode_request as decode_request_line
+from harp.protocol.dispatcher import decode_request as decode_request_line
+from harp.protocol.ends import Cancelled, Failed, Raised, Returned
+from harp.protocol.json_text import Raw, decode_values, loads
+from harp.protocol.schema import Decoder, ProtocolError
 from harp_daemon.sliced_json import decode_slices
 
 JOB = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"

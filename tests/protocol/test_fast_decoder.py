@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harp.protocol.fields import ProtocolError
+from harp.protocol.dispatcher import MAX_CALLS, MAX_LINE, Call, decode_request, encode_request, submit_in_parts
 from harp.protocol.json_text import Raw
-from harp.protocol.requests import MAX_CALLS, MAX_LINE, Call, decode_request, encode_request, submit_in_parts
+from harp.protocol.schema import ProtocolError
 from harp_daemon.sliced_json import decode_slices
 from harpcaller.api.fast_decoder import decode_usual_request
 

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harp.protocol.ends import Failed, Raised, Returned
-from harp.protocol.fields import ProtocolError
 from harp.protocol.harpd import (
     MAX_COMMAND_BYTES,
     TRANSITIONS,
@@ -46,6 +45,7 @@ from harp.protocol.harpd import (
     encode_request,
 )
 from harp.protocol.json_text import Raw, decode_values
+from harp.protocol.schema import ProtocolError
 from harp_daemon.sliced_json import decode_slices
 
 REQUEST = '{"harp":1,"procedure":"p","arguments":[1],"auth":{"user":"u","password":"s"}}'

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harp.protocol.fields import Decoder
 from harp.protocol.json_text import (
     MAX_DEPTH,
     Envelope,
@@ -22,6 +21,7 @@ from harp.protocol.json_text import (
     dumps,
     loads,
 )
+from harp.protocol.schema import Decoder
 from harp_daemon.sliced_json import decode_slices
 from harpcaller.model.lanes import canonical
 

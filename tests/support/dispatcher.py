@@ -9,10 +9,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from harp.protocol.dispatcher import Call, Continue, Queue
 from harp.protocol.ends import End
 from harp.protocol.json_text import Raw
-from harp.protocol.replies import Continue
-from harp.protocol.requests import Call, Queue
 from harpcaller.config import Config
 from harpcaller.dispatcher import Dispatcher
 from harpcaller.model.jobs import Job

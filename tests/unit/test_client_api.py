@@ -191,7 +191,7 @@ def test_import_does_not_load_asyncio(module: str) -> None:
 
 def test_import_of_protocol_loads_no_client_or_network() -> None:
     program = (
-        "import sys, harp.protocol.harpd, harp.protocol.requests, harp.errors\n"
+        "import sys, harp.protocol.harpd, harp.protocol.dispatcher, harp.errors\n"
         "heavy = {'socket', 'ssl', 'asyncio', 'logging', 'threading', 'harp.client'}\n"
         "sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
     )

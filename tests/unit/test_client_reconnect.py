@@ -12,7 +12,7 @@ import pytest
 from harp._core.retry import ReconnectPolicy, parse_reconnect
 from harp._core.streams import StreamReader
 from harp.errors import CommunicationError, HarpException, RemoteError
-from harp.protocol.requests import FollowStream, ReadStream
+from harp.protocol.dispatcher import FollowStream, ReadStream
 
 JOB = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
 

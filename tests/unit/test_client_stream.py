@@ -8,7 +8,7 @@ from typing import Any, cast
 from harp._core.streams import StreamReader
 from harp._net.sync import JSONConnection, Stream
 from harp.errors import CommunicationError
-from harp.protocol.requests import FollowStream
+from harp.protocol.dispatcher import FollowStream
 
 JOB = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
 

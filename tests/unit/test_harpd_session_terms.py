@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from harp.protocol.fields import ProtocolError
 from harp.protocol.json_text import loads
+from harp.protocol.schema import ProtocolError
 from harpd.supervisor.sessions import SessionTerms
 
 TERMS = SessionTerms("owner", "digest", 240.0, 300.0, 600.0, 86400.0, True)

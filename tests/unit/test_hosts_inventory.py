@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harp.protocol.fields import ProtocolError
+from harp.protocol.schema import ProtocolError
 from harpcaller.hosts.registry import Host, parse_hosts, parse_line
 
 LINE: dict[str, Any] = {

@@ -69,7 +69,7 @@ class Connection:
     #: Waits for a line and returns it without its line feed.
     receive_line: Callable[[], Any]
     #: Sends a line and returns the first line of the reply.
-    exchange: Callable[[bytes], Any]
+    exchange: Callable[[bytes], Steps[Any]]
     #: Passes the lines that have arrived already to a function, and returns its items.
     parse_buffered: Callable[[Callable[[Iterable[bytes]], list[Any]]], list[Any]]
     #: Returns the error for an action that failed because of an error of the network, of TLS or of the protocol.

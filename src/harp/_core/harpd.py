@@ -94,12 +94,9 @@ class DirectProcedureBase(Generic[S]):
 
         Returns the result; of a streaming procedure a `HarpStreamIterator`, as soon as it runs.
 
-        Raises:
-            HarpException: both kinds of arguments, or one that JSON cannot represent; nothing was sent.
-            RemoteException: the procedure raised an exception.
-            RemoteError: harpd refused or stopped the call.
-            CommunicationError: harpd cannot be reached, its certificate is not accepted, or the connection broke.
-
+        Raises `HarpException` for both kinds of arguments, and for one that JSON cannot represent (nothing was sent);
+        `RemoteException` if the procedure raised an exception; `RemoteError` if harpd refused or stopped the call;
+        `CommunicationError` if harpd cannot be reached, its certificate is not accepted, or the connection broke.
         Spec: docs/client-api.md, HarpProcedure.
         """
         server, arguments = self._server, encode_arguments(args, kwargs)
@@ -112,7 +109,7 @@ class DirectProcedureBase(Generic[S]):
         is_stream = False
         try:
             try:
-                reply = yield conn.exchange(line)
+                reply = yield from conn.exchange(line)
             except CommunicationError as error:
                 raise mark_ambiguous(error, pooled is not None) from error.__cause__
             message = reader.replies.read_message(reply)

@@ -25,11 +25,11 @@ from harp._core.retry import REFUSALS, ReconnectPolicy, closed_without_reply, pa
 from harp._core.streams import StreamReader, StreamRequest
 from harp._core.values import Call, JobOptions, error_of
 from harp.errors import CancelledException, CommunicationError, HarpException, RemoteError
-from harp.protocol import replies, requests
+from harp.protocol import dispatcher as protocol
+from harp.protocol.dispatcher import Cancel, FollowStream, GetResult, ReadStream, Request, SubmitMany
 from harp.protocol.ends import End, Failed
-from harp.protocol.fields import check
 from harp.protocol.json_text import loads
-from harp.protocol.requests import Cancel, FollowStream, GetResult, ReadStream, Request, SubmitMany
+from harp.protocol.schema import check
 
 C = TypeVar("C", bound=Connection)
 S = TypeVar("S", bound="ServerBase[Any]")
@@ -86,18 +86,14 @@ class CallerBase(Peer[C], Generic[C, S, J]):
     def _submit_many(self, calls: Iterable[Call]) -> Steps[list[J]]:
         """Submit jobs with one request, all or none; return them in the order of the calls. They are on stable storage.
 
-        Over 10,000 calls or 16 MiB are sent as several requests, one after the other, and to a legacy dispatcher one
-        for each call. Then only each request is all or none: if one fails, the calls before it are submitted, those in
-        it and after it are not, and a note of the exception says how many.
+        Over 10,000 calls or 16 MiB are sent as several requests; to a legacy dispatcher, one for each call. Then each
+        request is all or none; a note of the exception says how many calls were submitted before it.
 
-        Raises:
-            HarpException: an item is not a `Call`; nothing was sent.
-            RemoteError: the dispatcher refused; its message names the invalid call. No job was stored.
-            CommunicationError: there was no reply. It is unknown whether the jobs were submitted.
-
-        Spec: docs/client-api.md, HarpCaller.
+        Raises `HarpException` if an item is not a `Call` (nothing was sent), `RemoteError` if the dispatcher refused
+        (the message names the invalid call), and `CommunicationError` if there was no reply: it is unknown whether the
+        jobs were submitted. Spec: docs/client-api.md, HarpCaller.
         """
-        found: list[requests.Call] = []
+        found: list[protocol.Call] = []
         for call in calls:
             if not isinstance(call, Call):
                 raise HarpException(f"calls[{len(found)}]: expected a harp.Call, got {call!r}")
@@ -107,7 +103,7 @@ class CallerBase(Peer[C], Generic[C, S, J]):
         in_parts = self._keep_alive or self._supports_many
         job_ids: list[str] = []
         try:
-            for request in requests.submit_in_parts(found) if in_parts else found:
+            for request in protocol.submit_in_parts(found) if in_parts else found:
                 reply = yield from self._request(request)
                 job_ids += reply.job_ids if in_parts else [reply.job_id]
         except HarpException as error:
@@ -126,7 +122,7 @@ class CallerBase(Peer[C], Generic[C, S, J]):
         line = values.plain_request(req)
         conn = yield self._open()
         try:
-            reply: dict[str, Any] = loads((yield conn.exchange(line)))
+            reply: dict[str, Any] = loads((yield from conn.exchange(line)))
             check(isinstance(reply, dict), "expected an object")
         except ValueError as error:
             raise conn.error("reply", error) from error
@@ -160,7 +156,7 @@ class CallerBase(Peer[C], Generic[C, S, J]):
             else:
                 self._ask_at = self._now()
         keep_alive = pool.granted or (self._keep_alive is True and policy is None) or (is_question and pool.enabled)
-        encoded = requests.encode_request(request, keep_alive)
+        encoded = protocol.encode_request(request, keep_alive)
         pooled = pool.get(self._now()) if keep_alive else None
         conn = pooled or (yield self._open())
         granted = None
@@ -168,19 +164,19 @@ class CallerBase(Peer[C], Generic[C, S, J]):
             if policy is not None:
                 policy.connected(self._now())
             try:
-                line = yield conn.exchange(encoded)
+                line = yield from conn.exchange(encoded)
             except CommunicationError as error:
                 if not keep_alive:
                     raise
                 self._raise_unless_repeatable(error, request, reused=pooled is not None)
                 yield conn.connect()
-                line = yield conn.exchange(encoded)
+                line = yield from conn.exchange(encoded)
             try:
                 reply = _parse_reply(request, line)
             except ValueError as error:
                 raise conn.error("reply", error) from error
             if keep_alive:
-                granted = replies.parse_keep_alive(line)
+                granted = protocol.parse_keep_alive(line)
         finally:
             if not pool.put(conn, granted, self._now()):
                 yield conn.close()
@@ -197,7 +193,7 @@ class CallerBase(Peer[C], Generic[C, S, J]):
 
     def _raise_unless_repeatable(self, error: CommunicationError, request: Request, reused: bool) -> None:
         """Raise the error of a keep-alive request that got no reply, unless it may be sent on a new connection."""
-        if reused and not isinstance(request, (requests.Call, SubmitMany, Cancel)):
+        if reused and not isinstance(request, (protocol.Call, SubmitMany, Cancel)):
             return
         if not reused and closed_without_reply(error):
             if not self._pool.granted:
@@ -208,13 +204,13 @@ class CallerBase(Peer[C], Generic[C, S, J]):
 
 def _parse_reply(request: Request, line: bytes) -> Any:
     """Return the reply to a request. Raise `ProtocolError` for a line that does not answer it."""
-    reply = replies.decode_reply(line, request)
+    reply = protocol.decode_reply(line, request)
     match reply:
-        case replies.NoResult():
+        case protocol.NoResult():
             check(not getattr(request, "wait", False), "no result, although the request waits for one")
-        case replies.Details(details):
+        case protocol.Details(details):
             check(isinstance(details.get("why"), str), "details.why: expected a string")
-        case replies.WasCancelled(_, dict(stop)):
+        case protocol.WasCancelled(_, dict(stop)):
             check(isinstance(stop.get("state"), str), "stop.state: expected a string")
     return reply
 
@@ -238,12 +234,9 @@ class ServerBase(Generic[P]):
     def __call__(self, /, **kwargs: Unpack[JobOptions]) -> Self:
         """Set options of further jobs and return this object; the others stay as they are, None unsets one.
 
-        Args:
-            queue: name of the queue to wait in, a dict.
-            concurrency: how many jobs of the queue may run at once, from 1; needs `queue`.
-            timeout: seconds allowed between two messages of the job, above 0.
-            max_exec_time: seconds the job may run, above 0.
-            info: any JSON value, returned by `RemoteCall.info`.
+        `queue` is the name of the queue to wait in, a dict; `concurrency`, which needs it, how many of its jobs may run
+        at once, from 1; `timeout` the seconds above 0 between two messages of the job, `max_exec_time` those that
+        it may run; `info` any JSON value, which `RemoteCall.info` returns.
 
         Raises `HarpException` if an option is unknown or invalid. Spec: docs/client-api.md, RemoteServer.
         """
@@ -268,16 +261,13 @@ class ProcedureBase(Generic[J]):
     def _submit(self, /, *args: Any, **kwargs: Any) -> Steps[J]:
         """Submit a job with positional or named arguments, any JSON values. It is on stable storage when this returns.
 
-        Raises:
-            HarpException: both kinds of arguments, one that JSON cannot represent, or `concurrency` without `queue`.
-            RemoteError: the dispatcher refused the job.
-            CommunicationError: there was no reply. It is unknown whether the job was submitted; it is not sent again.
-
-        Spec: docs/client-api.md, RemoteProcedure.
+        Raises `HarpException` for both kinds of arguments, for one that JSON cannot represent, and for `concurrency`
+        without `queue`; `RemoteError` if the dispatcher refused; `CommunicationError` if there was no reply: it is
+        unknown whether the job was submitted, and it is not sent again. Spec: docs/client-api.md, RemoteProcedure.
         """
         server, arguments = self._server, values.encode_arguments(args, kwargs)
         request = values.job_request(server._hostname, self._procedure, arguments, server._options)
-        reply: replies.Submitted = yield from self._dispatcher._request(request)
+        reply: protocol.Submitted = yield from self._dispatcher._request(request)
         return self._dispatcher._job_class(self._dispatcher, reply.job_id)
 
     def host(self) -> str:
@@ -316,11 +306,9 @@ class JobBase(Generic[R]):
     ) -> R:
         """Return the job's records, also future ones, until it ends; continues after an interruption.
 
-        Args:
-            since: number of the first record, from 0.
-            recent: how many of the newest records to begin with, instead of `since`; default: 0.
-            numbered: return pairs of a record's number and the record.
-            timed: return a record's number, the time of its creation (Unix seconds with fractions) and the record.
+        The first record is number `since`, counted from 0, or begins the `recent` newest ones; default: ``recent=0``.
+        Items are records; with `numbered`, pairs of number and record; with `timed`, number, time of creation (Unix
+        seconds with fractions) and record.
 
         Raises `HarpException` if a number is invalid, or both are given. Spec: docs/client-api.md, RemoteCall.
         """
@@ -351,7 +339,7 @@ class JobBase(Generic[R]):
         reader.has_request = False
         return reader
 
-    def _store_end(self, reply: replies.Reply, line: bytes) -> None:
+    def _store_end(self, reply: protocol.Reply, line: bytes) -> None:
         """Store the end that a reply reports, unless it refuses the request."""
         if isinstance(reply, End) and not (isinstance(reply, Failed) and reply.type in REFUSALS):
             self._end_line = line
@@ -378,18 +366,14 @@ class JobBase(Generic[R]):
                     yield dispatcher._sleep(pause)
         except (CommunicationError, RemoteError) as error:
             return error.with_traceback(None)
-        return values.CALL_NOT_FINISHED if isinstance(reply, replies.NoResult) else values.outcome_of(reply)
+        return values.CALL_NOT_FINISHED if isinstance(reply, protocol.NoResult) else values.outcome_of(reply)
 
     def _get(self, wait: bool = True) -> Steps[Any]:
         """Return the procedure's result, or `CALL_NOT_FINISHED` (only without `wait`); every other end is raised.
 
-        Raises:
-            RemoteException: the procedure raised an exception.
-            RemoteError: the job failed or was stopped, or the request was refused.
-            CancelledException: the job was cancelled.
-            CommunicationError: there was no reply, or an invalid one.
-
-        Spec: docs/client-api.md, RemoteCall.
+        Raises `RemoteException` if the procedure raised an exception, `RemoteError` if the job failed, was stopped or
+        the request was refused, `CancelledException` if the job was cancelled, and `CommunicationError` if there was no
+        valid reply. Spec: docs/client-api.md, RemoteCall.
         """
         outcome = yield from self._result(wait)
         if isinstance(outcome, HarpException):
@@ -407,15 +391,15 @@ class JobBase(Generic[R]):
         report. Spec: docs/client-api.md, RemoteCall.
         """
         feature = "cancel(wait=True)" if wait else None
-        reply: replies.WasCancelled = yield from self._dispatcher._request(Cancel(self._id, bool(wait)), feature)
+        reply: protocol.WasCancelled = yield from self._dispatcher._request(Cancel(self._id, bool(wait)), feature)
         if reply.stop is not None and reply.stop["state"] != "confirmed":
             raise _stop_error(self._id, reply.stop)
         return reply.cancelled
 
     def _details(self) -> Steps[dict[str, Any]]:
         """Return the job's queue, host, call, stop report and end. Spec: docs/client-api.md, Details."""
-        request = requests.GetDetails(self._id)
-        reply: replies.Details = yield from self._dispatcher._request(request, "details() and why()")
+        request = protocol.GetDetails(self._id)
+        reply: protocol.Details = yield from self._dispatcher._request(request, "details() and why()")
         return dict(reply.details)
 
     def _why(self) -> Steps[str]:
@@ -451,11 +435,11 @@ class JobBase(Generic[R]):
         """Return when the job ended, in Unix seconds; None: not yet. Spec: docs/client-api.md, RemoteCall."""
         return (yield from self._status("end")).end
 
-    def _status(self, *times: str) -> Steps[replies.Status]:
+    def _status(self, *times: str) -> Steps[protocol.Status]:
         """Return the job's status; a stored one if it has one of these times, or if none is named."""
-        request, line = requests.GetStatus(self._id), self._status_line
+        request, line = protocol.GetStatus(self._id), self._status_line
         if line is not None:
-            status: replies.Status = _parse_reply(request, line)
+            status: protocol.Status = _parse_reply(request, line)
             if not times or any(getattr(status, time) is not None for time in times):
                 return status
         reply, line = yield from self._dispatcher._send(request)

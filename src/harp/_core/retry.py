@@ -20,14 +20,11 @@ STORAGE_ERROR = "storage_error"
 
 #: Errors that refuse the request. They do not describe the job, so they are never its end.
 REFUSALS = frozenset({STORAGE_ERROR, "invalid_request", "invalid_jobid"})
-
 #: Seconds before the first attempt; each further pause is twice as long, up to the longest.
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 2.0
-
 #: A connection that stays open for this many seconds ends the outage.
 _STABLE_SECONDS = 15.0
-
 #: From this many seconds on, there is no limit; not every integer beyond has a float.
 _UNLIMITED = 2**53
 

@@ -14,9 +14,8 @@ from harp._core.connections import Connection, ConnectionPool, Steps
 from harp._core.retry import REFUSALS, ReconnectPolicy, closed_without_reply, unsupported_by_peer
 from harp._core.values import error_of
 from harp.errors import CommunicationError, HarpException
+from harp.protocol.dispatcher import Continue, FollowStream, Packet, ReadStream, Reply, ReplyReader, encode_request
 from harp.protocol.ends import Failed
-from harp.protocol.replies import Continue, Packet, Reply, ReplyReader
-from harp.protocol.requests import FollowStream, ReadStream, encode_request
 
 StreamRequest: TypeAlias = FollowStream | ReadStream
 C = TypeVar("C", bound=Connection)
@@ -61,11 +60,8 @@ class StreamReader(Reader):
     outage, `ReadStream` is also sent after an interruption until the first reply: if it is not answered either, the
     job is unknown.
 
-    Args:
-        request: the request for the records. Timed items are number, time and record.
-        numbered: whether items are pairs of a record's number and the record.
-        reconnect: how many seconds an outage may last; used by a `FollowStream` only.
-        store_end: stores the last reply and its line.
+    Timed items are number, time and record. An outage may last `reconnect` seconds; only a `FollowStream` continues.
+    `store_end` stores the last reply and its line.
     """
 
     def __init__(
@@ -211,7 +207,7 @@ class StreamBase(Generic[C]):
                 yield self._connect()
                 if self._closed:  # before there was a connection to close
                     yield self._conn.close()
-                line = yield self._conn.exchange(self._reader.pop_request(self._now()))
+                line = yield from self._conn.exchange(self._reader.pop_request(self._now()))
             else:
                 line = yield self._conn.receive_line()
             try:

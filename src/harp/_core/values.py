@@ -11,10 +11,10 @@ from enum import Enum
 from typing import Any, Final, TypedDict
 
 from harp.errors import HarpException, RemoteError, RemoteException
-from harp.protocol import requests as protocol
+from harp.protocol import dispatcher as protocol
 from harp.protocol.ends import Cancelled, End, Failed, Raised, Returned
-from harp.protocol.fields import is_count, is_seconds
 from harp.protocol.json_text import NotJSON, Raw, dumps
+from harp.protocol.schema import is_count, is_seconds
 
 
 def missing_attribute(name: str, owner: object) -> AttributeError:

@@ -69,9 +69,7 @@ class AsyncJSONConnection(BufferedConnection, _Closable):
 
     Lines that arrived before the end of the connection can be read after it. While there are unread lines, nothing more
     is read from the network, so that a fast peer cannot fill the memory. When there are none, reading continues, so
-    that the end of an idle connection is noticed.
-
-    Spec: docs/client-api.md, asyncio.
+    that the end of an idle connection is noticed. Spec: docs/client-api.md, asyncio.
     """
 
     _is_watched = False
@@ -197,17 +195,6 @@ class AsyncJSONConnection(BufferedConnection, _Closable):
             await self._changed()
         return self._lines.popleft()
 
-    async def exchange(self, line: bytes) -> bytes:
-        """Send a line and return the first line of the reply. Raise `CommunicationError`."""
-        try:
-            await self._send_line(line)
-        except CommunicationError:
-            # A peer that refuses a request may send the reason and close before it has read all of the request.
-            with suppress(CommunicationError):
-                return await self.receive_line()
-            raise
-        return await self.receive_line()
-
     def is_idle(self) -> bool:
         """See `BufferedConnection`; also, the connection must belong to the running event loop."""
         return self._socket is not None and self._loop is asyncio.get_running_loop() and super().is_idle()
@@ -226,10 +213,7 @@ class AsyncJSONConnection(BufferedConnection, _Closable):
 
 
 class AsyncJSONSSLConnection(TLSConnection, AsyncJSONConnection):
-    """Like `harp.JSONSSLConnection`, but connected by ``async with`` or `connect`, not by the constructor.
-
-    Spec: docs/client-api.md, asyncio.
-    """
+    """Like `harp.JSONSSLConnection`, connected by ``async with`` or `connect`. Spec: docs/client-api.md, asyncio."""
 
 
 class AsyncPeer(Peer[AsyncJSONConnection]):

@@ -28,10 +28,8 @@ from harp.protocol.lines import LineBuffer
 
 #: Seconds to connect, TLS handshake included.
 CONNECT_TIMEOUT = 30.0
-
 #: The most bytes in the line of a reply.
 REPLY_LIMIT = 64 * 1024 * 1024
-
 #: The most bytes read at once; more than the longest record of TLS (16 KiB).
 READ_BYTES = 64 * 1024
 
@@ -175,9 +173,8 @@ class BufferedConnection(Connection, Uncopyable):
     def _send(self, obj: Any) -> Steps[None]:
         """Send any JSON value, typically a dict, as a line.
 
-        Raises:
-            HarpException: the object has no form in JSON; the message says which part of it.
-            CommunicationError: the connection is closed or broken.
+        Raises `HarpException` if the object has no form in JSON (the message says which part of it), and
+        `CommunicationError` if the connection is closed or broken.
         """
         yield self._send_line(encode_line(obj))
 
@@ -191,6 +188,17 @@ class BufferedConnection(Connection, Uncopyable):
             return loads(line)
         except ValueError as error:
             raise self.error("reading", error) from error
+
+    def exchange(self, line: bytes) -> Steps[Any]:
+        """See `Connection`. Raise `CommunicationError`."""
+        try:
+            yield self._send_line(line)
+        except CommunicationError:
+            # A peer that refuses a request may send the reason and close before it has read all of the request.
+            with suppress(CommunicationError):
+                return (yield self.receive_line())
+            raise
+        return (yield self.receive_line())
 
     def is_idle(self) -> bool:
         """Return whether another request can be sent: the connection is open, of this process, and nothing was sent.

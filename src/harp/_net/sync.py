@@ -15,7 +15,6 @@ from typing import Any, ParamSpec, Self, TypeVar
 from harp._core.connections import Peer, Steps
 from harp._core.streams import StreamBase
 from harp._net.sockets import FOREIGN_ERRORS, READ_BYTES, BufferedConnection, TLSConnection, Uncopyable
-from harp.errors import CommunicationError
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -53,10 +52,8 @@ class _Closable(Uncopyable):
 class JSONConnection(BufferedConnection, _Closable):
     """TCP connection, reading and writing JSON lines; a context manager that closes it.
 
-    A new object is connected already, to the first address of the host that can be reached; it raises as `connect`
-    does, and `HarpException` if `host` or `port` is invalid. One thread at a time may use it; any thread may close it.
-
-    Spec: docs/client-api.md, Networked JSON interface.
+    A new object is connected already; it raises as `connect` does, and `HarpException` if `host` or `port` is invalid.
+    One thread at a time may use it; any thread may close it. Spec: docs/client-api.md, Networked JSON interface.
     """
 
     def __init__(self, host: str, port: int) -> None:
@@ -156,27 +153,13 @@ class JSONConnection(BufferedConnection, _Closable):
                 raise self.error("reading", error) from error
         return lines.popleft()
 
-    def exchange(self, line: bytes) -> bytes:
-        """Send a line and return the first line of the reply. Raise `CommunicationError`."""
-        try:
-            self._send_line(line)
-        except CommunicationError:
-            # A peer that refuses a request may send the reason and close before it has read all of the request.
-            with suppress(CommunicationError):
-                return self.receive_line()
-            raise
-        return self.receive_line()
-
 
 class JSONSSLConnection(TLSConnection, JSONConnection):
     """TLS connection, reading and writing JSON lines; otherwise like `JSONConnection`.
 
-    `ca_file` is a PEM file with the authorities that may issue the server's certificate, which must be valid for
-    `host` if `verify_hostname`; None verifies neither. `tls_minimum` is as for `HarpServer`. Also raises
-    `CommunicationError` if the server does not speak TLS or its certificate is not accepted (the message has a hint),
-    and `HarpException` if `ca_file` cannot be read.
-
-    Spec: docs/client-api.md, Networked JSON interface.
+    `ca_file`, `tls_minimum` and `verify_hostname` are as for `HarpServer`. Also raises `CommunicationError` if the
+    server does not speak TLS or its certificate is not accepted (the message has a hint), and `HarpException` if
+    `ca_file` cannot be read. Spec: docs/client-api.md, Networked JSON interface.
     """
 
 

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Annotated, ClassVar, TypeAlias
 
-from harp.protocol.fields import Payload
-from harp.protocol.schema import WireObject
+from harp.protocol.schema import Payload, WireObject
 
 
-@dataclass(frozen=True, slots=True)
 class Returned(WireObject):
     """The procedure returned; `result` is its value."""
 
     result: Payload
 
 
-@dataclass(frozen=True, slots=True)
 class Raised(WireObject):
     """The procedure raised an exception."""
 
@@ -26,7 +22,6 @@ class Raised(WireObject):
     data: Annotated[Payload, "exception.data"] = None
 
 
-@dataclass(frozen=True, slots=True)
 class Failed(WireObject):
     """The call could not be carried out or was cut short. Also the rejection of a request."""
 
@@ -35,7 +30,6 @@ class Failed(WireObject):
     data: Annotated[Payload, "error.data"] = None
 
 
-@dataclass(frozen=True, slots=True)
 class Cancelled(WireObject):
     """The call was cancelled before it returned."""
 

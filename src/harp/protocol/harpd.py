@@ -1,6 +1,6 @@
 """The messages between harpd and its callers, as values and as lines, and the messages that each phase allows.
 
-Sans-IO, as `harp.protocol.requests`. A *connection-bound* call ends with its connection. A *resumable* call has an id
+Sans-IO, as `harp.protocol.dispatcher`. A *connection-bound* call ends with its connection. A *resumable* call has an id
 from its caller: it continues without a connection, and its caller may attach to it again. Messages about resumable
 calls are sent only to callers that requested one.
 
@@ -11,34 +11,32 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import Enum
 from typing import Annotated, Any, ClassVar, TypeAlias
 
 from harp.protocol.call_output import RECORD_PREFIX, VERSION
 from harp.protocol.ends import CALL_ENDS, Failed, Raised, Returned
-from harp.protocol.fields import (
-    Decoder,
-    Payload,
-    ProtocolError,
-    check,
-    decode_object,
-    is_count,
-    is_object,
-    member_value,
-)
 from harp.protocol.json_text import InvalidJSON, JSONObject, Raw, decode_enclosed, decode_values, dumps, loads
 from harp.protocol.schema import (
     Arguments,
     Count,
+    Decoder,
     Kind,
     Name,
     Null,
+    Payload,
+    ProtocolError,
     Seconds,
     WireObject,
+    check,
     decode_as,
+    decode_object,
     decode_payload,
     encode_members,
+    is_count,
+    is_object,
+    member_value,
     only_kind,
 )
 
@@ -92,7 +90,6 @@ _KeepAlive: TypeAlias = Annotated[bool, Null.REJECTED]
 # Requests.
 
 
-@dataclass(frozen=True, slots=True)
 class RequestedTerms(WireObject):
     """The terms of a resumable call that its caller requests."""
 
@@ -107,7 +104,6 @@ class RequestedTerms(WireObject):
     max_exec_time: _Duration  # maximum seconds from start to end
 
 
-@dataclass(frozen=True, slots=True)
 class GrantedTerms(WireObject):
     """The terms of a resumable call that harpd grants."""
 
@@ -120,7 +116,6 @@ class GrantedTerms(WireObject):
     records: Count  # number of records so far
 
 
-@dataclass(frozen=True, slots=True)
 class Request(WireObject):
     """Call a procedure. Without `call`, the call is bound to the connection."""
 
@@ -132,7 +127,6 @@ class Request(WireObject):
     keep_alive: _KeepAlive = False  # whether the connection is to wait for another request
 
 
-@dataclass(frozen=True, slots=True)
 class Attach(WireObject):
     """Attach to a resumable call: get its records from number `since` on, then its end."""
 
@@ -145,7 +139,6 @@ class Attach(WireObject):
     keep_alive: _KeepAlive = False
 
 
-@dataclass(frozen=True, slots=True)
 class ListCalls(WireObject):
     """List the resumable calls of an owner.
 
@@ -192,8 +185,7 @@ class StartEncoder:
 def decode_request(line: bytes, decoder: Decoder = decode_values) -> AnyRequest:
     """Return the request of a line without its line feed.
 
-    Raises:
-        ProtocolError: of type ``parse_error``, ``invalid_protocol`` or ``invalid_request``.
+    Raises `ProtocolError` of type ``parse_error``, ``invalid_protocol`` or ``invalid_request``.
     """
     members = decode_object(line, decoder)
     _check_version(members)
@@ -210,7 +202,6 @@ def _check_version(members: JSONObject) -> None:
 # The caller's commands to a resumable call.
 
 
-@dataclass(frozen=True, slots=True)
 class Heartbeat(WireObject):
     """A heartbeat, which the caller of a resumable call sends every few seconds, or harpd's reply to it.
 
@@ -222,14 +213,12 @@ class Heartbeat(WireObject):
     time: Annotated[_Time, "heartbeat"]
 
 
-@dataclass(frozen=True, slots=True)
 class Ack(WireObject):
     """The records with numbers below `count` are on stable storage: harpd may discard them."""
 
     count: Annotated[Count, "ack"]
 
 
-@dataclass(frozen=True, slots=True)
 class StopCall(WireObject):
     """Stop the call; `why` is a word for the reason, `by` the user or address that requested it, if known."""
 
@@ -237,7 +226,6 @@ class StopCall(WireObject):
     by: Annotated[_Text | None, "stop.by", Null.REJECTED] = None
 
 
-@dataclass(frozen=True, slots=True)
 class Release(WireObject):
     """The call's end is on stable storage: harpd may discard the call."""
 
@@ -261,8 +249,7 @@ _RELEASE = encode_command(Release())[:-1]
 def decode_command(line: bytes) -> Command:
     """Return the command of a line without its line feed.
 
-    Raises:
-        ProtocolError: of type ``parse_error`` or ``invalid_request``.
+    Raises `ProtocolError` of type ``parse_error`` or ``invalid_request``.
     """
     if line == _RELEASE:  # each call's last one
         return Release()
@@ -275,7 +262,6 @@ def decode_command(line: bytes) -> Command:
 # Messages of harpd.
 
 
-@dataclass(frozen=True, slots=True)
 class Acknowledgement(WireObject):
     """The acknowledgement: the procedure exists and the call has started. Without `call`, it is connection-bound."""
 
@@ -284,28 +270,25 @@ class Acknowledgement(WireObject):
     keep_alive: Seconds | None = None  # for which the connection waits for another request; None: it is closed
 
 
-@dataclass(frozen=True, slots=True)
 class Record(WireObject):
     """A record of a streamed result."""
 
     data: Annotated[Payload, "stream"]
 
 
-@dataclass(frozen=True, slots=True)
 class RecordTime(WireObject):
     """The timestamp of the records that follow (Unix seconds)."""
 
     time: Annotated[_Time, "at"]
 
 
-@dataclass(frozen=True, slots=True)
 class StopReport(WireObject):
     """The stop report of the call, an object; a later one replaces it."""
 
     report: Annotated[Payload, "stop_report", _REPORT]
 
     def __post_init__(self) -> None:
-        WireObject.__post_init__(self)
+        super().__post_init__()
         survivors = self._survivors()
         valid = isinstance(survivors, list) and all(
             isinstance(one, dict) and is_count(one.get("pid")) for one in survivors
@@ -325,7 +308,6 @@ class StopReport(WireObject):
         return report.get("survivors", [])
 
 
-@dataclass(frozen=True, slots=True)
 class ExitInfo(WireObject):
     """The exit info of the call's process, an object."""
 
@@ -336,7 +318,6 @@ def _are_ids(values: Any) -> bool:
     return isinstance(values, (list, tuple)) and all(map(_is_id, values))
 
 
-@dataclass(frozen=True, slots=True)
 class CallList(WireObject):
     """The owner's resumable calls, and the instance id of the supervisor that starts new ones."""
 

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 #: Maximum nesting of arrays and objects in a line. An interpreter with a lower recursion limit may reject values that
 #: are less deep; both daemons raise theirs, so that this limit applies.
 MAX_DEPTH = 1000
-
 #: Brackets and quotes of which the depth is counted at once.
 _PIECE = 1000
 _NOT_BRACKETS = bytes(set(range(256)) - set(b'[]{}"'))
@@ -41,12 +40,7 @@ class InvalidJSON(ValueError):
 
 
 class NotJSON(ValueError):
-    """A value that has no form in JSON.
-
-    Attributes:
-        path: the position in the value, for example ``"['hosts'][3]"``; empty for the value itself.
-        reason: the reason.
-    """
+    """A value that has no form in JSON; `path` is the position of the invalid part: ``"['hosts'][3]"``, or empty."""
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(f"at {path}: {reason}" if path else reason)
@@ -107,9 +101,8 @@ except ImportError:  # not CPython
 def loads(text: bytes | str) -> JSON:
     """Decode one JSON value; bytes are UTF-8 and nothing else.
 
-    Raises:
-        InvalidJSON: it is not JSON, not UTF-8, ``NaN`` or ``Infinity``, nested too deep, or a number that this
-            interpreter cannot represent.
+    Raises `InvalidJSON` if it is not JSON, not UTF-8, ``NaN`` or ``Infinity``, nested too deep, or a number that this
+    interpreter cannot represent.
     """
     return decode_text(decode_checked(text))
 
@@ -259,8 +252,7 @@ def encode_value(value: JSON) -> bytes:
 
     As in `json`, tuples become arrays, and keys that are int, float, bool or None become strings.
 
-    Raises:
-        NotJSON: the value, or a value in it, has no form in JSON; the exception has the position.
+    Raises `NotJSON` if the value, or a value in it, has no form in JSON; the exception has the position.
     """
     try:
         text = "".join(_encode_pieces(value, False)).encode("ascii")

@@ -27,9 +27,8 @@ class LineBuffer:
     def feed(self, data: bytes) -> list[bytes]:
         """Add received bytes and return the lines that they complete.
 
-        Raises:
-            LineTooLong: a line is longer than the limit, complete or not. The lines before it in `data` are lost;
-                close the connection.
+        Raises `LineTooLong` if a line is longer than the limit, complete or not. The lines before it in `data`
+        are lost; close the connection.
         """
         *lines, rest = data.split(b"\n")
         if lines:

@@ -15,25 +15,134 @@ the exceptions. Members are sent in the order of the fields.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from enum import Enum
 from operator import attrgetter
-from typing import Annotated, Any, ClassVar, NamedTuple, TypeAlias, TypeVar, get_args, get_type_hints
-
-from harp.protocol.fields import (
-    Payload,
-    ProtocolError,
-    check,
-    check_string,
-    is_arguments,
-    is_count,
-    is_object,
-    is_seconds,
-    reject_unknown_keys,
-    required_object,
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    NamedTuple,
+    TypeAlias,
+    TypeVar,
+    dataclass_transform,
+    get_args,
+    get_type_hints,
 )
+
 from harp.protocol.json_text import InvalidJSON, JSONObject, Raw, dumps
+
+#: A payload: any JSON value, or its text as `Raw`.
+Payload: TypeAlias = Any
+
+#: A decoder of the object that a line is. Raises `InvalidJSON`.
+Decoder: TypeAlias = Callable[[bytes], JSONObject]
+
+_TYPE_NAMES = {
+    type(None): "null",
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+    str: "a string",
+    list: "an array",
+}
+
+
+class ProtocolError(ValueError):
+    """Data that is not a message of the protocol, or a message that is not allowed now.
+
+    `type` is the error type on the wire: ``parse_error``, ``invalid_protocol`` or ``invalid_request``. `message` names
+    the invalid member.
+    """
+
+    def __init__(self, message: str, type: str = "invalid_request") -> None:
+        super().__init__(message)
+        self.type = type
+        self.message = message
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise `ProtocolError` unless the condition is true."""
+    if not condition:
+        raise ProtocolError(message)
+
+
+def decode_object(line: bytes, decoder: Decoder) -> JSONObject:
+    """Decode a line, without its line feed, that must be an object.
+
+    Raises `ProtocolError` of type ``parse_error`` if it is not JSON, else ``invalid_request`` if it is not an
+    object or repeats a key.
+    """
+    try:
+        return decoder(line)
+    except InvalidJSON as error:
+        is_json = str(error).startswith(("expected an object", "repeated key"))
+        raise ProtocolError(str(error), "invalid_request" if is_json else "parse_error") from error
+
+
+def member_value(members: JSONObject, key: str, default: Any = None) -> Any:
+    """Return the value of a member. Raises `ProtocolError` if it is a number that Python cannot represent."""
+    try:
+        return members.value(key) if key in members else default
+    except InvalidJSON as error:
+        raise ProtocolError(f"{key}: {error}") from error
+
+
+def required_object(
+    members: JSONObject, key: str, expected: str = "an object", values_only: bool = False
+) -> JSONObject:
+    """Return a member that must be an object; `values_only`: it has no payloads, which is faster.
+
+    Raises `ProtocolError` if it is missing, not an object, or repeats a key.
+    """
+    try:
+        nested = members.nested_object(key, values_only) if key in members else None
+    except InvalidJSON as error:
+        raise ProtocolError(f"{key}: {error}") from error
+    if nested is None:
+        raise ProtocolError(f"{key}: expected {expected}")
+    return nested
+
+
+def required_string(members: JSONObject, key: str) -> str:
+    """Return the value of a member that must be a string. Raises `ProtocolError`."""
+    check(key in members, f"{key}: missing")
+    return check_string(key, member_value(members, key))
+
+
+def check_string(key: str, value: Any) -> str:
+    """Return the value of a member. Raises `ProtocolError` if it is not a string."""
+    if not isinstance(value, str):
+        raise ProtocolError(f"{key}: expected a string, got {_TYPE_NAMES.get(type(value), 'an object')}")
+    return value
+
+
+def reject_unknown_keys(members: JSONObject, *known: Iterable[str]) -> None:
+    """Raise `ProtocolError` if there are members whose key is not in `known`."""
+    if unknown := set(members).difference(*known):
+        raise ProtocolError(f"unknown key {', '.join(sorted(unknown))}")
+
+
+def is_count(number: object) -> bool:
+    """Return whether it is an integer of at least 0; true and false are not."""
+    return isinstance(number, int) and not isinstance(number, bool) and number >= 0
+
+
+def is_seconds(number: object) -> bool:
+    """Return whether it is a positive finite number; true and false are not."""
+    return isinstance(number, (int, float)) and not isinstance(number, bool) and 0 < number < math.inf
+
+
+def is_object(payload: Payload) -> bool:
+    """Return whether a payload is an object."""
+    return payload.startswith(b"{") if isinstance(payload, Raw) else isinstance(payload, dict)
+
+
+def is_arguments(payload: Payload) -> bool:
+    """Return whether a payload is an array or an object."""
+    return payload.startswith((b"[", b"{")) if isinstance(payload, Raw) else isinstance(payload, (list, tuple, dict))
 
 
 class Null(Enum):
@@ -44,35 +153,32 @@ class Null(Enum):
 
 
 class Kind(NamedTuple):
-    """A kind of value, for the annotation of a field.
+    """A kind of value, for the annotation of a field."""
 
-    Attributes:
-        is_valid: whether a value other than the default is valid; None: every value is.
-        expected: the expectation in the error; with ``{!r}``, it quotes the value.
-        is_text: whether a received value must be a string, before `is_valid` checks it.
-        decode: returns the value of a member of an object; gets the object and the key. None: the member's value.
-        encode: returns the form of a value in an `Envelope`; None: the value itself.
-    """
-
-    is_valid: Callable[[Any], bool] | None = None
-    expected: str = ""
-    is_text: bool = False
-    decode: Callable[[JSONObject, str], Any] | None = None
-    encode: Callable[[Any], Any] | None = None
+    is_valid: Callable[[Any], bool] | None = None  # whether a value other than the default is valid; None: it is
+    expected: str = ""  # the expectation in the error; with ``{!r}``, it quotes the value
+    is_text: bool = False  # whether a received value must be a string, before `is_valid` checks it
+    decode: Callable[[JSONObject, str], Any] | None = None  # returns the value of a member; None: the member's value
+    encode: Callable[[Any], Any] | None = None  # returns what `dumps` writes for a value; None: the value
 
 
+@dataclass_transform(frozen_default=True, field_specifiers=(field,))
 class WireObject:
-    """A message, or an object in a message; it is validated when it is created."""
+    """A message, or an object in a message; each subclass is a frozen dataclass that validates its fields."""
 
-    __slots__ = ()
-
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
     #: Members that are always sent. A received message must have those that are true.
     CONSTANTS: ClassVar[Mapping[str, Any]] = {}
     #: The path of the object in its message, with a dot at the end; for errors.
     PATH: ClassVar[str] = ""
+    _layout: ClassVar[_Layout]
+
+    def __init_subclass__(cls) -> None:
+        dataclass(frozen=True)(cls)
+        cls._layout = _read_layout(cls)
 
     def __post_init__(self) -> None:
-        for name, label, is_valid, expected, default in _LAYOUTS[type(self)].checks:
+        for name, label, is_valid, expected, default in self._layout.checks:
             value = getattr(self, name)
             if value is not default and not is_valid(value):
                 raise ProtocolError(f"{label}: expected {expected.format(value)}")
@@ -84,10 +190,9 @@ T = TypeVar("T", bound=WireObject)
 def encode_members(message: WireObject) -> bytes:
     """Return the members of a message as JSON text, without the braces around them.
 
-    Raises:
-        NotJSON: a payload has no form in JSON.
+    Raises `NotJSON` if a payload has no form in JSON.
     """
-    layout = _LAYOUTS[type(message)]
+    layout = message._layout
     texts = [layout.constants] if layout.constants else []
     for section in layout.sections:
         found = []
@@ -117,7 +222,7 @@ def decode_as(
     Beside the keys of the message, `other_keys` are allowed; None: every key is. The `ignored` fields get their
     default.
     """
-    layout = _LAYOUTS[kind]
+    layout = kind._layout
     if other_keys is not None and not members.keys() <= layout.keys:
         reject_unknown_keys(members, layout.keys, other_keys)
     values = {}
@@ -180,29 +285,18 @@ class _Layout(NamedTuple):
     checks: tuple[tuple[str, str, Callable[[Any], bool], str, object], ...]  # field, label, check, default
 
 
-class _Layouts(dict[type[WireObject], _Layout]):
-    """The layouts of messages; each is read when it is needed first."""
-
-    def __missing__(self, message: type[WireObject]) -> _Layout:
-        layout = self[message] = _read_layout(message)
-        return layout
-
-
-_LAYOUTS = _Layouts()
-
-
 def _read_layout(message: type[WireObject]) -> _Layout:
     sections: list[tuple[str, list[_Member]]] = []
     checks = []
     hints = get_type_hints(message, include_extras=True)
-    for field in fields(message):  # type: ignore[arg-type]  # every message is a dataclass
-        parts = tuple(_parts(hints[field.name]))
-        path = next((part for part in parts if isinstance(part, str)), field.name)
+    for each in fields(message):
+        parts = tuple(_parts(hints[each.name]))
+        path = next((part for part in parts if isinstance(part, str)), each.name)
         section, _, key = path.rpartition(".")
-        default, kind = field.default, _kind(parts)
+        default, kind = each.default, _kind(parts)
         omits_default = (default is None or default is False) and Null.SENT not in parts
         member = _Member(
-            name=field.name,
+            name=each.name,
             key=key,
             label=dumps(key) + b":",
             kind=kind,
@@ -214,7 +308,7 @@ def _read_layout(message: type[WireObject]) -> _Layout:
             sections.append((section, []))
         sections[-1][1].append(member)
         if kind.is_valid is not None:
-            checks.append((field.name, message.PATH + path, kind.is_valid, kind.expected, default))
+            checks.append((each.name, message.PATH + path, kind.is_valid, kind.expected, default))
     constants = message.CONSTANTS
     own_keys = {section or member.key for section, members in sections for member in members}
     return _Layout(
@@ -259,7 +353,7 @@ def _kind(parts: Iterable[Any]) -> Kind:
 
 def _object_kind(message: type[WireObject]) -> Kind:
     """Return the kind of an object without payloads, whose members are all sent and have the names of the fields."""
-    names = [field.name for field in fields(message)]  # type: ignore[arg-type]  # every message is a dataclass
+    names = [each.name for each in fields(message)]
     return Kind(
         decode=lambda members, key: decode_as(message, required_object(members, key, values_only=True)),
         encode=lambda value: dict(zip(names, attrgetter(*names)(value), strict=True)),

@@ -11,10 +11,10 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import cast
 
-from harp.protocol import replies, requests
+from harp.protocol import dispatcher as protocol
 from harp.protocol.ends import End, Failed
-from harp.protocol.fields import ProtocolError
 from harp.protocol.json_text import Envelope
+from harp.protocol.schema import ProtocolError
 from harp_daemon.event_loop import LONG_LINE, decode_in_thread
 from harp_daemon.settings import ConfigError
 from harp_daemon.sockets import Listener, ListenError, listen_tcp, listen_unix
@@ -53,7 +53,7 @@ class ClientServer(Server):
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
         refusal = Failed("too_many_connections", "more clients are connected than max_connections allows")
-        rejection, memory = replies.encode_reply(refusal), dispatcher.config.request_memory
+        rejection, memory = protocol.encode_reply(refusal), dispatcher.config.request_memory
         super().__init__(lambda: dispatcher.config.max_connections, rejection, memory)
         self._loopback_logged = False
 
@@ -84,28 +84,28 @@ class ClientServer(Server):
             decoding = decode_in_thread(decode_request, line)
             decoding.add_done_callback(lambda decoded: self._execute(connection, decoded.result))
 
-    def _execute(self, connection: Connection, decoded: Callable[[], tuple[requests.Request, bool]]) -> None:
+    def _execute(self, connection: Connection, decoded: Callable[[], tuple[protocol.Request, bool]]) -> None:
         """Answer a request; `decoded` returns it and whether the client requests keep-alive."""
         try:
             request, connection.keep_alive = decoded()
-            if not isinstance(request, (requests.Call, requests.SubmitMany)):
+            if not isinstance(request, (protocol.Call, protocol.SubmitMany)):
                 connection.release_memory()
             match request:
-                case requests.Call():
+                case protocol.Call():
                     self._submit(connection, request)
-                case requests.GetResult(wait=True):
+                case protocol.GetResult(wait=True):
                     self._wait_for_result(connection, request.job)
-                case requests.FollowStream() | requests.ReadStream():
+                case protocol.FollowStream() | protocol.ReadStream():
                     self._send_records(connection, request)
                 case _:
                     connection.run(self._send_reply(connection, request))
         except Exception as error:  # noqa: BLE001 - the client gets it
             self._on_failed(connection, error)
 
-    def _submit(self, connection: Connection, request: requests.Call) -> None:
+    def _submit(self, connection: Connection, request: protocol.Call) -> None:
         def on_submitted(submitted: asyncio.Future[str]) -> None:
             if (error := submitted.exception()) is None:
-                self._reply(connection, replies.Submitted(submitted.result()))
+                self._reply(connection, protocol.Submitted(submitted.result()))
             else:
                 self._on_failed(connection, error)
 
@@ -134,22 +134,22 @@ class ClientServer(Server):
             raise ClientDisconnected
         self._reply(connection, end)
 
-    async def _send_reply(self, connection: Connection, request: requests.Request) -> None:
+    async def _send_reply(self, connection: Connection, request: protocol.Request) -> None:
         dispatcher = self._dispatcher
-        reply: replies.Reply
+        reply: protocol.Reply
         match request:
-            case requests.SubmitMany(calls):
-                received = cast(Sequence[requests.Call], calls)  # only a client encodes calls before
-                reply = replies.SubmittedMany(await dispatcher.submit_many(received, connection.client))
-            case requests.Cancel(job, wait):
+            case protocol.SubmitMany(calls):
+                received = cast(Sequence[protocol.Call], calls)  # only a client encodes calls before
+                reply = protocol.SubmittedMany(await dispatcher.submit_many(received, connection.client))
+            case protocol.Cancel(job, wait):
                 cancelled = await dispatcher.cancel(job, connection.client)
-                reply = replies.WasCancelled(cancelled, await self._wait_stopped(connection, job) if wait else None)
-            case requests.GetResult(job):
-                reply = (await dispatcher.get_job(job)).end or replies.NoResult()
-            case requests.GetStatus(job):
+                reply = protocol.WasCancelled(cancelled, await self._wait_stopped(connection, job) if wait else None)
+            case protocol.GetResult(job):
+                reply = (await dispatcher.get_job(job)).end or protocol.NoResult()
+            case protocol.GetStatus(job):
                 reply = _status(await dispatcher.get_job(job))
-            case requests.GetDetails(job):
-                reply = replies.Details(await dispatcher.details(job))
+            case protocol.GetDetails(job):
+                reply = protocol.Details(await dispatcher.details(job))
         self._reply(connection, reply)
 
     async def _wait_stopped(self, connection: Connection, job: str) -> Envelope | None:
@@ -166,7 +166,7 @@ class ClientServer(Server):
             return None
         return Envelope(state=details.job.stop.value, stop_report=details.metadata.stop_report)
 
-    def _send_records(self, connection: Connection, request: requests.FollowStream | requests.ReadStream) -> None:
+    def _send_records(self, connection: Connection, request: protocol.FollowStream | protocol.ReadStream) -> None:
         """Send the records of a job as fast as the client reads them, then its end."""
 
         def send_more() -> None:
@@ -183,25 +183,25 @@ class ClientServer(Server):
             else:
                 connection.on_sent = send_more
 
-        def send(item: RecordBatch | End | replies.Continue) -> None:
+        def send(item: RecordBatch | End | protocol.Continue) -> None:
             if isinstance(item, RecordBatch):
                 connection.write(item.lines(request.timed))
-            elif isinstance(item, replies.Continue) and follow:
+            elif isinstance(item, protocol.Continue) and follow:
                 connection.abort()  # the client disconnected before the end
             else:
-                connection.write(replies.encode_reply(item))
+                connection.write(protocol.encode_reply(item))
                 connection.close()
 
-        follow = isinstance(request, requests.FollowStream)
+        follow = isinstance(request, protocol.FollowStream)
         stream = self._dispatcher.stream(request.job, request.since, request.recent, follow, send_more)
         connection.on_disconnect(stream.stop_waiting)
 
     # Replies.
 
-    def _reply(self, connection: Connection, reply: replies.Reply) -> None:
+    def _reply(self, connection: Connection, reply: protocol.Reply) -> None:
         """Send the only reply to a request, and wait for the next request if the client has asked for that."""
         keep_alive = connection.keep_alive and not connection.has_extra_input and not self.acceptor.near_capacity
-        connection.write(replies.encode_reply(reply, self._dispatcher.config.idle_timeout if keep_alive else None))
+        connection.write(protocol.encode_reply(reply, self._dispatcher.config.idle_timeout if keep_alive else None))
         if keep_alive:
             connection.read_request()
         else:
@@ -223,13 +223,13 @@ class ClientServer(Server):
             case _:
                 log.error("request failed: internal error", extra={"client": client}, exc_info=error)
                 failure = Failed("internal_error", "internal error of the dispatcher; see its log")
-        connection.write(replies.encode_reply(failure))
+        connection.write(protocol.encode_reply(failure))
         connection.close()
 
 
-def _status(job: Job) -> replies.Status:
+def _status(job: Job) -> protocol.Status:
     start, end = (None if time is None else int(time) for time in (job.started, job.ended))
-    return replies.Status(job.host, job.procedure, job.arguments, int(job.submitted), start, end, job.info)
+    return protocol.Status(job.host, job.procedure, job.arguments, int(job.submitted), start, end, job.info)
 
 
 def _shorten(message: str) -> str:

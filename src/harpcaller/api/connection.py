@@ -20,8 +20,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
-from harp.protocol.fields import ProtocolError
 from harp.protocol.lines import LineBuffer, LineTooLong
+from harp.protocol.schema import ProtocolError
 from harp_daemon.acceptor import Acceptor
 from harp_daemon.memory_quota import MemoryQuota, Reservation
 from harp_daemon.sockets import Listener

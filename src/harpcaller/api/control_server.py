@@ -12,9 +12,8 @@ from contextlib import aclosing
 from typing import Any, NamedTuple, TypeAlias
 
 from harp.protocol import fields
-from harp.protocol.fields import ProtocolError, check, member_value, required_string
 from harp.protocol.json_text import Envelope, JSONObject, Raw, dumps
-from harp.protocol.schema import encode_object
+from harp.protocol.schema import ProtocolError, check, encode_object, member_value, required_string
 from harp_daemon import logs
 from harp_daemon.settings import ConfigError
 from harp_daemon.sliced_json import decode_slices

@@ -1,6 +1,6 @@
 """The fast decoder of the usual requests: calls, many calls, and waiting for a result.
 
-`harp.protocol.requests` alone defines what a request is. This decoder returns the same values in about half of the
+`harp.protocol.dispatcher` alone defines what a request is. This decoder returns the same values in about half of the
 time, or None for a line that is unusual or invalid; `decode_request` then gives that to the other one.
 """
 
@@ -10,10 +10,10 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from harp.protocol.fields import ProtocolError
+from harp.protocol.dispatcher import MAX_CALLS, Call, GetResult, Queue, Request, SubmitMany
+from harp.protocol.dispatcher import decode_request as decode_any_request
 from harp.protocol.json_text import InvalidJSON, Raw, decode_checked
-from harp.protocol.requests import MAX_CALLS, Call, GetResult, Queue, Request, SubmitMany
-from harp.protocol.requests import decode_request as decode_any_request
+from harp.protocol.schema import ProtocolError
 from harp_daemon.sliced_json import decode_slices
 
 _Number = Annotated[int, msgspec.Meta(gt=0, lt=10**9)]

@@ -13,8 +13,8 @@ from functools import partial
 from typing import NamedTuple
 
 from harp.protocol.ends import Failed
-from harp.protocol.fields import ProtocolError
 from harp.protocol.harpd import CallList, ListCalls, Message, Phase, encode_request
+from harp.protocol.schema import ProtocolError
 from harp_daemon.timer_wheel import TimerWheel
 from harpcaller.config import Config
 from harpcaller.hosts.connecting import HostUnreachable, open_connection

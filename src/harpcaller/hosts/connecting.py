@@ -13,9 +13,9 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from harp.protocol.ends import Failed
-from harp.protocol.fields import ProtocolError
 from harp.protocol.json_text import dumps
 from harp.protocol.lines import LineTooLong
+from harp.protocol.schema import ProtocolError
 from harp_daemon.sockets import configure_socket
 from harp_daemon.timer_wheel import TimerWheel
 from harpcaller.config import Config

@@ -20,10 +20,10 @@ from typing import Any, Protocol, cast
 
 from harp.protocol.call_output import RECORD_PREFIX
 from harp.protocol.ends import Failed
-from harp.protocol.fields import ProtocolError, is_count
 from harp.protocol.harpd import Acknowledgement, Command, Heartbeat, Message, Phase, Record, ReplyReader, encode_command
 from harp.protocol.json_text import InvalidJSON, Raw, loads
 from harp.protocol.lines import LineBuffer, LineTooLong
+from harp.protocol.schema import ProtocolError, is_count
 from harp_daemon.event_loop import LONG_LINE, decode_in_thread
 from harp_daemon.sliced_json import decode_slices, slice_records
 from harp_daemon.timer_wheel import Timer, TimerWheel

@@ -19,9 +19,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
-from harp.protocol.fields import ProtocolError, decode_object
 from harp.protocol.json_text import decode_values, dumps
-from harp.protocol.schema import Kind, WireObject, decode_as, encode_object
+from harp.protocol.schema import Kind, ProtocolError, WireObject, decode_as, decode_object, encode_object
 from harpcaller.config import Config, file_errors
 from harpcaller.hosts.script import ScriptFailed, run_script
 from harpcaller.hosts.watched_file import WatchedFile

@@ -37,9 +37,9 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec
 
 from harp.protocol import harpd
 from harp.protocol.ends import End, Failed, Raised, Returned
-from harp.protocol.fields import ProtocolError
 from harp.protocol.json_text import Raw, dumps, loads
 from harp.protocol.lines import LineTooLong
+from harp.protocol.schema import ProtocolError
 from harp_daemon.timer_wheel import Backoff, Timer
 from harpcaller.hosts.capabilities import LEGACY, HostSupport
 from harpcaller.hosts.connecting import CONNECTION_ERRORS, describe_host, open_connection, to_failed

@@ -25,9 +25,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from harp.protocol.fields import ProtocolError
 from harp.protocol.harpd import CallList
 from harp.protocol.json_text import InvalidJSON, dumps, loads
+from harp.protocol.schema import ProtocolError
 from harp_daemon.settings import ConfigError
 from harp_daemon.sockets import peer_process
 from harpd.config.loaded import SupervisorConfig

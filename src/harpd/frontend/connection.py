@@ -38,10 +38,10 @@ from typing import Any
 
 from harp.protocol import harpd as messages
 from harp.protocol.ends import Failed
-from harp.protocol.fields import ProtocolError
 from harp.protocol.harpd import AnyRequest, Attach, ListCalls, Request, encode_message
 from harp.protocol.json_text import dumps
 from harp.protocol.lines import LineBuffer, LineTooLong
+from harp.protocol.schema import ProtocolError
 from harp_daemon.event_loop import LONG_LINE, decode_in_thread
 from harp_daemon.memory_quota import MemoryQuota, Reservation
 from harp_daemon.sliced_json import decode_slices
@@ -77,7 +77,7 @@ _FIRST_REPLY_TIMEOUT = 60.0
 _SHUTDOWN_PREFIX = b'{"harp":1,"error":{"type":"shutdown"'
 _NO_SUCH_CALL_PREFIX = b'{"harp":1,"error":{"type":"no_such_call"'
 #: The terms of a resumable call that its supervisor needs besides the id.
-_TERMS = tuple(name for name in messages.RequestedTerms.__slots__ if name != "id")
+_TERMS = tuple(name for name in messages.RequestedTerms.__match_args__ if name != "id")
 
 #: Returns the seconds since the system's start, including the time in which it was suspended.
 _boottime = partial(time.clock_gettime, time.CLOCK_BOOTTIME)

@@ -13,8 +13,8 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from harp.protocol.fields import ProtocolError, check
 from harp.protocol.json_text import InvalidJSON, Raw, loads
+from harp.protocol.schema import ProtocolError, check
 from harpd.supervisor import frames
 from harpd.supervisor.event_loop import READ, WRITE, EventLoop
 from harpd.supervisor.frames import COMMANDS_WINDOW, FrameSocket, InvalidFrame

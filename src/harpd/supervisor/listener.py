@@ -7,9 +7,9 @@ import os
 import socket
 from collections.abc import Callable
 
-from harp.protocol.fields import ProtocolError
 from harp.protocol.json_text import InvalidJSON, JSONObject
 from harp.protocol.lines import LineBuffer, LineTooLong
+from harp.protocol.schema import ProtocolError
 from harp_daemon.sliced_json import decode_slices
 from harp_daemon.sockets import peer_process
 from harpd.supervisor.event_loop import READ, WRITE, EventLoop

@@ -57,9 +57,9 @@ from types import NoneType
 from typing import Any, NoReturn
 
 from harp.protocol.ends import Failed
-from harp.protocol.fields import ProtocolError, check, required_string
 from harp.protocol.harpd import encode_message
 from harp.protocol.json_text import JSONObject, Raw, dumps, loads
+from harp.protocol.schema import ProtocolError, check, required_string
 from harp_daemon import logs
 from harp_daemon.process import tune_memory
 from harpd.supervisor.call import Call, CallContext, StopReason

@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from harp.protocol.ends import Failed
-from harp.protocol.fields import ProtocolError, check, check_string, is_count
 from harp.protocol.harpd import CallList, encode_message
+from harp.protocol.schema import ProtocolError, check, check_string, is_count
 from harpd.supervisor.call import CallContext
 from harpd.supervisor.link import LinkChannel
 from harpd.supervisor.sessions import ResumableSession, SessionTerms

@@ -31,10 +31,10 @@ from typing import Any
 
 from harp.protocol import harpd as messages
 from harp.protocol.ends import Failed
-from harp.protocol.fields import ProtocolError
 from harp.protocol.harpd import MAX_COMMAND_BYTES, encode_message
 from harp.protocol.json_text import Raw, dumps
 from harp.protocol.lines import LineBuffer, LineTooLong
+from harp.protocol.schema import ProtocolError
 from harpd.supervisor.call import ERROR_PREFIX, CallContext, Session, StopReason
 from harpd.supervisor.event_loop import Timer
 from harpd.supervisor.frames import END, ERROR
