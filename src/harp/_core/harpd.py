@@ -92,12 +92,11 @@ class DirectProcedureBase(Generic[S]):
     def _call(self, /, *args: Any, **kwargs: Any) -> Steps[Any]:
         """Call the procedure with positional or named arguments, any JSON values, and wait without a time limit.
 
-        Returns the result; of a streaming procedure a `HarpStreamIterator`, as soon as it runs.
-
-        Raises `HarpException` for both kinds of arguments, and for one that JSON cannot represent (nothing was sent);
-        `RemoteException` if the procedure raised an exception; `RemoteError` if harpd refused or stopped the call;
-        `CommunicationError` if harpd cannot be reached, its certificate is not accepted, or the connection broke.
-        Spec: docs/client-api.md, HarpProcedure.
+        Returns the result; of a streaming procedure a `HarpStreamIterator`, as soon as it runs. Raises `HarpException`
+        for both kinds of arguments, and for one that JSON cannot represent (nothing was sent); `RemoteException` if the
+        procedure raised an exception; `RemoteError` if harpd refused or stopped the call; `CommunicationError` if harpd
+        cannot be reached, its certificate is not accepted, or the connection broke. Spec: docs/client-api.md,
+        HarpProcedure.
         """
         server, arguments = self._server, encode_arguments(args, kwargs)
         pool = server._pool

@@ -87,11 +87,10 @@ class CallerBase(Peer[C], Generic[C, S, J]):
         """Submit jobs with one request, all or none; return them in the order of the calls. They are on stable storage.
 
         Over 10,000 calls or 16 MiB are sent as several requests; to a legacy dispatcher, one for each call. Then each
-        request is all or none; a note of the exception says how many calls were submitted before it.
-
-        Raises `HarpException` if an item is not a `Call` (nothing was sent), `RemoteError` if the dispatcher refused
-        (the message names the invalid call), and `CommunicationError` if there was no reply: it is unknown whether the
-        jobs were submitted. Spec: docs/client-api.md, HarpCaller.
+        request is all or none; a note of the exception says how many calls were submitted before it. Raises
+        `HarpException` if an item is not a `Call` (nothing was sent), `RemoteError` if the dispatcher refused (the
+        message names the invalid call), and `CommunicationError` if there was no reply: it is unknown whether the jobs
+        were submitted. Spec: docs/client-api.md, HarpCaller.
         """
         found: list[protocol.Call] = []
         for call in calls:
@@ -119,7 +118,9 @@ class CallerBase(Peer[C], Generic[C, S, J]):
         request without a form in JSON raises `HarpException`, and a reply that is missing or not an object
         `CommunicationError`. Spec: docs/client-api.md, HarpCaller.
         """
-        line = values.plain_request(req)
+        if not isinstance(req, dict):
+            raise HarpException(f"request: expected a dict, got {req!r}")
+        line = values.encode_line({"harpcaller": protocol.VERSION, **req}, "the request")
         conn = yield self._open()
         try:
             reply: dict[str, Any] = loads((yield from conn.exchange(line)))
@@ -235,10 +236,9 @@ class ServerBase(Generic[P]):
         """Set options of further jobs and return this object; the others stay as they are, None unsets one.
 
         `queue` is the name of the queue to wait in, a dict; `concurrency`, which needs it, how many of its jobs may run
-        at once, from 1; `timeout` the seconds above 0 between two messages of the job, `max_exec_time` those that
-        it may run; `info` any JSON value, which `RemoteCall.info` returns.
-
-        Raises `HarpException` if an option is unknown or invalid. Spec: docs/client-api.md, RemoteServer.
+        at once, from 1; `timeout` the seconds above 0 between two messages of the job, `max_exec_time` those that it
+        may run; `info` any JSON value, which `RemoteCall.info` returns. Raises `HarpException` if an option is unknown
+        or invalid. Spec: docs/client-api.md, RemoteServer.
         """
         self._options = {**self._options, **values.check_options(kwargs)}
         return self
@@ -308,9 +308,8 @@ class JobBase(Generic[R]):
 
         The first record is number `since`, counted from 0, or begins the `recent` newest ones; default: ``recent=0``.
         Items are records; with `numbered`, pairs of number and record; with `timed`, number, time of creation (Unix
-        seconds with fractions) and record.
-
-        Raises `HarpException` if a number is invalid, or both are given. Spec: docs/client-api.md, RemoteCall.
+        seconds with fractions) and record. Raises `HarpException` if a number is invalid, or both are given. Spec:
+        docs/client-api.md, RemoteCall.
         """
         return self._stream(self._reader(FollowStream, since, recent, numbered, timed))
 

@@ -93,13 +93,10 @@ def encode_arguments(args: Mapping[str, Any] | Sequence[Any], kwargs: Mapping[st
 class Call:
     """One call of many, to be submitted by `harp.HarpCaller.submit_many`.
 
-    Args:
-        host: the host's name in the dispatcher's registry.
-        procedure: the procedure's name.
-        arguments: its arguments: a list or tuple, or a dict of named ones. Later changes of it have no effect.
-        queue, concurrency, timeout, max_exec_time, info: options of the job, as for `harp.RemoteServer.__call__`.
+    `host` is the host's name in the dispatcher's registry, `arguments` a list or tuple, or a dict of named ones; later
+    changes of it have no effect. The options are those of `harp.RemoteServer.__call__`.
 
-    Raises `HarpException` if one of them is invalid; the message names it. Spec: docs/client-api.md, HarpCaller.
+    Raises `HarpException` if a value is invalid; the message names it. Spec: docs/client-api.md, HarpCaller.
     """
 
     host: str
@@ -134,16 +131,9 @@ def job_request(host: str, procedure: str, arguments: Raw, options: Mapping[str,
     return protocol.Call(host, procedure, arguments, timeout, max_exec_time, in_queue, info)
 
 
-def plain_request(req: dict[str, Any]) -> bytes:
-    """Return the line of a request that the caller composed; the version is added when it is absent."""
-    if not isinstance(req, dict):
-        raise HarpException(f"request: expected a dict, got {req!r}")
-    return bytes(_encode("the request", {"harpcaller": protocol.VERSION, **req})) + b"\n"
-
-
-def encode_line(value: Any) -> bytes:
+def encode_line(value: Any, what: str = "the value") -> bytes:
     """Return a value as a line of JSON. Raise `HarpException`, which names the part that has no form in JSON."""
-    return bytes(_encode("the value", value)) + b"\n"
+    return bytes(_encode(what, value)) + b"\n"
 
 
 class _Sentinel(Enum):

@@ -34,7 +34,11 @@ REPLY_LIMIT = 64 * 1024 * 1024
 READ_BYTES = 64 * 1024
 
 #: A peer that has vanished is detected after about two minutes; a peer that is busy is not affected.
-_KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
+_KEEPALIVE = {
+    getattr(socket, option): value
+    for option, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4))
+    if hasattr(socket, option)  # not every system has all of them
+}
 
 #: Nanoseconds in which a file may change twice, but its times only once: contexts of newer files are not cached.
 _CLOCK_TICK = 20_000_000
@@ -141,7 +145,10 @@ class BufferedConnection(Connection, Uncopyable):
                 failures.append((address[0], error))
                 continue
             try:
-                _set_options(sock)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                for option, value in _KEEPALIVE.items():
+                    sock.setsockopt(socket.IPPROTO_TCP, option, value)
                 now = time.monotonic()
                 yield self._connect_socket(sock, address, now + max(deadline - now, 0.001) / (len(found) - index))
                 break
@@ -256,14 +263,6 @@ class TLSConnection(BufferedConnection):
 
     def _tls_context(self) -> ssl.SSLContext:
         return tls_context(*self._tls)
-
-
-def _set_options(sock: socket.socket) -> None:
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in _KEEPALIVE.items():
-        if hasattr(socket, option):  # not every system has all of them
-            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
 def tls_context(ca_file: CAFile, tls_minimum: str = "1.2", verify_hostname: bool = True) -> ssl.SSLContext:

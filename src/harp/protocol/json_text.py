@@ -250,9 +250,8 @@ def _skip_separators(text: str, at: int) -> int:
 def encode_value(value: JSON) -> bytes:
     """Write a value as one line of ASCII JSON, without the line feed.
 
-    As in `json`, tuples become arrays, and keys that are int, float, bool or None become strings.
-
-    Raises `NotJSON` if the value, or a value in it, has no form in JSON; the exception has the position.
+    As in `json`, tuples become arrays, and keys that are int, float, bool or None become strings. Raises `NotJSON` if
+    the value, or a value in it, has no form in JSON; the exception has the position.
     """
     try:
         text = "".join(_encode_pieces(value, False)).encode("ascii")
