@@ -54,19 +54,13 @@ class RemoteCall(JobBase["RemoteCall.StreamIterator"]):
 
 
 class RemoteProcedure(ProcedureBase[RemoteCall]):
-    """A procedure on a host; calling it submits a job with the options of the host.
-
-    In this constructor, the name may begin with an underscore. Spec: docs/client-api.md, RemoteProcedure.
-    """
+    """A procedure on a host; calling it submits a job. Spec: docs/client-api.md, RemoteProcedure."""
 
     __call__ = method(ProcedureBase._submit)
 
 
 class RemoteServer(ServerBase[RemoteProcedure]):
-    """A host, by its name in the dispatcher's registry, with the options of further jobs.
-
-    Any attribute is a procedure on it. Spec: docs/client-api.md, RemoteServer.
-    """
+    """A host and the options of further jobs; any attribute is a procedure. Spec: docs/client-api.md, RemoteServer."""
 
     _procedure_class = RemoteProcedure
 

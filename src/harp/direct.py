@@ -1,7 +1,4 @@
-"""The synchronous client without a dispatcher: `HarpServer` for a harpd, its procedures and their streamed results.
-
-As in `harp.client`, looking at an object sends nothing.
-"""
+"""The synchronous client without a dispatcher: `HarpServer` for a harpd, its procedures, their streamed results."""
 
 from __future__ import annotations
 
@@ -36,10 +33,7 @@ class HarpStreamIterator(Iteration):
 
 
 class HarpProcedure(DirectProcedureBase["HarpServer"]):
-    """A procedure on a harpd; calling it runs it.
-
-    In this constructor, the name may begin with an underscore. Spec: docs/client-api.md, HarpProcedure.
-    """
+    """A procedure on a harpd; calling it runs it. Spec: docs/client-api.md, HarpProcedure."""
 
     __call__ = method(DirectProcedureBase._call)
 

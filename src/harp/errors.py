@@ -1,8 +1,4 @@
-"""The exceptions of the client API, and nothing else.
-
-Every exception that `harp` raises derives from `HarpException`. `harp._net.sockets` maps errors of the network, of TLS
-and of JSON to them; the original is the cause.
-"""
+"""The exceptions of the client API. The original error of the network, of TLS or of JSON is the cause of each."""
 
 from __future__ import annotations
 
@@ -16,10 +12,7 @@ class HarpException(Exception):
 
 
 class CommunicationError(HarpException):
-    """The peer cannot be reached, closed the connection too early, or violated the protocol.
-
-    The message contains host, port and cause. Spec: docs/client-api.md, Exceptions.
-    """
+    """The peer cannot be reached, closed too early or violated the protocol. Spec: docs/client-api.md, Exceptions."""
 
 
 class CancelledException(HarpException):
@@ -40,14 +33,8 @@ class _Reported(HarpException):
 
 
 class RemoteException(_Reported):
-    """The remote procedure raised an exception: `type` is the name of its class, `message` its text.
-
-    From harpd, `data` is ``{"class": NAME, "module": NAME}``. Spec: docs/client-api.md, Exceptions.
-    """
+    """The procedure raised an exception: `type` is the name of its class. Spec: docs/client-api.md, Exceptions."""
 
 
 class RemoteError(_Reported):
-    """The call failed or was stopped, or the request was refused.
-
-    docs/protocol.md lists each `type` with cause and remedy. Spec: docs/client-api.md, Exceptions.
-    """
+    """The call failed or was stopped, or the request was refused. Spec: docs/protocol.md lists each `type`."""

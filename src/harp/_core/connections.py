@@ -155,10 +155,7 @@ class Peer(Generic[C]):
 
 
 def mark_ambiguous(error: CommunicationError, reused: bool) -> CommunicationError:
-    """Return the error of a call. If the connection was reused, its message adds that the call may have run.
-
-    Either the peer closed the idle connection just when the request was sent, or it failed in the middle of the call.
-    """
+    """Return the error of a call. If the connection was reused, its message adds that the call may have run."""
     if not reused:
         return error
     return CommunicationError(f"{error} (a keep-alive connection broke: it is not known whether the call ran)")

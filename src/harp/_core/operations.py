@@ -1,16 +1,13 @@
 """The operations on a dispatcher and its jobs: base classes of both shells' classes.
 
 An operation is a generator of steps; each shell has a method of the same name without the underscore, which runs it and
-has its docstring. Operations send their requests with `CallerBase._request`, which raises a refusal, or with
-`CallerBase._send`, which returns it. An operation whose outcome is known sends nothing. Streams are read by
-`harp._core.streams`. The end of a job is stored as the line that reported it, and each caller gets new values, so
-threads share no mutable data.
+has its docstring. Streams are read by `harp._core.streams`. A job's end is stored as the line that reported it, and each
+caller gets new values, so threads share no mutable data.
 
 Legacy dispatchers close the connection without a reply when a request contains the keep-alive key, or submits many
-jobs. So both are sent only to a dispatcher that has replied to a question, which is a `SubmitMany` without jobs: before
-the second request, because many programs send only one, and before the first `SubmitMany`. With ``keep_alive=True``
-nothing is asked; but a request that waits, which would take the close for an interruption and try again for minutes,
-has the key only after a grant.
+jobs. So both are sent only to a dispatcher that has replied to a question, a `SubmitMany` without jobs, before the
+second request and before the first `SubmitMany`. With ``keep_alive=True`` nothing is asked; but a request that waits, which
+would take the close for an interruption, has the key only after a grant.
 """
 
 from __future__ import annotations
@@ -316,10 +313,7 @@ class JobBase(Generic[R]):
     def stream(
         self, since: int | None = None, recent: int | None = None, numbered: bool = False, *, timed: bool = False
     ) -> R:
-        """Return the job's records so far; does not wait for the job. All of them, unless `since` or `recent` is given.
-
-        Arguments and errors are those of `follow`. Spec: docs/client-api.md, RemoteCall.
-        """
+        """Return records so far, by default all; arguments as for `follow`. Spec: docs/client-api.md, RemoteCall."""
         return self._stream(self._reader(ReadStream, since, recent, numbered, timed))
 
     def _reader(

@@ -1,11 +1,8 @@
 """The policy for connecting to the dispatcher again after an interruption: when, how often, and for how long.
 
-Nothing here sleeps or reads a clock: the shells pass the time (seconds of the monotonic clock) and wait. Only requests
-that read are repeated, never those that submit or cancel.
-
-The cause of an error says whether it is an interruption. Errors of the network (`OSError`) and the end of the
-connection (`EOFError`) are. Invalid data from the peer (`ValueError`) is not, nor is a connection that this side has
-closed (no cause).
+The shells pass the time (seconds of the monotonic clock) and wait. Errors of the network (`OSError`) and the end of the
+connection (`EOFError`), as the cause of an error, are interruptions. Invalid data from the peer (`ValueError`) is not,
+nor is a connection that this side has closed (no cause).
 """
 
 from __future__ import annotations

@@ -157,10 +157,7 @@ CALL_CANCELLED: Final = _Sentinel.CALL_CANCELLED
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The return value of a streaming procedure, any JSON value: the last item of a `HarpStreamIterator`.
-
-    Spec: docs/client-api.md, Direct calls.
-    """
+    """The result of a streaming procedure, the last item of its iterator. Spec: docs/client-api.md, Direct calls."""
 
     value: Any
 

@@ -309,11 +309,7 @@ def _context(path: str | None, state: tuple[int, ...], tls_minimum: str, verify_
 
 
 class _TLSSocket(ssl.SSLSocket):
-    """A socket that closes, and reports the cause, if the peer resets the connection before the handshake.
-
-    Plain `ssl.SSLSocket` first calls `getpeername` and treats this error as "not connected": it stays open and sends
-    without TLS.
-    """
+    """A socket that closes after a reset before the handshake; the base class would go on without TLS."""
 
     def getpeername(self) -> Any:
         """Return the peer's address. Raise `OSError`."""

@@ -61,10 +61,7 @@ class JSONConnection(BufferedConnection, _Closable):
         self.connect()
 
     def connect(self) -> None:
-        """Connect to the address given to the constructor; an open connection is closed first.
-
-        Raises `CommunicationError` if the server cannot be reached within 30 seconds.
-        """
+        """Connect, again if need be; raise `CommunicationError` if the server cannot be reached within 30 seconds."""
         self.close()
         try:
             opened = self._open_socket()
@@ -116,10 +113,7 @@ class JSONConnection(BufferedConnection, _Closable):
         sock.settimeout(None)
 
     def close(self) -> None:
-        """Close the connection, if it is open. A thread that connects it or reads is woken.
-
-        In a forked process this closes only the descriptor of this process.
-        """
+        """Close the connection, in a forked process only its descriptor; a thread that connects or reads is woken."""
         sock, self._socket = self._socket, None
         if sock is not None:
             self._close_socket(sock)
@@ -212,10 +206,7 @@ class Stream(StreamBase[JSONConnection], Iteration):
             raise StopIteration
 
     def close(self) -> None:
-        """End the iteration early and close its connection; has no effect after the end.
-
-        A thread that waits for an item, or for the dispatcher to come back, is woken: its iteration ends.
-        """
+        """End the iteration early and close its connection. The iteration of a thread that waits ends, too."""
         if self._end():
             self._ended.set()
             self._conn.close()

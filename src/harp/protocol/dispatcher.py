@@ -112,10 +112,7 @@ class SubmitMany(WireObject):
 
 
 def submit_in_parts(calls: Sequence[Call]) -> Iterator[SubmitMany]:
-    """Yield the fewest requests that submit these calls within `MAX_CALLS` and `MAX_LINE`, at least one.
-
-    A call that alone is too long is a request of its own.
-    """
+    """Yield the fewest requests that submit these calls within `MAX_CALLS` and `MAX_LINE`, at least one."""
     part: list[Raw] = []
     size = _ENVELOPE_BYTES
     for call in calls:
@@ -155,10 +152,7 @@ class GetDetails(WireObject):
 
 
 class _Stream(WireObject):
-    """Get a job's records: from number `since` on, or the `recent` newest of the stored ones.
-
-    With `timed`, each record has its timestamp.
-    """
+    """Get records from number `since` on, or the `recent` newest of the stored ones; `timed`: with their timestamps."""
 
     job: str
     since: Count | None = None
@@ -198,18 +192,12 @@ _REQUESTS: Mapping[str, type[Request]] = {
 
 
 def encode_request(request: Request, keep_alive: bool = False) -> bytes:
-    """Return the request's line with its line feed. Raises `NotJSON` if a payload has no form in JSON.
-
-    `keep_alive` is whether the connection is to wait for another request after the reply.
-    """
+    """Return the request's line; `keep_alive`: the connection is to wait for another request. Raises `NotJSON`."""
     return b'{"harpcaller":1,%b%b}\n' % (encode_members(request), b',"keep_alive":true' if keep_alive else b"")
 
 
 def decode_request(line: bytes, decoder: Decoder = decode_values) -> tuple[Request, bool]:
-    """Return the request of a line without its line feed, and whether the client requests keep-alive.
-
-    Raises `ProtocolError` if the line is not a request.
-    """
+    """Return the request of a line, and whether the client requests keep-alive. Raises `ProtocolError`."""
     members = decode_object(line, decoder)
     version = member_value(members, "harpcaller")
     check(type(version) is int and version == VERSION, f"harpcaller: expected {VERSION}, got {version!r}")
@@ -329,10 +317,7 @@ MAY_FOLLOW: Mapping[type, frozenset[type]] = {
 
 
 def encode_reply(reply: Reply, keep_alive: float | None = None) -> bytes:
-    """Return the reply's line with its line feed.
-
-    `keep_alive` is for how many seconds the connection waits for another request; None: it is closed.
-    """
+    """Return the reply's line; `keep_alive` is for how many seconds the connection then waits, None: it is closed."""
     if isinstance(reply, Packet):
         return encode_packets(reply.number, [dumps(reply.data)], None if reply.time is None else [reply.time])
     version = b'"harpcaller":1,' if isinstance(reply, (Submitted, SubmittedMany)) else b""
@@ -341,10 +326,7 @@ def encode_reply(reply: Reply, keep_alive: float | None = None) -> bytes:
 
 
 def encode_packets(first: int, values: Sequence[Raw], times: Sequence[float] | None = None) -> bytes:
-    """Return the lines of consecutive packets from the number `first` on. Fast, because there may be many.
-
-    Each packet has one of the `values` as its data, and one of the `times` (Unix seconds) if they were requested.
-    """
+    """Return the lines of consecutive packets from the number `first` on; fast, because there may be many."""
     if times is None:
         return b"".join([b'{"packet":%d,"data":%b}\n' % numbered for numbered in enumerate(values, first)])
     packets = zip(count(first), map(dumps, times), values, strict=False)
@@ -364,10 +346,7 @@ def parse_keep_alive(line: bytes) -> float | None:
 
 
 def decode_reply(line: bytes, request: Request) -> Reply:
-    """Return the reply to a request, of a line without its line feed.
-
-    Raises `ProtocolError` if it is not a reply, or not to this request.
-    """
+    """Return the reply to a request from its line. Raises `ProtocolError` if it is not one, or not to this request."""
     members = decode_object(line, decode_values)
     key = only_kind(_REPLIES, members, "not a reply of the protocol")
     kind: type[Reply] = WasCancelled if key == "cancelled" and isinstance(request, Cancel) else _REPLIES[key]
@@ -394,10 +373,7 @@ class ReplyReader:
         self.finished = False
 
     def read_packets(self, lines: Iterable[bytes]) -> list[Payload]:
-        """Return the data of the first lines that are packets as `encode_packets` writes them without times.
-
-        This is faster than `read_reply`, which reads the line after them.
-        """
+        """Return the data of the first lines that are packets without times; this is faster than `read_reply`."""
         found: list[Payload] = []
         if self._next is not None and not self.finished:
             for line in lines:

@@ -140,10 +140,7 @@ class Attach(WireObject):
 
 
 class ListCalls(WireObject):
-    """List the resumable calls of an owner.
-
-    A legacy harpd reads this request as a call of a procedure that does not exist.
-    """
+    """List the resumable calls of an owner. To a legacy harpd, it is a call of a procedure that does not exist."""
 
     CONSTANTS: ClassVar = {"procedure": "-", "arguments": ()}
     owner: Annotated[_Text, "calls"] = field(repr=False)
@@ -161,10 +158,7 @@ def encode_request(request: AnyRequest) -> bytes:
 
 
 class StartEncoder:
-    """An encoder of starts that differ in their jobs only: the other members are checked and encoded once.
-
-    They are those of `shared`, a start of a resumable call.
-    """
+    """An encoder of starts that differ in their jobs only: the members of `shared` are checked and encoded once."""
 
     def __init__(self, shared: Request) -> None:
         terms = "owner", "instance", "disconnect_timeout", "result_ttl"
@@ -183,10 +177,7 @@ class StartEncoder:
 
 
 def decode_request(line: bytes, decoder: Decoder = decode_values) -> AnyRequest:
-    """Return the request of a line without its line feed.
-
-    Raises `ProtocolError` of type ``parse_error``, ``invalid_protocol`` or ``invalid_request``.
-    """
+    """Return the request of a line. Raises `ProtocolError`, whose type is that of the rejection."""
     members = decode_object(line, decoder)
     _check_version(members)
     kind: type[AnyRequest] = Attach if "attach" in members else ListCalls if "calls" in members else Request
@@ -205,9 +196,8 @@ def _check_version(members: JSONObject) -> None:
 class Heartbeat(WireObject):
     """A heartbeat, which the caller of a resumable call sends every few seconds, or harpd's reply to it.
 
-    `time` is harpd's time in seconds since the call's start: harpd sends its current time; the caller echoes the latest
-    time that it has received, in the acknowledgement or in a heartbeat. So the time up to which the caller has received
-    from harpd is exact, even if the heartbeat itself was delayed.
+    `time` is in seconds since the call's start: harpd sends its current time; the caller echoes the latest time that it
+    has received, so that a delayed heartbeat does not count as contact.
     """
 
     time: Annotated[_Time, "heartbeat"]
@@ -247,10 +237,7 @@ _RELEASE = encode_command(Release())[:-1]
 
 
 def decode_command(line: bytes) -> Command:
-    """Return the command of a line without its line feed.
-
-    Raises `ProtocolError` of type ``parse_error`` or ``invalid_request``.
-    """
+    """Return the command of a line. Raises `ProtocolError` of type ``parse_error`` or ``invalid_request``."""
     if line == _RELEASE:  # each call's last one
         return Release()
     members = decode_object(line, decode_values)
@@ -444,10 +431,7 @@ class ReplyReader:
         return self.phase in (Phase.STREAMING, Phase.RESUMABLE_STREAMING)
 
     def read_records(self, lines: Iterable[bytes]) -> list[Payload]:
-        """Return the data of the first lines that are records as HARP's harpd writes them.
-
-        This is faster than `read_message`, which reads the line after them.
-        """
+        """Return the data of the first lines that are records of HARP's harpd; this is faster than `read_message`."""
         found: list[Payload] = []
         if self.is_streaming:
             for line in lines:

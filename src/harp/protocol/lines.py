@@ -8,10 +8,7 @@ class LineTooLong(ValueError):
 
 
 class LineBuffer:
-    """A buffer that collects received bytes and returns complete lines without their line feed.
-
-    A line may have `limit` bytes, without its line feed.
-    """
+    """A buffer that returns complete lines without their line feed, each of at most `limit` bytes."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit

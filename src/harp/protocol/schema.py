@@ -70,11 +70,7 @@ def check(condition: bool, message: str) -> None:
 
 
 def decode_object(line: bytes, decoder: Decoder) -> JSONObject:
-    """Decode a line, without its line feed, that must be an object.
-
-    Raises `ProtocolError` of type ``parse_error`` if it is not JSON, else ``invalid_request`` if it is not an
-    object or repeats a key.
-    """
+    """Decode a line that must be an object. Raises `ProtocolError`, of type ``parse_error`` if it is not JSON."""
     try:
         return decoder(line)
     except InvalidJSON as error:
@@ -93,10 +89,7 @@ def member_value(members: JSONObject, key: str, default: Any = None) -> Any:
 def required_object(
     members: JSONObject, key: str, expected: str = "an object", values_only: bool = False
 ) -> JSONObject:
-    """Return a member that must be an object; `values_only`: it has no payloads, which is faster.
-
-    Raises `ProtocolError` if it is missing, not an object, or repeats a key.
-    """
+    """Return a member that must be an object. Raises `ProtocolError`. `values_only`, without payloads, is faster."""
     try:
         nested = members.nested_object(key, values_only) if key in members else None
     except InvalidJSON as error:
@@ -188,10 +181,7 @@ T = TypeVar("T", bound=WireObject)
 
 
 def encode_members(message: WireObject) -> bytes:
-    """Return the members of a message as JSON text, without the braces around them.
-
-    Raises `NotJSON` if a payload has no form in JSON.
-    """
+    """Return the members of a message as JSON text, without the braces around them. Raises `NotJSON`."""
     layout = message._layout
     texts = [layout.constants] if layout.constants else []
     for section in layout.sections:
