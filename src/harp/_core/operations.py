@@ -1,13 +1,13 @@
 """The operations on a dispatcher and its jobs: base classes of both shells' classes.
 
-An operation is a generator of steps; each shell has a method of the same name without the underscore, which runs it and
-has its docstring. Streams are read by `harp._core.streams`. A job's end is stored as the line that reported it, and each
-caller gets new values, so threads share no mutable data.
+An operation is a generator of steps; each shell has a method of the same name without the underscore, which runs it
+and has its docstring. Streams are read by `harp._core.streams`. A job's end is stored as the line that reported it,
+and each caller gets new values, so threads share no mutable data.
 
 Legacy dispatchers close the connection without a reply when a request contains the keep-alive key, or submits many
 jobs. So both are sent only to a dispatcher that has replied to a question, a `SubmitMany` without jobs, before the
-second request and before the first `SubmitMany`. With ``keep_alive=True`` nothing is asked; but a request that waits, which
-would take the close for an interruption, has the key only after a grant.
+second request and before the first `SubmitMany`. With ``keep_alive=True`` nothing is asked; but a request that waits,
+which would take the close for an interruption, has the key only after a grant.
 """
 
 from __future__ import annotations

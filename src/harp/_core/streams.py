@@ -53,9 +53,10 @@ class StreamReader(Reader):
     """The records of a job, each once, over as many connections as necessary.
 
     To continue after an interruption, a reader needs a sequence number. A `FollowStream` without `since` has none
-    before its first record. So `ReadStream`, which is answered at once, is sent first; the stream is followed from there.
-    Legacy dispatchers close the connection without a reply when the job is unknown. To exclude this,
-    `ReadStream` is also sent after an interruption until the first reply: if it is not answered either, it is unknown.
+    before its first record. So `ReadStream`, which is answered at once, is sent first; the stream is followed from
+    there. Legacy dispatchers close the connection without a reply when the job is unknown. To exclude this,
+    `ReadStream` is also sent after an interruption until the first reply: if it is not answered either, it is
+    unknown.
 
     Timed items are number, time and record. An outage may last `reconnect` seconds; only a `FollowStream` continues.
     `store_end` stores the last reply and its line.
