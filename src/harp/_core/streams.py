@@ -54,8 +54,8 @@ class StreamReader(Reader):
 
     To continue after an interruption, a reader needs a sequence number. A `FollowStream` without `since` has none
     before its first record. So `ReadStream`, which is answered at once, is sent first; the stream is followed from
-    there. Legacy dispatchers close the connection without a reply when the job is unknown. So that this is not an outage,
-    `ReadStream` is also sent after an interruption until the first reply: if it is not answered either, it is
+    there. Legacy dispatchers close the connection without a reply when the job is unknown. So
+    `ReadStream` is also sent after an interruption until the first reply: if it is not answered either, the job is
     unknown.
 
     Timed items are number, time and record. An outage may last `reconnect` seconds; only a `FollowStream` continues.
