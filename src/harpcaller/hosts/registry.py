@@ -174,7 +174,6 @@ def _watch_hosts_file(config: Config) -> WatchedFile[Mapping[str, Host]] | None:
         return WatchedFile(file, lambda text: parse_hosts(text.split(b"\n"), file))
 
 
-@dataclass(frozen=True, slots=True)
 class _Line(WireObject):
     """The line of a host; no error quotes a value."""
 
