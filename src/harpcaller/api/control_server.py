@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import Any, NamedTuple, TypeAlias
 
-from harp.protocol import fields
+from harp.protocol import schema
 from harp.protocol.json_text import Envelope, JSONObject, Raw, dumps
 from harp.protocol.schema import ProtocolError, check, encode_object, member_value, required_string
 from harp_daemon import logs
@@ -69,11 +69,11 @@ class ControlServer(Server):
         connection.close()
 
     async def _run_command(self, connection: Connection, line: bytes) -> None:
-        members = fields.decode_object(line, decode_slices)
+        members = schema.decode_object(line, decode_slices)
         name = required_string(members, "command")
         check(name in _COMMANDS, f"command: expected one of {', '.join(_COMMANDS)}, got {name!r}")
         run, required, optional = _COMMANDS[name]
-        fields.reject_unknown_keys(members, ("command", *required, *optional))
+        schema.reject_unknown_keys(members, ("command", *required, *optional))
         options = {key: read(members, key) for key, read in required.items()}
         options |= {key: read(members, key) for key, read in optional.items() if key in members}
         log.debug("command", extra={"command": name, "client": connection.client})
@@ -186,7 +186,7 @@ def _flag(members: JSONObject, key: str) -> bool:
 
 def _count(members: JSONObject, key: str) -> int:
     count = member_value(members, key)
-    check(fields.is_count(count) and count > 0, f"{key}: expected a whole number of at least 1, got {count!r}")
+    check(schema.is_count(count) and count > 0, f"{key}: expected a whole number of at least 1, got {count!r}")
     return int(count)
 
 
