@@ -192,14 +192,14 @@ def _count(members: JSONObject, key: str) -> int:
 
 def _seconds(members: JSONObject, key: str) -> Any:
     seconds = member_value(members, key)
-    check(seconds == 0 or fields.is_seconds(seconds), f"{key}: expected a number of seconds, got {seconds!r}")
+    check(seconds == 0 or schema.is_seconds(seconds), f"{key}: expected a number of seconds, got {seconds!r}")
     return seconds
 
 
 def _queue(members: JSONObject, key: str) -> Raw:
     check(key in members, f"{key}: missing")
     queue = members.payload(key)
-    check(fields.is_object(queue), f"{key}: expected an object")
+    check(schema.is_object(queue), f"{key}: expected an object")
     return Raw(queue)
 
 
