@@ -22,7 +22,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import tour
-import trustme
 
 import harp
 
@@ -35,8 +34,8 @@ HARPD_CONF = """\
 network:
   address: 127.0.0.1
   port: 0
-  certfile: {directory}/server.pem
-  keyfile: {directory}/server.key
+  certfile: {directory}/localhost.pem
+  keyfile: {directory}/localhost.key
 authentication:
   module: harpd.auth.inconfig
   users:
@@ -57,11 +56,8 @@ class DemoError(Exception):
 
 def make_certificates(directory: Path) -> None:
     """Create a certificate authority, and a certificate for the loopback names of this machine."""
-    authority = trustme.CA(key_type=trustme.KeyType.ECDSA)
-    server = authority.issue_cert("localhost", "127.0.0.1", key_type=trustme.KeyType.ECDSA)
-    authority.cert_pem.write_to_path(str(directory / "ca.pem"))
-    (directory / "server.pem").write_bytes(b"".join(pem.bytes() for pem in server.cert_chain_pems))
-    server.private_key_pem.write_to_path(str(directory / "server.key"))
+    subprocess.run(["harp-cert", "ca", directory], check=True)
+    subprocess.run(["harp-cert", "host", directory, "localhost", "127.0.0.1"], check=True)
 
 
 @contextmanager

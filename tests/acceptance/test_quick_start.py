@@ -138,9 +138,9 @@ def check(quick_start: QuickStart, machines: Machines, shown: str) -> None:
     assert job["call"] == {"host": quick_start.server, "procedure": "disk_usage", "arguments": ["/"]}
     assert job["time"]["end"] is not None
 
-    dispatcher.run(quick_start.steps[CERTIFICATES - 1].commands[-1])
+    dispatcher.run(quick_start.renewal)
     copy_certificate(quick_start, machines)
-    server.run(quick_start.renewal)
+    server.run(quick_start.reload)
     renewed = dispatcher.run(f"openssl x509 -noout -serial -in {quick_start.copied.files[0][0]}")
     served = f"openssl s_client -connect {quick_start.address}:4306 < /dev/null 2>&1 | openssl x509 -noout -serial"
     wait_until(lambda: dispatcher.run(served) == renewed, 60, "the renewed certificate")

@@ -1,12 +1,16 @@
-"""A small certificate authority for the tests."""
+"""Certificates for the tests, made as users make them."""
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import trustme
+
+from harp_daemon.certificates import make_authority, make_certificate
 
 
 @dataclass(frozen=True)
@@ -19,17 +23,26 @@ class Certificates:
 
 
 @cache
-def authority() -> trustme.CA:
-    """The authority of this test run."""
-    return trustme.CA(key_type=trustme.KeyType.ECDSA)
+def _authority() -> tempfile.TemporaryDirectory[str]:
+    """The directory of the authority of this test run."""
+    directory = tempfile.TemporaryDirectory(prefix="harp-ca-", ignore_cleanup_errors=True)
+    make_authority(Path(directory.name))
+    return directory
 
 
 def server_files(directory: Path, names: tuple[str, ...] = ("localhost", "127.0.0.1")) -> Certificates:
     """Issue a server certificate for these names and addresses; write it, its key and the authority's."""
-    issued = authority().issue_cert(*names, key_type=trustme.KeyType.ECDSA)
+    for suffix in ("pem", "key"):
+        shutil.copy(Path(_authority().name, f"ca.{suffix}"), directory)
+        (directory / f"{names[0]}.{suffix}").unlink(missing_ok=True)
+    make_certificate(directory, names)
     files = Certificates(directory / "ca.pem", directory / "server.pem", directory / "server.key")
-    authority().cert_pem.write_to_path(str(files.ca_file))
-    files.certfile.write_bytes(b"".join(pem.bytes() for pem in issued.cert_chain_pems))
-    issued.private_key_pem.write_to_path(str(files.keyfile))
-    files.keyfile.chmod(0o600)
+    (directory / f"{names[0]}.pem").replace(files.certfile)
+    (directory / f"{names[0]}.key").replace(files.keyfile)
     return files
+
+
+@cache
+def authority() -> trustme.CA:
+    """Another authority of this test run, in memory."""
+    return trustme.CA(key_type=trustme.KeyType.ECDSA)

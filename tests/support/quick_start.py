@@ -37,7 +37,8 @@ class QuickStart:
     Attributes:
         server: the name of the machine that runs harpd.
         address: its address.
-        renewal: the command that the server needs after its certificate was renewed.
+        renewal: the command that renews the certificate.
+        reload: the command that the server needs after its certificate was renewed.
         steps: all steps, in order.
         copied: the files that are copied by hand after step 2.
     """
@@ -45,6 +46,7 @@ class QuickStart:
     server: str
     address: str
     renewal: str
+    reload: str
     steps: tuple[Step, ...]
     copied: CopiedFiles
 
@@ -58,7 +60,7 @@ def read_quick_start(text: str) -> QuickStart:
     assert server is not None, "the quick start does not name the server and its address"
     copied = _COPY.search(" ".join(body.split()))
     assert copied is not None, "the quick start does not tell which files to copy"
-    renewal = re.search(r"repeat the last command, copy the new `\S+`, and `(.+?)`", " ".join(body.split()))
+    renewal = re.search(r"run `(.+?)`, copy the new `\S+`, and `(.+?)`", " ".join(body.split()))
     assert renewal is not None, "the quick start does not tell how to renew the certificate"
     source1, source2, target, target1, target2, mode = copied.groups()
     begins = list(_STEP.finditer(body))
@@ -69,7 +71,7 @@ def read_quick_start(text: str) -> QuickStart:
         machines = ("dispatcher", server[1]) if begin[1] else (begin[2],)
         steps.append(Step(machines, _commands(body[begin.end() : end])))
     files = CopiedFiles(target, ((source1, target1), (source2, target2)), mode)
-    return QuickStart(server[1], server[2], renewal[1], tuple(steps), files)
+    return QuickStart(server[1], server[2], renewal[1], renewal[2], tuple(steps), files)
 
 
 def _commands(text: str) -> tuple[str, ...]:
