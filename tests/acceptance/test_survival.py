@@ -31,6 +31,8 @@ from support.system import System
 
 DEADLINE = 60.0
 
+pytestmark = pytest.mark.timeout(600)  # a hundred calls take long on a busy machine
+
 OWN = """
 import os, time
 from harpd.proc import Result, streaming_procedure
