@@ -1,4 +1,4 @@
-"""The details of a job, and one sentence that explains its state. Nothing here does input or output.
+"""The details of a job, and one sentence that explains its state. It does no input or output.
 
 Spec: docs/protocol.md, Details.
 """
@@ -67,14 +67,14 @@ def _phases(job: Job, metadata: JobMetadata, own: Mapping[str, float]) -> Envelo
     `store` of a job that got its slot in the same commit.
     """
     call, exit_info = (_object(column) for column in (metadata.call, metadata.exit_info))
-    began, ended = (_seconds(exit_info, key) for key in ("started", "ended"))
+    started, ended = (_seconds(exit_info, key) for key in ("started", "ended"))
     fork = _seconds(exit_info, "fork")
     phases = Envelope(
         wait=_between(job.submitted, job.started),
         connect=_seconds(call, "connect_seconds"),
         authenticate=_seconds(exit_info, "authentication"),
         fork=fork,
-        run=None if fork is None or began is None else _between(began + fork, ended),
+        run=None if fork is None or started is None else _between(started + fork, ended),
     )
     measured = sum(seconds for name, seconds in phases.items() if name != "wait" and seconds is not None)
     total = _between(job.started, job.ended)
@@ -131,8 +131,8 @@ def _why_queued(job: Job, waiting: QueuePosition | None, context: ExplainContext
         queue = job.queue.decode("utf-8", "replace") if job.queue is not None else "null"
         return f"queue {queue} is full ({holders}), {position}"
     if waiting.slots_held_on_host >= context.config.max_calls_per_host:
-        held = f"{waiting.slots_held_on_host} of {context.config.max_calls_per_host} calls"
-        return f"host {job.host} is full ({held}), {position}"
+        calls = f"{waiting.slots_held_on_host} of {context.config.max_calls_per_host} calls"
+        return f"host {job.host} is full ({calls}), {position}"
     if not context.registry_loaded:
         return "the hosts registry is not loaded yet"
     if context.store_failing:

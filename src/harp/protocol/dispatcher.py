@@ -1,6 +1,6 @@
-"""The requests of clients to a dispatcher and its replies, as values and as lines; which request has which replies.
+"""The requests of clients to a dispatcher, its replies, and the table of the replies to each request.
 
-Sans-IO: nothing here touches a socket. Each message is a frozen value that is validated when it is created. Any bytes
+Sans-IO: this module uses no socket. Each message is a frozen value that is validated when it is created. Any bytes
 give a message or a `ProtocolError`.
 
 Additions to version 1 are opt-in: a request is a `SubmitMany`, or has ``wait`` (of a cancel), ``timed`` or
@@ -44,7 +44,7 @@ from harp.protocol.schema import (
 )
 
 VERSION = 1
-#: Maximum number of calls in a `SubmitMany`: one transaction of the dispatcher, for which others wait.
+#: Maximum number of calls in a `SubmitMany`: one transaction of the dispatcher. Other writes wait for it.
 MAX_CALLS = 10_000
 #: Maximum length in bytes of a request line that a dispatcher accepts, unless it is configured otherwise.
 MAX_LINE = 16 * 1024 * 1024
@@ -101,7 +101,7 @@ def _encode_calls(calls: Sequence[Call | Raw]) -> Raw:
     return Raw(b"[" + b",".join([call if isinstance(call, Raw) else encode_object(call) for call in calls]) + b"]")
 
 
-#: More bytes than a request of many calls has beside them.
+#: An upper bound for the bytes of a `SubmitMany` around its calls.
 _ENVELOPE_BYTES = 100
 
 
@@ -126,7 +126,7 @@ def submit_in_parts(calls: Sequence[Call]) -> Iterator[SubmitMany]:
 
 
 class Cancel(WireObject):
-    """Cancel a job; with `wait`, the reply comes when the stop of its processes has succeeded or failed."""
+    """Cancel a job; with `wait`, the dispatcher replies when the stop of its processes has succeeded or failed."""
 
     job: Annotated[str, "cancel"]
     wait: bool = False
@@ -192,7 +192,7 @@ _REQUESTS: Mapping[str, type[Request]] = {
 
 
 def encode_request(request: Request, keep_alive: bool = False) -> bytes:
-    """Return the request's line; `keep_alive`: the connection is to wait for another request. Raises `NotJSON`."""
+    """Return the request's line; `keep_alive` requests that the connection stays open. Raises `NotJSON`."""
     return b'{"harpcaller":1,%b%b}\n' % (encode_members(request), b',"keep_alive":true' if keep_alive else b"")
 
 
@@ -210,7 +210,7 @@ def decode_request(line: bytes, decoder: Decoder = decode_values) -> tuple[Reque
 
 # Replies.
 
-#: Maximum time: larger integers may have no float.
+#: Maximum Unix time: a larger integer may not be representable as a float.
 _MAX_TIME = 2**53
 
 
@@ -317,16 +317,16 @@ MAY_FOLLOW: Mapping[type, frozenset[type]] = {
 
 
 def encode_reply(reply: Reply, keep_alive: float | None = None) -> bytes:
-    """Return the reply's line; `keep_alive` is for how many seconds the connection then waits, None: it is closed."""
+    """Return the line of a reply. `keep_alive`: seconds for which the connection stays open; None: it is closed."""
     if isinstance(reply, Packet):
         return encode_packets(reply.number, [dumps(reply.data)], None if reply.time is None else [reply.time])
     version = b'"harpcaller":1,' if isinstance(reply, (Submitted, SubmittedMany)) else b""
-    kept = b"" if keep_alive is None else b',"keep_alive":' + dumps(keep_alive)
-    return b"{%b%b%b}\n" % (version, encode_members(reply), kept)
+    granted = b"" if keep_alive is None else b',"keep_alive":' + dumps(keep_alive)
+    return b"{%b%b%b}\n" % (version, encode_members(reply), granted)
 
 
 def encode_packets(first: int, values: Sequence[Raw], times: Sequence[float] | None = None) -> bytes:
-    """Return the lines of consecutive packets from the number `first` on; fast, because there may be many."""
+    """Return the lines of consecutive packets from the number `first` on. Optimised: a stream may have millions."""
     if times is None:
         return b"".join([b'{"packet":%d,"data":%b}\n' % numbered for numbered in enumerate(values, first)])
     packets = zip(count(first), map(dumps, times), values, strict=False)

@@ -4,7 +4,7 @@ A connection has phases, each with its own deadline:
 
     handshake -> request line -> authentication -> call -> close; with keep-alive: -> next request line
 
-It is driven by data of the client, lines of the supervisor, and timers. On the usual path nothing waits in a task: the
+It is driven by data of the client, lines of the supervisor, and timers. On the usual path there is no task: the
 link to the supervisor is open, and the password is in the cache. A client that is silent, slow or sends invalid data
 costs only its own connection and one log line. The owner id and the secret in a request for a resumable call are sent
 to the supervisor and never logged.
@@ -305,7 +305,7 @@ class Connection(asyncio.Protocol):
         if len(self._early) > _MAX_EARLY_BYTES:
             self.pause_reading()
 
-    def _take_early(self) -> bytes:
+    def _pop_early(self) -> bytes:
         early, self._early = self._early, b""
         if early:
             self.resume_reading()
@@ -360,7 +360,7 @@ class Connection(asyncio.Protocol):
         self._call = call
         self._receive = call.on_client_data
         if self._early:
-            call.on_client_data(self._take_early())
+            call.on_client_data(self._pop_early())
 
     def restart(self, call: Call) -> bool:
         if self._context.links.is_active(call.link):
@@ -410,8 +410,7 @@ class Connection(asyncio.Protocol):
             self._fail()
 
     async def _handle_long_line(self, line: bytes) -> None:
-        async with asyncio.timeout(self.limits.request_timeout):
-            request = await decode_in_thread(partial(messages.decode_request, decoder=decode_slices), line)
+        request = await decode_in_thread(partial(messages.decode_request, decoder=decode_slices), line)
         if self._admit(request):
             await self._handle_request(request, shared_link=False)
 
@@ -441,7 +440,7 @@ class Connection(asyncio.Protocol):
         keep_alive = self.limits.keep_alive_timeout if request.keep_alive else None
         self.write(encode_message(replace(calls, keep_alive=keep_alive)))
         if request.keep_alive:
-            self.next_request(self._take_early())
+            self.next_request(self._pop_early())
         else:
             self.end()
 

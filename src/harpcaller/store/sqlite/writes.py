@@ -1,6 +1,6 @@
 """The verbs that write, on the writing connection, within a transaction of the writer.
 
-Theory of operation. A verb decides in memory (`active`) and reads nothing back. New jobs and ends are collected, and
+Theory of operation. A verb decides in memory (`active`), without reading rows. New jobs and ends are collected, and
 inserted together when the transaction is complete (`Writes.flush`): a job that a claim of the same transaction starts
 is inserted as a running one, once. A verb that needs rows from the file flushes first. Writes are guarded: if the file
 differs from the memory, they change nothing and the transaction fails. After a rollback the writer calls
