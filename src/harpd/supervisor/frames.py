@@ -30,8 +30,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-#: The version of this format. Frontend and supervisor of two versions reject each other.
-VERSION = 1
+#: The version of this format, windows included. Frontend and supervisor of two versions reject each other.
+VERSION = 2
 PREFACE = b'{"link":%d}\n' % VERSION
 
 START, ATTACH, COMMANDS, HANG_UP, CREDIT, LINES, END, ERROR, CLOSED = range(1, 10)
