@@ -14,10 +14,11 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from msgspec.structs import replace
 
 from harpcaller import cli
 from harpcaller.model.jobs import NewJob, Records
