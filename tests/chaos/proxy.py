@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import random
 import socket
 import struct
@@ -17,6 +18,8 @@ _CHUNK = 1 << 16
 _DRIP_BYTES, _DRIP_PAUSE = 64, 0.02
 #: Maximum bytes before a reset; a TLS handshake and a request have several thousand.
 _RESET_AFTER = 6000
+#: Ports that the system gives to no program that does not ask for them.
+_PORTS = (20000, 32000)
 #: A value of SO_LINGER with which a close sends a reset.
 _ABORTIVE = struct.pack("ii", 1, 0)
 
@@ -34,11 +37,22 @@ class Mode(StrEnum):
 
 
 def reserve_port() -> socket.socket:
-    """Reserve a free port of 127.0.0.1 until the socket is closed; a program may listen on it meanwhile."""
-    reservation = socket.socket()
-    reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    reservation.bind(("127.0.0.1", 0))
-    return reservation
+    """Reserve a free port of 127.0.0.1 until the socket is closed; a program may listen on it meanwhile.
+
+    The port is below the range from which the system chooses, so that no other program gets it by chance while nobody
+    listens on it. SO_REUSEADDR is set after the bind: a port that another run has reserved is then in use here.
+    """
+    while True:
+        reservation = socket.socket()
+        try:
+            reservation.bind(("127.0.0.1", random.SystemRandom().randrange(*_PORTS)))
+        except OSError as error:
+            reservation.close()
+            if error.errno != errno.EADDRINUSE:
+                raise
+        else:
+            reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            return reservation
 
 
 class Proxy:
