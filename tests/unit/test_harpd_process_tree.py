@@ -16,8 +16,10 @@ import pytest
 from harpd.processes.cgroup import Cgroup
 from harpd.processes.cookie import cookie_for
 from harpd.processes.process_tree import (
+    STEP_PROCESSES,
     CallTree,
     Process,
+    Scan,
     Snapshot,
     kill_group,
     send_signal,
@@ -277,6 +279,22 @@ def test_snapshot_skips_cookie_of_uninterruptible_process(tmp_path: Path) -> Non
         assert not take_snapshot()[child.pid].cookies
         os.close(os.open(tmp_path / "pipe", os.O_WRONLY))
         assert child.wait() == 0
+
+
+def test_scan_reads_few_processes_in_each_step(sleeper: subprocess.Popen[bytes]) -> None:
+    scan, before, steps = Scan(), 0, 1
+    while not scan.step():
+        assert len(scan.snapshot) - before <= STEP_PROCESSES
+        before, steps = len(scan.snapshot), steps + 1
+    assert sleeper.pid in scan.snapshot
+    assert steps >= len(scan.snapshot) // STEP_PROCESSES
+
+
+def test_scan_reads_no_cookie_of_older_process(sleeper: subprocess.Popen[bytes]) -> None:
+    started = start_time(sleeper.pid)
+    found = [take_snapshot(since)[sleeper.pid] for since in (started, started + 1)]
+    assert [bool(process.cookies) for process in found] == [True, False]
+    assert found[0].identity == found[1].identity
 
 
 @pytest.fixture

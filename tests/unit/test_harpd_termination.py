@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import math
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from harpd.processes.process_tree import CallTree, Process, Snapshot
+from harpd.processes.process_tree import STEP_PROCESSES, CallTree, Process, Snapshot
 from harpd.supervisor import termination
+from harpd.supervisor.call import CallContext
 from harpd.supervisor.event_loop import EventLoop
 from harpd.supervisor.termination import TerminationSequence
 
@@ -28,11 +32,14 @@ def run_sequence(
     def on_survived() -> None:
         survivor_reports.append(sequence.stop_report())
 
+    def scan(time: float, receive: Callable[[Snapshot], None]) -> None:
+        loop.call_later(0, lambda: receive(take_snapshot(time)))
+
     sequence = TerminationSequence(
         loop,
         CallTree(MAIN, 50, b"HARPD_CALL=a"),
         0.01,
-        take_snapshot,
+        scan,
         lambda processes, tree: has_possible_escapes(),
         on_survived,
         loop.stop,
@@ -88,3 +95,36 @@ def test_termination_of_fast_forker_reports_survivor(monkeypatch: pytest.MonkeyP
     assert [len(one["survivors"]) for one in survivor_reports] == [1]
     assert not survivor_reports[0]["complete"]
     assert (report["survivors"], report["complete"]) == ([], True)
+
+
+def test_snapshot_for_many_calls_lets_others_have_turns(tmp_path: Path) -> None:
+    """A scan takes several turns of the loop; then each turn passes the snapshot to one call."""
+    loop = EventLoop()
+    settings = {"spool_memory": 1, "runtime_directory": str(tmp_path), "cgroup": ""}
+    context = CallContext(loop, "instance", settings)
+    turns = 0
+    received: list[tuple[int, Snapshot]] = []
+
+    def count_turns() -> None:
+        nonlocal turns
+        turns += 1
+        loop.call_later(0, count_turns)
+
+    def receive(snapshot: Snapshot) -> None:
+        received.append((turns, snapshot))
+        if len(received) == 4:
+            loop.stop()
+
+    began = time.monotonic()
+    for _ in range(3):
+        context.take_snapshot(began, receive)
+    loop.call_later(0, lambda: context.take_snapshot(time.monotonic(), receive))  # the first scan is too old for it
+    count_turns()
+    loop.run()
+    context.state_files.close()
+    first, second = received[0][1], received[3][1]
+    assert [snapshot is first for _, snapshot in received] == [True, True, True, False]
+    assert began <= first.began < second.began
+    at = [turn for turn, _ in received]
+    assert at[0] >= math.floor(len(first) / STEP_PROCESSES) - 1
+    assert len(set(at)) == 4

@@ -15,13 +15,17 @@ now. Only processes that live for a fraction of a millisecond prevent a complete
 
 After the highest pid the kernel begins again with low ones, which a list may have passed. So no such wrap may happen
 during the last list. It counts from the list before: a pid is assigned a little earlier than its process is listed.
+
+A host may have thousands of processes, so a snapshot is taken in steps (`Scan`): an event loop does other work between
+them. That changes nothing above: a slow scan lists /proc once more.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Container, Iterable, Mapping
+import time
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -30,6 +34,8 @@ from harpd.processes.cookie import find_cookies
 
 #: How often /proc is listed before a snapshot stays incomplete.
 _MAX_LISTS = 8
+#: The most processes that one step of a scan reads: about half a millisecond.
+STEP_PROCESSES = 10
 #: An upper bound of the length of a stat line.
 _MAX_STAT_BYTES = 4096
 #: Flags of the kernel (PF_EXITING, PF_KTHREAD).
@@ -65,8 +71,10 @@ class Process:
 class Snapshot(dict[int, Process]):
     """Processes by pid."""
 
-    #: Whether it has every process that lived at some time after the call of `take_snapshot`; see above.
+    #: Whether it has every process that lived at some time after its begin; see above.
     complete = True
+    #: The monotonic time at which it was begun.
+    began = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,24 +143,53 @@ class CallTree:
         )
 
 
-def take_snapshot() -> Snapshot:
-    """Return all processes at one time from now on."""
-    processes = Snapshot()
-    ascending, last_pid = False, _last_pid()
-    for _ in range(_MAX_LISTS):
-        new = {int(name) for name in os.listdir("/proc") if name.isdecimal()} - processes.keys()
-        was_ascending, before, last_pid = ascending, last_pid, _last_pid()
-        ascending = before <= last_pid
-        new_alive = [_add(pid, processes) for pid in new]
-        # A dead process has no children: a process with a dead parent was read before it got another parent, and is
-        # read again. If its parent is the same, that one is not visible from here.
-        alive = {0, *(process.pid for process in processes.values() if process.alive)}
-        orphans = [process for process in processes.values() if process.alive and process.parent not in alive]
-        same_parent = [_add(p.pid, processes) and processes[p.pid].parent == p.parent for p in orphans]
-        processes.complete = was_ascending and ascending and all(new_alive) and all(same_parent)
-        if processes.complete:
-            break
-    return processes
+class Scan:
+    """A scan of all processes, in steps.
+
+    The environment cookies of processes that started before `since`, in clock ticks since boot, are not read: they do
+    not belong to a call that started then or later.
+    """
+
+    def __init__(self, since: float = 0) -> None:
+        self.snapshot = Snapshot()
+        self.snapshot.began = time.monotonic()
+        self._since = since
+        self._steps = self._scan()
+
+    def step(self) -> bool:
+        """Read at most `STEP_PROCESSES` further processes; return whether the snapshot is finished."""
+        return next(self._steps, True) is True
+
+    def _scan(self) -> Iterator[None]:
+        processes, since = self.snapshot, self._since
+        ascending, last_pid = False, _last_pid()
+        for _ in range(_MAX_LISTS):
+            new = {int(name) for name in os.listdir("/proc") if name.isdecimal()} - processes.keys()
+            was_ascending, before, last_pid = ascending, last_pid, _last_pid()
+            ascending = before <= last_pid
+            new_alive = True
+            for number, pid in enumerate(new):
+                if number and number % STEP_PROCESSES == 0:
+                    yield
+                new_alive &= _add(pid, processes, since)
+            # A dead process has no children: a process with a dead parent was read before it got another parent, and is
+            # read again. If its parent is the same, that one is not visible from here.
+            alive = {0, *(process.pid for process in processes.values() if process.alive)}
+            orphans = [process for process in processes.values() if process.alive and process.parent not in alive]
+            same_parent = [_add(p.pid, processes, since) and processes[p.pid].parent == p.parent for p in orphans]
+            processes.complete = was_ascending and ascending and new_alive and all(same_parent)
+            if processes.complete:
+                break
+            if len(new) >= STEP_PROCESSES:
+                yield
+
+
+def take_snapshot(since: float = 0) -> Snapshot:
+    """Return all processes at one time from now on. `since`: see `Scan`."""
+    scan = Scan(since)
+    while not scan.step():
+        pass
+    return scan.snapshot
 
 
 def _last_pid() -> int:
@@ -161,8 +198,8 @@ def _last_pid() -> int:
         return int(file.read().split()[4])
 
 
-def _add(pid: int, processes: dict[int, Process]) -> bool:
-    """Read a process into `processes`; return whether it lives, or may not be read."""
+def _add(pid: int, processes: dict[int, Process], since: float) -> bool:
+    """Read a process into `processes`; return whether it lives, or may not be read. `since`: see `Scan`."""
     try:
         process = _read(pid)
     except PermissionError:
@@ -170,7 +207,7 @@ def _add(pid: int, processes: dict[int, Process]) -> bool:
     if process is None:
         processes.pop(pid, None)
         return False
-    cookies = _read_cookies(process)
+    cookies = _read_cookies(process) if process.start >= since else frozenset()
     processes[pid] = replace(process, cookies=cookies) if cookies else process
     return process.alive and cookies is not None
 

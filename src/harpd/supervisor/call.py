@@ -21,6 +21,7 @@ receives exit info, and the stop report of a stopped call.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import time
@@ -37,7 +38,7 @@ from harp.protocol.harpd import encode_message
 from harp.protocol.json_text import InvalidJSON, Raw, dumps, loads
 from harpd.processes.cgroup import create_cgroup, delegated_cgroup
 from harpd.processes.cookie import cookie_for
-from harpd.processes.process_tree import CallTree, Snapshot, send_signal, take_snapshot
+from harpd.processes.process_tree import CallTree, Scan, Snapshot, send_signal
 from harpd.supervisor.event_loop import READ, WRITE, EventLoop, Timer
 from harpd.supervisor.spool import GUARANTEED_BYTES, SpoolQuota
 from harpd.supervisor.state_files import StateFiles
@@ -59,6 +60,8 @@ _MAX_LINE_BYTES = 64 * 1024 * 1024
 _MAX_SHOWN_BYTES = 60
 #: Seconds for which a snapshot of all processes can be shared.
 _SNAPSHOT_MAX_AGE = 0.02
+#: Seconds after which a scan that has failed is repeated.
+_SCAN_RETRY = 0.5
 #: How many cookies of ended calls are stored.
 _MAX_RECENT_COOKIES = 1000
 
@@ -130,7 +133,9 @@ class CallContext:
         self.quota = SpoolQuota(settings["spool_memory"])
         self.state_files = StateFiles(Path(settings["runtime_directory"]), instance)
         self.cgroup_directory = settings["cgroup"] or delegated_cgroup()
-        self._snapshot_at, self._snapshot = 0.0, Snapshot()
+        self._snapshot = Snapshot()  # the last one
+        self._scan: Scan | None = None  # of the next one, until all calls that wait for it have it
+        self._waiting: list[tuple[float, Callable[[Snapshot], None]]] = []
         # Cookies of ended calls: they may have started services that still run.
         self._recent_cookies = deque[bytes](maxlen=_MAX_RECENT_COOKIES)
 
@@ -139,12 +144,48 @@ class CallContext:
         del self.calls[call.id]
         self._recent_cookies.append(cookie_for(call.id))
 
-    def take_snapshot(self, at: float) -> Snapshot:
-        """Return all processes at this monotonic time or later, at most 0.02 s old: many calls share a snapshot."""
-        if self._snapshot_at < max(at, time.monotonic() - _SNAPSHOT_MAX_AGE):
-            self._snapshot_at = time.monotonic()
-            self._snapshot = take_snapshot()
-        return self._snapshot
+    def take_snapshot(self, at: float, receive: Callable[[Snapshot], None]) -> None:
+        """Pass all processes at this monotonic time or later, at most 0.02 s before now, to a function.
+
+        Many calls share a snapshot. It is taken in steps, one in each turn of the loop.
+        """
+        at = max(at, time.monotonic() - _SNAPSHOT_MAX_AGE)
+        if self._snapshot.began >= at:
+            receive(self._snapshot)
+            return
+        self._waiting.append((at, receive))
+        if self._scan is None:
+            self._begin_scan()
+
+    def _begin_scan(self) -> None:
+        self._scan = Scan(min((call.start_ticks for call in self.calls.values()), default=0))
+        self.loop.call_later(0, self._continue_scan)
+
+    def _continue_scan(self) -> None:
+        assert self._scan is not None
+        try:
+            finished = self._scan.step()
+        except OSError as error:  # for example, no descriptor is free
+            log.error("cannot read processes; retrying", extra={"reason": str(error)})
+            self.loop.call_later(_SCAN_RETRY, self._begin_scan)
+            return
+        if not finished:
+            self.loop.call_later(0, self._continue_scan)
+            return
+        self._snapshot = self._scan.snapshot
+        self._deliver_snapshot()
+
+    def _deliver_snapshot(self) -> None:
+        """Pass the snapshot to one call in each turn of the loop; then begin the next scan if it is needed."""
+        for number, (at, receive) in enumerate(self._waiting):
+            if self._snapshot.began >= at:
+                self.loop.call_later(0, self._deliver_snapshot)
+                del self._waiting[number]
+                receive(self._snapshot)
+                return
+        self._scan = None
+        if self._waiting:
+            self._begin_scan()
 
     def has_possible_escapes(self, zygote: ZygoteClient, processes: Snapshot, tree: CallTree) -> bool:
         """Return whether an unknown process may belong to a call whose worker has ended."""
@@ -233,6 +274,11 @@ class Call:
             pass
         except OSError:
             self._unsent = memoryview(b"")
+
+    @property
+    def start_ticks(self) -> float:
+        """The start time of the main process in clock ticks since boot; infinite: it does not exist yet."""
+        return math.inf if self._tree is None else self._tree.start
 
     # The worker's output.
 

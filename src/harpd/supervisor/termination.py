@@ -10,8 +10,9 @@ The call is gone if none of its processes is in a snapshot from after the main p
 no process can have escaped. A possible escape leads to further scans, then to an incomplete stop report. If a process
 survives SIGKILL for `kill_grace` seconds, that is reported once, and the scans continue.
 
-A scan costs some milliseconds. Steps begin in the next turn of the event loop, so that all calls that are stopped in
-this turn share a snapshot. Each step first schedules the next one, so that the sequence continues if the step fails.
+A scan may take many milliseconds, so it is done in steps, between which the event loop does other work, and all calls
+that are stopped at about the same time share it. Each step of the sequence requests a scan. When it receives the
+snapshot, it first schedules the next step, so that the sequence continues if the step fails.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class TerminationSequence:
         loop: EventLoop,
         tree: CallTree,
         kill_grace: float,
-        take_snapshot: Callable[[float], Snapshot],
+        take_snapshot: Callable[[float, Callable[[Snapshot], None]], None],
         has_possible_escapes: Callable[[Snapshot, CallTree], bool],
         on_survived: Callable[[], None],
         on_gone: Callable[[], None],
@@ -63,6 +64,7 @@ class TerminationSequence:
         self._on_survived = on_survived
         self._on_gone = on_gone
         self._step: Timer | None = None
+        self._step_number = 0
         self._check: Timer | None = None
         self._survivor_check: Timer | None = None
         self._report = StopReport(self._main)
@@ -93,8 +95,6 @@ class TerminationSequence:
 
     def kill(self) -> None:
         """Continue at once with the last step, without another halt."""
-        if self._step is not None:
-            self._step.cancel()
         self._halts = _MAX_HALTS
         self._kill()
 
@@ -103,20 +103,28 @@ class TerminationSequence:
         return self._report.to_json(self._main_ended, self._complete, self._began, self._ended)
 
     def _interrupt(self) -> None:
-        self._step = self._loop.call_later(self._kill_grace, self._terminate)
-        self._scan()  # processes that are found now stay known when the main process ends
-        self._send(signal.SIGXCPU, self._main)
+        def interrupt() -> None:  # processes that are found now stay known when the main process ends
+            self._step = self._loop.call_later(self._kill_grace, self._terminate)
+            self._send(signal.SIGXCPU, self._main)
+
+        self._begin_step(interrupt)
 
     def _terminate(self) -> None:
-        self._step = self._loop.call_later(self._kill_grace, self._kill)
-        self._interval = _FIRST_INTERVAL
-        for identity in self._scan():
-            self._send(signal.SIGTERM, identity)
+        def terminate() -> None:
+            self._step = self._loop.call_later(self._kill_grace, self._kill)
+            self._interval = _FIRST_INTERVAL
+            for identity in self._report.remaining:
+                self._send(signal.SIGTERM, identity)
+
+        self._begin_step(terminate)
 
     def _kill(self) -> None:
         """Halt the remaining processes, then kill them; repeat until all are gone."""
+        self._begin_step(self._halt_and_kill)
+
+    def _halt_and_kill(self) -> None:
         self._step = self._loop.call_later(self._next_interval(), self._kill)
-        members = self._scan()
+        members = self._report.remaining
         new = members.keys() - self._stopped_processes
         if new and self._halts < _MAX_HALTS:
             for identity in new:
@@ -154,14 +162,31 @@ class TerminationSequence:
         if send_signal(number, identity):
             self._report.record_signal(number, identity)
 
-    def _scan(self) -> Mapping[tuple[int, int], Process]:
-        """Record the remaining processes of a snapshot; return them by identity."""
-        now = time.monotonic()
-        late = self._scanned_at is not None and now - self._scanned_at > _SESSION_TRUST
-        self._scanned_at = now
-        self._snapshot = self._take_snapshot(self._changed_at)
-        self._report.record(self._tree.members(self._snapshot, self._report.remaining, late))
-        return self._report.remaining
+    def _begin_step(self, step: Callable[[], None]) -> None:
+        """Scan, then run a step; a later step replaces one that waits."""
+        if self._step is not None:
+            self._step.cancel()
+        self._step_number = number = self._step_number + 1
+        self._scan(lambda: step() if number == self._step_number else None)
+
+    def _scan(self, then: Callable[[], None]) -> None:
+        """Take a snapshot of the present state, record the remaining processes, then call a function."""
+        requested_for = self._changed_at
+
+        def on_snapshot(snapshot: Snapshot) -> None:
+            if self._ended is not None:
+                return
+            if self._changed_at > requested_for:  # signals were sent meanwhile, or the main process has ended
+                self._scan(then)
+                return
+            now = time.monotonic()
+            late = self._scanned_at is not None and now - self._scanned_at > _SESSION_TRUST
+            self._scanned_at = now
+            self._snapshot = snapshot
+            self._report.record(self._tree.members(snapshot, self._report.remaining, late))
+            then()
+
+        self._take_snapshot(requested_for, on_snapshot)
 
     def _is_empty(self) -> bool:
         cgroup = self._tree.cgroup
@@ -177,19 +202,23 @@ class TerminationSequence:
         return self._complete or self._escape_scans > _MAX_ESCAPE_SCANS
 
     def _scan_until_gone(self) -> None:
+        self._scan(self._check_gone)
+
+    def _check_gone(self) -> None:
         self._check = self._loop.call_later(self._next_interval(), self._scan_until_gone)
-        self._scan()
         if self._is_gone():
             self._finish()
         elif self._escape_scans:
             self._changed_at = time.monotonic()
             self._check.cancel()
             self._check = self._loop.call_later(_ESCAPE_SCAN_INTERVAL, self._scan_until_gone)
-        elif self._step is None:
+        elif self._step is None and not self._step_number:
             self._terminate()
 
     def _report_survivors(self) -> None:
-        self._scan()
+        self._scan(self._check_survivors)
+
+    def _check_survivors(self) -> None:
         if self._is_empty():  # gone, which the next step reports; or they fork so fast that this scan missed them
             self._survivor_check = self._loop.call_later(_MAX_INTERVAL, self._report_survivors)
         else:
