@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from harp.direct import HarpProcedure, HarpServer, HarpStreamIterator
     from harp.errors import CancelledException, CommunicationError, HarpException, RemoteError, RemoteException
 
+__version__ = "1.0.0.dev0"  #: The version of the distribution `harpcaller`.
+
 __all__ = [
     "CALL_CANCELLED",
     "CALL_NOT_FINISHED",

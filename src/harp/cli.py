@@ -9,9 +9,10 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
-from typing import Any
+from io import TextIOWrapper
+from typing import Any, TextIO
 
-from harp import client, direct
+from harp import __version__, client, direct
 from harp._core.values import CALL_NOT_FINISHED, Result
 from harp.errors import CancelledException, CommunicationError, HarpException, RemoteError, RemoteException
 from harp.protocol.json_text import InvalidJSON, loads
@@ -67,21 +68,40 @@ _EXITS = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
     sys.setrecursionlimit(10_000)  # values may be nested as deeply as the protocol allows
-    options = _parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names may have any characters
     try:
-        return Exit(options.run(options))
+        try:
+            options = _parse_arguments(sys.argv[1:] if arguments is None else arguments)
+            return Exit(options.run(options))
+        finally:
+            if sys.stdout is not None:  # None: it is closed
+                sys.stdout.flush()  # also the output of --help and --version
     except HarpException as error:
         data = getattr(error, "data", None)
-        print(f"harp: {error}" if data is None else f"harp: {error} {json.dumps(data)}", file=sys.stderr)
+        _report(f"{error}" if data is None else f"{error} {json.dumps(data)}")
         return next(code for kind, code in _EXITS if isinstance(error, kind))
     except KeyboardInterrupt:
         return Exit.INTERRUPTED
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more is written at the exit
+        _discard(sys.stdout)
         if isinstance(error, BrokenPipeError):  # the reader of our output has closed it
             return Exit.OK
-        print(f"harp: cannot write the output: {error.strerror}", file=sys.stderr)
+        _report(f"cannot write the output: {error.strerror}")
         return Exit.NOT_WRITTEN
+
+
+def _report(message: str) -> None:
+    """Print a message on stderr. If this fails, the exit code still has its meaning."""
+    try:
+        print(f"harp: {message}", file=sys.stderr)
+    except OSError:
+        _discard(sys.stderr)
+
+
+def _discard(stream: TextIO) -> None:
+    """Discard what a stream has not written; otherwise Python tries again at the exit, with an exit code of its own."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _print_value(value: Any) -> Exit:
@@ -99,10 +119,15 @@ def _print_all(values: Iterable[Any]) -> Exit:
 # The commands: each prints its output and returns the exit code.
 
 
+class _Caller(client.HarpCaller):
+    def _on_outage(self, error: HarpException) -> None:
+        _report(f"{error}; reconnecting")
+
+
 def _dispatcher(options: Namespace) -> client.HarpCaller:
     if options.dispatcher is None:
         raise HarpException("no dispatcher: use --dispatcher HOST[:PORT] or set HARP_DISPATCHER")
-    return client.HarpCaller(**options.dispatcher, reconnect=options.reconnect, keep_alive=False)
+    return _Caller(**options.dispatcher, reconnect=options.reconnect, keep_alive=False)
 
 
 def _job(options: Namespace) -> client.RemoteCall:
@@ -122,7 +147,7 @@ def _call(options: Namespace) -> Exit:
             _print_all(job.follow(since=0))
         return _print_value(job.get())
     except KeyboardInterrupt:
-        print(f"harp: job {job.id()} continues; see harp result, follow and cancel", file=sys.stderr)
+        _report(f"job {job.id()} continues; see harp result, follow and cancel")
         raise
 
 
@@ -275,6 +300,7 @@ def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="harp", description=__doc__, epilog=_EPILOG, formatter_class=form)
     parser.add_argument("--dispatcher", default=os.environ.get("HARP_DISPATCHER") or None, **_ARGUMENTS["--dispatcher"])
     parser.add_argument("--reconnect", default=300.0, **_ARGUMENTS["--reconnect"])
+    parser.add_argument("--version", action="version", version=f"harp {__version__}", help="print the version")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, run, help, arguments in _COMMANDS:
         subparser = subparsers.add_parser(name, help=help, description=help, epilog=_EPILOG, formatter_class=form)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import harp as harp_package
 from harp.cli import Exit
 from support.certificates import server_files
 from support.deadline import wait_until
@@ -136,6 +137,7 @@ CASES: list[tuple[str, list[Script], str, Exit]] = [
     ),
     (f"details {JOB}", [answering({"details": DETAILS})], json.dumps(DETAILS) + "\n", Exit.OK),
     (f"why {JOB}", [answering({"details": DETAILS})], "it waits\n", Exit.OK),
+    (f"why {JOB}", [answering({"details": {**DETAILS, "why": "\ud800 waits"}})], "\\ud800 waits\n", Exit.OK),
     (f"why {JOB}", [answering()], "", Exit.UNREACHABLE),
     (
         f"cancel --wait {JOB}",
@@ -192,8 +194,9 @@ def test_command_prints_output_and_exits(line: str, scripts: list[Script], outpu
         done = harp(*line.split(), HARP_DISPATCHER=f"{peer.host}:{peer.port}")
     assert (done.stdout, done.returncode) == (output, code), done.stderr
     has_error = code not in (Exit.OK, Exit.NOT_FINISHED) and output != "false\n"
-    assert bool(done.stderr) == has_error
     assert "Traceback" not in done.stderr
+    reports = [line for line in done.stderr.splitlines() if not line.endswith("; reconnecting")]
+    assert bool(reports) == has_error
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -268,6 +271,53 @@ def test_output_to_full_device_has_its_exit_code(line: list[str]) -> None:
         "harp: cannot write the output: No space left on device\n",
         Exit.NOT_WRITTEN,
     )
+
+
+def shell(command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of the shell, in which harp is the program."""
+    environment = {**os.environ, "PYTHON": sys.executable, "PROGRAM": PROGRAM, "HARP_DISPATCHER": ""}
+    environment.pop("PYTHONUNBUFFERED", None)  # argparse ignores a failed write
+    line = 'harp() { "$PYTHON" -c "$PROGRAM" "$@"; }; ' + command
+    return subprocess.run(["sh", "-c", line], env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize("option", ["--version", "--help", "call --help"])
+def test_help_to_full_device_has_its_exit_code(option: str) -> None:
+    done = shell(f"harp {option} > /dev/full")
+    assert (done.stderr, done.returncode) == (
+        "harp: cannot write the output: No space left on device\n",
+        Exit.NOT_WRITTEN,
+    )
+
+
+def test_error_to_full_device_keeps_its_exit_code() -> None:
+    assert shell(f"harp result {JOB} 2> /dev/full").returncode == Exit.USAGE
+
+
+def test_closed_standard_output_is_no_error() -> None:
+    with Peer(answering({"result": 1})) as peer:
+        done = shell(f"harp --dispatcher {peer.host}:{peer.port} result {JOB} >&-")
+    assert (done.stderr, done.returncode) == ("", Exit.OK)
+
+
+def test_version_is_that_of_the_distribution() -> None:
+    assert harp("--version").stdout == f"harp {harp_package.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "first"),
+    [
+        (f"result {JOB}", []),
+        (f"follow {JOB} --since 0", [{"packet": 0, "data": 1}]),
+        (f"follow {JOB}", [{"packet": 0, "data": 1}]),
+    ],
+)
+def test_interruption_reports_reconnecting_once(line: str, first: list[object]) -> None:
+    with Peer(answering(*first), answering(), answering({"result": 1})) as peer:
+        done = harp(*line.split(), HARP_DISPATCHER=f"{peer.host}:{peer.port}")
+    assert done.returncode == Exit.OK, done.stderr
+    [report] = done.stderr.splitlines()
+    assert re.fullmatch(r"harp: .*; reconnecting", report)
 
 
 def test_control_c_while_waiting_prints_the_job() -> None:

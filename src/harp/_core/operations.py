@@ -60,6 +60,9 @@ class CallerBase(Peer[C], Generic[C, S, J]):
         keep_alive = "" if self._keep_alive is None else f", keep_alive={self._keep_alive}"
         return f"{type(self).__name__}({self._endpoint.host!r}, {self._endpoint.port}{keep_alive})"
 
+    def _on_outage(self, error: HarpException) -> None:
+        """Ignore the error that begins an outage, in which a reader tries to reach the dispatcher again."""
+
     def __getattr__(self, host: str) -> S:
         """Return the host of this name, without options."""
         if host.startswith("_"):
@@ -323,7 +326,8 @@ class JobBase(Generic[R]):
             request = kind(self._id, since, recent, bool(timed))
         except ValueError as error:
             raise HarpException(str(error)) from error
-        return StreamReader(request, numbered, self._dispatcher._reconnect, self._store_end)
+        dispatcher = self._dispatcher
+        return StreamReader(request, numbered, dispatcher._reconnect, self._store_end, dispatcher._on_outage)
 
     def _sent_reader(self, numbered: bool) -> StreamReader:
         """Return the reader of records that the caller has requested."""
@@ -345,7 +349,7 @@ class JobBase(Generic[R]):
         describe the job: try again later. Spec: docs/client-api.md, RemoteCall.
         """
         dispatcher, request = self._dispatcher, GetResult(self._id, bool(wait))
-        policy = ReconnectPolicy(dispatcher._reconnect if wait else 0.0)
+        policy = ReconnectPolicy(dispatcher._reconnect if wait else 0.0, dispatcher._on_outage)
         reply = None if self._end_line is None else _parse_reply(request, self._end_line)
         try:
             while reply is None:

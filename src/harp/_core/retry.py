@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 
 from harp.errors import CommunicationError, HarpException, RemoteError
 
@@ -46,10 +47,14 @@ def unsupported_by_peer(error: CommunicationError, feature: str) -> Communicatio
 
 
 class ReconnectPolicy:
-    """The attempts of one reader to reach the dispatcher again, in outages of a number of seconds at most; 0: none."""
+    """The attempts of one reader to reach the dispatcher again, in outages of a number of seconds at most; 0: none.
 
-    def __init__(self, seconds: float) -> None:
+    `on_outage` is called with the error that begins an outage.
+    """
+
+    def __init__(self, seconds: float, on_outage: Callable[[HarpException], None] = lambda error: None) -> None:
         self._seconds = seconds
+        self._on_outage = on_outage
         #: None: never connected; infinite: the outage that began since is already counted.
         self._connected_at: float | None = None
         self._outage_since: float | None = None
@@ -95,6 +100,8 @@ class ReconnectPolicy:
                 raise error
             tried = f"gave up after {self.attempts} attempts in {self._seconds:g} s"
             raise CommunicationError(f"{error}; {tried}") from error
+        if not self.attempts:
+            self._on_outage(error)
         self.attempts += 1
         # Random, so that readers that lost their connection together do not return together.
         pause = min(self._pause * random.uniform(0.5, 1.0), remaining)  # noqa: S311  not a secret

@@ -59,16 +59,21 @@ class StreamReader(Reader):
     unknown.
 
     Timed items are number, time and record. An outage may last `reconnect` seconds; only a `FollowStream` continues.
-    `store_end` stores the last reply and its line.
+    `store_end` stores the last reply and its line; `on_outage` is called with the error that begins an outage.
     """
 
     def __init__(
-        self, request: StreamRequest, numbered: bool, reconnect: float, store_end: Callable[[Reply, bytes], None]
+        self,
+        request: StreamRequest,
+        numbered: bool,
+        reconnect: float,
+        store_end: Callable[[Reply, bytes], None],
+        on_outage: Callable[[HarpException], None] = lambda error: None,
     ) -> None:
         self._original = request
         self._store_end = store_end
         self._numbered = numbered
-        self._policy = ReconnectPolicy(reconnect if isinstance(request, FollowStream) else 0.0)
+        self._policy = ReconnectPolicy(reconnect if isinstance(request, FollowStream) else 0.0, on_outage)
         self._next_number = request.since
         self._connected_at = 0.0
         self._replied = False
