@@ -61,7 +61,7 @@ class Procedure:
         timeout: the time limit of a call in seconds; None: no limit.
         uid: the user of a call, id or name; None: the default of harpd.
         gid: the group, id or name, or a list of groups (first: primary, all: supplementary). None: for a user in the
-            user database, the groups of this user; for another user, group 65534; without `uid`, the default of harpd.
+            user database, its primary group; for another user, group 65534; without `uid`, the default of harpd.
         max_calls_per_process: how many calls a process serves, one after the other. 1: each call has its own.
 
     Raises:

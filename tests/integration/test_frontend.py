@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import socket
 import ssl
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -345,10 +346,23 @@ class Users:
             threading.Event().wait()
         if user == "truthy":
             return password
+        if user == "falsy":
+            return ""
+        if user == "async":
+            return self.authenticate_later(password)
+        if user == "generator":
+            return (each for each in password)
+        if user == "not implemented":
+            return NotImplemented
+        if user == "method":
+            return self.authenticate_later
         return user == "good"
 
+    async def authenticate_later(self, password):
+        return False
+
 def create(config):
-    assert config == {"colour": "red"}, config
+    assert config == {"module": "own_users", "colour": "red"}, config
     return Users()
 """
 
@@ -375,14 +389,44 @@ def ask_as(harpd: Harpd, user: str) -> Any:
 def test_authentication_module_failures_reject_the_user(own: Harpd) -> None:
     assert ask_as(own, "good") == {"result": []}
     rejected = error("auth_error", "unknown user or wrong password")[0]
-    for user in ("bad", "raises", "exits", "truthy", "hangs"):
+    for user in ("bad", "raises", "exits", "falsy", "async", "generator", "not implemented", "method", "hangs"):
         assert ask_as(own, user) == rejected
     assert [event["error"] for event in own.events("authentication module failed")] == ["ValueError", "SystemExit"]
     assert all("own_users.py:" in event["location"] for event in own.events("authentication module failed"))
-    assert own.events("authentication module returned no bool", user="truthy", type="str")
     assert own.events("authentication timed out", user="hangs")
     assert ask_as(own, "good") == {"result": []}  # one thread hangs, the other works
     assert not [line for line in own.log_lines() if "hush" in line]
+
+
+def test_truthy_answer_of_a_module_counts_with_a_warning(own: Harpd) -> None:
+    for user in ("truthy", "truthy", "good"):
+        assert ask_as(own, user) == {"result": []}
+    (warning,) = own.events("authentication module returned no bool")
+    assert (warning["level"], warning["user"], warning["type"]) == ("warning", "truthy", "str")
+    own.reload()
+    assert ask_as(own, "truthy") == {"result": []}
+    assert len(own.events("authentication module returned no bool")) == 2
+
+
+MISTAKES = ["alice:$5$saltsalt$0IyaXrmV7.sGNS6tirgqHLqX/G.FBvgkYA.lpPdS5sA"] * 2
+
+
+def test_mistake_in_users_file_fails_the_test_and_warns(tmp_path: Path) -> None:
+    users = tmp_path / "users"
+    users.write_text(MISTAKES[0])
+    configuration = {"authentication": {"module": "harpd.auth.passfile", "file": str(users)}}
+    with Harpd(tmp_path / "harpd", PROCEDURES, configuration) as harpd:
+        tested = subprocess.run(harpd.command("--test"), capture_output=True, text=True, check=False)
+        assert (tested.returncode, tested.stdout) == (0, "config OK\n"), tested.stderr
+        users.write_text("\n".join(MISTAKES))
+        tested = subprocess.run(harpd.command("--test"), capture_output=True, text=True, check=False)
+        problem = f"{users}:2: user alice has another line, 1, which counts; remove one of them"
+        assert (tested.returncode, tested.stdout, tested.stderr) == (1, "", f"harpd: {problem}\n")
+        assert harpd.reload()["event"] == "reloaded"
+        harpd.wait_event("configuration has a mistake", problem=problem, level="warning")
+        harpd.stop()
+        harpd.start()
+        assert len(harpd.events("configuration has a mistake")) == 2
 
 
 def test_passfile_is_checked_at_every_request(tmp_path: Path) -> None:

@@ -72,8 +72,8 @@ def reach(pids):
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can change users")
 
 
-def user_groups(name: str) -> list[int]:
-    return sorted(set(os.getgrouplist(name, pwd.getpwnam(name).pw_gid)))
+def primary_group(name: str) -> list[int]:
+    return [pwd.getpwnam(name).pw_gid]
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_call_runs_as_user_and_groups(users: Harpd, kind: str) -> None:
     daemon, nogroup = pwd.getpwnam("daemon"), pwd.getpwnam("nobody").pw_gid
     names = ["daemon", "daemon", daemon.pw_dir]
     uid = [daemon.pw_uid] * 3
-    whole = {"uid": uid, "gid": [daemon.pw_gid] * 3, "groups": user_groups("daemon"), "names": names}
+    whole = {"uid": uid, "gid": [daemon.pw_gid] * 3, "groups": primary_group("daemon"), "names": names}
     for name in ("name", "number", "text"):
         assert ids(users, kind, name) == whole, name
     assert ids(users, kind, "user_and_group") == {**whole, "gid": [nogroup] * 3, "groups": [nogroup]}
@@ -136,14 +136,14 @@ def test_default_user_and_group_apply(tmp_path: Path) -> None:
     daemon, nobody = pwd.getpwnam("daemon"), pwd.getpwnam("nobody")
     with Harpd(tmp_path / "user", procedures, options=("--default-user", "nobody")) as harpd:
         found = ids(harpd, "plain", "nothing")
-        assert (found["uid"], found["groups"]) == ([nobody.pw_uid] * 3, user_groups("nobody"))
+        assert (found["uid"], found["groups"]) == ([nobody.pw_uid] * 3, primary_group("nobody"))
         assert ids(harpd, "stream", "name")["uid"] == [daemon.pw_uid] * 3
         assert ids(harpd, "plain", "group")["gid"] == [7] * 3
     options = ("--default-user", str(daemon.pw_uid), "--default-group", "7")
     with Harpd(tmp_path / "both", procedures, options=options) as harpd:
         found = ids(harpd, "stream", "nothing")
         assert (found["uid"], found["gid"], found["groups"]) == ([daemon.pw_uid] * 3, [7] * 3, [7])
-        assert ids(harpd, "plain", "name")["groups"] == user_groups("daemon")
+        assert ids(harpd, "plain", "name")["groups"] == primary_group("daemon")
 
 
 @pytest.mark.root
@@ -162,7 +162,7 @@ def test_user_change_without_root_fails(tmp_path: Path) -> None:
     )
     done = subprocess.run(
         [sys.executable, "-c", "import os, sys\nimport harpd.worker.privileges\n"
-         f"os.setgroups({user_groups('nobody')}); os.setresgid(*[{nobody.pw_gid}] * 3); "
+         f"os.setgroups({primary_group('nobody')}); os.setresgid(*[{nobody.pw_gid}] * 3); "
          f"os.setresuid(*[{nobody.pw_uid}] * 3)\nexec({program!r})"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip

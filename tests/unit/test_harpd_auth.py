@@ -105,13 +105,53 @@ def test_passfile_that_is_missing_accepts_no_user(users_file: Path) -> None:
     assert users.authenticate("alice", "secret") is False
 
 
-def test_passfile_warns_about_invalid_lines(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        *((f"alice:{hashed}", "") for hashed in HASHES.values()),
+        ("alice:!", ""),
+        ("alice:*", ""),
+        (f"alice:!{SHA512}", ""),
+        (f"alice:{SHA512}:1000:Alice A.", ""),
+        ("alice:$1$saltsalt$qjXMvbEw8oaL.CzflDtaK/", ""),
+        ("alice:ab0Dvxf/tGWrc", ""),
+        ("alice:$7$DU..../....2Q9obwLhin8qvQl6sisAO$E1HizYWxBmnIH4sdPkPgJXlOCPOSN/tbD2Oum1mvqN6", ""),
+        (f"\ufeffalice:{SHA512}", "got a byte-order mark"),
+        (f"alice: {SHA512}", "got a space in the hash"),
+        (f"alice:{SHA512} # admin", "got a space in the hash"),
+        (f"alice :{SHA512}", "got a space in the user"),
+        (f"al\tice:{SHA512}", "got a space in the user"),
+        (f"alice:{SHA512[:-1]}", "create a hash"),
+        (f"alice:{SHA512}x", "create a hash"),
+        ("alice:secret", "create a hash"),
+        ("alice:a-password-of-some-length", "create a hash"),
+        ("alice:5ebe2294ecd0e0f08eab7690d2a6ee69", "create a hash"),
+        ("alice:", "create a hash"),
+        ("alice", "create a hash"),
+        (f":{SHA512}", "create a hash"),
+        (f"bob:{SHA512}", "user bob has another line, 2, which counts"),
+        (f"bob:!{SHA512}", "user bob has another line, 2, which counts"),
+    ],
+)
+def test_passfile_line_that_accepts_no_user_is_a_problem(tmp_path: Path, line: str, reason: str) -> None:
     file = tmp_path / "users"
-    file.write_text(
-        "# users\n\nalice:$6$salt$hash-of-some-length\nbob:plain\ncarol\n:$6$x$y0123456789\ndave:!\nerin:*\nfred:\n"
-    )
-    warned = passfile.create({"file": str(file)}).warnings()
-    assert warned == [f"{file}:{line}: expected user:crypt-hash; this line accepts no user" for line in (4, 5, 6, 9)]
+    file.write_text(f"# users\nbob:{SHA512}\n\n{line}\n", "utf-8")
+    problems = passfile.create({"file": str(file)}).problems()
+    assert [problem.startswith(f"{file}:4: ") and reason in problem for problem in problems] == [True] * bool(reason)
+    assert not any("$6$" in problem for problem in problems)
+
+
+def test_passfile_byte_order_mark_is_a_problem_of_line_1(tmp_path: Path) -> None:
+    file = tmp_path / "users"
+    file.write_text(f"alice:{SHA512}\nbob:{SHA512}\n", "utf-8-sig")
+    (problem,) = passfile.create({"file": str(file)}).problems()
+    assert problem.startswith(f"{file}:1: expected user:crypt-hash, got a byte-order mark")
+
+
+def test_passfile_first_line_of_a_user_counts(tmp_path: Path) -> None:
+    file = tmp_path / "users"
+    file.write_text(f"alice:{SHA512}\nalice:{HASHES['sha256'][:-1]}\n")
+    assert passfile.create({"file": str(file)}).authenticate("alice", "secret")
 
 
 def test_passfile_without_its_file_is_an_error(tmp_path: Path) -> None:
@@ -124,7 +164,7 @@ def test_passfile_without_its_file_is_an_error(tmp_path: Path) -> None:
     [
         ({}, "file: expected the path of a file, got None"),
         ({"file": 5}, "file: expected the path of a file, got 5"),
-        ({"file": "/dev/null", "files": 1}, "files: unknown key; expected file"),
+        ({"module": "m", "file": "/dev/null", "files": 1}, "files: unknown key; expected file"),
     ],
 )
 def test_passfile_error_names_the_invalid_key(config: dict[str, Any], message: str) -> None:

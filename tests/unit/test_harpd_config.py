@@ -78,8 +78,8 @@ def test_legacy_file_is_accepted(file: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "prepend", "append"),
     [
-        ("/a", ["/a"], []),
-        ("[/a, /b]", ["/a", "/b"], []),
+        ("/a", [], ["/a"]),
+        ("[/a, /b]", [], ["/a", "/b"]),
         ("{prepend: /a}", ["/a"], []),
         ("{append: [/a], prepend: [/b, /c]}", ["/b", "/c"], ["/a"]),
         ("{}", [], []),

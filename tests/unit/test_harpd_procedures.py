@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 import pwd
 from pathlib import Path
 from typing import Any
@@ -187,9 +186,8 @@ def resolved(uid: int | str | None, gid: list[int | str] | None) -> tuple[object
 
 def test_resolve_credentials() -> None:
     daemon = pwd.getpwnam("daemon")
-    groups = tuple(os.getgrouplist("daemon", daemon.pw_gid))
     by_name = resolved("daemon", None)
-    assert by_name == (daemon.pw_uid, daemon.pw_gid, groups, "daemon", daemon.pw_dir)
+    assert by_name == (daemon.pw_uid, daemon.pw_gid, (daemon.pw_gid,), "daemon", daemon.pw_dir)
     assert resolved(daemon.pw_uid, None) == resolved(str(daemon.pw_uid), None) == by_name
     assert resolved(None, None) == (None, None, None, None, None)
     assert resolved(54321, None) == (54321, 65534, (), None, None)

@@ -42,6 +42,11 @@ def test_stop_report_unreaped_main_survives() -> None:
     assert (stop_report["survivors"], stop_report["surviving"]) == ([{"pid": 100, "command": "main"}], 1)
 
 
+def test_stop_report_with_clock_set_back_ends_after_it_began() -> None:
+    stop_report = StopReport(MAIN.identity).to_json(main_ended=True, complete=True, began=2.0, ended=1.0)
+    assert stop_report["ended"] == stop_report["began"] == 2.0
+
+
 def test_stop_report_size_is_bounded() -> None:
     scans = StopReport(MAIN.identity)
     scans.record([MAIN, *others(50_000)])

@@ -1,6 +1,6 @@
 """Authentication of clients: the base class for authentication modules.
 
-An authentication module has a function ``create(config)``. Its argument is the section ``authentication`` without
+An authentication module has a function ``create(config)``. Its argument is the section ``authentication``, with
 `module`. It returns an object with a method ``authenticate(user, password)``, preferably an `AuthDB`.
 
 The modules of this package import no other part of harpd.
@@ -28,7 +28,8 @@ class AuthDB(ABC):
             password: the client's password; any text. Never log it.
 
         Returns:
-            Exactly True to accept the user. Any other value rejects the user.
+            True to accept the user, False to reject the user. Another value that is true accepts the user, too, and is
+            logged as a warning; an awaitable rejects the user.
         """
 
     def check_cached(self, user: str, password: str) -> bool:
@@ -40,5 +41,9 @@ class AuthDB(ABC):
         return False
 
     def warnings(self) -> list[str]:
-        """Return problems with the users that do not prevent a start. ``harpd --test`` prints them."""
+        """Return remarks about the users. ``harpd --test`` prints them as warnings."""
+        return []
+
+    def problems(self) -> list[str]:
+        """Return mistakes, each with its place. ``harpd --test`` fails with the first; start and reload log each."""
         return []

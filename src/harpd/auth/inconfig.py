@@ -26,7 +26,7 @@ def create(config: Mapping[str, Any]) -> ConfiguredUsers:
     users = config.get("users")
     if not (isinstance(users, dict) and all(isinstance(name, str) for name in users)):
         raise ValueError("users: expected a mapping of names (a number as a name in quotes) to passwords")
-    if unknown := sorted(set(config) - {"users"}):
+    if unknown := sorted(set(config) - {"module", "users"}):
         raise ValueError(f"{unknown[0]}: unknown key; expected users")
     for name, password in users.items():
         if not (isinstance(password, str) and password.startswith((PLAIN, CRYPT))):

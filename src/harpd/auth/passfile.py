@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -33,7 +34,7 @@ def create(config: Mapping[str, Any]) -> PasswordFile:
     file = config.get("file")
     if not isinstance(file, str) or not file:
         raise ValueError(f"file: expected the path of a file, got {file!r}")
-    if unknown := sorted(set(config) - {"file"}):
+    if unknown := sorted(set(config) - {"module", "file"}):
         raise ValueError(f"{unknown[0]}: unknown key; expected file")
     database = PasswordFile(Path(file))
     try:
@@ -43,8 +44,17 @@ def create(config: Mapping[str, Any]) -> PasswordFile:
     return database
 
 
-#: The shortest hash of crypt(3), which DES makes. Other text is a mistake, except `*` and `!`, which lock a user.
-_MIN_HASH_LENGTH = 13
+#: Hashes of crypt(3). The lengths find a hash of which a part is missing. Formats that are not listed may have any.
+_HASH = re.compile(
+    r"\$1\$[^$]*\$.{22}"
+    r"|\$5\$(rounds=\d+\$)?[^$]*\$.{43}"
+    r"|\$6\$(rounds=\d+\$)?[^$]*\$.{86}"
+    r"|\$2[abxy]\$\d\d\$.{53}"
+    r"|\$g?y\$[^$]+\$[^$]*\$.{43}"
+    r"|\$(?!(1|5|6|2[abxy]|g?y)\$)[\w-]+\$.+"
+    r"|_.{19}|[./0-9A-Za-z]{13}",  # DES
+    re.ASCII,
+)
 #: Seconds after its last change until a file with unchanged attributes is considered unchanged. A younger file may have
 #: changed again within one tick of the clock of the file system.
 _MIN_FILE_AGE = 2.0
@@ -98,13 +108,15 @@ class PasswordFile(AuthDB):
                 found.setdefault(user, hashed)
         return found
 
-    def warnings(self) -> list[str]:
-        """Return a warning for each line without a valid user and hash. Raises `OSError`."""
-        found = []
+    def problems(self) -> list[str]:
+        """Return ``FILE:LINE: REASON`` for each line that accepts no user by mistake. Raises `OSError`."""
+        found, lines = [], dict[str, int]()
         for number, user, hashed in self._entries():
-            locked = hashed.startswith(("*", "!"))  # as in shadow(5), on purpose
-            if not user or (len(hashed) < _MIN_HASH_LENGTH and not locked):
-                found.append(f"{self._path}:{number}: expected user:crypt-hash; this line accepts no user")
+            reason = _describe_mistake(user, hashed)
+            if not reason and lines.setdefault(user, number) != number:
+                reason = f"user {user} has another line, {lines[user]}, which counts; remove one of them"
+            if reason:
+                found.append(f"{self._path}:{number}: {reason}")
         return found
 
     def _entries(self) -> Iterator[tuple[int, str, str]]:
@@ -112,3 +124,16 @@ class PasswordFile(AuthDB):
             user, _, rest = line.strip().partition(":")
             if line.strip() and not user.startswith("#"):
                 yield number, user, rest.split(":", 1)[0]
+
+
+def _describe_mistake(user: str, hashed: str) -> str:
+    """Return why a line accepts no user; empty: it does, or its user is locked on purpose. It contains no hash."""
+    if user.startswith("\ufeff"):
+        return "expected user:crypt-hash, got a byte-order mark before it; save the file without one"
+    for name, text in (("user", user), ("hash", hashed)):
+        if text != "".join(text.split()):
+            return f"expected user:crypt-hash, got a space in the {name}; remove it"
+    locked = hashed.startswith(("*", "!"))  # as in shadow(5)
+    if not user or not (locked or _HASH.fullmatch(hashed)):
+        return "expected user:crypt-hash; create a hash with: openssl passwd -6"
+    return ""

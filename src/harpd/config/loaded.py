@@ -90,6 +90,8 @@ class LoadedConfig(SupervisorConfig):
 
     context: ssl.SSLContext
     users: AuthDB
+    #: Mistakes that prevent neither start nor reload, each with its place. ``--test`` fails with the first.
+    problems: list[str]
 
 
 def load_supervisor_config(options: CommandLine) -> SupervisorConfig:
@@ -110,14 +112,15 @@ def load_config(options: CommandLine) -> LoadedConfig:
     paths = configuration.python.search_paths()
     sys.path[:] = [*paths["prepend"], *options.search_path, *paths["append"]]
     try:
-        users = _open_users(configuration.authentication, options.config)
+        users, problems = _open_users(configuration.authentication, options.config)
     except BaseException:
         sys.path[:] = previous_path
         raise
-    return LoadedConfig(options, configuration, common.log, context, users)
+    return LoadedConfig(options, configuration, common.log, context, users, problems)
 
 
-def _open_users(section: dict[str, Any], file: Path) -> AuthDB:
+def _open_users(section: dict[str, Any], file: Path) -> tuple[AuthDB, list[str]]:
+    """Return the users, and mistakes that their module has found."""
     name = section["module"]
     where = f"{file}: authentication.module: {name}"
     try:
@@ -128,14 +131,19 @@ def _open_users(section: dict[str, Any], file: Path) -> AuthDB:
     if not callable(create):
         raise ConfigError(f"{where}: expected a function create(config), found none")
     try:
-        users: AuthDB = create({key: value for key, value in section.items() if key != "module"})
+        users: Any = create(dict(section))
     except ValueError as error:  # its message begins with the key
         raise ConfigError(f"{file}: authentication.{one_line(error)}") from error
     except BaseException as error:
         raise _module_error(f"{where}: create() failed", error) from error
     if not callable(getattr(users, "authenticate", None)):
         raise ConfigError(f"{where}: expected an object with authenticate(), create() returned {type(users).__name__}")
-    return users
+    if not isinstance(users, AuthDB):
+        return users, []
+    try:
+        return users, list(users.problems())
+    except BaseException as error:
+        raise _module_error(f"{where}: problems() failed", error) from error
 
 
 def _module_error(where: str, error: BaseException) -> ConfigError:
@@ -189,6 +197,8 @@ def _load_everything(options: CommandLine) -> list[str]:
     threads_before = threading.active_count()
     procedures = load_procedures(options.procedures)
     warnings = config.users.warnings() if isinstance(config.users, AuthDB) else []
+    if config.problems:
+        raise ConfigError(config.problems[0])
     if not procedures:
         warnings.append(f"{options.procedures}: exposes no procedure; decorate functions with @procedure")
     if (running := threading.active_count() - threads_before) > 0:

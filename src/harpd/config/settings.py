@@ -47,8 +47,8 @@ class Network(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 class Python(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Section `python`."""
 
-    #: Directories for the module search: one or a list, searched before Python's own path, or a mapping with the keys
-    #: ``prepend`` and ``append``.
+    #: Directories for the module search: one or a list, searched after Python's own path, as in the legacy harpd; or a
+    #: mapping with the keys ``prepend`` and ``append``.
     path: str | list[str] | dict[str, str | list[str]] = []
 
     def __post_init__(self) -> None:
@@ -57,7 +57,7 @@ class Python(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     def search_paths(self) -> dict[str, list[str]]:
         """Return the directories to search before and after Python's own: the keys ``prepend`` and ``append``."""
-        path = self.path if isinstance(self.path, dict) else {"prepend": self.path}
+        path = self.path if isinstance(self.path, dict) else {"append": self.path}
         directories = {key: path.get(key, []) for key in ("prepend", "append")}
         return {key: [value] if isinstance(value, str) else value for key, value in directories.items()}
 

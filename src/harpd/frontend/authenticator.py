@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import inspect
 import logging
 import threading
 import traceback
@@ -71,6 +72,7 @@ class Authenticator:
         self._users = config.users
         self._timeout = limits.authentication_timeout
         self._thread_pool = BoundedThreadPool(limits.authentication_threads)
+        self._type_is_logged = False
 
     def is_cached(self, user: str, password: str) -> bool:
         """Return whether the module accepts the password without blocking, by its method `check_cached`."""
@@ -82,9 +84,9 @@ class Authenticator:
 
     async def authenticate(self, user: str, password: str, log_fields: Mapping[str, object]) -> bool:
         """Return whether the module accepts the password. It is called in a thread, with a deadline."""
-        check = partial(self._users.authenticate, user, password)
+        check = partial(_answer, self._users.authenticate, user, password)
         try:
-            answer: object = await self._thread_pool.run(check, self._timeout)
+            accepted, returned = await self._thread_pool.run(check, self._timeout)
         except TimeoutError:
             log.error("authentication timed out", extra=dict(log_fields))
             return False
@@ -92,11 +94,25 @@ class Authenticator:
             # Neither the text of the exception nor a traceback: they may contain the password.
             log.error("authentication module failed", extra={**log_fields, **_raised_at(error.__cause__)})
             return False
-        if not isinstance(answer, bool):
-            log.error("authentication module returned no bool", extra={**log_fields, "type": type(answer).__name__})
-        elif not answer:
+        if returned is not bool and not self._type_is_logged:  # once for each load of the configuration
+            self._type_is_logged = True
+            log.warning("authentication module returned no bool", extra={**log_fields, "type": returned.__name__})
+        if not accepted:
             log.warning("authentication failed", extra=dict(log_fields))
-        return answer is True
+        return accepted
+
+
+def _answer(authenticate: Callable[[str, str], object], user: str, password: str) -> tuple[bool, type]:
+    """Return whether the module accepts the user, and the type of its answer. Raises what it raises.
+
+    An answer that is true counts, as in the legacy harpd. An object that is always true and shows nothing about the
+    password does not count: a coroutine or generator that nobody runs, a function, NotImplemented.
+    """
+    answer = authenticate(user, password)
+    undecided = inspect.isawaitable(answer) or inspect.isgenerator(answer) or callable(answer)
+    if inspect.iscoroutine(answer):
+        answer.close()  # otherwise Python warns that it was never awaited
+    return not undecided and answer is not NotImplemented and bool(answer), type(answer)
 
 
 def _raised_at(error: BaseException | None) -> dict[str, object]:

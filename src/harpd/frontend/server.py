@@ -88,7 +88,7 @@ class FrontendServer:
         self._acceptor.open(self._listeners)
         for listener in self._listeners:
             log.info("harpd is serving", extra=listener.fields)
-        _warn_about_old_tls(self._config)
+        _log_problems(self._config)
 
     def _settings(self, config: LoadedConfig) -> dict[str, Any]:
         outlive = self._initial_config.configuration.runtime_directory is not None
@@ -124,7 +124,7 @@ class FrontendServer:
         self._apply_config(new)
         log.info("reloaded")
         report_restart_needed(self._initial_config.configuration, new.configuration, _NEEDING_RESTART)
-        _warn_about_old_tls(new)
+        _log_problems(new)
 
     async def stop(self) -> None:
         """Stop within a bounded time. If this program launches the supervisor, all calls end with ``shutdown``.
@@ -156,7 +156,10 @@ def _listen(network: Network, file: Path) -> list[Listener]:
         raise ConfigError(f"{file}: network.address: cannot listen on {endpoint}: {error}") from error
 
 
-def _warn_about_old_tls(config: LoadedConfig) -> None:
+def _log_problems(config: LoadedConfig) -> None:
+    """Log a warning for each problem of a configuration that is used nevertheless."""
     version = str(config.configuration.network.tls_minimum)
     if version in ("1.0", "1.1"):
         log.warning("TLS versions below 1.2 are allowed", extra={"tls_minimum": version})
+    for problem in config.problems:
+        log.warning("configuration has a mistake", extra={"problem": problem})

@@ -78,5 +78,5 @@ class StopReport:
             "surviving": len(survivors),
             "complete": complete,
             "began": began,
-            "ended": time.time() if ended is None else ended,
+            "ended": max(began, time.time() if ended is None else ended),  # the clock may have been set back
         }

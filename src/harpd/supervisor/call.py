@@ -223,7 +223,7 @@ class Call:
         self._cpu: float | None = None
         self._memory: int | None = None
         self._traceback: str | None = None
-        self._began = time.time()
+        self._began, self._began_at = time.time(), self._loop.now()
         self._requested_at = time.monotonic()
         self._authentication_seconds: float | None = None
         self._fork_seconds: float | None = None
@@ -540,7 +540,7 @@ class Call:
             "cpu": self._cpu,
             "memory": self._memory,
             "started": self._began,
-            "ended": time.time(),
+            "ended": self._began + self._loop.now() - self._began_at,  # never before it began: the clock may be set
             "authentication": self._authentication_seconds,
             "fork": None if self._fork_seconds is None else round(self._fork_seconds, 6),
         }

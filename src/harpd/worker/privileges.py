@@ -23,8 +23,8 @@ class UserError(Exception):
 def change_user(user: Identity | None, groups: Sequence[Identity] | None) -> None:
     """Change to a user and groups irrevocably, and set the environment and the owner of the output pipes.
 
-    The first group is primary, all are supplementary. None: a user with an entry in the user database gets its own
-    groups; another user id gets group 65534 and no supplementary group. Without a user, no user is changed.
+    The first group is primary, all are supplementary. None: a user with an entry in the user database gets its primary
+    group only; another user id gets group 65534 and no supplementary group. Without a user, no user is changed.
 
     Raises `UserError`: a name is unknown, or the system has refused. The process must not continue.
     """
@@ -57,7 +57,7 @@ def resolve_credentials(
         group_ids = tuple(dict.fromkeys(_group_id(group) for group in groups))
         return uid, group_ids[0], group_ids, entry
     if entry:
-        return uid, entry.pw_gid, tuple(os.getgrouplist(entry.pw_name, entry.pw_gid)), entry
+        return uid, entry.pw_gid, (entry.pw_gid,), entry
     return (None, None, None, None) if uid is None else (uid, _OVERFLOW_GROUP, (), None)
 
 
