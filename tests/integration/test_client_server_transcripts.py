@@ -203,6 +203,18 @@ TRANSCRIPTS = {
         <- {{"error": {{"type": "invalid_jobid", "message": "~"}}}}
     """,
     "no job id at all": f"""
+        -> {{"harpcaller": 1, "cancel": null}}
+        <- {{"cancelled": false}}
+        -> {{"harpcaller": 1, "get_result": null}}
+        <- {{"error": {{"type": "invalid_jobid", "message": "there is no job null"}}}}
+        -> {{"harpcaller": 1, "get_result": 5, "wait": true}}
+        <- {{"error": {{"type": "invalid_jobid", "message": "there is no job 5"}}}}
+        -> {{"harpcaller": 1, "get_status": {{"a": [1.0]}}}}
+        <- {{"error": {{"type": "invalid_jobid", "message": "~"}}}}
+        -> {{"harpcaller": 1, "follow_stream": true}}
+        <- {{"error": {{"type": "invalid_jobid", "message": "there is no job true"}}}}
+        -> {{"harpcaller": 1, "read_stream": ""}}
+        <- {{"error": {{"type": "invalid_jobid", "message": "there is no job "}}}}
         -> {{"harpcaller": 1, "cancel": "17"}}
         <- {{"cancelled": false}}
         -> {{"harpcaller": 1, "get_status": "{UNKNOWN.replace("0", "A")}"}}
@@ -342,7 +354,6 @@ REFUSED: dict[str, tuple[Any, str]] = {
         {**CALL, "queue": {"name": {}, "concurrency": 0}},
         "queue.concurrency: expected a positive integer, got 0",
     ),
-    "a job that is no string": ({"harpcaller": 1, "get_result": 5}, "get_result: expected a string, got a number"),
     "a wait that is none": ({"harpcaller": 1, "get_result": UNKNOWN, "wait": 1}, "wait: expected true or false"),
     "a negative number": (
         {"harpcaller": 1, "read_stream": UNKNOWN, "since": -1},

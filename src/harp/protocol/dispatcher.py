@@ -125,30 +125,39 @@ def submit_in_parts(calls: Sequence[Call]) -> Iterator[SubmitMany]:
     yield SubmitMany(part)
 
 
+def _decode_job_id(members: JSONObject, key: str) -> str:
+    job_id = members.value(key)
+    return job_id if isinstance(job_id, str) else dumps(job_id).decode()
+
+
+#: A job id. Legacy clients also send other values, for example null: their text is an id that no job has.
+_JOB_ID = Kind(decode=_decode_job_id)
+
+
 class Cancel(WireObject):
     """Cancel a job; with `wait`, the dispatcher replies when the stop of its processes has succeeded or failed."""
 
-    job: Annotated[str, "cancel"]
+    job: Annotated[str, "cancel", _JOB_ID]
     wait: bool = False
 
 
 class GetResult(WireObject):
     """Get a job's end result; with `wait`, the dispatcher replies when the job has ended."""
 
-    job: Annotated[str, "get_result"]
+    job: Annotated[str, "get_result", _JOB_ID]
     wait: bool = True
 
 
 class GetStatus(WireObject):
     """Get a job's status."""
 
-    job: Annotated[str, "get_status"]
+    job: Annotated[str, "get_status", _JOB_ID]
 
 
 class GetDetails(WireObject):
     """Get all details of a job."""
 
-    job: Annotated[str, "get_details"]
+    job: Annotated[str, "get_details", _JOB_ID]
 
 
 class _Stream(WireObject):
@@ -167,13 +176,13 @@ class _Stream(WireObject):
 class FollowStream(_Stream):
     """Get a job's stored and future records until it ends. The default is ``recent: 0``."""
 
-    job: Annotated[str, "follow_stream"]
+    job: Annotated[str, "follow_stream", _JOB_ID]
 
 
 class ReadStream(_Stream):
     """Get a job's stored records. The default is ``since: 0``."""
 
-    job: Annotated[str, "read_stream"]
+    job: Annotated[str, "read_stream", _JOB_ID]
 
 
 Request: TypeAlias = Call | SubmitMany | Cancel | GetResult | GetStatus | GetDetails | FollowStream | ReadStream
