@@ -50,6 +50,8 @@ def synopsis_dispatcher(system: System) -> None:
         print("still running")
     elif result is harp.CALL_CANCELLED:
         print("cancelled")
+    elif isinstance(result, harp.CommunicationError):
+        print("could not ask:", result)
     elif isinstance(result, harp.RemoteError):
         print("ended by an error:", result.type)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
+import socket
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -41,3 +43,17 @@ async def _no_task_left_behind() -> AsyncIterator[None]:
     yield
     if left := await tasks_left_since(before):
         pytest.fail("tasks left behind:\n" + "\n".join(left), pytrace=False)
+
+
+@pytest.fixture
+def attempts(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A growing list of the addresses of all attempts to connect."""
+    found: list[Any] = []
+    plain = socket.socket.connect
+
+    def connect(sock: socket.socket, address: Any) -> None:
+        found.append(address)
+        plain(sock, address)
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    return found

@@ -22,7 +22,14 @@ if TYPE_CHECKING:
     from harp._net.sync import JSONConnection, JSONSSLConnection
     from harp.client import HarpCaller, RemoteCall, RemoteProcedure, RemoteServer
     from harp.direct import HarpProcedure, HarpServer, HarpStreamIterator
-    from harp.errors import CancelledException, CommunicationError, HarpException, RemoteError, RemoteException
+    from harp.errors import (
+        CancelledException,
+        CommunicationError,
+        HarpException,
+        RemoteError,
+        RemoteException,
+        RequestRefused,
+    )
 
 __version__ = "1.0.0.dev0"  #: The version of the distribution `harpcaller`.
 
@@ -44,6 +51,7 @@ __all__ = [
     "RemoteException",
     "RemoteProcedure",
     "RemoteServer",
+    "RequestRefused",
     "Result",
 ]
 

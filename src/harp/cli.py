@@ -37,7 +37,7 @@ exit codes:
     0  success                                    4  the job was cancelled; cancel: it had already ended
     1  the procedure raised an exception          5  the job has not ended yet
     2  wrong usage, or a value without JSON form  6  no connection, or an invalid reply
-    3  the job failed, or was refused             7  the output cannot be written
+    3  the job failed, or there is no such job    7  the output cannot be written
   130  Ctrl-C; a job continues, a direct call is cancelled
 """
 

@@ -17,8 +17,9 @@ __all__ = ["HarpCaller", "RemoteCall", "RemoteProcedure", "RemoteServer"]
 class RemoteCall(JobBase["RemoteCall.StreamIterator"]):
     """A job of a `HarpCaller`: its status, its records, its end. Final facts are requested once.
 
-    Methods that send a request raise `CommunicationError` if there was no valid reply, and `RemoteError` if the
-    dispatcher refused, for example ``invalid_jobid``; `result` returns both. Spec: docs/client-api.md, RemoteCall.
+    Methods that send a request raise `CommunicationError` if there was no valid reply, `RequestRefused` if the
+    dispatcher refused, and `RemoteError` if it has no such job (``invalid_jobid``); `result` returns all of them.
+    Spec: docs/client-api.md, RemoteCall.
     """
 
     class StreamIterator(Stream):
@@ -26,8 +27,8 @@ class RemoteCall(JobBase["RemoteCall.StreamIterator"]):
 
         With `numbered`, items are pairs of a record's number and the record. Only iterators from `RemoteCall.follow`
         continue after an interruption. `close`, or the end of ``with``, closes the connection. Iterating raises
-        `CommunicationError` if the stream was interrupted or contains invalid data, and `RemoteError` if the dispatcher
-        refused the request. Spec: docs/client-api.md, RemoteCall.StreamIterator.
+        `CommunicationError` if the stream was interrupted, contains invalid data or was refused, and `RemoteError` if
+        there is no such job. Spec: docs/client-api.md, RemoteCall.StreamIterator.
         """
 
         def __init__(self, remote_call: RemoteCall, conn: JSONConnection, numbered: bool = False) -> None:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["CancelledException", "CommunicationError", "HarpException", "RemoteError", "RemoteException"]
+__all__ = [
+    "CancelledException",
+    "CommunicationError",
+    "HarpException",
+    "RemoteError",
+    "RemoteException",
+    "RequestRefused",
+]
 
 
 class HarpException(Exception):
@@ -37,4 +44,8 @@ class RemoteException(_Reported):
 
 
 class RemoteError(_Reported):
-    """The call failed or was stopped, or the request was refused. Spec: docs/protocol.md lists each `type`."""
+    """The call failed or was stopped, or there is no such job. Spec: docs/protocol.md lists each `type`."""
+
+
+class RequestRefused(CommunicationError, _Reported):
+    """The dispatcher refused the request; this is never how a job ended. Spec: docs/client-api.md, Exceptions."""

@@ -75,7 +75,7 @@ class Clients:
         procedure = getattr(self._system.async_rpc.host(spec.host, **spec.options), spec.procedure)
         try:
             call: aio.AsyncRemoteCall = await procedure(*spec.arguments)
-        except (harp.CommunicationError, harp.RemoteError):
+        except harp.CommunicationError:
             return  # the job may exist or not; no id was returned
         job.id = call.id()
         async with asyncio.TaskGroup() as group:
@@ -101,10 +101,6 @@ class Clients:
             try:
                 return await ask()
             except harp.CommunicationError:
-                await asyncio.sleep(_RETRY_DELAY)
-            except harp.RemoteError as error:
-                if error.type != "storage_error":
-                    raise
                 await asyncio.sleep(_RETRY_DELAY)
 
     async def _cancel(self, job: ObservedJob, call: aio.AsyncRemoteCall, delay: float, wait: bool) -> None:

@@ -10,9 +10,6 @@ from chaos.job_specs import JobSpec
 from chaos.marks import now
 from chaos.procedures import record
 
-#: Refusals of a request; they say nothing about the job.
-_REFUSALS = frozenset({"storage_error", "invalid_request"})
-
 
 class Violation(NamedTuple):
     """A broken promise.
@@ -51,8 +48,6 @@ def end_of(outcome: Any) -> End | None:
             return End("cancelled")
         case harp.RemoteException():
             return End("raised", outcome.type)
-        case harp.RemoteError() if outcome.type in _REFUSALS:
-            raise harp.CommunicationError(str(outcome))
         case harp.RemoteError():
             return End("failed", outcome.type)
         case harp.CommunicationError():

@@ -190,7 +190,7 @@ def test_keep_alive_refusal_closes_the_connection(shell: Shell) -> None:
     with Peer(keeping([SUBMITTED], [refusal]), answering(SUBMITTED)) as peer:
         rpc = shell.caller(peer, keep_alive=True)
         rpc.web01.p()
-        with pytest.raises(harp.RemoteError, match="the disk is full"):
+        with pytest.raises(harp.RequestRefused, match="the disk is full"):
             rpc.web01.p()
         assert peer.connections[0].closed.wait(30)
         rpc.web01.p()

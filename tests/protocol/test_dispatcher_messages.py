@@ -23,6 +23,7 @@ from harp.protocol.dispatcher import (
     Packet,
     Queue,
     ReadStream,
+    Refused,
     Reply,
     ReplyReader,
     Request,
@@ -89,7 +90,9 @@ REPLIES: list[tuple[str, Request, Reply]] = [
     (STATUS, GetStatus(JOB), Status("h", "p", [1], 1, None, 3, None)),
     ('{"packet":0,"data":"x"}', FOLLOW, Packet(0, "x")),
     ('{"continue":true}', READ, Continue()),
-    ('{"error":{"type":"invalid_jobid","message":"m"}}', READ, Failed("invalid_jobid", "m")),
+    ('{"error":{"type":"invalid_jobid","message":"m"}}', READ, Refused("invalid_jobid", "m")),
+    ('{"error":{"type":"invalid_jobid","message":"m","data":null}}', READ, Failed("invalid_jobid", "m")),
+    ('{"error":{"type":"e","message":"m"}}', GetStatus(JOB), Refused("e", "m")),
     ('{"cancelled":true}', Cancel(JOB, wait=True), WasCancelled(True)),
     (
         '{"cancelled":true,"stop":{"state":"confirmed","stop_report":{"survivors":[]}}}',
@@ -153,6 +156,8 @@ def test_reply_to_each_request_is_as_in_the_table(request_: Request) -> None:
             continue  # the same line means another thing there
         if isinstance(reply, SubmittedMany) and request_ != asked and isinstance(request_, SubmitMany):
             continue  # another number of calls
+        if isinstance(reply, (Refused, Failed)):
+            may = True  # any request may be refused; the request decides which of the two an error is
         if may:
             decode_reply(line.encode(), request_)
         else:

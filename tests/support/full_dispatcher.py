@@ -43,7 +43,7 @@ def fill(system: System, queue: dict[str, str]) -> list[harp.RemoteCall]:
     while True:
         try:
             accepted.append(system.rpc.host("web01", queue=queue).same(LARGE))
-        except harp.RemoteError as error:
+        except harp.RequestRefused as error:
             assert error.type == "storage_error", error
             return accepted
 

@@ -18,8 +18,8 @@ def scripted_harpd(directory: Path) -> Peer:
     """Return a peer that answers every call; use it in ``with``.
 
     Procedures: ``echo`` returns its arguments, ``count`` streams N numbers, ``repeat`` streams a record N times,
-    ``raise`` and ``error`` end in that way, ``hang`` never ends, ``feed`` streams its arguments and then the records
-    that the test sends.
+    ``raise`` and ``error`` end in that way, ``fail`` ends with an error of the given type, ``hang`` never ends,
+    ``feed`` streams its arguments and then the records that the test sends.
     """
     return Peer(always=_play, tls=server_context(server_files(directory)))
 
@@ -45,6 +45,8 @@ def _answer(conn: PeerConnection, request: dict[str, Any]) -> None:
             conn.reply(_SINGLE, {"exception": {"type": "ValueError", "message": "no", "data": {"class": "ValueError"}}})
         case "error", _:
             conn.reply({"harp": 1, "error": {"type": "auth_error", "message": "who?", "data": [1]}})
+        case "fail", [kind]:
+            conn.reply(_SINGLE, {"harp": 1, "error": {"type": kind, "message": "harpd's own"}})
         case "garbage", _:
             conn.reply(b"HTTP/1.1 400 Bad Request\n")
         case "hang", _:

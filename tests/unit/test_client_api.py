@@ -80,6 +80,7 @@ SIGNATURES = {
     "JSONSSLConnection.send": "(obj)",
     "RemoteException": "(type, message, data=None)",
     "RemoteError": "(type, message, data=None)",
+    "RequestRefused": "(type, message, data=None)",
 }
 
 #: Methods whose asyncio version has another name.
@@ -175,12 +176,15 @@ def test_async_method_that_sends_is_a_coroutine() -> None:
 def test_exceptions_derive_from_harp_exception() -> None:
     for name in ("CommunicationError", "CancelledException", "RemoteException", "RemoteError"):
         assert issubclass(getattr(harp, name), harp.HarpException)
+    assert issubclass(harp.RequestRefused, harp.CommunicationError)
+    assert not issubclass(harp.RequestRefused, harp.RemoteError)
     error = harp.RemoteError("timeout", "reading the result", {"seconds": 5})
     assert (error.type, error.message, error.data) == ("timeout", "reading the result", {"seconds": 5})
     assert str(error) == "timeout: reading the result"
     assert harp.RemoteException("ValueError", "m").data is None
-    same = pickle.loads(pickle.dumps(error))
-    assert (type(same), same.args) == (harp.RemoteError, error.args)
+    for made in (error, harp.RequestRefused("storage_error", "full")):
+        same = pickle.loads(pickle.dumps(made))
+        assert (type(same), same.args, same.type) == (type(made), made.args, made.type)
 
 
 @pytest.mark.parametrize("module", ["harp", "harp.client", "harp.cli"])

@@ -11,7 +11,7 @@ import pytest
 
 from harp._core.retry import ReconnectPolicy, parse_reconnect
 from harp._core.streams import StreamReader
-from harp.errors import CommunicationError, HarpException, RemoteError
+from harp.errors import CommunicationError, HarpException, RemoteError, RequestRefused
 from harp.protocol.dispatcher import FollowStream, ReadStream
 
 JOB = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
@@ -25,7 +25,7 @@ def error_of(cause: BaseException | None) -> CommunicationError:
 
 LOST = error_of(ConnectionResetError())
 SILENCE = error_of(EOFError())
-STORAGE = RemoteError("storage_error", "the disk is full")
+REFUSED = RequestRefused("storage_error", "the disk is full")
 
 
 def policy_of(seconds: float = 300.0, connected: float | None = 0.0) -> ReconnectPolicy:
@@ -46,7 +46,6 @@ def test_policy_interruption_gives_a_pause(cause: Exception) -> None:
         (error_of(ValueError("garbage")), policy_of),
         (error_of(None), policy_of),  # closed on this side
         (RemoteError("invalid_jobid", "m"), policy_of),
-        (STORAGE, policy_of),  # there is no outage
         (HarpException("wrong use"), policy_of),
         (LOST, lambda: policy_of(0)),
         (LOST, lambda: policy_of(connected=None)),  # the first connection
@@ -78,14 +77,14 @@ def test_policy_time_limit_raises_with_last_error() -> None:
     assert caught.value.__cause__ is LOST
 
 
-def test_policy_storage_error_in_outage_is_transient() -> None:
+def test_policy_refusal_is_part_of_the_outage() -> None:
     policy = policy_of(5)
     policy.next_pause(LOST, 0.0)
     policy.connected(1.0)
-    assert policy.next_pause(STORAGE, 1.0)
-    with pytest.raises(RemoteError) as caught:
-        policy.next_pause(STORAGE, 5.0)
-    assert caught.value is STORAGE
+    assert policy.next_pause(REFUSED, 1.0)
+    with pytest.raises(RequestRefused, match=r"storage_error: the disk is full; gave up after 2 attempts") as caught:
+        policy.next_pause(REFUSED, 5.0)
+    assert caught.value.__cause__ is REFUSED
 
 
 def test_policy_reply_ends_the_outage() -> None:

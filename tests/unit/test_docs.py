@@ -34,7 +34,7 @@ def test_docs_table_of_errors_has_every_error_type() -> None:
     listed = set(re.findall(r"^\| `(\w+)` \|", page("protocol.md"), re.MULTILINE))
     made = set()
     for text in SOURCES.values():
-        made |= set(re.findall(r"\bFailed\(\s*\"(\w+)\"", text))
+        made |= set(re.findall(r"\b(?:Failed|Refused)\(\s*\"(\w+)\"", text))
         made |= set(re.findall(r"\"error\": ?\{\"type\": ?\"(\w+)\"", text))
     assert made
     assert made <= listed

@@ -18,13 +18,13 @@ from typing import Any, Generic, Self, TypeVar, Unpack
 
 from harp._core import values
 from harp._core.connections import Connection, ConnectionPool, Endpoint, Peer, Steps, mark_ambiguous
-from harp._core.retry import REFUSALS, ReconnectPolicy, closed_without_reply, parse_reconnect, unsupported_by_peer
+from harp._core.retry import ReconnectPolicy, closed_without_reply, parse_reconnect, unsupported_by_peer
 from harp._core.streams import StreamReader, StreamRequest
-from harp._core.values import Call, JobOptions, error_of
+from harp._core.values import Call, JobOptions, refusal_of
 from harp.errors import CancelledException, CommunicationError, HarpException, RemoteError
 from harp.protocol import dispatcher as protocol
-from harp.protocol.dispatcher import Cancel, FollowStream, GetResult, ReadStream, Request, SubmitMany
-from harp.protocol.ends import End, Failed
+from harp.protocol.dispatcher import Cancel, FollowStream, GetResult, ReadStream, Refused, Request, SubmitMany
+from harp.protocol.ends import End
 from harp.protocol.json_text import loads
 from harp.protocol.schema import check
 
@@ -88,9 +88,9 @@ class CallerBase(Peer[C], Generic[C, S, J]):
 
         Over 10,000 calls or 16 MiB are sent as several requests; to a legacy dispatcher, one for each call. Then each
         request is all or none; a note of the exception says how many calls were submitted before it. Raises
-        `HarpException` if an item is not a `Call` (nothing was sent), `RemoteError` if the dispatcher refused (the
-        message names the invalid call), and `CommunicationError` if there was no reply: it is unknown whether the jobs
-        were submitted. Spec: docs/client-api.md, HarpCaller.
+        `HarpException` if an item is not a `Call` (nothing was sent), `RequestRefused` if the dispatcher refused (the
+        message names the invalid call), and another `CommunicationError` if there was no reply: it is unknown whether
+        the jobs were submitted. Spec: docs/client-api.md, HarpCaller.
         """
         found: list[protocol.Call] = []
         for call in calls:
@@ -142,8 +142,8 @@ class CallerBase(Peer[C], Generic[C, S, J]):
             if feature is None or not closed_without_reply(error):
                 raise
             raise unsupported_by_peer(error, feature) from error
-        if isinstance(reply, Failed):
-            raise error_of(reply)
+        if isinstance(reply, Refused):
+            raise refusal_of(reply)
         return reply
 
     def _send(
@@ -262,8 +262,9 @@ class ProcedureBase(Generic[J]):
         """Submit a job with positional or named arguments, any JSON values. It is on stable storage when this returns.
 
         Raises `HarpException` for both kinds of arguments, for one that JSON cannot represent, and for `concurrency`
-        without `queue`; `RemoteError` if the dispatcher refused; `CommunicationError` if there was no reply: it is
-        unknown whether the job was submitted, and it is not sent again. Spec: docs/client-api.md, RemoteProcedure.
+        without `queue`; `RequestRefused` if the dispatcher refused; another `CommunicationError` if there was no reply:
+        it is unknown whether the job was submitted, and it is not sent again. Spec: docs/client-api.md,
+        RemoteProcedure.
         """
         server, arguments = self._server, values.encode_arguments(args, kwargs)
         request = values.job_request(server._hostname, self._procedure, arguments, server._options)
@@ -337,15 +338,15 @@ class JobBase(Generic[R]):
         return reader
 
     def _store_end(self, reply: protocol.Reply, line: bytes) -> None:
-        """Store the end that a reply reports, unless it refuses the request."""
-        if isinstance(reply, End) and not (isinstance(reply, Failed) and reply.type in REFUSALS):
+        """Store the end that a reply reports."""
+        if isinstance(reply, End):
             self._end_line = line
 
     def _result(self, wait: bool = False) -> Steps[Any]:
         """Return how the job ended; errors are returned, not raised. With `wait`, wait for it, without a time limit.
 
         The value is the procedure's result, `CALL_NOT_FINISHED` (only without `wait`), `CALL_CANCELLED`, or an instance
-        of `RemoteException`, `RemoteError` or `CommunicationError`. The last, and a refusal of the request, do not
+        of `RemoteException`, `RemoteError` or `CommunicationError`. The last, which includes `RequestRefused`, does not
         describe the job: try again later. Spec: docs/client-api.md, RemoteCall.
         """
         dispatcher, request = self._dispatcher, GetResult(self._id, bool(wait))
@@ -355,8 +356,8 @@ class JobBase(Generic[R]):
             while reply is None:
                 try:
                     reply, line = yield from dispatcher._send(request, policy if wait else None)
-                    if isinstance(reply, Failed) and policy.is_transient(error_of(reply)):
-                        raise error_of(reply)
+                    if isinstance(reply, Refused):
+                        raise refusal_of(reply)
                     self._store_end(reply, line)
                 except (CommunicationError, RemoteError) as error:
                     reply, pause = None, policy.next_pause(error, dispatcher._now())
@@ -369,8 +370,8 @@ class JobBase(Generic[R]):
         """Return the procedure's result, or `CALL_NOT_FINISHED` (only without `wait`); every other end is raised.
 
         Raises `RemoteException` if the procedure raised an exception, `RemoteError` if the job failed, was stopped or
-        the request was refused, `CancelledException` if the job was cancelled, and `CommunicationError` if there was no
-        valid reply. Spec: docs/client-api.md, RemoteCall.
+        does not exist, `CancelledException` if the job was cancelled, and `CommunicationError` if there was no valid
+        reply. Spec: docs/client-api.md, RemoteCall.
         """
         outcome = yield from self._result(wait)
         if isinstance(outcome, HarpException):
@@ -440,8 +441,8 @@ class JobBase(Generic[R]):
             if not times or any(getattr(status, time) is not None for time in times):
                 return status
         reply, line = yield from self._dispatcher._send(request)
-        if isinstance(reply, Failed):
-            raise error_of(reply)
+        if isinstance(reply, Refused):
+            raise refusal_of(reply)
         self._status_line, status = line, reply
         return status
 

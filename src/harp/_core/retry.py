@@ -1,8 +1,8 @@
 """The policy for connecting to the dispatcher again after an interruption: when, how often, and for how long.
 
-The shells pass the time (seconds of the monotonic clock) and wait. Errors of the network (`OSError`) and the end of the
-connection (`EOFError`), as the cause of an error, are interruptions. Invalid data from the peer (`ValueError`) is not,
-nor is a connection that this side has closed (no cause).
+The shells pass the time (seconds of the monotonic clock) and wait. Refused requests are interruptions. So are errors of
+the network (`OSError`) and the end of the connection (`EOFError`), as the cause of an error. Invalid data from the peer
+(`ValueError`) is not, nor is a connection that this side has closed (no cause).
 """
 
 from __future__ import annotations
@@ -11,13 +11,8 @@ import math
 import random
 from collections.abc import Callable
 
-from harp.errors import CommunicationError, HarpException, RemoteError
+from harp.errors import CommunicationError, HarpException, RequestRefused
 
-#: The dispatcher cannot use its disk or database. While it restarts, this error is temporary.
-STORAGE_ERROR = "storage_error"
-
-#: Errors that refuse the request. They do not describe the job, so they are never its end.
-REFUSALS = frozenset({STORAGE_ERROR, "invalid_request", "invalid_jobid"})
 #: Seconds before the first attempt; each further pause is twice as long, up to the longest.
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 2.0
@@ -75,19 +70,13 @@ class ReconnectPolicy:
         self._pause = _FIRST_PAUSE
         self.attempts = 0
 
-    def is_transient(self, error: HarpException) -> bool:
-        """Return whether an error is an interruption, or a storage error during an outage."""
-        if isinstance(error, RemoteError):
-            return self._outage_since is not None and error.type == STORAGE_ERROR
-        return isinstance(error, CommunicationError) and isinstance(error.__cause__, (OSError, EOFError))
-
     def next_pause(self, error: HarpException, now: float) -> float:
         """Return the seconds to wait before the next attempt.
 
         Raise the error if it is not transient, if no connection was ever established, or if the outage has lasted too
         long; then its message says how long and how often the client has tried.
         """
-        if not self or self._connected_at is None or not self.is_transient(error):
+        if not self or self._connected_at is None or not _is_transient(error):
             raise error
         if now - self._connected_at >= min(_STABLE_SECONDS, self._seconds):
             self.end_outage()
@@ -96,9 +85,9 @@ class ReconnectPolicy:
             self._outage_since = now
         remaining = self._outage_since + self._seconds - now
         if remaining <= 0:
-            if isinstance(error, RemoteError):
-                raise error
             tried = f"gave up after {self.attempts} attempts in {self._seconds:g} s"
+            if isinstance(error, RequestRefused):
+                raise RequestRefused(error.type, f"{error.message}; {tried}", error.data) from error
             raise CommunicationError(f"{error}; {tried}") from error
         if not self.attempts:
             self._on_outage(error)
@@ -107,3 +96,7 @@ class ReconnectPolicy:
         pause = min(self._pause * random.uniform(0.5, 1.0), remaining)  # noqa: S311  not a secret
         self._pause = min(self._pause * 2, _LONGEST_PAUSE)
         return pause
+
+
+def _is_transient(error: HarpException) -> bool:
+    return isinstance(error, RequestRefused) or isinstance(error.__cause__, (OSError, EOFError))

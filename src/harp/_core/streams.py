@@ -11,11 +11,19 @@ from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from harp._core.connections import Connection, ConnectionPool, Steps
-from harp._core.retry import REFUSALS, ReconnectPolicy, closed_without_reply, unsupported_by_peer
-from harp._core.values import error_of
+from harp._core.retry import ReconnectPolicy, closed_without_reply, unsupported_by_peer
+from harp._core.values import refusal_of
 from harp.errors import CommunicationError, HarpException
-from harp.protocol.dispatcher import Continue, FollowStream, Packet, ReadStream, Reply, ReplyReader, encode_request
-from harp.protocol.ends import Failed
+from harp.protocol.dispatcher import (
+    Continue,
+    FollowStream,
+    Packet,
+    ReadStream,
+    Refused,
+    Reply,
+    ReplyReader,
+    encode_request,
+)
 
 StreamRequest: TypeAlias = FollowStream | ReadStream
 C = TypeVar("C", bound=Connection)
@@ -100,10 +108,10 @@ class StreamReader(Reader):
         return encode_request(self._request)
 
     def read(self, line: bytes) -> tuple[Any, ...]:
-        """Return the record of a line; a closing line has none. Raise `RemoteError` for a refusal of the request."""
+        """Return the record of a line; a closing line has none. Raise the error of a refused request."""
         reply = self._replies.read_reply(line)
-        if isinstance(reply, Failed) and reply.type in REFUSALS:
-            raise error_of(reply)
+        if isinstance(reply, Refused):
+            raise refusal_of(reply)
         self._replied = True
         self._policy.end_outage()
         if isinstance(reply, Packet):
@@ -156,6 +164,7 @@ class StreamBase(Generic[C]):
     """Items read from a connection. It is closed after the last item, after an error, and when this object is deleted.
 
     It connects again when the reader has a request. If the peer keeps it open after the last item, the pool gets it.
+    After an error, each further item raises it again: otherwise it would look like the end of the stream.
     """
 
     #: Returns the time of the monotonic clock in seconds.
@@ -171,6 +180,7 @@ class StreamBase(Generic[C]):
         self._pool = pool
         self._parsed: deque[Any] = deque()  # items that arrived with an earlier one
         self._closed = False
+        self._failure: Exception | None = None
         self._finalizer = weakref.finalize(self, conn.close_threadsafe)
 
     def _end(self) -> bool:
@@ -183,12 +193,15 @@ class StreamBase(Generic[C]):
 
     def _next_items(self) -> Steps[tuple[Any, ...]]:
         """Return the next item in a tuple, which is empty at the end."""
+        if self._failure is not None:
+            raise self._failure.with_traceback(None)
         while not self._closed:
             if self._parsed:
                 return (self._parsed.popleft(),)
             try:
                 items = yield from self._read()
-            except Exception:
+            except Exception as error:
+                self._failure = error
                 yield from self._finish()
                 raise
             except BaseException:  # the task was cancelled, or KeyboardInterrupt: the iteration can continue

@@ -10,7 +10,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from enum import Enum
 from typing import Any, Final, TypedDict
 
-from harp.errors import HarpException, RemoteError, RemoteException
+from harp.errors import HarpException, RemoteError, RemoteException, RequestRefused
 from harp.protocol import dispatcher as protocol
 from harp.protocol.ends import Cancelled, End, Failed, Raised, Returned
 from harp.protocol.json_text import NotJSON, Raw, dumps
@@ -165,6 +165,12 @@ class Result:
 def error_of(report: Failed) -> RemoteError:
     """Return the exception for an error that the dispatcher or harpd reports."""
     return RemoteError(report.type, report.message, report.data)
+
+
+def refusal_of(reply: protocol.Refused) -> RequestRefused | RemoteError:
+    """Return the exception for a refused request. An unknown job is an answer: to ask again makes no difference."""
+    kind = RemoteError if reply.type == "invalid_jobid" else RequestRefused
+    return kind(reply.type, reply.message, reply.data)
 
 
 def outcome_of(end: End) -> Any:

@@ -295,7 +295,22 @@ class Continue(WireObject):
     CONSTANTS: ClassVar = {"continue": True}
 
 
-Reply: TypeAlias = Submitted | SubmittedMany | WasCancelled | NoResult | Status | Details | Packet | Continue | End
+#: The types of errors with which a dispatcher refuses a request. A job's end may have one of them, too, because harpd
+#: chooses the types of its errors. `data` tells them apart: a refusal has no such member, an end has it, maybe null.
+REFUSALS = frozenset({"too_many_connections", "internal_error", "invalid_request", "storage_error", "invalid_jobid"})
+
+
+class Refused(WireObject):
+    """The dispatcher refuses the request. This does not describe the job."""
+
+    type: Annotated[str, "error.type"]
+    message: Annotated[str, "error.message"]
+    data: Annotated[Payload, "error.data"] = None
+
+
+Reply: TypeAlias = (
+    Submitted | SubmittedMany | WasCancelled | NoResult | Status | Details | Packet | Continue | Refused | End
+)
 
 #: The replies, by the key that identifies each. In the reply to a `Cancel`, ``cancelled`` is of `WasCancelled`.
 _REPLIES: Mapping[str, type[Reply]] = {
@@ -314,14 +329,14 @@ _ENDS = frozenset({Returned, Raised, Failed, Cancelled})
 
 #: The replies that each request may have. All others are protocol errors.
 MAY_FOLLOW: Mapping[type, frozenset[type]] = {
-    Call: frozenset({Submitted, Failed}),
-    SubmitMany: frozenset({SubmittedMany, Failed}),
-    Cancel: frozenset({WasCancelled, Failed}),
-    GetResult: _ENDS | {NoResult},
-    GetStatus: frozenset({Status, Failed}),
-    GetDetails: frozenset({Details, Failed}),
-    FollowStream: _ENDS | {Packet},
-    ReadStream: _ENDS | {Packet, Continue},
+    Call: frozenset({Submitted, Refused}),
+    SubmitMany: frozenset({SubmittedMany, Refused}),
+    Cancel: frozenset({WasCancelled, Refused}),
+    GetResult: _ENDS | {NoResult, Refused},
+    GetStatus: frozenset({Status, Refused}),
+    GetDetails: frozenset({Details, Refused}),
+    FollowStream: _ENDS | {Packet, Refused},
+    ReadStream: _ENDS | {Packet, Continue, Refused},
 }
 
 
@@ -329,6 +344,8 @@ def encode_reply(reply: Reply, keep_alive: float | None = None) -> bytes:
     """Return the line of a reply. `keep_alive`: seconds for which the connection stays open; None: it is closed."""
     if isinstance(reply, Packet):
         return encode_packets(reply.number, [dumps(reply.data)], None if reply.time is None else [reply.time])
+    if isinstance(reply, Failed) and reply.data is None and reply.type in REFUSALS:
+        reply = Failed(reply.type, reply.message, Raw(b"null"))
     version = b'"harpcaller":1,' if isinstance(reply, (Submitted, SubmittedMany)) else b""
     granted = b"" if keep_alive is None else b',"keep_alive":' + dumps(keep_alive)
     return b"{%b%b%b}\n" % (version, encode_members(reply), granted)
@@ -359,6 +376,8 @@ def decode_reply(line: bytes, request: Request) -> Reply:
     members = decode_object(line, decode_values)
     key = only_kind(_REPLIES, members, "not a reply of the protocol")
     kind: type[Reply] = WasCancelled if key == "cancelled" and isinstance(request, Cancel) else _REPLIES[key]
+    if kind is Failed and _is_refusal(members, request):
+        kind = Refused
     if kind not in MAY_FOLLOW[type(request)]:
         raise ProtocolError(f"a reply with {key!r} does not answer this request")
     timed = isinstance(request, (FollowStream, ReadStream)) and request.timed
@@ -370,6 +389,14 @@ def decode_reply(line: bytes, request: Request) -> Reply:
     if isinstance(reply, SubmittedMany) and isinstance(request, SubmitMany):
         check(len(reply.job_ids) == len(request.calls), f"{len(reply.job_ids)} job ids for {len(request.calls)} calls")
     return reply
+
+
+def _is_refusal(members: JSONObject, request: Request) -> bool:
+    """Return whether an error refuses the request; otherwise it is a job's end."""
+    if Failed not in MAY_FOLLOW[type(request)]:
+        return True
+    error = required_object(members, "error")
+    return "data" not in error and member_value(error, "type") in REFUSALS
 
 
 class ReplyReader:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import cast
 
 from harp.protocol import dispatcher as protocol
-from harp.protocol.ends import End, Failed
+from harp.protocol.ends import End
 from harp.protocol.json_text import Envelope
 from harp.protocol.schema import ProtocolError
 from harp_daemon.event_loop import LONG_LINE, decode_in_thread
@@ -52,7 +52,7 @@ class ClientServer(Server):
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
-        refusal = Failed("too_many_connections", "more clients are connected than max_connections allows")
+        refusal = protocol.Refused("too_many_connections", "more clients are connected than max_connections allows")
         rejection, memory = protocol.encode_reply(refusal), dispatcher.config.request_memory
         super().__init__(lambda: dispatcher.config.max_connections, rejection, memory)
         self._loopback_logged = False
@@ -213,16 +213,16 @@ class ClientServer(Server):
             case ProtocolError():
                 # Every invalid request has the type invalid_request; an exhausted limit keeps its own.
                 kind = error.type if error.type == "too_many_connections" else "invalid_request"
-                failure = Failed(kind, _shorten(error.message))
+                failure = protocol.Refused(kind, _shorten(error.message))
                 log.info("request refused", extra={"client": client, "reason": failure.message})
             case UnknownJob():
-                failure = Failed("invalid_jobid", _shorten(f"there is no job {error}"))
+                failure = protocol.Refused("invalid_jobid", _shorten(f"there is no job {error}"))
             case StorageError():
                 log.error("request failed: storage error", extra={"client": client, "reason": str(error)})
-                failure = Failed("storage_error", str(error))
+                failure = protocol.Refused("storage_error", str(error))
             case _:
                 log.error("request failed: internal error", extra={"client": client}, exc_info=error)
-                failure = Failed("internal_error", "internal error of the dispatcher; see its log")
+                failure = protocol.Refused("internal_error", "internal error of the dispatcher; see its log")
         connection.write(protocol.encode_reply(failure))
         connection.close()
 
