@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -24,8 +25,10 @@ TLS = HostTLS(Config())
 class FakeConnection:
     """A connection that records how the pool uses it."""
 
-    def __init__(self, keep_alive: float | None = 60.0) -> None:
+    def __init__(self, keep_alive: float | None = 60.0, opened_at: float | None = None) -> None:
         self.keep_alive = keep_alive
+        self.opened_at = time.monotonic() if opened_at is None else opened_at
+        self.tls_version: tuple[int, ...] = ()
         self.is_reusable = True
         self.end: str | None = None
 
@@ -80,6 +83,19 @@ async def test_pool_expires_after_half_of_the_grant_or_10_s(clock: Any, keep_ali
     assert get(pool) is None
     assert old.end == "aborted"
     pool.close()
+
+
+async def test_pool_closes_old_connections(clock: Any) -> None:
+    pool = ConnectionPool(TimerWheel())
+    conn = put(pool, FakeConnection(opened_at=clock.now))
+    for _ in range(37):  # a call each 8 seconds
+        assert get(pool) is conn
+        clock.now += 8.0
+        put(pool, conn)
+    assert get(pool) is conn
+    clock.now += 8.0
+    assert put(pool, conn).end == "closed"
+    assert get(pool) is None
 
 
 async def test_pool_skips_connections_that_broke() -> None:

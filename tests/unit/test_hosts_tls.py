@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import ssl
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from harpcaller.hosts.connecting import open_connection, to_failed
 from harpcaller.hosts.registry import Host
 from harpcaller.hosts.tls import CertificateRefused, HostTLS, names_host, server_name
 from support.certificates import Certificates, authority
+from support.deadline import eventually
 from support.peers import Peer, server_context
 
 
@@ -133,25 +134,64 @@ async def test_known_certs_file_is_read_after_a_change(tmp_path: Path, caplog: p
     file = tmp_path / "known.pem"
     file.write_bytes(first.pem)
     tls = HostTLS(Config(known_certs_file=file))
+
     with host(second) as found:
-        assert await outcome(tls, found) is not None
+
+        async def is_refused() -> bool:
+            return await outcome(tls, found) is not None
+
+        check: Callable[[], bool | Awaitable[bool]] = is_refused
+        assert await is_refused()
         file.write_bytes(first.pem + second.pem)
-        assert await outcome(tls, found) is None
-        new = tmp_path / "new.pem"
-        new.write_bytes(first.pem + first.pem)
+        assert not await is_refused()  # at once
         status = file.stat()
-        os.utime(new, ns=(status.st_atime_ns, status.st_mtime_ns))
-        new.replace(file)
-        assert await outcome(tls, found) is not None
+        file.write_bytes(first.pem + b" " * len(second.pem))
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+        await eventually(check, what="the removed certificate refused")  # same size, time and inode
+        version = tls.version
         file.write_bytes(second.pem)
-        assert await outcome(tls, found) is None
+        assert not await is_refused()
+        await eventually(lambda: tls.version != version, what="the new contents")
         file.write_bytes(b"-----BEGIN CERTIFICATE-----\n!\n-----END CERTIFICATE-----\n")
-        for _ in range(2):
-            assert await outcome(tls, found) is None  # an invalid file changes nothing
+        await eventually(lambda: tls.version and len(errors(caplog)) == 1, what="the error")
+        assert not await is_refused()  # an invalid file changes nothing
         file.unlink()
-        for _ in range(2):
-            assert await outcome(tls, found) is None
-    assert [record.levelname for record in caplog.records if "cannot reload" in record.getMessage()] == ["ERROR"] * 2
+        await eventually(lambda: tls.version and len(errors(caplog)) == 2, what="the error")
+        assert not await is_refused()
+
+
+def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+
+
+async def test_known_certs_file_may_be_created_later(tmp_path: Path) -> None:
+    issued = issue(tmp_path / "a", "web01")
+    file = tmp_path / "known.pem"
+    tls = HostTLS(Config(known_certs_file=file))
+    assert tls.warnings == [f"known_certs_file {file} does not exist; it accepts no certificate"]
+    with host(issued) as found:
+        message = await outcome(tls, found)
+        assert message is not None
+        assert f"{file}, which does not exist" in message
+        assert await outcome(HostTLS(Config(known_certs_file=file, ca_file=issued.files.ca_file)), found) is None
+        file.write_bytes(issued.pem)
+        assert await outcome(tls, found) is None
+
+
+async def test_ca_file_is_read_after_a_change(tmp_path: Path) -> None:
+    issued, other = issue(tmp_path / "a", "web01"), issue(tmp_path / "b", "web01", ca=trustme.CA())
+    file = tmp_path / "ca.pem"
+    file.write_bytes(issued.files.ca_file.read_bytes())
+    tls = HostTLS(Config(ca_file=file))
+    version = tls.version
+    with host(issued) as found, host(other) as replaced:
+        assert await outcome(tls, found) is None
+        file.write_bytes(b"")  # in the middle of a rewrite
+        assert (await outcome(tls, found), tls.version) == (None, version)
+        file.write_bytes(other.files.ca_file.read_bytes())
+        await eventually(lambda: tls.version != version, what="the new authority")
+        assert await outcome(tls, found) is not None
+        assert await outcome(tls, replaced) is None
 
 
 async def test_credentials_are_sent_after_the_certificate_check(tmp_path: Path) -> None:
@@ -166,7 +206,7 @@ async def test_credentials_are_sent_after_the_certificate_check(tmp_path: Path) 
 def test_host_tls_invalid_file_is_config_error(tmp_path: Path, key: str) -> None:
     broken = tmp_path / "broken.pem"
     broken.write_bytes(b"-----BEGIN CERTIFICATE-----\n!\n-----END CERTIFICATE-----\n")
-    for file in (tmp_path / "none.pem", broken):
+    for file in (tmp_path / "none.pem", broken)[key == "known_certs_file" :]:
         options: dict[str, Any] = {"file": tmp_path / "h.toml", key: file}
         with pytest.raises(ConfigError) as caught:
             HostTLS(Config(**options))
@@ -181,7 +221,9 @@ async def test_tls_minimum_is_enforced(tmp_path: Path) -> None:
     with Peer(always=lambda conn: conn.until_closed(), tls=context) as peer:
         found = Host("web01", "127.0.0.1", peer.port, "u", "p")
         assert await outcome(HostTLS(Config()), found) is None
-        assert await outcome(HostTLS(Config(tls_minimum="1.3")), found) is not None
+        message = await outcome(HostTLS(Config(tls_minimum="1.3")), found)
+        assert message is not None
+        assert "tls_minimum" in message
     assert len(HostTLS(Config(tls_minimum="1.0")).warnings) == 2
 
 

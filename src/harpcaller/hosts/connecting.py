@@ -27,6 +27,11 @@ from harpcaller.hosts.tls import CertificateRefused, HostTLS, parse_ip, server_n
 _LOCAL_ERRORS = ("EMFILE", "ENFILE", "ENOBUFS", "ENOMEM", "EACCES", "EPERM", "EADDRNOTAVAIL")
 #: OpenSSL's reasons if the peer's first bytes are not TLS.
 _NOT_TLS_REASONS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "HTTPS_PROXY_REQUEST", "RECORD_LAYER_FAILURE")
+#: OpenSSL's reasons if the host has no TLS version of at least `tls_minimum`.
+_OLD_TLS_REASONS = (
+    *("UNSUPPORTED_PROTOCOL", "TLSV1_ALERT_PROTOCOL_VERSION", "WRONG_SSL_VERSION", "VERSION_TOO_LOW"),
+    "NO_PROTOCOLS_AVAILABLE",
+)
 #: Error numbers for errors that the event loop raises without one.
 _ERRNO_BY_CLASS = {
     type(OSError(number, "")): number for number in (errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE)
@@ -54,6 +59,7 @@ async def open_connection(
     """Connect to a host and check its certificate. Raises OSError, `CertificateRefused` or UnicodeError."""
     chain_error: str | None = None
     seconds = config.connect_timeout
+    version = tls.version
     for context in tls.contexts:
         async with asyncio.timeout(seconds):
             connection = await _connect_any_address(host, seconds)
@@ -76,6 +82,7 @@ async def open_connection(
         except BaseException:
             transport.abort()
             raise
+        conn.tls_version = version
         return conn
     assert chain_error is not None  # otherwise a context was accepted or another error was raised
     raise tls.chain_refused(chain_error)
@@ -139,7 +146,11 @@ def _describe_error(error: BaseException) -> tuple[str | None, str]:
     """Return the name of the errno, if there is one, and a text. `ssl` and the resolver use numbers of their own."""
     if isinstance(error, socket.gaierror):
         return _RESOLVER_ERRORS.get(error.errno), error.strerror or str(error)
-    if isinstance(error, ssl.SSLError) or not isinstance(error, OSError):
-        return None, f"TLS: {error}" if isinstance(error, ssl.SSLError) else str(error)
+    if isinstance(error, ssl.SSLError):
+        old = error.reason in _OLD_TLS_REASONS
+        hint = "; the host has no TLS version of at least tls_minimum in the dispatcher's configuration" if old else ""
+        return None, f"TLS: {error}{hint}"
+    if not isinstance(error, OSError):
+        return None, str(error)
     number = error.errno or _ERRNO_BY_CLASS.get(type(error))
     return errno.errorcode.get(number or 0), os.strerror(number) if number else str(error)

@@ -80,6 +80,8 @@ class HarpdConnection(asyncio.Protocol):
         self._reused_unanswered = False
         self._acknowledgement: tuple[bytes, Message] | None = None  # of the last call; most calls get the same line
         self.is_paused = False  #: Whether the receiver has paused reading.
+        self.opened_at = time.monotonic()  #: Monotonic time of the opening.
+        self.tls_version: tuple[int, ...] = ()  #: `HostTLS.version` when the host's certificate was accepted.
         #: Monotonic time of the last received data, or of the request.
         self.last_received_at = self._reading_since = time.monotonic()
 

@@ -1,8 +1,9 @@
 """A pool of idle connections to hosts, for the next call: a TLS handshake costs as much as the rest of a small call.
 
 A connection is stored only for a short time: the connection to a host that disappears seems open, and a start written
-to it is delayed until the outage is detected. If a reused connection breaks before the acknowledgement, the run
-attaches to the call; it never writes the start twice. Spec: docs/protocol.md, Keep-alive.
+to it is delayed until the outage is detected. It is not used again if it is old, or if the files that accepted the
+host's certificate have changed: the certificate may have expired or been removed. If a reused connection breaks before
+the acknowledgement, the run attaches to the call; it never writes the start twice. Spec: docs/protocol.md, Keep-alive.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from harpcaller.hosts.tls import HostTLS
 
 #: Maximum idle time of a connection in seconds, and as a share of the time that its host grants.
 _MAX_IDLE, _KEEP_ALIVE_SHARE = 10.0, 0.5
+_MAX_AGE = 300.0  #: Maximum seconds from the opening of a connection to the end of a call after which it is stored.
 #: Maximum number of idle connections to one host, and to all hosts.
 _MAX_PER_HOST, _MAX_TOTAL = 256, 512
 
@@ -36,7 +38,7 @@ class ConnectionPool:
         while idle:
             expires_at, conn = idle.pop()
             self._count -= 1
-            if time.monotonic() < expires_at and conn.is_reusable:
+            if time.monotonic() < expires_at and conn.is_reusable and conn.tls_version == tls.version:
                 return conn
             conn.abort()
         return None
@@ -45,10 +47,11 @@ class ConnectionPool:
         """Add a connection whose request is finished, or close it if it cannot be reused; all data is still sent."""
         idle = self._connections.setdefault((host, tls), deque())
         full = len(idle) >= _MAX_PER_HOST or self._count >= _MAX_TOTAL
-        if conn.keep_alive is None or not conn.is_reusable or full:
+        now = time.monotonic()
+        if conn.keep_alive is None or not conn.is_reusable or full or now - conn.opened_at >= _MAX_AGE:
             conn.close()
             return
-        idle.append((time.monotonic() + min(_MAX_IDLE, _KEEP_ALIVE_SHARE * conn.keep_alive), conn))
+        idle.append((now + min(_MAX_IDLE, _KEEP_ALIVE_SHARE * conn.keep_alive), conn))
         self._count += 1
         if self._cleanup_timer is None:
             self._cleanup_timer = self._timers.call_later(_MAX_IDLE, self._close_expired)

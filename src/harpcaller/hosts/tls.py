@@ -6,6 +6,8 @@ loaded as trust anchors: a certificate signed by one of them is not accepted.
 Python's `ssl` either checks the chain in the handshake or cannot check it at all. If a chain is refused and the
 certificate may be a known one, the host is therefore connected to a second time without that check. Nothing is sent
 over a connection before `check_certificate` has accepted its certificate.
+
+A changed file is read again. An idle connection is then not used again: its certificate may not be accepted any more.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import re
 import ssl
 from collections.abc import Mapping
 from ipaddress import IPv4Address, IPv6Address, ip_address
+from pathlib import Path
 from typing import Any
 
 from harp_daemon.settings import set_minimum_version
@@ -35,43 +38,70 @@ class HostTLS:
 
     def __init__(self, config: Config) -> None:
         self._verify_hostname = config.verify_hostname
-        self._ca_file = config.ca_file
+        self._authorities: WatchedFile[ssl.SSLContext] | None = None
         self._known_certs: WatchedFile[frozenset[bytes]] | None = None
+        self._unverified = _context(config)
+        self.warnings: list[str] = []  #: Warnings for the log.
+        if config.ca_file is not None:
+            with file_errors(config, "ca_file"):
+                self._authorities = WatchedFile(config.ca_file, lambda _: _context(config, config.ca_file))
         if config.known_certs_file is not None:
             with file_errors(config, "known_certs_file"):
-                self._known_certs = WatchedFile(config.known_certs_file, _parse_certificates)
-        self.warnings: list[str] = []  #: Warnings for the log.
-        #: The contexts to try in this order; the next one only after `ssl.SSLCertVerificationError`.
-        self.contexts: list[ssl.SSLContext] = []
-        if config.ca_file is not None:
-            self.contexts.append(_context(config, ssl.CERT_REQUIRED))
-        if config.ca_file is None or self._known_certs is not None:
-            self.contexts.append(_context(config, ssl.CERT_NONE))
+                # As in the legacy dispatcher, it may be created later. Until then, it contains no certificate.
+                self._known_certs = WatchedFile(
+                    config.known_certs_file, _parse_certificates, if_missing=frozenset[bytes]()
+                )
+            if self._known_certs.is_missing:
+                self.warnings.append(
+                    f"known_certs_file {config.known_certs_file} does not exist; it accepts no certificate"
+                )
         if config.ca_file is None and self._known_certs is None:
             self.warnings.append("certificates of hosts are not checked; set ca_file or known_certs_file")
         if config.tls_minimum in ("1.0", "1.1"):
             self.warnings.append("tls_minimum allows insecure TLS versions")
 
+    @property
+    def contexts(self) -> list[ssl.SSLContext]:
+        """The contexts to try in this order; the next one only after `ssl.SSLCertVerificationError`."""
+        verified = [] if self._authorities is None else [self._authorities.value]
+        return verified if verified and self._known_certs is None else [*verified, self._unverified]
+
+    @property
+    def version(self) -> tuple[int, ...]:
+        """A value that changes with the contents of the files."""
+        versions = []
+        for file in (self._authorities, self._known_certs):
+            if file is not None:
+                _ = file.value  # reads a changed file
+                versions.append(file.version)
+        return tuple(versions)
+
     def check_certificate(self, connection: ssl.SSLObject, host: Host, chain_error: str | None = None) -> None:
         """Raise `CertificateRefused` if no rule accepts the certificate; an earlier handshake had a `chain_error`."""
-        if self._known_certs is not None and connection.getpeercert(binary_form=True) in self._known_certs.value:
+        known, der = self._known_certs, connection.getpeercert(binary_form=True)
+        if known is not None and (der in known.value or der in known.newest_value):
             return
         if chain_error is not None:
             raise self.chain_refused(chain_error)
         certificate: Mapping[str, Any] = connection.getpeercert() or {}
-        if self._ca_file is not None and self._verify_hostname and not names_host(certificate, host):
+        if self._authorities is not None and self._verify_hostname and not names_host(certificate, host):
             names = ", ".join(repr(name) for _, name in certificate.get("subjectAltName", ())) or "no host at all"
             raise CertificateRefused(
                 f"it names {names}, and neither {host.hostname!r} nor {host.address!r}; issue a certificate with "
                 "one of these as subjectAltName, correct the hosts registry, or set verify_hostname = false"
             )
-        if self._ca_file is None and self._known_certs is not None:
-            raise CertificateRefused(f"it is not in known_certs_file {self._known_certs.file}")
+        if self._authorities is None and known is not None:
+            raise CertificateRefused(f"it is not in {_name_file(known)}")
 
     def chain_refused(self, chain_error: str) -> CertificateRefused:
         """Return the error for a certificate whose chain no handshake accepted."""
-        unknown = f", nor is it in known_certs_file {self._known_certs.file}" if self._known_certs else ""
-        return CertificateRefused(f"it has no chain to an authority of ca_file {self._ca_file}: {chain_error}{unknown}")
+        authorities = self._authorities.file if self._authorities else None
+        unknown = f", nor is it in {_name_file(self._known_certs)}" if self._known_certs else ""
+        return CertificateRefused(f"it has no chain to an authority of ca_file {authorities}: {chain_error}{unknown}")
+
+
+def _name_file(known: WatchedFile[frozenset[bytes]]) -> str:
+    return f"known_certs_file {known.file}{', which does not exist' if known.is_missing else ''}"
 
 
 def server_name(address: str) -> str:
@@ -115,14 +145,13 @@ def parse_ip(text: str) -> IPv4Address | IPv6Address | None:
         return None
 
 
-def _context(config: Config, mode: ssl.VerifyMode) -> ssl.SSLContext:
+def _context(config: Config, authorities: Path | None = None) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False  # `check_certificate` checks the name or the address
-    context.verify_mode = mode
+    context.verify_mode = ssl.CERT_NONE if authorities is None else ssl.CERT_REQUIRED
     set_minimum_version(context, config.tls_minimum)
-    if mode is ssl.CERT_REQUIRED:
-        with file_errors(config, "ca_file"):
-            context.load_verify_locations(config.ca_file)
+    if authorities is not None:
+        context.load_verify_locations(authorities)
     return context
 
 

@@ -1,43 +1,146 @@
-"""A small file that is read again after a change."""
+"""A small file that is read again after a change.
+
+A writer may truncate a file before it writes, and write in pieces. A changed file is therefore used only when it has
+been unchanged for `SETTLE_SECONDS`, and the previous contents stay in use until then.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+SETTLE_SECONDS = 1.0  #: Seconds for which a changed file must be unchanged before it is used.
+_MAX_WAIT = 10.0  #: Maximum seconds that `settle` waits for a file that changes again and again.
+
+
+class _Identity(NamedTuple):
+    """Attributes that change with the contents. The times are in nanoseconds; `changed` cannot be set by a program."""
+
+    size: int
+    modified: int
+    changed: int
+    inode: int
+
 
 class WatchedFile(Generic[T]):
-    """The parsed contents of a file; the previous ones if the file becomes invalid. Raises OSError or ValueError."""
+    """The parsed contents of a file; the previous ones while the file changes, is invalid or is refused.
 
-    def __init__(self, file: Path, parse: Callable[[bytes], T]) -> None:
+    `parse` returns the value of a file's contents, or raises ValueError. `accept` is called with the value in use and a
+    new one, and raises ValueError to refuse the new one. `in_use` is the value until the file was accepted, and
+    `if_missing` the value while the file does not exist yet. Raises OSError or ValueError if the first contents are
+    invalid.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        parse: Callable[[bytes], T],
+        accept: Callable[[T, T], None] = lambda old, new: None,
+        in_use: T | None = None,
+        if_missing: T | None = None,
+    ) -> None:
         self.file = file
+        self.error: str | None = None  #: Why the file's present contents are not in use; None: they are.
+        self.read_at = time.time()  #: Unix time at which the contents in use were read.
+        self.version = 0  #: A number that changes with the contents in use.
         self._parse = parse
-        self._signature = _signature(file)
-        self._value = parse(file.read_bytes())
+        self._accept = accept
+        self._identity: _Identity | None  # of the latest contents that were used or refused
+        self._pending = _identify_if_exists(file)  # the latest identity that was found
+        self._newest = self._pending, if_missing  # the latest contents that were parsed, perhaps not in use
+        if self._pending is not None or if_missing is None:
+            self._newest = _identify(file), parse(file.read_bytes())
+        first = self._newest[1]
+        assert first is not None
+        self._identity, self._value = (self._newest[0], first) if in_use is None else (None, in_use)
+        self._pending_since = time.monotonic()
+        self.is_settled = self._has_settled()  #: Whether the file had not just changed at the last check.
 
     @property
     def value(self) -> T:
-        """The contents, after a check for a change."""
-        signature = None
-        try:
-            signature = _signature(self.file)  # before reading, so that the next check detects a change in between
-            if signature != self._signature:
-                self._value = self._parse(self.file.read_bytes())
-                log.info("changed file read", extra={"file": str(self.file)})
-        except (OSError, ValueError) as error:
-            if signature != self._signature:
-                log.error("cannot reload changed file", extra={"file": str(self.file), "error": str(error)})
-        self._signature = signature
+        """The contents to use, after a check for a change."""
+        self._check(force=False)
         return self._value
 
+    @property
+    def is_missing(self) -> bool:
+        """Whether the file did not exist at the last check."""
+        return self._pending is None
 
-def _signature(file: Path) -> tuple[int, int, int] | None:
+    @property
+    def newest_value(self) -> T:
+        """The contents, also if the file has just changed; `value` if they are invalid or were refused."""
+        value = self.value
+        if self.is_settled:
+            return value
+        identity = _identify_if_exists(self.file)
+        if identity is not None and identity != self._newest[0]:
+            try:
+                self._newest = identity, self._parse(self.file.read_bytes())
+            except (OSError, ValueError):
+                self._newest = identity, value
+        return self._newest[1] or value
+
+    async def settle(self, force: bool = False) -> None:
+        """Wait until a file that has just changed can be used, and use it; with `force`, also if `accept` refuses it.
+
+        The property `error` has the reason if the present contents cannot be used.
+        """
+        end = time.monotonic() + _MAX_WAIT
+        self._check(force)
+        while not self.is_settled and time.monotonic() < end:
+            await asyncio.sleep(SETTLE_SECONDS / 10)
+            self._check(force)
+
+    def _check(self, force: bool) -> None:
+        found = _identify_if_exists(self.file)
+        if found != self._pending:
+            self._pending, self._pending_since = found, time.monotonic()
+        if found == self._identity and self.is_settled and not (force and self.error):
+            return
+        self.is_settled = self._has_settled()
+        if self.is_settled and (found != self._identity or (force and self.error)):
+            self._read(found, force)
+
+    def _has_settled(self) -> bool:
+        # The clock of the file's time may differ from this one's; then only the time since the first check counts.
+        changed_at = self._pending.changed / 1e9 if self._pending else time.time()
+        return max(time.time() - changed_at, time.monotonic() - self._pending_since) >= SETTLE_SECONDS
+
+    def _read(self, identity: _Identity | None, force: bool) -> None:
+        try:
+            value = self._parse(self.file.read_bytes())
+            if _identify(self.file) != identity:  # it has changed while it was read
+                self.is_settled = False
+                return
+            if not force:
+                self._accept(self._value, value)
+        except (OSError, ValueError) as error:
+            self.error = (error.strerror if isinstance(error, OSError) else None) or str(error)
+            log.error("cannot use changed file", extra={"file": str(self.file), "error": self.error})
+        else:
+            self._value, self.read_at, self.error = value, time.time(), None
+            self.version += 1
+            log.info("changed file read", extra={"file": str(self.file)})
+        self._identity = identity
+
+
+def _identify(file: Path) -> _Identity:
     status = os.stat(file)
-    return status.st_mtime_ns, status.st_size, status.st_ino
+    return _Identity(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+
+
+def _identify_if_exists(file: Path) -> _Identity | None:
+    try:
+        return _identify(file)
+    except OSError:
+        return None
