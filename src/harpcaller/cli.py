@@ -18,11 +18,13 @@ from harpcaller.config import DEFAULT_FILE, load
 from harpcaller.store import StorageError
 
 _SOCKET = Path("/var/run/harpcaller/control")
+_COMMON = ("command", "run", "socket", "config", "test")  # the arguments that are not sent to the daemon
 _EXAMPLES = """\
 examples:
   harpcallerd start                                     in the foreground, the log on stderr
   harpcallerd start --config=./harpcaller.toml --daemon --pidfile=/run/harpcallerd.pid
                                                         in the background; returns when it serves
+  harpcallerd --test --config=./harpcaller.toml         check configuration, certificates, hosts file and script
   harpcallerd status --wait --timeout=10                wait until it serves
   harpcallerd list --all --queue                        all jobs, one JSON object per line
   harpcallerd list --all --newest=100 --host=web01      the last 100 jobs for a host, ended or not
@@ -42,10 +44,13 @@ exit status: 0 success, 1 failure (one line on stderr says why; status: stopped)
 
 def main(arguments: list[str] | None = None) -> int:
     """Run harpcallerd; return its exit status."""
-    parsed = parser().parse_args(arguments)
+    program = parser()
+    parsed = program.parse_args(arguments)
+    if parsed.command is None and not parsed.test:
+        program.error("the following arguments are required: COMMAND")
     sys.setrecursionlimit(10_000)  # values may be nested as deeply as the protocol allows
     try:
-        return int(parsed.run(parsed) or 0)
+        return int((_test if parsed.test else parsed.run)(parsed) or 0)
     except (ControlError, ProcessError) as error:
         print(f"harpcallerd: {error}", file=sys.stderr)
         return 1
@@ -77,8 +82,13 @@ def _start(parsed: Namespace) -> None:
 def _status(parsed: Namespace) -> int:
     daemon = ControlClient(parsed.socket)
     running = daemon.wait_running(parsed.timeout) if parsed.wait else daemon.is_running()
-    print(f"harpcallerd is {'running' if running else 'stopped'}")
-    return 0 if running else 1
+    if not running:
+        print("harpcallerd is stopped")
+        return 1
+    (status,) = daemon.send_command("status")
+    print(status.decode() if parsed.full else "harpcallerd is running")
+    _warn_of_hosts(status)
+    return 0
 
 
 def _stop(parsed: Namespace) -> None:
@@ -87,9 +97,55 @@ def _stop(parsed: Namespace) -> None:
         print(pid)
 
 
-def _reload(parsed: Namespace) -> None:
-    for key in _single_reply(parsed)["restart_needed"]:
+def _reload(parsed: Namespace) -> int:
+    reply = _single_reply(parsed)
+    for key in reply["restart_needed"]:
         print(f"harpcallerd: warning: the change of {key} needs a restart", file=sys.stderr)
+    return _print_problems(reply["problems"])
+
+
+def _hosts_list(parsed: Namespace) -> None:
+    _print_reply(parsed)
+    (status,) = ControlClient(parsed.socket).send_command("status")
+    _warn_of_hosts(status)
+
+
+def _hosts_refresh(parsed: Namespace) -> int:
+    if parsed.diff:
+        _print_reply(parsed)
+        return 0
+    reply = _single_reply(parsed)
+    print(f'{{"hosts":{reply["hosts"]}}}')
+    return _print_problems(reply["problems"])
+
+
+def _warn_of_hosts(status: Raw) -> None:
+    """Print a warning on stderr for each source of hosts whose latest contents are not in use."""
+    for source in loads(status)["hosts_registry"].values():
+        if isinstance(source, dict) and source["error"] is not None:
+            age = "no hosts yet" if source["age"] is None else f"hosts are {source['age']:.0f} s old"
+            print(f"harpcallerd: warning: {source['error']} ({age})", file=sys.stderr)
+
+
+def _print_problems(problems: list[str]) -> int:
+    """Print the rejected lines and other problems of the hosts registry; return the exit status."""
+    for problem in problems:
+        print(f"harpcallerd: hosts registry: {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+def _test(parsed: Namespace) -> int:
+    from harpcaller.daemon import check
+
+    try:
+        errors = check(load(parsed.config))
+    except ConfigError as error:
+        errors = [str(error)]
+    for message in errors:
+        print(f"harpcallerd: {message}", file=sys.stderr)
+    if not errors:
+        print("config OK")
+    return 1 if errors else 0
 
 
 def _reopen_logs(parsed: Namespace) -> None:
@@ -114,7 +170,7 @@ def _print_reply(parsed: Namespace) -> None:
 
 def _send(parsed: Namespace) -> Iterator[Raw]:
     """Send the command with its own arguments; yield the items of the reply."""
-    options = {name: value for name, value in vars(parsed).items() if name not in ("command", "run", "socket")}
+    options = {name: value for name, value in vars(parsed).items() if name not in _COMMON}
     return ControlClient(parsed.socket).send_command(parsed.command, **options)
 
 
@@ -137,10 +193,12 @@ def parser() -> argparse.ArgumentParser:
     )
     path: dict[str, Any] = {"metavar": "PATH", "type": _absolute_path}
     program.add_argument("--socket", **path, default=_SOCKET, help=f"control socket ({_SOCKET})")
+    program.add_argument("--config", **path, default=DEFAULT_FILE, help="TOML file (%(default)s)")
+    program.add_argument("--test", action="store_true", help="check configuration, certificates and hosts, and exit")
     # Also accepted after the command. Its default must not override the option before the command.
     socket = argparse.ArgumentParser(add_help=False)
     socket.add_argument("--socket", **path, default=argparse.SUPPRESS, help="control socket")
-    commands = program.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = program.add_subparsers(dest="command", metavar="COMMAND")
 
     def add(name: str, run: Callable[[Namespace], int | None], help: str) -> Callable[..., argparse.Action]:
         command = commands.add_parser(name, parents=[socket], help=help, description=f"{help[0].upper()}{help[1:]}.")
@@ -149,10 +207,11 @@ def parser() -> argparse.ArgumentParser:
 
     option = add("start", _start, "run the dispatcher")
     option("--debug", action="store_true", help="log at debug level, including the arguments of calls")
-    option("--config", metavar="FILE", type=_absolute_path, default=DEFAULT_FILE, help="TOML (%(default)s)")
+    option("--config", **path, default=argparse.SUPPRESS, help=f"TOML file ({DEFAULT_FILE})")
     option("--pidfile", metavar="FILE", type=_absolute_path, help="write the process id to FILE")
     option("--daemon", action="store_true", help="run in the background; return when it serves")
     option = add("status", _status, "show whether the dispatcher runs")
+    option("--full", action="store_true", help="show process, calls and the state of the hosts registry as JSON")
     option("--wait", action="store_true", help="wait until it runs")
     option("--timeout", metavar="S", type=_number, help="wait at most S seconds")
     option = add("stop", _stop, "stop the dispatcher and wait until its process has exited")
@@ -176,8 +235,11 @@ def parser() -> argparse.ArgumentParser:
     option("queue", metavar="QUEUE", type=_queue, nargs="?", help="a JSON object")
     option = add("queue-cancel", _print_reply, "cancel all jobs of a queue")
     option("queue", metavar="QUEUE", type=_queue, help="a JSON object")
-    add("hosts-list", _print_reply, "list the hosts of the registry, without credentials")
-    add("hosts-refresh", _print_reply, "run host_db_script now")
+    option = add("hosts-list", _hosts_list, "list the hosts of the registry, without credentials")
+    option("--full", action="store_true", help="show the source of each host, its age in seconds and its last error")
+    option = add("hosts-refresh", _hosts_refresh, "run host_db_script and read hosts_file now")
+    option("--force", action="store_true", help="use the hosts even if they are none, or much fewer than before")
+    option("--diff", action="store_true", help="show what would change, and change nothing")
     option = add("prune-jobs", _print_reply, "delete old ended jobs with their records")
     option("--age", metavar="DAYS", type=_days, help="delete jobs that ended more than DAYS ago (default: max_age)")
     add("reopen-logs", _reopen_logs, "reopen the log files, after a rotation")

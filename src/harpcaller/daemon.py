@@ -24,6 +24,9 @@ from harpcaller.api.client_server import ClientServer, listen
 from harpcaller.api.control_server import ControlServer
 from harpcaller.config import Config, file_errors, load
 from harpcaller.dispatcher import Dispatcher
+from harpcaller.hosts.registry import read_hosts_file, run_hosts_script
+from harpcaller.hosts.script import ScriptFailed
+from harpcaller.hosts.tls import HostTLS
 from harpcaller.store.sqlite import open_store
 
 log = logging.getLogger(__name__)
@@ -39,6 +42,28 @@ def configure_log(config: Config, debug: bool) -> None:
         logs.configure(level=level.upper(), form=config.log_format, syslog=config.syslog, name="harpcallerd")
     except OSError as error:
         raise ConfigError(f"{config.file}: syslog: cannot reach syslog: {error.strerror}") from error
+
+
+def check(config: Config) -> list[str]:
+    """Check certificates, hosts file and script, which is run; return the errors, each rejected line of hosts too."""
+    errors = []
+    lists = []
+    try:
+        HostTLS(config)
+    except ConfigError as error:
+        errors.append(str(error))
+    try:
+        if config.hosts_file is not None:
+            with file_errors(config, "hosts_file"):
+                lists.append(read_hosts_file(config.hosts_file))
+    except ConfigError as error:
+        errors.append(str(error))
+    try:
+        if config.host_db_script is not None:
+            lists.append(asyncio.run(run_hosts_script(config.host_db_script, config.host_db_timeout)))
+    except (ScriptFailed, OSError) as error:
+        errors.append(f"{config.file}: host_db_script: {error}")
+    return [*errors, *(str(line) for found in lists for line in found.rejected)]
 
 
 async def run(

@@ -339,6 +339,7 @@ class Dispatcher:
         self._runner.context = replace(self._runner.context, config=config, tls=tls)
         self._report_config(config, reported)
         self._runner.request_claim()
+        await self.registry.read_changed_file()
 
     # Internals.
 

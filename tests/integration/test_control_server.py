@@ -190,7 +190,54 @@ def test_hosts_are_listed_and_refreshed(dispatcher: Harpcallerd, peer: Peer) -> 
     assert [host["hostname"] for host in dispatcher.listed("hosts-list")] == ["db01", "web01"]
     script.write_text("#!/bin/sh\nexit 3\n")
     assert failure(dispatcher, "hosts-refresh")
-    assert [host["hostname"] for host in dispatcher.listed("hosts-list")] == ["db01", "web01"]
+    listing = dispatcher.control("hosts-list")
+    assert [json.loads(line)["hostname"] for line in listing.stdout.splitlines()] == ["db01", "web01"]
+    assert f"warning: {script} exited with status 3 (hosts are " in listing.stderr
+    status = dispatcher.control("status")
+    assert status.stdout == "harpcallerd is running\n"
+    assert status.stderr.partition(" (")[0] == listing.stderr.partition(" (")[0]
+    sources = dispatcher.listed("status", "--full")[0]["hosts_registry"]
+    assert (sources["hosts"], sources["hosts_file"]["hosts"], sources["hosts_file"]["error"]) == (2, 1, None)
+    assert 0 <= sources["hosts_file"]["age"] < sources["host_db_script"]["age"] + 3600
+    first, second = dispatcher.listed("hosts-list", "--full")
+    assert (first["source"], first["error"]) == (str(script), f"{script} exited with status 3")
+    assert (second["source"], second["error"]) == (str(dispatcher.hosts_file), None)
+
+
+def test_hosts_refresh_prints_rejected_lines_and_fails(dispatcher: Harpcallerd) -> None:
+    valid = dispatcher.hosts_file.read_text()
+    password = json.loads(valid)["credentials"]["password"]
+    without_port = json.loads(valid) | {"hostname": "web02", "rack": 7}
+    del without_port["port"]
+    lines = [valid, json.dumps(without_port) + "\n", valid, valid.replace(", ", "", 1), '{"hostname": "web03"}\n']
+    dispatcher.hosts_file.write_text("".join(lines))
+    for command in ("hosts-refresh", "reload"):
+        done = dispatcher.control(command)
+        assert done.returncode == 1
+        start = f"harpcallerd: hosts registry: {dispatcher.hosts_file}:"
+        errors = done.stderr.splitlines()
+        assert all(error.startswith(start) for error in errors)
+        assert [error.removeprefix(start).partition(": ")[::2] for error in errors] == [
+            ("3", "hostname 'web01' is repeated; line 1 counts"),
+            ("4", errors[1].rpartition("4: ")[2]),
+            ("5", "address: missing"),
+        ]
+        assert password not in done.stderr
+    assert [(host["hostname"], host["port"]) for host in dispatcher.listed("hosts-list")][1] == ("web02", 4306)
+
+
+def test_hosts_refresh_refuses_an_empty_file_until_forced(dispatcher: Harpcallerd) -> None:
+    before = dispatcher.listed("hosts-list")
+    dispatcher.hosts_file.write_text("")
+    assert [item["change"] for item in dispatcher.listed("hosts-refresh", "--diff")] == ["removed"]
+    for command in ("hosts-refresh", "reload"):
+        done = dispatcher.control(command)
+        assert done.returncode == 1
+        assert f"{dispatcher.hosts_file}: refused: it has 0 hosts, and 1 are in use; " in done.stderr
+    assert dispatcher.listed("hosts-list") == before
+    assert failure(dispatcher, "hosts-refresh", "--force", "--diff") == "force, diff: expected one of them, got both"
+    assert dispatcher.listed("hosts-refresh", "--force") == [{"hosts": 0}]
+    assert dispatcher.listed("hosts-list") == []
 
 
 def test_prune_jobs_deletes_old_jobs(dispatcher: Harpcallerd) -> None:

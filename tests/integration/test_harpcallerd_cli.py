@@ -425,6 +425,41 @@ def test_help_names_every_command_and_has_examples(dispatcher: Harpcallerd) -> N
     assert "exit status: 0 success" in help
 
 
+# The check.
+
+
+def test_check_accepts_a_good_configuration(dispatcher: Harpcallerd) -> None:
+    dispatcher.set_hosts({"web01": 4306})
+    done = dispatcher.control("--test", f"--config={dispatcher.config_file}")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "config OK\n", "")
+    assert not dispatcher.store_directory.exists()
+
+
+def test_check_prints_every_error(dispatcher: Harpcallerd) -> None:
+    script = dispatcher.directory / "script"
+    script.write_text("#!/bin/sh\necho oops\n")
+    script.chmod(0o700)
+    dispatcher.set_hosts({"web01": 4306})
+    dispatcher.hosts_file.write_text(dispatcher.hosts_file.read_text() * 2)
+    missing = str(dispatcher.directory / "none")
+    dispatcher.configure({"ca_file": missing, "host_db_script": str(script)})
+    done = dispatcher.control("--test", f"--config={dispatcher.config_file}")
+    assert (done.returncode, done.stdout) == (1, "")
+    expected = [
+        f"{dispatcher.config_file}: ca_file: expected a file that can be used, got {missing}: No such file",
+        f"{dispatcher.hosts_file}:2: hostname 'web01' is repeated; line 1 counts",
+        f"{script}:1: Expecting value",
+    ]
+    for error, start in zip(done.stderr.splitlines(), expected, strict=True):
+        assert error.startswith(f"harpcallerd: {start}")
+    script.write_text("#!/bin/sh\nexit 3\n")
+    dispatcher.configure({"hosts_file": missing, "host_db_script": str(script)})
+    errors = dispatcher.control("--test", f"--config={dispatcher.config_file}").stderr.splitlines()
+    assert [error.split(": ")[2] for error in errors] == ["hosts_file", "host_db_script"]
+    dispatcher.configure({"log_level": "loud"})
+    assert "log_level: expected" in fails(dispatcher, "--test", f"--config={dispatcher.config_file}")
+
+
 def test_list_into_a_closed_pipe_succeeds(dispatcher: Harpcallerd) -> None:
     with dispatcher:
         for number in range(300):

@@ -189,9 +189,11 @@ async def test_script_over_its_time_limit_is_killed(tmp_path: Path, script: Scri
     await eventually(all_dead, what="the end of the script's processes")
 
 
-async def test_script_exit_kills_its_other_processes(tmp_path: Path, script: Script) -> None:
+@pytest.mark.parametrize("start", ["", "setsid ", "setsid setsid "])
+async def test_script_exit_kills_its_other_processes(tmp_path: Path, script: Script, start: str) -> None:
     pid = tmp_path / "pid"
-    script.does(host_line(1, "a"), after=f"sleep 1000 & echo $! >{shlex.quote(str(pid))}")
+    started = f"{start}sh -c 'echo $$ >{shlex.quote(str(pid))}; sleep 1000' &"
+    script.does(host_line(1, "a"), after=f"{started} while [ ! -s {shlex.quote(str(pid))} ]; do sleep 0.01; done")
     assert await run_script(script.file, 60.0) == host_line(1, "a").encode()
     await eventually(lambda: not alive(int(pid.read_text())), what="the end of the script's processes")
 
@@ -211,10 +213,11 @@ async def test_registry_logs_invalid_lines_without_contents(
     script.does(broken, host_line(1, "a"), "topsecret\n", host_line(2, "a"), after="echo topsecret >&2")
     async with refreshed(tmp_path, host_db_script=script.file) as registry:
         await registry.refresh()
-        assert [host.port for host in registry.list_hosts()] == [2]
-    counted = next(record.__dict__ for record in caplog.records if "duplicates" in record.__dict__)
-    assert (counted["invalid"], counted["duplicates"]) == (2, 1)
-    assert [record.__dict__["line"] for record in caplog.records if "line" in record.__dict__] == [1, 3]
+        assert [host.port for host in registry.list_hosts()] == [1]
+        assert [problem.split(":")[1] for problem in registry.problems()] == ["1", "3", "4"]
+    counted = next(record.__dict__ for record in caplog.records if "rejected" in record.__dict__)
+    assert counted["rejected"] == 3
+    assert [record.__dict__["line"] for record in caplog.records if "line" in record.__dict__] == [1, 3, 4]
     assert "topsecret" not in " ".join(str(record.__dict__) for record in caplog.records)
 
 
@@ -281,16 +284,129 @@ async def test_registry_reads_a_changed_hosts_file(tmp_path: Path, script: Scrip
         assert found is not None
         assert found.port == 2
         file.write_text(host_line(3, "c") + host_line(3, "d"))
-        assert [(host.hostname, host.port) for host in registry.list_hosts()] == [
-            ("a", 1),
-            ("b", 1),
-            ("c", 3),
-            ("d", 3),
-        ]
+        new = [("a", 1), ("b", 1), ("c", 3), ("d", 3)]
+        assert registry.find_host("d") == Host("d", "127.0.0.1", 3, "u", "topsecret")  # at once, as it is additional
+        await eventually(
+            lambda: [(host.hostname, host.port) for host in registry.list_hosts()] == new, what="the new hosts"
+        )
         file.unlink()
+        await registry.read_changed_file()
         assert len(registry.list_hosts()) == 4
+        assert "No such file" in registry.problems()[0]
         hosts_file(tmp_path, host_line(4, "e"))
-        assert names(registry) == ["a", "b", "e"]
+        await eventually(lambda: names(registry) == ["a", "b", "e"], what="the hosts of the new file")
+        assert registry.problems() == []
+
+
+async def test_hosts_file_is_not_used_while_it_is_written(tmp_path: Path) -> None:
+    """A job of a known host finds its host at every moment."""
+    lines = [host_line(number, f"h{number}") for number in range(1, 9)]
+    file = hosts_file(tmp_path, *lines)
+    async with refreshed(tmp_path, hosts_file=file) as registry:
+        for _ in range(3):
+            with file.open("w") as stream:
+                assert len(registry.list_hosts()) == 8
+                for line in lines:
+                    stream.write(line[:40])
+                    stream.flush()
+                    assert len(registry.list_hosts()) == 8
+                    await asyncio.sleep(0.02)
+                    stream.write(line[40:])
+            assert len(registry.list_hosts()) == 8
+        with file.open("a") as stream:
+            stream.write(host_line(9, "new")[:-9])  # the writer was killed
+        await registry.read_changed_file()
+        assert "middle of a line" in registry.problems()[0]
+        assert len(registry.list_hosts()) == 8
+        assert registry.find_host("new") is None
+
+
+@pytest.mark.parametrize("left", [[], ["h1"], ["h1", "h2", "h3"], ["x1"]])
+async def test_hosts_file_much_shorter_is_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, left: list[str]
+) -> None:
+    file = hosts_file(tmp_path, *(host_line(1, f"h{number}") for number in range(8)))
+    async with refreshed(tmp_path, hosts_file=file) as registry:
+        hosts_file(tmp_path, *(host_line(1, name) for name in left))
+        with pytest.raises(RefreshFailed, match=rf"refused: it has {len(left)} hosts, and 8 are in use.*--force"):
+            await registry.refresh()
+        assert len(registry.list_hosts()) == 8
+        assert registry.find_host("x1") is None
+        described = registry.describe()["hosts_file"]
+        assert (described["hosts"], described["source"]) == (8, str(file))
+        assert "refused" in described["error"]
+        assert sum(record.levelno == logging.ERROR for record in caplog.records) == 1
+        assert await registry.refresh(force=True) == len(left)
+        assert names(registry) == left
+        assert registry.describe()["hosts_file"]["error"] is None
+
+
+async def test_hosts_file_of_half_the_hosts_is_used(tmp_path: Path) -> None:
+    file = hosts_file(tmp_path, *(host_line(1, f"h{number}") for number in range(8)))
+    async with refreshed(tmp_path, hosts_file=file) as registry:
+        hosts_file(tmp_path, *(host_line(1, f"h{number}") for number in range(4)))
+        assert await registry.refresh() == 4
+
+
+@pytest.mark.parametrize("printed", [(), (host_line(1, "h1"),), ("oops\n",) * 8])
+async def test_script_much_shorter_output_is_refused(tmp_path: Path, script: Script, printed: tuple[str, ...]) -> None:
+    script.does(*(host_line(1, f"h{number}") for number in range(8)))
+    async with refreshed(tmp_path, host_db_script=script.file) as registry:
+        assert await registry.refresh() == 8
+        script.does(*printed)
+        with pytest.raises(RefreshFailed, match="refused") as caught:
+            await registry.refresh()
+        assert ("oops" in printed[0] if printed else False) == ("8 rejected lines" in str(caught.value))
+        assert len(registry.list_hosts()) == len(read_cache(tmp_path / "hosts.db").hosts) == 8
+        assert registry.describe()["host_db_script"]["error"] == str(caught.value)
+        valid = [line for line in printed if "oops" not in line]
+        assert await registry.refresh(force=True) == len(valid)
+        assert len(read_cache(tmp_path / "hosts.db").hosts) == len(valid)
+
+
+async def test_compare_shows_changes_and_makes_none(tmp_path: Path, script: Script) -> None:
+    script.does(host_line(1, "a"), host_line(1, "b"))
+    file = hosts_file(tmp_path, host_line(2, "c"))
+    async with refreshed(tmp_path, host_db_script=script.file, hosts_file=file) as registry:
+        await registry.refresh()
+        assert await registry.compare() == []
+        script.does(host_line(9, "a"))
+        hosts_file(tmp_path, host_line(2, "c"), host_line(2, "d"))
+        found = [(change, host.hostname, host.port) for change, host in await registry.compare()]
+        assert found == [("changed", "a", 9), ("removed", "b", 1), ("added", "d", 2)]
+        assert read_cache(tmp_path / "hosts.db").hosts.keys() == {"a", "b"}
+        script.does(after="exit 3")
+        with pytest.raises(RefreshFailed, match="status 3"):
+            await registry.compare()
+
+
+async def test_registry_waits_for_a_file_that_was_just_emptied(tmp_path: Path) -> None:
+    """A start in the empty moment of a rewrite: jobs wait instead of ending as unknown."""
+    file = hosts_file(tmp_path)
+    changed = asyncio.Event()
+    registry = HostsRegistry(Config(host_db=tmp_path / "hosts.db", hosts_file=file), changed.set)
+    ready = [registry.is_ready]
+    task = asyncio.create_task(registry.refresh_regularly())
+    await asyncio.wait_for(changed.wait(), 30.0)
+    assert [*ready, registry.is_ready] == [False, True]
+    task.cancel()
+    await asyncio.wait([task])
+
+
+async def test_registry_refuses_a_shorter_file_of_a_new_configuration(tmp_path: Path) -> None:
+    first = hosts_file(tmp_path, *(host_line(1, f"h{number}") for number in range(8)))
+    config = Config(host_db=tmp_path / "hosts.db", hosts_file=first)
+    async with refreshed(tmp_path, hosts_file=first) as registry:
+        second = tmp_path / "second"
+        second.touch()
+        registry.update_config(msgspec.structs.replace(config, hosts_file=second))
+        await registry.read_changed_file()
+        assert len(registry.list_hosts()) == 8
+        assert str(second) in registry.problems()[0]
+        second.write_text(host_line(1, "x") * 5 + "".join(host_line(2, f"y{number}") for number in range(5)))
+        await registry.read_changed_file()
+        assert names(registry) == ["x", *(f"y{number}" for number in range(5))]
+        assert len(registry.problems()) == 4  # the repeated lines
 
 
 async def test_registry_with_another_script_refreshes_at_once(tmp_path: Path, script: Script) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -54,7 +53,6 @@ BROKEN = [
     (b'{"port": 1, "port": 2}', "repeated key"),
     (without("hostname"), "hostname: missing"),
     (without("address"), "address: missing"),
-    (without("port"), "port: missing"),
     (without("credentials"), "credentials: expected an object"),
     (line(hostname=""), "hostname: expected a name"),
     (line(hostname=5), "hostname: expected a string, got a number"),
@@ -70,8 +68,7 @@ BROKEN = [
     (line(credentials={"user": "s3cret"}), "password: missing"),
     (line(credentials={"password": "s3cret"}), "user: missing"),
     (line(credentials={"user": "u", "password": ["s3cret"]}), "password: expected a string, got an array"),
-    (line(credentials={"user": "u", "password": "s3cret", "realm": "s3cret"}), "unknown key realm"),
-    (line(note="s3cret"), "unknown key note"),
+    (line(port=None), "port: expected"),
 ]
 
 
@@ -83,6 +80,15 @@ def test_parse_line_error_quotes_no_value(text: bytes, reason: str) -> None:
     assert "s3cret" not in raised.value.message
 
 
+def test_parse_line_without_port_has_the_default() -> None:
+    assert parse_line(without("port")) == WEB01
+
+
+def test_parse_line_accepts_other_keys() -> None:
+    credentials = {**LINE["credentials"], "realm": "x"}
+    assert parse_line(line(comment="rack 7", tags={"site": ["a"]}, credentials=credentials)) == WEB01
+
+
 def test_parse_line_huge_port_is_refused() -> None:
     with pytest.raises(ProtocolError):
         parse_line(line().replace(b"4306", b"9" * 5000))
@@ -92,39 +98,55 @@ def test_host_repr_has_no_password() -> None:
     assert "s3cret" not in repr(WEB01) + str(WEB01) + repr(parse_hosts([line()], "script"))
 
 
-@pytest.fixture
-def logged(caplog: pytest.LogCaptureFixture) -> Callable[[], list[tuple[Any, ...]]]:
-    """Return a function that returns the logged invalid lines and errors, and the counts."""
-
-    def read() -> list[tuple[Any, ...]]:
-        assert all(record.__dict__["source"] == "script" for record in caplog.records)
-        keys = ("line", "error", "invalid", "duplicates")
-        return [tuple(record.__dict__[key] for key in keys if key in record.__dict__) for record in caplog.records]
-
-    return read
+def rejected(lines: list[bytes]) -> list[tuple[int, str]]:
+    return [(line.number, line.error) for line in parse_hosts(lines, "script").rejected]
 
 
-def test_parse_hosts_returns_hosts_and_logs_errors(logged: Callable[[], list[tuple[Any, ...]]]) -> None:
-    lines = [line(), b"", b"oops\n", line(hostname="web02"), b" \r\n", without("port")]
-    assert parse_hosts(lines, "script") == {"web01": WEB01, "web02": parse_line(line(hostname="web02"))}
-    (first, error), *others = logged()
-    assert (first, error.split(":")[0]) == (3, "Expecting value at column 1")
-    assert others == [(6, "port: missing"), (2, 0)]
+def test_parse_hosts_returns_hosts_and_rejected_lines() -> None:
+    found = parse_hosts([line(), b"", b"oops\n", line(hostname="web02"), b" \r\n", without("address")], "script")
+    assert found.hosts == {"web01": WEB01, "web02": parse_line(line(hostname="web02"))}
+    first, second = found.rejected
+    assert str(first).startswith("script:3: Expecting value at column 1")
+    assert str(second) == "script:6: address: missing"
 
 
-def test_parse_hosts_duplicate_uses_the_last_line(logged: Callable[[], list[tuple[Any, ...]]]) -> None:
-    hosts = parse_hosts([line(port=1), line(hostname="web02"), line(port=2), line(port=3)], "script")
-    assert [(host.hostname, host.port) for host in hosts.values()] == [("web02", 4306), ("web01", 3)]
-    assert logged() == [(0, 2)]
+def test_parse_hosts_rejects_a_repeated_hostname() -> None:
+    lines = [line(port=1), line(hostname="web02"), line(port=2), line(port=3)]
+    assert {name: host.port for name, host in parse_hosts(lines, "script").hosts.items()} == {"web01": 1, "web02": 4306}
+    assert rejected(lines) == [(number, "hostname 'web01' is repeated; line 1 counts") for number in (3, 4)]
 
 
-def test_parse_hosts_invalid_line_replaces_no_host(logged: Callable[[], list[tuple[Any, ...]]]) -> None:
-    assert parse_hosts([line(), line(port=0)], "script") == {"web01": WEB01}
-    assert logged() == [(2, "port: expected an integer from 1 to 65535"), (1, 0)]
+def test_parse_hosts_invalid_line_counts_for_no_host() -> None:
+    assert parse_hosts([line(port=0), line()], "script").hosts == {"web01": WEB01}
+    assert rejected([line(port=0), line()]) == [(1, "port: expected an integer from 1 to 65535")]
 
 
-def test_parse_hosts_without_lines_is_empty(logged: Callable[[], list[tuple[Any, ...]]]) -> None:
-    assert (parse_hosts([], "script"), logged()) == ({}, [])
+@pytest.mark.parametrize(
+    ("text", "cut"),
+    [
+        (b"", False),
+        (line(), False),
+        (line() + b"\n" + line()[:-1], True),
+        (line() + b"\n" + line()[:-1] + b"\n", False),
+        (line() + b"\n" + without("address"), False),
+        (b"{", True),
+    ],
+)
+def test_parse_hosts_notices_a_cut_last_line(text: bytes, cut: bool) -> None:
+    assert parse_hosts(text.split(b"\n"), "script").is_cut == cut
+
+
+def test_parse_hosts_without_lines_is_empty() -> None:
+    found = parse_hosts([], "script")
+    assert (found.hosts, found.rejected) == ({}, [])
+
+
+def test_log_rejected_is_bounded_and_counts(caplog: pytest.LogCaptureFixture) -> None:
+    parse_hosts([b"s3cret"] * 50, "script").log_rejected("script")
+    lines = [record.__dict__ for record in caplog.records if "line" in record.__dict__]
+    assert [fields["line"] for fields in lines] == list(range(1, 11))
+    assert caplog.records[-1].__dict__["rejected"] == 50
+    assert "s3cret" not in str([record.__dict__ for record in caplog.records])
 
 
 VALID = {"web01": line(), "web02": line(hostname="web02")}
@@ -132,4 +154,4 @@ VALID = {"web01": line(), "web02": line(hostname="web02")}
 
 @given(st.lists(st.binary() | st.sampled_from(list(VALID.values())), max_size=10))
 def test_parse_hosts_any_bytes_are_hosts_or_errors(lines: list[bytes]) -> None:
-    assert set(parse_hosts(lines, "script")) == {name for name, text in VALID.items() if text in lines}
+    assert set(parse_hosts(lines, "script").hosts) == {name for name, text in VALID.items() if text in lines}

@@ -90,7 +90,8 @@ class ControlServer(Server):
     # The commands.
 
     async def _status(self) -> Items:
-        yield Envelope(pid=os.getpid(), calls=self._dispatcher.active_calls)
+        registry = self._dispatcher.registry.describe()
+        yield Envelope(pid=os.getpid(), calls=self._dispatcher.active_calls, hosts_registry=registry)
 
     async def _stop(self) -> Items:
         log.info("stop requested")
@@ -98,7 +99,8 @@ class ControlServer(Server):
         yield Envelope(pid=os.getpid())
 
     async def _reload(self) -> Items:
-        yield Envelope(reloaded=True, restart_needed=await self._reload_daemon())
+        restart_needed = await self._reload_daemon()
+        yield Envelope(reloaded=True, restart_needed=restart_needed, problems=self._dispatcher.registry.problems())
 
     async def _reopen_logs(self) -> Items:
         logs.reopen()
@@ -149,12 +151,25 @@ class ControlServer(Server):
     async def _queue_cancel(self, queue: Raw) -> Items:
         yield Envelope(cancelled=await self._dispatcher.cancel_queue(queue, _ADMINISTRATOR))
 
-    async def _hosts_list(self) -> Items:
-        for host in self._dispatcher.registry.list_hosts():
-            yield Envelope(hostname=host.hostname, address=host.address, port=host.port)
+    async def _hosts_list(self, full: bool = False) -> Items:
+        registry = self._dispatcher.registry
+        sources = registry.describe()
+        for host in registry.list_hosts():
+            item = Envelope(hostname=host.hostname, address=host.address, port=host.port)
+            if full:
+                source = sources[registry.source_of(host.hostname)]
+                item |= {key: source[key] for key in ("source", "age", "error")}
+            yield item
 
-    async def _hosts_refresh(self) -> Items:
-        yield Envelope(hosts=await self._dispatcher.registry.refresh())
+    async def _hosts_refresh(self, force: bool = False, diff: bool = False) -> Items:
+        check(not (force and diff), "force, diff: expected one of them, got both")
+        registry = self._dispatcher.registry
+        if diff:
+            for change, host in await registry.compare():
+                yield Envelope(change=change, hostname=host.hostname, address=host.address, port=host.port)
+        else:
+            hosts = await registry.refresh(force)
+            yield Envelope(hosts=hosts, problems=registry.problems())
 
     async def _prune_jobs(self, age: float | None = None) -> Items:
         seconds = self._dispatcher.config.max_age_seconds if age is None else age
@@ -223,7 +238,7 @@ _COMMANDS = {
     "release-slot": Command(ControlServer._release_slot, {"job": required_string}),
     "queue-list": Command(ControlServer._queue_list, optional={"queue": _queue}),
     "queue-cancel": Command(ControlServer._queue_cancel, {"queue": _queue}),
-    "hosts-list": Command(ControlServer._hosts_list),
-    "hosts-refresh": Command(ControlServer._hosts_refresh),
+    "hosts-list": Command(ControlServer._hosts_list, optional={"full": _flag}),
+    "hosts-refresh": Command(ControlServer._hosts_refresh, optional={"force": _flag, "diff": _flag}),
     "prune-jobs": Command(ControlServer._prune_jobs, optional={"age": _seconds}),
 }

@@ -2,7 +2,10 @@
 
 A host of `hosts_file` replaces a host with the same name from the script. The cache is a header line, then one host per
 line. It contains passwords, so only the daemon's user can read it. Passwords, invalid lines, and the stderr of a
-successful script are never logged. Spec: docs/settings-dispatcher.md, Hosts registry.
+successful script are never logged.
+
+A job of a host that is missing ends as ``unknown_host``. A new list of hosts is therefore refused if it is empty or
+much shorter than the one in use, unless an administrator forces it. Spec: docs/settings-dispatcher.md, Hosts registry.
 """
 
 from __future__ import annotations
@@ -12,22 +15,27 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 from harp.protocol.json_text import decode_values, dumps
-from harp.protocol.schema import Kind, ProtocolError, WireObject, decode_as, decode_object, encode_object
+from harp.protocol.schema import Kind, Null, ProtocolError, WireObject, decode_as, decode_object, encode_object
 from harpcaller.config import Config, file_errors
 from harpcaller.hosts.script import ScriptFailed, run_script
 from harpcaller.hosts.watched_file import WatchedFile
 
 log = logging.getLogger(__name__)
 
-_MAX_LOGGED_LINES = 10  #: Maximum number of invalid lines that are logged one by one; the others are only counted.
+T = TypeVar("T")
+
+DEFAULT_PORT = 4306  #: The port of a host whose line has none: harpd's default.
+_MAX_LOGGED_LINES = 10  #: Maximum number of rejected lines that are logged one by one; the others are only counted.
+_MAX_REPORTED_LINES = 1000  #: Maximum number of rejected lines of a source that are reported to an administrator.
+_MIN_SHARE = 0.5  #: A list of hosts with a smaller share of the previous number of hosts is refused.
 _FORMAT = "harpcaller hosts 1"
 _NAME = Kind(lambda name: name != "", "a name, got an empty string", is_text=True)
 
@@ -45,8 +53,37 @@ class Host(NamedTuple):
         return f"Host({self.hostname!r}, {self.address!r}, {self.port}, {self.user!r})"
 
 
+class RejectedLine(NamedTuple):
+    """A line that is not used, and why; `error` quotes no value but a hostname."""
+
+    source: str  # the file or the script
+    number: int
+    error: str
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.number}: {self.error}"
+
+
+@dataclass(frozen=True, slots=True)
+class HostList:
+    """The hosts of one source, and its rejected lines."""
+
+    hosts: Mapping[str, Host] = field(default_factory=dict)  # by name
+    rejected: Sequence[RejectedLine] = ()
+    is_cut: bool = False  # whether it ends in the middle of a line
+
+    def log_rejected(self, source: object) -> None:
+        """Log the first rejected lines, and their number."""
+        for line in self.rejected[:_MAX_LOGGED_LINES]:
+            fields = {"source": line.source, "line": line.number, "error": line.error}
+            log.warning("hosts registry line rejected", extra=fields)
+        if self.rejected:
+            counts = {"source": str(source), "rejected": len(self.rejected)}
+            log.warning("hosts registry contains rejected lines", extra=counts)
+
+
 class RefreshFailed(Exception):
-    """A refresh that failed; the registry is unchanged. The message is the reason."""
+    """A refresh that failed; the hosts of the source are unchanged. The message is the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +92,13 @@ class CachedHosts:
 
     hosts: Mapping[str, Host] = field(default_factory=dict)  # by name
     refreshed_at: float = 0.0  # Unix time of the script's run; 0 makes a refresh due
+
+
+class HostChange(NamedTuple):
+    """A difference between the hosts in use and those that a refresh would use."""
+
+    change: str  # added, removed or changed
+    host: Host
 
 
 class HostsRegistry:
@@ -70,48 +114,127 @@ class HostsRegistry:
                 self._cached = read_cache(config.host_db)
             except OSError as error:
                 log.error("cannot read hosts cache", extra={"file": str(config.host_db), "error": error.strerror})
+        self._script_rejected: Sequence[RejectedLine] = ()
+        self._script_error: str | None = None  # of the last run; None: it succeeded, or there was none
         self._refresh_attempted = False
         self._refresh_task: asyncio.Task[int] | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()  # those that may run the script
+        self._script_lock = asyncio.Lock()  # held by the run of the script
         self._config_changed = asyncio.Event()
 
     @property
     def is_ready(self) -> bool:
-        """Whether calls may start. If no host is known, they wait for the end of the script's first run."""
-        may_be_empty = self._refresh_attempted or self._config.host_db_script is None
-        return may_be_empty or bool(self._cached.hosts or self._hosts_of_file())
+        """Whether calls may start. If no host is known, they wait for the script's first run, or for a new hosts file.
+
+        A hosts file that has just changed and is empty may be incomplete.
+        """
+        if self._cached.hosts or self._hosts_of_file():
+            return True
+        script_has_run = self._refresh_attempted or self._config.host_db_script is None
+        return script_has_run and (self._watched_file is None or self._watched_file.is_settled)
 
     def find_host(self, hostname: str) -> Host | None:
-        """Return a host; None if it is not in the registry."""
-        return self._hosts_of_file().get(hostname) or self._cached.hosts.get(hostname)
+        """Return a host; None if it is not in the registry. A host that was just added to the file is found, too."""
+        if (host := self._hosts_of_file().get(hostname) or self._cached.hosts.get(hostname)) is not None:
+            return host
+        return self._watched_file.newest_value.hosts.get(hostname) if self._watched_file else None
 
     def list_hosts(self) -> list[Host]:
         """Return all hosts, ordered by name."""
-        merged = {**self._cached.hosts, **self._hosts_of_file()}
+        merged = self._merge(self._cached.hosts, self._hosts_of_file())
         return [merged[name] for name in sorted(merged)]
 
     def _hosts_of_file(self) -> Mapping[str, Host]:
-        return self._watched_file.value if self._watched_file else {}
+        return self._watched_file.value.hosts if self._watched_file else {}
+
+    @staticmethod
+    def _merge(of_script: Mapping[str, Host], of_file: Mapping[str, Host]) -> dict[str, Host]:
+        return {**of_script, **of_file}
+
+    def source_of(self, hostname: str) -> str:
+        """Return the setting that a host in the registry comes from."""
+        return "hosts_file" if hostname in self._hosts_of_file() else "host_db_script"
+
+    def describe(self) -> dict[str, Any]:
+        """Return the number of hosts and, for each source, its age in seconds and its last error. No credentials."""
+        described: dict[str, Any] = {"hosts": len(self.list_hosts())}
+        now, config, file = time.time(), self._config, self._watched_file
+        if config.host_db_script is not None:
+            age = max(0.0, now - self._cached.refreshed_at) if self._cached.refreshed_at else None
+            described["host_db_script"] = _describe_source(
+                config.host_db_script, self._cached.hosts, age, self._script_error, self._script_rejected
+            )
+        if file is not None:
+            age = max(0.0, now - file.read_at)
+            described["hosts_file"] = _describe_source(
+                file.file, self._hosts_of_file(), age, file.error, file.value.rejected
+            )
+        return described
+
+    def problems(self) -> list[str]:
+        """Return the rejected lines of the sources, and why a source is not up to date, as lines of text."""
+        file = self._watched_file
+        found = [str(line) for line in self._script_rejected]
+        if self._script_error is not None:
+            found.append(self._script_error)
+        if file is not None:
+            found += map(str, file.value.rejected)
+            if file.error is not None:
+                found.append(f"{file.file}: {file.error}")
+        return found
 
     def update_config(self, config: Config) -> None:
         """Apply a new configuration; the known hosts remain until the next refresh. Raises `ConfigError` at first."""
-        self._watched_file = _watch_hosts_file(config)
+        watched = self._watched_file
+        if watched is None or config.hosts_file != watched.file:
+            watched = _watch_hosts_file(config, None if watched is None else watched.value)
+        else:
+            with file_errors(config, "hosts_file"):
+                watched.file.read_bytes()
+        self._watched_file = watched
         if config.host_db_script is None:
-            self._cached = CachedHosts()
+            self._cached, self._script_rejected, self._script_error = CachedHosts(), (), None
         elif config.host_db_script != self._config.host_db_script:
             self._cached = CachedHosts(self._cached.hosts)  # a refresh is due
         self._config = config
         self._config_changed.set()
         self._on_change()
 
-    async def refresh(self) -> int:
-        """Run the script, or wait for its current run; return the number of hosts. Raises `RefreshFailed`."""
-        if self._refresh_task is None:
-            self._refresh_task = asyncio.create_task(self._run_refresh(self._config))
-            self._refresh_task.add_done_callback(self._on_refreshed)
-        return await asyncio.shield(self._refresh_task)
+    async def read_changed_file(self, force: bool = False) -> None:
+        """Use a hosts file that has just changed as soon as it is unchanged for a moment; `force` as in `refresh`."""
+        if self._watched_file is not None:
+            await self._watched_file.settle(force)
+            self._on_change()
+
+    async def refresh(self, force: bool = False) -> int:
+        """Run the script, or wait for its current run, and read a changed file; return the number of hosts.
+
+        With `force`, lists are used even if they are empty or much shorter. Raises `RefreshFailed`.
+        """
+        task = self._refresh_task
+        if task is None or force:
+            task = self._create_task(self._run_refresh(force))
+            if not force:
+                self._refresh_task = task
+            task.add_done_callback(self._on_refreshed)
+        return await asyncio.shield(task)
+
+    async def compare(self) -> list[HostChange]:
+        """Run the script and read the file; return what a refresh would change, and change nothing.
+
+        Raises `RefreshFailed` if the script fails or the file cannot be read.
+        """
+        return await asyncio.shield(self._create_task(self._compare()))
+
+    def _create_task(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     def _on_refreshed(self, task: asyncio.Task[int]) -> None:
-        self._refresh_task = None
+        if task is self._refresh_task:
+            self._refresh_task = None
         self._refresh_attempted = True
         if not task.cancelled():
             task.exception()  # marks it as retrieved; callers of `refresh` receive it too
@@ -120,6 +243,7 @@ class HostsRegistry:
     async def refresh_regularly(self) -> None:
         """Refresh at start if it is due, then every `host_db_refresh` seconds, until cancelled."""
         try:
+            self._create_task(self.read_changed_file())
             due = self._is_refresh_due()
             while True:
                 if due and self._config.host_db_script is not None:
@@ -133,29 +257,45 @@ class HostsRegistry:
                 except TimeoutError:
                     due = True
         finally:
-            if self._refresh_task is not None:
-                self._refresh_task.cancel()  # kills the script too
-                await asyncio.wait([self._refresh_task])
+            for task in self._tasks:
+                task.cancel()  # kills the script too
+            if self._tasks:
+                await asyncio.wait(self._tasks)
 
     def _is_refresh_due(self) -> bool:
         # A time in the future is not reliable: the clock was or is wrong.
         return not 0 <= time.time() - self._cached.refreshed_at < self._config.host_db_refresh / 2
 
-    async def _run_refresh(self, config: Config) -> int:
-        if config.host_db_script is None:
-            if self._watched_file is None:
-                raise RefreshFailed("nothing to refresh: set host_db_script or hosts_file")
-            return len(self.list_hosts())
+    async def _run_refresh(self, force: bool) -> int:
+        config = self._config
+        if config.host_db_script is None and self._watched_file is None:
+            raise RefreshFailed("nothing to refresh: set host_db_script or hosts_file")
+        await self.read_changed_file(force)
+        if config.host_db_script is not None:
+            await self._refresh_from_script(config, config.host_db_script, force)
+        if self._watched_file is not None and self._watched_file.error is not None:
+            raise RefreshFailed(f"{self._watched_file.file}: {self._watched_file.error}")
+        return len(self.list_hosts())
+
+    async def _refresh_from_script(self, config: Config, script: Path, force: bool) -> None:
         try:
-            output = await run_script(config.host_db_script, config.host_db_timeout)
-        except (ScriptFailed, OSError) as error:
+            printed = await self._run_script(config, script)
+            if config.host_db_script != self._config.host_db_script:
+                raise RefreshFailed("host_db_script was changed during the refresh")
+            printed.log_rejected(script)
+            self._script_rejected = printed.rejected
+            if not force:
+                try:
+                    _check_size(self._cached.hosts, printed)
+                except ValueError as error:
+                    raise RefreshFailed(f"{script}: {error}") from error
+        except RefreshFailed as error:
+            self._script_error = str(error)
             log.error("cannot refresh hosts registry", extra={"error": str(error)})
-            raise RefreshFailed(str(error)) from error
-        hosts = await asyncio.to_thread(lambda: parse_hosts(output.split(b"\n"), config.host_db_script))
-        if config.host_db_script != self._config.host_db_script:
-            raise RefreshFailed("host_db_script was changed during the refresh")
-        self._cached = CachedHosts(hosts, time.time())
-        log.info("hosts registry refreshed", extra={"hosts": len(hosts)})
+            raise
+        self._script_error = None
+        self._cached = CachedHosts(printed.hosts, time.time())
+        log.info("hosts registry refreshed", extra={"hosts": len(printed.hosts)})
         file = config.host_db
         try:
             renamed = await asyncio.to_thread(write_cache, file, self._cached)
@@ -163,15 +303,85 @@ class HostsRegistry:
                 log.warning("host_db had another format; renamed", extra={"file": str(file), "to": str(renamed)})
         except OSError as error:
             log.error("cannot write hosts cache", extra={"file": str(file), "error": error.strerror})
-        return len(self.list_hosts())
+
+    async def _run_script(self, config: Config, script: Path) -> HostList:
+        async with self._script_lock:
+            try:
+                return await run_hosts_script(script, config.host_db_timeout)
+            except (ScriptFailed, OSError) as error:
+                raise RefreshFailed(str(error)) from error
+
+    async def _compare(self) -> list[HostChange]:
+        config, file = self._config, self._watched_file
+        of_script, of_file = self._cached.hosts, self._hosts_of_file()
+        before = self._merge(of_script, of_file)
+        if config.host_db_script is not None:
+            of_script = (await self._run_script(config, config.host_db_script)).hosts
+        if file is not None:
+            try:
+                of_file = read_hosts_file(file.file).hosts
+            except OSError as error:
+                raise RefreshFailed(f"{file.file}: {error.strerror}") from error
+        after = self._merge(of_script, of_file)
+        added = [HostChange("added", after[name]) for name in after.keys() - before.keys()]
+        removed = [HostChange("removed", before[name]) for name in before.keys() - after.keys()]
+        common = before.keys() & after.keys()
+        changed = [HostChange("changed", after[name]) for name in common if before[name] != after[name]]
+        return sorted([*added, *removed, *changed], key=lambda found: found.host.hostname)
 
 
-def _watch_hosts_file(config: Config) -> WatchedFile[Mapping[str, Host]] | None:
+def _describe_source(
+    source: Path, hosts: Mapping[str, Host], age: float | None, error: str | None, rejected: Sequence[RejectedLine]
+) -> dict[str, Any]:
+    return {
+        "source": str(source),
+        "hosts": len(hosts),
+        "age": None if age is None else round(age, 3),
+        "error": error,
+        "rejected_lines": len(rejected),
+    }
+
+
+def _check_size(old: Mapping[str, Host], new: HostList) -> None:
+    """Raise ValueError if a list of hosts is empty or much shorter than the one in use."""
+    if old and len(new.hosts) < max(1, len(old) * _MIN_SHARE):
+        rejected = f", {len(new.rejected)} rejected lines (the first: {new.rejected[0]})" if new.rejected else ""
+        raise ValueError(
+            f"refused: it has {len(new.hosts)} hosts{rejected}, and {len(old)} are in use; correct it, or accept it "
+            "with harpcallerd hosts-refresh --force"
+        )
+
+
+def _accept_file(old: HostList, new: HostList) -> None:
+    if new.is_cut:
+        raise ValueError("refused: it ends in the middle of a line; it may be incomplete")
+    _check_size(old.hosts, new)
+
+
+def _watch_hosts_file(config: Config, in_use: HostList | None = None) -> WatchedFile[HostList] | None:
+    """Return the watched hosts file; the hosts of a previous file, which are `in_use`, remain until it is accepted."""
     file = config.hosts_file
     if file is None:
         return None
+
+    def parse(text: bytes) -> HostList:
+        found = parse_hosts(text.split(b"\n"), file)
+        found.log_rejected(file)
+        return found
+
     with file_errors(config, "hosts_file"):
-        return WatchedFile(file, lambda text: parse_hosts(text.split(b"\n"), file))
+        return WatchedFile(file, parse, _accept_file, in_use)
+
+
+def read_hosts_file(file: Path) -> HostList:
+    """Return the hosts of a file. Raises OSError."""
+    return parse_hosts(file.read_bytes().split(b"\n"), file)
+
+
+async def run_hosts_script(script: Path, time_limit: float) -> HostList:
+    """Return the hosts that a script prints. Raises `ScriptFailed` or OSError."""
+    output = await run_script(script, time_limit)
+    return await asyncio.to_thread(lambda: parse_hosts(output.split(b"\n"), script))
 
 
 class _Line(WireObject):
@@ -179,40 +389,47 @@ class _Line(WireObject):
 
     hostname: Annotated[str, _NAME]
     address: Annotated[str, _NAME]
-    port: Annotated[int, Kind(lambda port: type(port) is int and 0 < port <= 65535, "an integer from 1 to 65535")]
-    user: Annotated[str, "credentials.user"] = field(repr=False)
-    password: Annotated[str, "credentials.password"] = field(repr=False)
+    port: Annotated[
+        int,
+        Kind(lambda port: type(port) is int and 0 < port <= 65535, "an integer from 1 to 65535"),
+        Null.REJECTED,
+    ] = DEFAULT_PORT
+    user: Annotated[str, "credentials.user"] = field(kw_only=True, repr=False)
+    password: Annotated[str, "credentials.password"] = field(kw_only=True, repr=False)
 
 
 _FIELDS = attrgetter(*Host._fields)
 
 
+def _to_line(host: Host) -> _Line:
+    return _Line(host.hostname, host.address, host.port, user=host.user, password=host.password)
+
+
 def parse_line(line: bytes) -> Host:
-    """Return the host of a line. Raises `ProtocolError` if it is invalid; the message never quotes a value."""
-    return Host(*_FIELDS(decode_as(_Line, decode_object(line, decode_values))))
+    """Return the host of a line; other keys are allowed. Raises `ProtocolError`; the message never quotes a value."""
+    return Host(*_FIELDS(decode_as(_Line, decode_object(line, decode_values), other_keys=None)))
 
 
-def parse_hosts(lines: Iterable[bytes], source: object) -> Mapping[str, Host]:
-    """Return the hosts by name, of lines with the same hostname the last one; log the errors of invalid lines."""
+def parse_hosts(lines: Sequence[bytes], source: object) -> HostList:
+    """Return the hosts of lines, which are split at the line feeds. A hostname's first line counts."""
     hosts: dict[str, Host] = {}
-    invalid = duplicates = 0
+    numbers: dict[str, int] = {}
+    rejected: list[RejectedLine] = []
+    is_cut = False
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             host = parse_line(line)
+            if (first := numbers.setdefault(host.hostname, number)) != number:
+                raise ProtocolError(f"hostname {host.hostname!r} is repeated; line {first} counts")
         except ProtocolError as error:
-            invalid += 1
-            if invalid <= _MAX_LOGGED_LINES:
-                fields = {"source": str(source), "line": number, "error": error.message}
-                log.warning("hosts registry line is invalid", extra=fields)
-            continue
-        duplicates += hosts.pop(host.hostname, None) is not None
-        hosts[host.hostname] = host
-    if invalid or duplicates:
-        counts = {"source": str(source), "invalid": invalid, "duplicates": duplicates}
-        log.warning("hosts registry contains invalid or duplicate lines", extra=counts)
-    return hosts
+            is_cut = number == len(lines) and error.type == "parse_error"
+            if len(rejected) < _MAX_REPORTED_LINES:
+                rejected.append(RejectedLine(str(source), number, error.message))
+        else:
+            hosts[host.hostname] = host
+    return HostList(hosts, rejected, is_cut)
 
 
 def read_cache(file: Path) -> CachedHosts:
@@ -222,7 +439,11 @@ def read_cache(file: Path) -> CachedHosts:
     except FileNotFoundError:
         return CachedHosts()
     refreshed_at = _parse_header(header)
-    return CachedHosts() if refreshed_at is None else CachedHosts(parse_hosts(lines, file), refreshed_at)
+    if refreshed_at is None:
+        return CachedHosts()
+    found = parse_hosts(lines, file)
+    found.log_rejected(file)
+    return CachedHosts(found.hosts, refreshed_at)
 
 
 def write_cache(file: Path, cached: CachedHosts) -> Path | None:
@@ -233,7 +454,7 @@ def write_cache(file: Path, cached: CachedHosts) -> Path | None:
     try:
         with open(os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as stream:
             stream.write(dumps({"form": _FORMAT, "refreshed": cached.refreshed_at}) + b"\n")
-            stream.writelines(encode_object(_Line(*host)) + b"\n" for host in cached.hosts.values())
+            stream.writelines(encode_object(_to_line(host)) + b"\n" for host in cached.hosts.values())
             stream.flush()
             os.fsync(stream.fileno())
         foreign = file.replace(file.with_name(f"{file.name}.foreign")) if _is_foreign(file) else None

@@ -1,6 +1,8 @@
 """Runs `host_db_script` with a limit on time and output. Spec: docs/settings-dispatcher.md, Hosts registry.
 
 The output goes to files in memory: it contains passwords, and a process that outlives the script cannot block a reader.
+The output counts when the script exits. Processes that it has left are killed then: those of its process group, and
+those that have the output open, whatever their group and session.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import IO
 
 MAX_OUTPUT = 64 * 1024 * 1024  #: Maximum bytes on stdout, and on stderr.
 _STDERR_TAIL = 500  #: Number of bytes at the end of stderr that are quoted in an error.
+_KILL_ROUNDS = 10  #: Maximum number of searches for processes that the script has left.
 _CHECK_INTERVAL = 0.05  #: Seconds between two checks of the output's size.
 
 
@@ -23,7 +26,7 @@ class ScriptFailed(Exception):
 
 
 async def run_script(script: Path, time_limit: float, max_output: int = MAX_OUTPUT) -> bytes:
-    """Return the output of a program; its process group is killed at the end. Raises `ScriptFailed` or OSError."""
+    """Return the output of a program; what it leaves running is killed. Raises `ScriptFailed` or OSError."""
     with _memory_file() as output, _memory_file() as errors:
         try:
             process = await asyncio.create_subprocess_exec(
@@ -40,6 +43,7 @@ async def run_script(script: Path, time_limit: float, max_output: int = MAX_OUTP
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             await process.wait()
+            await asyncio.shield(asyncio.to_thread(_kill_writers, (output.fileno(), errors.fileno())))
         if status is None:
             raise ScriptFailed(f"{script} printed more than {max_output} bytes")
         if status != 0:
@@ -59,6 +63,31 @@ async def _wait_exit(process: Process, output: IO[bytes], errors: IO[bytes], max
         with suppress(TimeoutError):
             await asyncio.wait_for(process.wait(), _CHECK_INTERVAL)
     return None
+
+
+def _kill_writers(files: tuple[int, int]) -> None:
+    """Kill all other processes that have one of these files open."""
+    opened = {(status.st_dev, status.st_ino) for status in map(os.fstat, files)}
+    for _ in range(_KILL_ROUNDS):  # one of them may have forked
+        found = False
+        for process in Path("/proc").glob("[0-9]*"):
+            if int(process.name) != os.getpid() and _has_open(process, opened):
+                found = True
+                with suppress(ProcessLookupError, PermissionError):
+                    os.kill(int(process.name), signal.SIGKILL)
+        if not found:
+            return
+
+
+def _has_open(process: Path, files: set[tuple[int, int]]) -> bool:
+    with suppress(OSError):  # it has ended, or belongs to another user and is not one of the script's
+        with os.scandir(process / "fd") as entries:
+            for entry in entries:
+                with suppress(OSError):
+                    status = entry.stat()
+                    if (status.st_dev, status.st_ino) in files:
+                        return True
+    return False
 
 
 def _memory_file() -> IO[bytes]:
