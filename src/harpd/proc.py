@@ -10,13 +10,16 @@ from __future__ import annotations
 TYPE_CHECKING = False  # not from `typing`: the zygote loads this module, and its size costs each fork
 if TYPE_CHECKING:
     import inspect
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
     from typing import Any, ClassVar, TypeAlias, TypedDict, Unpack, overload
 
     #: A user or a group: its id or its name.
     Identity: TypeAlias = int | str
     #: A group or several: the first is the primary group, all are supplementary.
     Groups: TypeAlias = Identity | Sequence[Identity]
+
+    #: What the function of a streaming procedure returns.
+    Records: TypeAlias = Iterable[Any] | AsyncIterable[Any] | Awaitable[Iterable[Any] | AsyncIterable[Any]] | "Result"
 
     class Options(TypedDict, total=False):
         """The options of a procedure, see `Procedure`."""
@@ -98,23 +101,19 @@ class Procedure:
         self.__name__ = getattr(function, "__name__", type(self).__name__)
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        """Run the function in this process, as a plain call does."""
+        """Run the function in this process, as a plain call does: for ``async def``, it returns a coroutine."""
         return self.function(*args, **kwargs)
 
     def signature(self) -> inspect.Signature:
-        """Return the signature for a call's arguments: that of the function, or of a subclass's ``__call__``.
+        """Return the signature for a call's arguments: that of the function, or of a subclass's own ``__call__``.
 
-        For ``__call__(self, *args, **kwargs)``, it is that of the function. Raises ValueError: there is none, as for
-        some functions in C; then the arguments of a call are not checked.
+        So an own ``__call__(self, *args, **kwargs)`` accepts all arguments: it may add some to those of the call.
+        Raises ValueError: there is none, as for some functions in C; then the arguments of a call are not checked.
         """
         import inspect  # large, and most calls do not need it; see `harpd.worker.child.ArgumentCheck`
 
-        if type(self).__call__ is not Procedure.__call__:
-            own = inspect.signature(self.__call__)
-            forwarding = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-            if any(parameter.kind not in forwarding for parameter in own.parameters.values()):
-                return own
-        return inspect.signature(self.function)
+        inherited = type(self).__call__ in (Procedure.__call__, StreamingProcedure.__call__)
+        return inspect.signature(self.function if inherited else self.__call__)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {getattr(self, '__name__', 'without a name')}>"
@@ -123,10 +122,91 @@ class Procedure:
 class StreamingProcedure(Procedure):
     """A function whose call yields records; the arguments are those of `Procedure`.
 
-    The function returns an iterable, usually as a generator. The call ends with a `Result` in it.
+    The function returns an iterable, usually as a generator, or an asynchronous one. The call ends with a `Result` in
+    it. Calling the instance returns the records without that; when they were iterated, `result` returns its value.
+
+    A subclass may override ``__call__``, to change records, and `result`, to change the end result.
     """
 
     streaming = True
+
+    _result: Any = None
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        """Run the function; return an iterator of its records, an asynchronous one if those of the function are."""
+        self._result = None
+        records = self.function(*args, **kwargs)
+        if hasattr(type(records), "__await__"):  # a coroutine, which returns the records
+            return records
+        if hasattr(type(records), "__aiter__"):
+            return self._forward_async(records)
+        return self._forward([records] if isinstance(records, Result) else iter(records))
+
+    def result(self) -> Any:
+        """Return the end result of the last call, once its records were iterated; None if it had none."""
+        return self._result
+
+    def _forward(self, records: Iterable[Any]) -> Iterator[Any]:
+        iterator = iter(records)
+        try:
+            while True:
+                try:
+                    record = next(iterator)
+                except StopIteration as stop:
+                    record = stop.value
+                    if not isinstance(record, Result):
+                        return
+                if isinstance(record, Result):
+                    self._result = record.value
+                    return
+                try:
+                    yield record
+                except (TimeLimit, Cancelled) as interruption:
+                    if hasattr(iterator, "throw"):  # the function's generator cleans up as if it was raised there
+                        iterator.throw(interruption)
+                    raise
+        finally:
+            if hasattr(iterator, "close"):
+                iterator.close()
+
+    async def _forward_async(self, records: AsyncIterable[Any]) -> AsyncIterator[Any]:
+        iterator = aiter(records)
+        try:
+            async for record in iterator:
+                if isinstance(record, Result):
+                    self._result = record.value
+                    return
+                yield record
+        finally:
+            if hasattr(iterator, "aclose"):
+                await iterator.aclose()
+
+
+#: Flags of a code object: a generator, an asynchronous generator; a coroutine, an asynchronous generator.
+_GENERATORS, _ASYNCHRONOUS = 0x20 | 0x200, 0x80 | 0x200
+
+
+def _code_flags(procedure: Procedure) -> int:
+    """Return the flags of the code that a call runs first: of an own ``__call__``, else of the function; 0: none."""
+    function: Any = type(procedure).__call__
+    if function in (Procedure.__call__, StreamingProcedure.__call__):
+        function = getattr(procedure, "function", None)
+        while type(function).__module__ == "functools" and hasattr(function, "func"):  # partial
+            function = function.func
+        if not hasattr(function, "__code__"):  # an object with __call__
+            function = getattr(type(function), "__call__", None)  # noqa: B004
+    return int(getattr(getattr(function, "__code__", None), "co_flags", 0))
+
+
+def is_asynchronous(procedure: Procedure) -> bool:
+    """Return whether a call needs an event loop, as far as that can be seen before it runs."""
+    return bool(_code_flags(procedure) & _ASYNCHRONOUS)
+
+
+def check_function(procedure: Procedure) -> None:
+    """Raise TypeError if a procedure without records is a generator: its value has no form in JSON."""
+    if not procedure.streaming and _code_flags(procedure) & _GENERATORS:
+        raise TypeError("the function is a generator; expose it with @streaming_procedure, or return a list")
 
 
 def check_options(procedure: Procedure) -> None:
@@ -180,14 +260,14 @@ def procedure(function: Callable[..., Any] | None = None, /, **options: Unpack[O
 if TYPE_CHECKING:
 
     @overload
-    def streaming_procedure(function: Callable[..., Iterable[Any]], /) -> StreamingProcedure: ...
+    def streaming_procedure(function: Callable[..., Records], /) -> StreamingProcedure: ...
     @overload
     def streaming_procedure(
         **options: Unpack[Options],
-    ) -> Callable[[Callable[..., Iterable[Any]]], StreamingProcedure]: ...
+    ) -> Callable[[Callable[..., Records]], StreamingProcedure]: ...
 
 
-def streaming_procedure(function: Callable[..., Iterable[Any]] | None = None, /, **options: Unpack[Options]) -> Any:
+def streaming_procedure(function: Callable[..., Records] | None = None, /, **options: Unpack[Options]) -> Any:
     """Expose a function that yields records; otherwise like `procedure`. Spec: docs/procedures.md."""
     return _decorate(StreamingProcedure, function, options)
 

@@ -57,6 +57,38 @@ class Counted(StreamingProcedure):
         yield from super().__call__(many)
         yield Result(many)
 
+class Adding(Procedure):
+    def __call__(self, *args, **kwargs):
+        return super().__call__("added", *args, **kwargs)
+
+class Marked(StreamingProcedure):
+    def __call__(self, *args, **kwargs):
+        for record in super().__call__(*args, **kwargs):
+            yield {"record": record}
+
+class Summed(StreamingProcedure):
+    def __call__(self, *args):
+        self.sum = 0
+        return map(self.add, super().__call__(*args))
+    def add(self, number):
+        self.sum += number
+        return number
+    def result(self):
+        return self.sum
+
+class Summary(StreamingProcedure):
+    def result(self):
+        return {"end": super().result()}
+
+def numbers(many):
+    yield from range(many)
+    yield Result("end")
+
+adding = Adding(lambda first, second: [first, second])
+marked = Marked(numbers)
+summed = Summed(numbers)
+summary = Summary(numbers)
+
 class Bare(Procedure):
     def __init__(self):
         pass
@@ -264,9 +296,21 @@ def test_instances_are_exposed_under_variable_names(harpd: Harpd) -> None:
     assert result(harpd, "doubled", "ab") == "abab"
     assert harpd.call("counted", 2) == [STREAMING, {"stream": 0}, {"stream": 1}, {"result": 2}]
     assert result(harpd, "bare", "word") == "WORD"
+    assert result(harpd, "adding", 1) == ["added", 1]
+    assert harpd.call("adding", 1, 2)[-1]["exception"]["type"] == "TypeError"  # its own arguments are not checked
     assert result(harpd, "builtin", 1, 3, 2) == 3
     for name in ("alias", "class", "two words"):
         assert result(harpd, name, 1) == [1]
+
+
+@pytest.mark.parametrize(
+    ("procedure", "records", "end"),
+    [("marked", [{"record": 0}, {"record": 1}], "end"), ("summed", [0, 1], 1), ("summary", [0, 1], {"end": "end"})],
+)
+def test_streaming_subclass_changes_records_and_result(
+    harpd: Harpd, procedure: str, records: list[Any], end: Any
+) -> None:
+    assert harpd.call(procedure, 2) == [STREAMING, *({"stream": record} for record in records), {"result": end}]
 
 
 @pytest.mark.parametrize("name", ["plain_value", "Procedure", "os", "__name__", "echo.function", "\ud800", "no"])
@@ -397,7 +441,7 @@ def test_forked_child_cannot_write_result(harpd: Harpd) -> None:
     assert harpd.call("forks_streaming") == [STREAMING, {"stream": 0}, {"stream": 1}, {"result": True}]
 
 
-def test_threads_end_with_procedure(harpd: Harpd) -> None:
+def test_threads_and_exit_handlers_do_not_change_result(harpd: Harpd) -> None:
     assert result(harpd, "threads") == 10
     assert result(harpd, "registers") == "registered"
 

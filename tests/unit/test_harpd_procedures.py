@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import pwd
+from collections.abc import AsyncIterator, Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from harpd.proc import Procedure, Result, StreamingProcedure, procedure, streaming_procedure
+from harpd.proc import Procedure, Result, StreamingProcedure, TimeLimit, procedure, streaming_procedure
 from harpd.worker.privileges import UserError, resolve_credentials
 from harpd.worker.procedures import ProceduresError, load_procedures
 
@@ -30,9 +32,9 @@ def test_decorator_with_and_without_options() -> None:
         assert (with_options.timeout, with_options.uid, with_options.gid) == (1.5, "u", ("g", 5))
         assert with_options.max_calls_per_process == 3
         assert type(decorator()(function)) is kind
-        assert bare(1) == 3
         assert bare.__doc__ == "Add."
         assert bare.streaming is (kind is StreamingProcedure)
+    assert procedure(function)(1) == 3
     assert repr(Procedure(function)) == "<Procedure function>"
     assert repr(Result([1])) == "Result([1])"
 
@@ -89,12 +91,56 @@ def test_signature_of_function_or_own_call() -> None:
             return super().__call__(*args, **kwargs)
 
     assert Procedure(function).signature() == inspect.signature(function)
-    assert Wrapping(function).signature() == inspect.signature(function)
+    Wrapping(function).signature().bind("any", arguments="fit")  # it may add some to those of the call
     assert StreamingProcedure(function).signature() == inspect.signature(function)
     for kind in (Own, Inherited):
         assert list(kind(function).signature().parameters) == ["word"]
     with pytest.raises(ValueError, match="no signature"):
         Procedure(max).signature()
+
+
+@pytest.mark.parametrize("function", [lambda n: [*range(n), Result("end")], lambda n: iter([*range(n), Result("end")])])
+def test_streaming_procedure_iterates_records_only(function: Any) -> None:
+    records = streaming_procedure(function)
+    assert records.result() is None
+    assert list(records(2)) == [0, 1]
+    assert records.result() == "end"
+    assert next(records(1)) == 0
+    assert records.result() is None
+
+
+def generate(numbers: int) -> Generator[Any, None, Result]:
+    try:
+        yield from range(numbers)
+    except TimeLimit as limit:
+        yield f"cleaned up: {limit}"
+    return Result("returned")
+
+
+async def generate_async(numbers: int) -> AsyncIterator[Any]:
+    for number in range(numbers):
+        yield number
+    yield Result("end")
+
+
+def test_streaming_procedure_forwards_generators() -> None:
+    records = StreamingProcedure(generate)
+    assert list(records(2)) == [0, 1]
+    assert records.result() == "returned"
+    iterator = records(2)
+    next(iterator)
+    with pytest.raises(TimeLimit):
+        iterator.throw(TimeLimit("now"))
+
+    async def read(records: StreamingProcedure) -> list[Any]:
+        return [record async for record in records(2)]
+
+    asynchronous = StreamingProcedure(generate_async)
+    assert asyncio.run(read(asynchronous)) == [0, 1]
+    assert asynchronous.result() == "end"
+    assert list(streaming_procedure(lambda: Result(7))()) == []
+    with pytest.raises(TypeError, match="not iterable"):
+        streaming_procedure(len)("")  # type: ignore[arg-type]
 
 
 def load(directory: Path, text: str) -> Any:
@@ -152,6 +198,16 @@ p = procedure(Point)
         ("def f():\n  import nowhere\nf()\n", ".py:2: ModuleNotFoundError: No module named 'nowhere'"),
         ("class E(Exception):\n def __str__(s): 1/0\nraise E\n", ".py:3: E: (str() of the exception failed)"),
         ("\0", "null bytes"),
+        *[
+            (f"from harpd.proc import *\nimport functools\n{text}", f".py: {name}: the function is a generator; expose")
+            for name, text in [
+                ("f", "@procedure\ndef f(): yield 1\n"),
+                ("f", "@procedure\nasync def f(): yield 1\n"),
+                ("f", "f = procedure(functools.partial(lambda a: (yield a), 1))\n"),
+                ("f", "class A:\n  def __call__(self): yield 1\nf = procedure(A())\n"),
+                ("f", "class P(Procedure):\n  def __call__(self): yield 1\nf = P(len)\n"),
+            ]
+        ],
         ("from harpd.proc import *\np = procedure(len)\np.timeout = -1\n", ".py: p: timeout: expected a positive"),
         (
             "from harpd.proc import *\np = procedure(len)\np.max_calls_per_process = 0\n",

@@ -407,9 +407,16 @@ class Call:
             self._close(reuse_worker=True)
         else:
             worker.finish_input()
-            kill_worker = partial(send_signal, signal.SIGKILL, worker.identity)  # if it does not exit
-            self._deadline = self._loop.call_later(self._settings["kill_grace"], kill_worker)
+            self._deadline = self._loop.call_later(self._settings["kill_grace"], self._end_worker)
             self._session.on_end(closing)
+
+    def _end_worker(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """Signal a worker that has written its closing line but does not exit: threads or exit handlers still run."""
+        log.warning("process does not exit; sending signal", extra={**self._fields, "signal": number.name})
+        send_signal(number, self._worker.identity)
+        if number is not signal.SIGKILL:
+            kill_worker = partial(self._end_worker, signal.SIGKILL)
+            self._deadline = self._loop.call_later(self._settings["kill_grace"], kill_worker)
 
     # The end.
 

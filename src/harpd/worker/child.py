@@ -3,11 +3,8 @@
 The zygote forks it ahead, before there is a call for it. It waits at its channel, a stream socket whose other end the
 supervisor has, for the line of a call: its id, the number of its procedure, and the arguments, with spaces between.
 Then it changes the user, checks the arguments, runs the procedure, and writes the lines of the wire protocol to the
-channel. It exits after as many calls as the procedure allows, or when the supervisor closes its end of the channel.
-
-The supervisor's signals raise exceptions in the procedure's code and nowhere else. While an exception would do harm,
-within a line or outside the procedure, signals are deferred. The signal mask cannot do that: a signal that another
-thread receives raises in the main thread all the same.
+channel. It exits after as many calls as the procedure allows, or when the supervisor closes its end of the channel; see
+`harpd.worker.process_end`.
 
 This is the most expensive part of a short call: a page of memory that a worker touches is copied for it, which costs
 2 to 4 microseconds. So all that can be prepared is prepared in the zygote, and no wrapper of the standard library is
@@ -23,20 +20,20 @@ from types import FunctionType
 
 from harp.protocol.call_output import VERSION, encode_record
 from harp.protocol.json_text import InvalidJSON, NotJSON, encode_value, loads
-from harpd.proc import Cancelled, Procedure, Result, StreamingProcedure, TimeLimit
+from harpd.proc import Cancelled, Procedure, Result, StreamingProcedure, TimeLimit, is_asynchronous
 from harpd.processes.cookie import EnvCookie
-from harpd.processes.prctl import become_subreaper, die_with_parent, never_dump_core
+from harpd.processes.prctl import become_subreaper, die_with_parent
 from harpd.worker.privileges import UserError, change_user
+from harpd.worker.process_end import ProcessEnd
+from harpd.worker.signals import SignalGuard, exit_with
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from types import FrameType
+    from collections.abc import Callable, Mapping, Sequence
     from typing import Any, NoReturn
 
     from harpd.proc import Identity
 
-CALL_SIGNALS = (_signal.SIGXCPU, _signal.SIGTERM)
 #: The most bytes of a record or a result: peers read lines of up to 64 MiB, of which the envelope has 64 bytes.
 MAX_PAYLOAD_BYTES = 64 * 1024 * 1024 - 64
 _MAX_TRACEBACK_LENGTH = 16 * 1024  # in characters
@@ -110,48 +107,6 @@ class ArgumentCheck:
             raise CallRejected("invalid_argument_list", message) from error
 
 
-class SignalGuard:
-    """Turns the signals of calls into exceptions. At first, and from `defer` to `deliver`, it stores the last."""
-
-    def __init__(self) -> None:
-        self._deferring = True
-        self.deferred: int | None = None  #: The signal that is stored.
-
-    def install(self) -> None:
-        """Install the handlers: in the zygote, so that no worker has to."""
-        for number in CALL_SIGNALS:
-            _signal.signal(number, self._handle)
-
-    def defer(self) -> None:
-        """Defer signals until `deliver` is called."""
-        self._deferring = True
-
-    def deliver(self) -> None:
-        """End the deferral; raise the exception of a signal that was deferred."""
-        self._deferring = False
-        if self.deferred is not None:
-            number, self.deferred = self.deferred, None
-            self._handle(number)
-
-    def _handle(self, number: int, frame: FrameType | None = None) -> None:
-        if self._deferring:
-            self.deferred = number
-        elif number == _signal.SIGXCPU:
-            raise TimeLimit("the call's time is over")
-        else:
-            raise Cancelled("the call was cancelled")
-
-
-def _exit_with(interruption: TimeLimit | Cancelled) -> NoReturn:
-    """End this process by the signal of this exception, which the supervisor has sent."""
-    number = _signal.SIGXCPU if isinstance(interruption, TimeLimit) else _signal.SIGTERM
-    never_dump_core()
-    _signal.signal(number, _signal.SIG_DFL)
-    _signal.pthread_sigmask(_signal.SIG_UNBLOCK, {number})
-    os.kill(os.getpid(), number)
-    os._exit(1)
-
-
 class _Channel:
     """The channel of this process, and not of the processes that it forks. Both directions may raise OSError."""
 
@@ -206,6 +161,9 @@ class Worker:
         self._default_user = default_user
         self._default_groups = None if default_group is None else (default_group,)
         self._tracebacks = tracebacks
+        if any(map(is_asynchronous, procedures)):
+            import harpd.worker.coroutines  # noqa: F401 - so that not each call has to load it
+        self._end = ProcessEnd()
 
     def run(self, channel: int, stdout: int, stderr: int) -> NoReturn:
         """Serve calls in this process, which the zygote has just forked, with these descriptors; then exit."""
@@ -220,9 +178,11 @@ class Worker:
             os.close(stdout)
             os.close(stderr)
             self.guard.deferred = None  # a signal that the zygote has received
+            self._end.begin()
             self._serve_calls(_Channel(channel))
         except OSError:
             os._exit(1)  # the supervisor has died: no process reads the result
+        self._end.finish(self.guard)
         os._exit(0)
 
     def _serve_calls(self, channel: _Channel) -> None:
@@ -250,7 +210,7 @@ class Worker:
                 line = channel.read_line()
                 self.guard.defer()
             except (TimeLimit, Cancelled) as interruption:
-                _exit_with(interruption)
+                exit_with(interruption)
 
     def _become_worker_of(self, procedure: Procedure) -> None:
         """Accept the signals of calls, and become the procedure's user. Raises `CallRejected`."""
@@ -276,9 +236,16 @@ class Worker:
                 self.guard.deliver()
                 self._cookie.write(call_id)
                 positional, named = _decode_arguments(arguments, check)
-                value = procedure(*positional, **named)
-                if procedure.streaming:
-                    value = self._write_records(value, channel)
+                # `StreamingProcedure` itself only looks for the `Result`, as this code does.
+                run = procedure.function if type(procedure) is StreamingProcedure else procedure
+                value = run(*positional, **named)
+                streaming = procedure.streaming
+                if hasattr(type(value), "__await__") or (streaming and hasattr(type(value), "__aiter__")):
+                    from harpd.worker.coroutines import run_to_end
+
+                    value = run_to_end(value, self.guard, self._record_writer(channel) if streaming else None)
+                if streaming:
+                    value = self._write_records(value, procedure, channel)
             finally:
                 self.guard.defer()  # from here on, the supervisor's termination sequence is sufficient
             return b'{"result":%b}\n' % _encode_payload(value)
@@ -286,31 +253,41 @@ class Worker:
             raise
         except (TimeLimit, Cancelled) as interruption:
             flush_output()
-            _exit_with(interruption)
+            exit_with(interruption)
         except BaseException as error:  # noqa: BLE001 - SystemExit too: the caller receives the procedure's end
             traceback = {"traceback": _format_traceback(error)} if self._tracebacks else None
             return (encode_value(traceback) + b"\n" if traceback else b"") + _encode_exception(error)
 
-    def _write_records(self, records: Any, channel: _Channel) -> Any:
-        """Write the records of an iterable; return the value of its `Result`, or None if it has none."""
+    def _record_writer(self, channel: _Channel) -> Callable[[Any, int], None]:
+        """Return a function that writes a record with its number. It raises `CallRejected`."""
+
+        def write(record: Any, number: int) -> None:
+            line = encode_record(_encode_payload(record, number))
+            channel.exit_if_forked()
+            self.guard.defer()  # an exception would cut the line; a stop is not delayed: its output is read
+            channel.write(line)
+            self.guard.deliver()
+
+        return write
+
+    def _write_records(self, records: Any, procedure: Procedure, channel: _Channel) -> Any:
+        """Write the records of an iterable; return the value of its `Result`, else that of the procedure's `result`."""
         if isinstance(records, Result):
             return records.value
-        iterator = iter(records)
+        write, iterator = self._record_writer(channel), iter(records)
         number = 0
         try:
             while True:
                 try:
                     record = next(iterator)
                 except StopIteration as stop:
-                    return stop.value.value if isinstance(stop.value, Result) else None
+                    record = stop.value
+                    if not isinstance(record, Result):
+                        break
                 if isinstance(record, Result):
                     return record.value
                 try:
-                    line = encode_record(_encode_payload(record, number))
-                    channel.exit_if_forked()
-                    self.guard.defer()  # an exception would cut the line; a stop is not delayed: its output is read
-                    channel.write(line)
-                    self.guard.deliver()
+                    write(record, number)
                 except (TimeLimit, Cancelled) as interruption:
                     if hasattr(iterator, "throw"):  # a generator, which did not run when it was raised here, cleans up
                         iterator.throw(interruption)
@@ -319,6 +296,7 @@ class Worker:
         finally:
             if hasattr(iterator, "close"):
                 iterator.close()
+        return procedure.result() if isinstance(procedure, StreamingProcedure) else None
 
 
 def _decode_arguments(text: bytes, check: ArgumentCheck) -> tuple[list[Any], dict[str, Any]]:
@@ -340,7 +318,8 @@ def _encode_payload(value: Any, record: int | None = None) -> bytes:
             raise NotJSON("", f"{len(text)} bytes; a record or a result may have {MAX_PAYLOAD_BYTES}")
     except NotJSON as error:
         name = "the result" if record is None else f"record {record}"
-        raise CallRejected("invalid_message", f"cannot encode {name} as JSON: {error}") from error
+        hint = "; expose it with @streaming_procedure" if hasattr(value, "__next__") else ""
+        raise CallRejected("invalid_message", f"cannot encode {name} as JSON: {error}{hint}") from error
     return text
 
 

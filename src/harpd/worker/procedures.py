@@ -6,7 +6,7 @@ import os
 import sys
 from types import MappingProxyType, ModuleType
 
-from harpd.proc import Procedure, check_options
+from harpd.proc import Procedure, check_function, check_options
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def load_procedures(file: str | os.PathLike[str]) -> Mapping[str, Procedure]:
     for name, procedure in found.items():
         try:
             check_options(procedure)
+            check_function(procedure)
         except (AttributeError, TypeError, ValueError) as error:
             raise ProceduresError(f"{path}: {name}: {error}") from error
     return MappingProxyType(found)

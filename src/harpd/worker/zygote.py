@@ -41,8 +41,9 @@ from _socket import CMSG_SPACE, MSG_CMSG_CLOEXEC, socket
 from harp.protocol.json_text import encode_value, loads
 from harpd.processes.cookie import EnvCookie
 from harpd.processes.prctl import become_subreaper, die_with_parent
-from harpd.worker.child import CALL_SIGNALS, Worker, flush_output
+from harpd.worker.child import Worker, flush_output
 from harpd.worker.procedures import ProceduresError, load_procedures
+from harpd.worker.signals import CALL_SIGNALS
 
 TYPE_CHECKING = False  # not from `typing`: the zygote's memory costs each fork
 if TYPE_CHECKING:
