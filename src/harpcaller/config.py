@@ -79,7 +79,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     max_calls: Count = 4_000  #: Maximum number of running calls on all hosts.
     max_calls_per_host: Count = 250  #: Maximum number of running calls on one host.
-    connect_timeout: Seconds = 10.0  #: Maximum seconds to connect to a host, and again for the TLS handshake.
+    connect_timeout: Seconds = 10.0  #: Maximum seconds for lookup and connection, and again for the TLS handshake.
     acknowledgement_timeout: Seconds = 30.0  #: Maximum seconds to the acknowledgement of a call.
     resumable_calls: bool = True  #: Whether calls outlive connection and dispatcher, on hosts that support it.
     disconnect_timeout: Seconds = 240.0  #: Seconds without contact after which a host stops a running call.

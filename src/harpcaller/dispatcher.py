@@ -33,6 +33,7 @@ from harpcaller.explain import ExplainContext, describe_job
 from harpcaller.hosts.capabilities import HostCapabilities
 from harpcaller.hosts.pool import ConnectionPool
 from harpcaller.hosts.registry import HostsRegistry
+from harpcaller.hosts.resolving import Resolver
 from harpcaller.hosts.tls import HostTLS
 from harpcaller.model.ids import new_job_id, new_job_ids
 from harpcaller.model.jobs import Job, JobDetails, JobMetadata, NewJob, State, StopState
@@ -93,7 +94,7 @@ class Dispatcher:
 
     async def __aenter__(self) -> Self:
         identity = await self.store.get_identity()
-        timers = TimerWheel()
+        timers, resolver = TimerWheel(), Resolver()
         runner = self._runner
         runner.context = RunContext(
             config=self.config,
@@ -103,8 +104,12 @@ class Dispatcher:
             find_host=self.registry.find_host,
             identity=identity,
             timers=timers,
+            resolver=resolver,
             capabilities=HostCapabilities(
-                identity, timers, lambda host, calls: self._orphan_reaper.reap_calls(host, calls, runner.context)
+                identity,
+                timers,
+                resolver,
+                lambda host, calls: self._orphan_reaper.reap_calls(host, calls, runner.context),
             ),
             connections=ConnectionPool(timers),
             writes=StoreWrites(timers),

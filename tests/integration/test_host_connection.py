@@ -22,6 +22,7 @@ from harpcaller.config import Config
 from harpcaller.hosts.connecting import open_connection
 from harpcaller.hosts.connection import HarpdConnection, MessageQueue
 from harpcaller.hosts.registry import Host
+from harpcaller.hosts.resolving import Resolver
 from harpcaller.hosts.tls import HostTLS
 from support.certificates import server_files
 from support.deadline import eventually
@@ -36,7 +37,8 @@ async def connected(directory: Path, script: Script) -> AsyncIterator[tuple[Harp
     config = Config(stream_directory=directory)
     timers = TimerWheel()
     with Peer(script, tls=server_context(server_files(directory))) as peer:
-        conn = await open_connection(Host("web01", "127.0.0.1", peer.port, "u", "p"), HostTLS(config), config, timers)
+        host = Host("web01", "127.0.0.1", peer.port, "u", "p")
+        conn = await open_connection(host, HostTLS(config), config, timers, Resolver())
         yield conn, peer
         conn.abort()
     timers.close()

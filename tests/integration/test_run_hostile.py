@@ -18,6 +18,7 @@ from harpcaller.config import Config
 from harpcaller.hosts.connecting import open_connection
 from harpcaller.hosts.connection import MessageQueue
 from harpcaller.hosts.registry import Host
+from harpcaller.hosts.resolving import Resolver
 from harpcaller.hosts.tls import HostTLS
 from harpcaller.model.jobs import StopState
 from harpcaller.store.sqlite import open_store
@@ -321,7 +322,7 @@ async def test_host_that_does_not_read_is_disconnected(tmp_path: Path) -> None:
     config = Config(stream_directory=tmp_path)
     with playing(tmp_path, deaf) as peer:
         host = Host("web01", "127.0.0.1", peer.port, "u", "p")
-        conn = await open_connection(host, HostTLS(config), config, TimerWheel())
+        conn = await open_connection(host, HostTLS(config), config, TimerWheel(), Resolver())
         messages = MessageQueue(conn)
         conn.send_request(encode_request(ListCalls("owner", "u", "p")), Phase.SENT_LIST, messages)
         reading = asyncio.create_task(messages.receive())

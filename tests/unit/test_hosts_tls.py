@@ -18,6 +18,7 @@ from harp_daemon.timer_wheel import TimerWheel
 from harpcaller.config import Config
 from harpcaller.hosts.connecting import open_connection, to_failed
 from harpcaller.hosts.registry import Host
+from harpcaller.hosts.resolving import Resolver
 from harpcaller.hosts.tls import CertificateRefused, HostTLS, names_host, server_name
 from support.certificates import Certificates, authority
 from support.deadline import eventually
@@ -55,7 +56,7 @@ def host(issued: Issued, hostname: str = "web01", address: str = "127.0.0.1") ->
 async def outcome(tls: HostTLS, host: Host) -> str | None:
     """Return None if the host's certificate is accepted, otherwise the message of the job's error."""
     try:
-        conn = await open_connection(host, tls, Config(), TimerWheel())
+        conn = await open_connection(host, tls, Config(), TimerWheel(), Resolver())
     except (CertificateRefused, OSError) as error:
         end = to_failed(error, host, "connecting")
         assert end.type == ("certificate_error" if isinstance(error, CertificateRefused) else "network_error")

@@ -20,6 +20,7 @@ from harpcaller.config import Config
 from harpcaller.hosts.connecting import HostUnreachable, open_connection
 from harpcaller.hosts.connection import MessageQueue
 from harpcaller.hosts.registry import Host
+from harpcaller.hosts.resolving import Resolver
 from harpcaller.hosts.tls import HostTLS
 from harpcaller.model.jobs import Identity
 
@@ -47,10 +48,15 @@ class HostCapabilities:
     """A cache of what hosts support; `on_call_list` is called with the ids of the calls that a host has."""
 
     def __init__(
-        self, identity: Identity, timers: TimerWheel, on_call_list: Callable[[Host, Sequence[str]], None]
+        self,
+        identity: Identity,
+        timers: TimerWheel,
+        resolver: Resolver,
+        on_call_list: Callable[[Host, Sequence[str]], None],
     ) -> None:
         self._identity = identity
         self._timers = timers
+        self._resolver = resolver
         self._on_call_list = on_call_list
         self._known: dict[Host, HostSupport] = {}
         self._queries: dict[Host, asyncio.Task[HostSupport]] = {}
@@ -109,7 +115,7 @@ class HostCapabilities:
 
     async def _request_call_list(self, host: Host, tls: HostTLS, config: Config) -> Message | None:
         """Return the host's reply; None if the reply is not part of the protocol, as from another program."""
-        conn = await open_connection(host, tls, config, self._timers, _MAX_LIST_BYTES)
+        conn = await open_connection(host, tls, config, self._timers, self._resolver, _MAX_LIST_BYTES)
         try:
             request = ListCalls(self._identity.owner_at(host.hostname), host.user, host.password, keep_alive=True)
             messages = MessageQueue(conn)

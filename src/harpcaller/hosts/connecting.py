@@ -8,9 +8,10 @@ import os
 import socket
 import ssl
 import sys
+from collections import deque
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from itertools import zip_longest
 
 from harp.protocol.ends import Failed
 from harp.protocol.json_text import dumps
@@ -21,6 +22,7 @@ from harp_daemon.timer_wheel import TimerWheel
 from harpcaller.config import Config
 from harpcaller.hosts.connection import HarpdConnection
 from harpcaller.hosts.registry import Host
+from harpcaller.hosts.resolving import AddressInfo, Resolver
 from harpcaller.hosts.tls import CertificateRefused, HostTLS, parse_ip, server_name
 
 #: Errors of this machine; all others are errors of the network.
@@ -38,7 +40,7 @@ _ERRNO_BY_CLASS = {
 }
 _RESOLVER_ERRORS = {getattr(socket, name): name for name in dir(socket) if name.startswith("EAI_")}
 
-_AddressInfo: TypeAlias = tuple[int, int, int, str, tuple[Any, ...]]  #: One result of `getaddrinfo`.
+_ATTEMPT_DELAY = 0.25  #: Seconds after which the next address of a host is tried, too.
 
 
 class HostUnreachable(Exception):
@@ -54,15 +56,17 @@ CONNECTION_ERRORS = (OSError, CertificateRefused, UnicodeError, ProtocolError, L
 
 
 async def open_connection(
-    host: Host, tls: HostTLS, config: Config, timers: TimerWheel, max_line: int = sys.maxsize
+    host: Host, tls: HostTLS, config: Config, timers: TimerWheel, resolver: Resolver, max_line: int = sys.maxsize
 ) -> HarpdConnection:
     """Connect to a host and check its certificate. Raises OSError, `CertificateRefused` or UnicodeError."""
     chain_error: str | None = None
     seconds = config.connect_timeout
     version = tls.version
     for context in tls.contexts:
-        async with asyncio.timeout(seconds):
-            connection = await _connect_any_address(host, seconds)
+        end = asyncio.get_running_loop().time() + seconds
+        addresses = await _resolve(host, resolver, seconds)
+        async with asyncio.timeout_at(end):
+            connection = await connect_first(addresses)
         try:
             # From here the transport owns the socket and closes it, also after a cancellation. If it were closed here
             # too, the loop could still watch its number, which may belong to the next connection.
@@ -88,37 +92,62 @@ async def open_connection(
     raise tls.chain_refused(chain_error)
 
 
-async def _connect_any_address(host: Host, seconds: float) -> socket.socket:
-    """Connect to the first of the host's addresses that answers; each gets an equal share of the time."""
-    loop = asyncio.get_running_loop()
-    end = loop.time() + seconds
-    addresses = await _resolve(host)
-    for remaining, address in zip(range(len(addresses), 1, -1), addresses, strict=False):
-        try:
-            return await _connect_address(address, (end - loop.time()) / remaining)
-        except OSError:
-            continue  # the error of the last address is reported
-    return await _connect_address(addresses[-1], end - loop.time())
+async def _resolve(host: Host, resolver: Resolver, seconds: float) -> Sequence[AddressInfo]:
+    """Return the results for the host's address, at least one."""
+    if parse_ip(host.address):  # needs no thread
+        return socket.getaddrinfo(host.address, host.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    return await resolver.resolve(host.address, host.port, seconds)
 
 
-async def _connect_address(info: _AddressInfo, seconds: float) -> socket.socket:
+async def connect_first(addresses: Sequence[AddressInfo]) -> socket.socket:
+    """Return a socket that is connected to the first address that answers ("Happy Eyeballs", RFC 8305).
+
+    An attempt begins when an earlier one has failed, or `_ATTEMPT_DELAY` s after the latest one. If all fail, the last
+    error is raised, an OSError.
+    """
+    if len(addresses) == 1:
+        return await _connect_address(addresses[0])
+    remaining = deque(_interleave(addresses))
+    attempts: set[asyncio.Task[socket.socket]] = set()
+    error: BaseException | None = None
+    try:
+        while remaining or attempts:
+            if remaining:
+                attempts.add(asyncio.create_task(_connect_address(remaining.popleft())))
+            delay = _ATTEMPT_DELAY if remaining else None
+            done, _ = await asyncio.wait(attempts, timeout=delay, return_when=asyncio.FIRST_COMPLETED)
+            for attempt in done:
+                if (error := attempt.exception()) is None:
+                    attempts.remove(attempt)
+                    return attempt.result()
+            attempts -= done
+        assert error is not None
+        raise error
+    finally:
+        for attempt in attempts:
+            attempt.cancel()
+        for result in await asyncio.gather(*attempts, return_exceptions=True):
+            if isinstance(result, socket.socket):  # it was connected in the same moment
+                result.close()
+
+
+def _interleave(addresses: Sequence[AddressInfo]) -> list[AddressInfo]:
+    """Return addresses ordered so that the families alternate, beginning with that of the first one."""
+    first = [info for info in addresses if info[0] == addresses[0][0]]
+    others = [info for info in addresses if info[0] != addresses[0][0]]
+    return [info for pair in zip_longest(first, others) for info in pair if info is not None]
+
+
+async def _connect_address(info: AddressInfo) -> socket.socket:
     family, kind, protocol, _, address = info
     connection = socket.socket(family, kind, protocol)
     try:
         configure_socket(connection)
-        async with asyncio.timeout(seconds):
-            await asyncio.get_running_loop().sock_connect(connection, address)
+        await asyncio.get_running_loop().sock_connect(connection, address)
     except BaseException:
         connection.close()
         raise
     return connection
-
-
-async def _resolve(host: Host) -> Sequence[_AddressInfo]:
-    """Return the results for the host's address, at least one."""
-    if parse_ip(host.address):  # needs no thread
-        return socket.getaddrinfo(host.address, host.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
-    return await asyncio.get_running_loop().getaddrinfo(host.address, host.port, type=socket.SOCK_STREAM)
 
 
 def to_failed(error: BaseException, host: Host, doing: str) -> Failed:

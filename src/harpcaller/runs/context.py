@@ -15,6 +15,7 @@ from harpcaller.config import Config
 from harpcaller.hosts.capabilities import HostCapabilities, HostSupport
 from harpcaller.hosts.pool import ConnectionPool
 from harpcaller.hosts.registry import Host
+from harpcaller.hosts.resolving import Resolver
 from harpcaller.hosts.tls import HostTLS
 from harpcaller.model.jobs import Identity, Job, NewJob
 from harpcaller.notifier import Notifier
@@ -126,6 +127,7 @@ class RunContext:
     find_host: Callable[[str], Host | None]
     identity: Identity
     timers: TimerWheel
+    resolver: Resolver
     capabilities: HostCapabilities
     connections: ConnectionPool
     writes: StoreWrites

@@ -81,7 +81,7 @@ async def _stop_and_release(host: Host, call: str, context: RunContext, is_of_ho
     """Stop a call, store its metadata if its job is of this host, and release it."""
     since = PAST_END
     for _ in range(_MAX_ATTACHES):
-        conn = await open_connection(host, context.tls, context.config, context.timers)
+        conn = await open_connection(host, context.tls, context.config, context.timers, context.resolver)
         try:
             messages = MessageQueue(conn)
             conn.send_request(context.encode_attach(call, host, since), Phase.SENT_ATTACH, messages)

@@ -251,7 +251,7 @@ class Run:
             support = await context.capabilities.get(host, context.tls, context.config)
         if self.outage is not None and support.instance is None and self._terms is None:
             return None, support
-        return await open_connection(host, context.tls, context.config, context.timers), support
+        return await open_connection(host, context.tls, context.config, context.timers, context.resolver), support
 
     @_event
     def _on_opened(self, host: Host, opening: asyncio.Task[tuple[HarpdConnection | None, HostSupport]]) -> None:

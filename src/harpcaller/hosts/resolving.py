@@ -1,0 +1,102 @@
+"""Looks up the names of hosts, in threads of its own: `getaddrinfo` has no time limit and cannot be cancelled.
+
+A name whose name service does not answer delays its own jobs only. Each name has one lookup at a time, and names that
+were slow before have a share of the threads, so that the others never wait for them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, TypeAlias
+
+_MAX_THREADS = 256  #: Maximum number of lookups at the same time.
+_MAX_SLOW_THREADS = 64  #: Of these, the maximum number for names whose last lookup was too slow.
+
+AddressInfo: TypeAlias = tuple[int, int, int, str, tuple[Any, ...]]  #: One result of `getaddrinfo`.
+
+
+class _Lookup:
+    """The lookup of a name and a port, for all that wait for it."""
+
+    def __init__(self, name: str, port: int, slow: bool) -> None:
+        self.key = name, port
+        self.slow = slow  # whether the name's last lookup was too slow
+        self.waiting = 0  # the number of callers that wait
+        self.result: asyncio.Future[Sequence[AddressInfo]] = asyncio.get_running_loop().create_future()
+
+
+class Resolver:
+    """The lookups of one event loop."""
+
+    def __init__(self) -> None:
+        self._lookups: dict[tuple[str, int], _Lookup] = {}  # those that run or are queued
+        self._queued: deque[_Lookup] = deque()
+        self._running = self._slow_running = 0
+        self._slow_names: set[str] = set()
+
+    async def resolve(self, name: str, port: int, seconds: float) -> Sequence[AddressInfo]:
+        """Return the results for a name, at least one. Raises OSError or UnicodeError.
+
+        A lookup that takes more than `seconds` is an `EAI_AGAIN`.
+        """
+        lookup = self._lookups.get((name, port))
+        if lookup is None:
+            lookup = self._lookups[name, port] = _Lookup(name, port, name in self._slow_names)
+            self._queued.append(lookup)
+            self._start_queued()
+        lookup.waiting += 1
+        try:
+            async with asyncio.timeout(seconds):
+                return await asyncio.shield(lookup.result)
+        except TimeoutError:
+            self._slow_names.add(name)
+            text = f"the name service has not answered within {seconds:g} s"
+            raise socket.gaierror(socket.EAI_AGAIN, text) from None
+        finally:
+            lookup.waiting -= 1
+            if not lookup.waiting and lookup in self._queued:
+                self._queued.remove(lookup)
+                del self._lookups[lookup.key]
+
+    def _start_queued(self) -> None:
+        """Start the queued lookups in their order, but not too many of slow names."""
+        for lookup in list(self._queued):
+            if self._running >= _MAX_THREADS:
+                return
+            if lookup.slow and self._slow_running >= _MAX_SLOW_THREADS:
+                continue
+            self._queued.remove(lookup)
+            self._running += 1
+            self._slow_running += lookup.slow
+            # A thread of its own: a daemon that stops does not wait for it.
+            arguments = lookup, asyncio.get_running_loop()
+            threading.Thread(target=self._look_up, args=arguments, name="harpcaller resolver", daemon=True).start()
+
+    def _look_up(self, lookup: _Lookup, loop: asyncio.AbstractEventLoop) -> None:
+        """Look up the name; runs in the thread."""
+        found: Sequence[AddressInfo] = ()
+        error: Exception | None = None
+        try:
+            found = socket.getaddrinfo(*lookup.key, type=socket.SOCK_STREAM)
+        except Exception as caught:  # noqa: BLE001 - raised by `resolve`
+            error = caught
+        with suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(self._on_found, lookup, found, error)
+
+    def _on_found(self, lookup: _Lookup, found: Sequence[AddressInfo], error: Exception | None) -> None:
+        del self._lookups[lookup.key]
+        self._running -= 1
+        self._slow_running -= lookup.slow
+        if lookup.waiting:  # in time
+            self._slow_names.discard(lookup.key[0])
+        if error is None:
+            lookup.result.set_result(found)
+        else:
+            lookup.result.set_exception(error)
+            lookup.result.exception()  # marks it as retrieved: perhaps nobody waits any more
+        self._start_queued()
