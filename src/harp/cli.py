@@ -135,7 +135,7 @@ def _job(options: Namespace) -> client.RemoteCall:
 
 
 def _call(options: Namespace) -> Exit:
-    names = ("queue", "concurrency", "timeout", "max_exec_time", "info")
+    names = ("queue", "concurrency", "timeout", "max_exec_time", "info", "start_within")
     dispatcher = _dispatcher(options)
     host = dispatcher.host(options.host, **{name: getattr(options, name) for name in names})
     job = client.RemoteProcedure(dispatcher, host, options.procedure)(*options.arguments, **dict(options.named))
@@ -260,6 +260,11 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "--concurrency": {"metavar": "N", "type": _parse_value, "help": "jobs of the queue that may run at once"},
     "--timeout": {"metavar": "SECONDS", "type": _parse_value, "help": "longest time without a message from the job"},
     "--max-exec-time": {"metavar": "SECONDS", "type": _parse_value, "help": "longest run time of the job"},
+    "--start-within": {
+        "metavar": "SECONDS",
+        "type": _parse_value,
+        "help": "how long to try the start again if it certainly did not happen; 0: not at all",
+    },
     "--info": {"metavar": "ARG", "type": _parse_value, "help": "stored with the job; printed by status"},
     "--no-wait": {"dest": "wait", "action": "store_false", "help": "do not wait for the job to end"},
     "--since": {"metavar": "N", "type": int, "help": "begin with record N, counted from 0"},
@@ -276,7 +281,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     },
 }
 
-_JOB = "--queue --concurrency --timeout --max-exec-time --info"
+_JOB = "--queue --concurrency --timeout --max-exec-time --info --start-within"
 _DIRECT = "address procedure arguments --named --user --ca-file --tls-minimum --no-verify-hostname"
 _STREAM = "job --since --recent --numbered --timed"
 

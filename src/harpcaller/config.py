@@ -25,10 +25,11 @@ from harp_daemon.settings import DEFAULT_TLS_MINIMUM, TLS_VERSIONS, Bytes, Confi
 DEFAULT_FILE = Path("/etc/harpcaller/harpcaller.toml")  #: The default path of the configuration file.
 #: Keys of the legacy dispatcher without a meaning here: Erlang's logging modules and Erlang's own settings.
 IGNORED_KEYS = frozenset({"log_handlers", "erlang"})
-_MAX_SECONDS = 315_360_000  #: Ten years. Longer times are mistakes, and some exceed the range of event loops.
+MAX_SECONDS = 315_360_000  #: Ten years. Longer times are mistakes, and some exceed the range of event loops.
 
-Seconds = Annotated[float, Meta(gt=0, le=_MAX_SECONDS)]
-Hours = Annotated[float, Meta(gt=0, le=_MAX_SECONDS // 3600)]
+Seconds = Annotated[float, Meta(gt=0, le=MAX_SECONDS)]
+SecondsOrZero = Annotated[float, Meta(ge=0, le=MAX_SECONDS)]
+Hours = Annotated[float, Meta(gt=0, le=MAX_SECONDS // 3600)]
 
 _STOP_MARGIN = 10.0  #: Maximum seconds that a host needs to stop a call after `disconnect_timeout`.
 _ADDRESS = re.compile(r"(?:\[(?P<bracketed>[^\[\]]+)\]|(?P<plain>[^:\[\]]+)):(?P<port>\d{1,5})", re.ASCII)
@@ -75,6 +76,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     stream_directory: Path = Path("/var/lib/harpcaller/stream")  #: Directory of jobs and records.
     default_timeout: Seconds = 600.0  #: Maximum seconds between two messages of a job.
     max_exec_time: Seconds = 600.0  #: Maximum seconds from the start of a job to its end.
+    start_within: SecondsOrZero = 10.0  #: Seconds for which a start that certainly did not happen is tried again.
     max_age: Hours = 720.0  #: Hours from the end of a job to its deletion.
 
     max_calls: Count = 4_000  #: Maximum number of running calls on all hosts.

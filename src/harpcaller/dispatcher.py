@@ -28,7 +28,7 @@ from harp.protocol.dispatcher import Call
 from harp.protocol.ends import Cancelled, End
 from harp.protocol.json_text import Raw, dumps
 from harp_daemon.timer_wheel import TimerWheel
-from harpcaller.config import Config
+from harpcaller.config import MAX_SECONDS, Config
 from harpcaller.explain import ExplainContext, describe_job
 from harpcaller.hosts.capabilities import HostCapabilities
 from harpcaller.hosts.pool import ConnectionPool
@@ -285,6 +285,7 @@ class Dispatcher:
             active_calls=len(runs),
             store_failing=context.writes.failing,
             timings=context.timings.get_phases(job_id),
+            failing=self._runner.starts.get_failing(details.job.host),
             now=self._wall(),
         )
         return describe_job(details, state)
@@ -357,9 +358,10 @@ class Dispatcher:
         timeout = min(call.timeout or config.default_timeout, config.default_timeout)
         max_exec_time = min(call.max_exec_time or config.max_exec_time, config.max_exec_time)
         queue, concurrency = (call.queue.name, call.queue.concurrency) if call.queue else (None, 1)
+        start_within = config.start_within if call.start_within is None else float(min(call.start_within, MAX_SECONDS))
         procedure = call.host, call.procedure, call.arguments
         info = _NULL if call.info is None else call.info
-        return NewJob(job_id, *procedure, timeout, max_exec_time, queue, concurrency, info)
+        return NewJob(job_id, *procedure, timeout, max_exec_time, queue, concurrency, info, start_within)
 
     def _cancelled_by(self, client: str | None) -> Raw:
         return dumps({"why": "cancelled", "by": client, "at": self._wall()})

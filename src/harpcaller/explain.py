@@ -15,6 +15,7 @@ from harp.protocol.json_text import Envelope, InvalidJSON, Raw, loads
 from harpcaller.config import Config
 from harpcaller.hosts.registry import Host
 from harpcaller.model.jobs import Job, JobDetails, JobMetadata, QueuePosition, State, StopState
+from harpcaller.runs.host_starts import FailingStarts
 from harpcaller.runs.run import Run
 
 _MAX_QUOTE = 300  #: Maximum number of characters of a message in a sentence.
@@ -33,6 +34,7 @@ class ExplainContext:
     store_failing: bool  # whether the store currently rejects data of active calls
     timings: Mapping[str, float]  # the measured phases of the dispatcher's own steps, in seconds
     now: float  # Unix seconds
+    failing: FailingStarts | None = None  # the failed starts on the job's host
 
 
 def describe_job(details: JobDetails, context: ExplainContext) -> Envelope:
@@ -46,7 +48,8 @@ def describe_job(details: JobDetails, context: ExplainContext) -> Envelope:
         queue=job.queue,
         position=details.queue_position.position if details.queue_position else None,
         time=Envelope(submit=job.submitted, start=job.started, end=job.ended),
-        limits=Envelope(timeout=job.timeout, max_exec_time=job.max_exec_time),
+        limits=Envelope(timeout=job.timeout, max_exec_time=job.max_exec_time, start_within=job.start_within),
+        failed_starts=_failed_starts(job, context),
         call=_call(metadata.call, context),
         records=Envelope(count=job.records, bytes=details.record_bytes),
         stop=job.stop.value if job.stop else None,
@@ -112,6 +115,13 @@ def _call(stored: Raw | None, context: ExplainContext) -> Envelope | Raw | None:
     return Envelope(run.describe_call(), last_contact=run.last_contact(context.now), outage=outage)
 
 
+def _failed_starts(job: Job, context: ExplainContext) -> Envelope | None:
+    """Return the failed starts on the host of a job that has not been started."""
+    if context.failing is None or not (job.state is State.QUEUED or (context.run and not context.run.is_acknowledged)):
+        return None
+    return Envelope(context.failing.describe(context.now))
+
+
 def _why(details: JobDetails, context: ExplainContext) -> str:
     match details.job.state:
         case State.QUEUED:
@@ -133,6 +143,11 @@ def _why_queued(job: Job, waiting: QueuePosition | None, context: ExplainContext
     if waiting.slots_held_on_host >= context.config.max_calls_per_host:
         calls = f"{waiting.slots_held_on_host} of {context.config.max_calls_per_host} calls"
         return f"host {job.host} is full ({calls}), {position}"
+    if context.failing is not None and not context.failing.may_try:
+        failed = context.failing.describe(context.now)
+        attempts = f"{failed['attempts']} attempts, last error: {failed['error'][:_MAX_QUOTE]}"
+        wait = f"next attempt in {failed['next'] - context.now:.1f} s, {position}"
+        return f"host {job.host} accepts no starts since {_format_time(failed['since'])} ({attempts}); {wait}"
     if not context.registry_loaded:
         return "the hosts registry is not loaded yet"
     if context.store_failing:

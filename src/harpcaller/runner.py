@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 from harpcaller.model.jobs import Job, State
 from harpcaller.runs.context import RunContext
+from harpcaller.runs.host_starts import HostStarts
 from harpcaller.runs.run import Run
 from harpcaller.store import StorageError
 
@@ -31,6 +32,7 @@ class Runner:
     def __init__(self, can_start: Callable[[], bool]) -> None:
         self.context: RunContext  #: The environment of new runs.
         self.runs: dict[str, Run] = {}  #: The runs of the active calls, by job id.
+        self.starts = HostStarts(lambda: self.context)  #: Which hosts accept starts.
         self._can_start = can_start
         self._no_runs = asyncio.Event()  # set when the last run has closed
         self._cancelled_before_start: set[str] = set()  # after the store has claimed them, before their run exists
@@ -76,6 +78,7 @@ class Runner:
     async def detach(self) -> None:
         """Claim no further jobs. Detach the runs: resumable calls continue on their hosts, the others are stopped."""
         self._is_claiming = False
+        self.starts.close()
         if self._retry is not None:
             self._retry.cancel()
         if self._claims:
@@ -100,7 +103,8 @@ class Runner:
         limit = min(_CLAIM_SIZE, context.config.max_calls - len(self.runs) - sum(self._claims.values()))
         self._claim_postponed = limit <= 0
         if not self._claim_postponed:
-            claimed = context.store.claim_jobs(context.wall(), limit, context.config.max_calls_per_host)
+            per_host = context.config.max_calls_per_host
+            claimed = context.store.claim_jobs(context.wall(), limit, per_host, self.starts.max_new)
             claim = asyncio.ensure_future(claimed)
             self._claims[claim] = limit
             claim.add_done_callback(self._on_claimed)
@@ -134,7 +138,7 @@ class Runner:
         A job that was cancelled meanwhile also needs a run, which releases its slot.
         """
         for job in jobs:
-            run = self.runs[job.id] = Run(job, self.context, self._on_run_closed)
+            run = self.runs[job.id] = Run(job, self.context, self.starts, self._on_run_closed)
             if job.id in self._cancelled_before_start:
                 self._cancelled_before_start.discard(job.id)
                 run.cancel_before_start()
@@ -142,6 +146,7 @@ class Runner:
 
     def _on_run_closed(self, run: Run) -> None:
         del self.runs[run.job.id]
+        self.starts.on_closed(run.job)
         if self._claim_postponed:
             self.request_claim()
         if not self.runs:

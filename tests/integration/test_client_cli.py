@@ -55,7 +55,8 @@ CASES: list[tuple[str, list[Script], str, Exit]] = [
         Exit.OK,
     ),
     (
-        'call web01 p --named a=1 --named b=x=y --queue {"":1} --concurrency 2 --timeout 5 --max-exec-time 2 --info i',
+        'call web01 p --named a=1 --named b=x=y --queue {"":1} --concurrency 2 --timeout 5 --max-exec-time 2 --info i '
+        "--start-within 0",
         [
             answering(
                 SUBMITTED,
@@ -65,6 +66,7 @@ CASES: list[tuple[str, list[Script], str, Exit]] = [
                     timeout=5,
                     max_exec_time=2,
                     info="i",
+                    start_within=0,
                 ),
             )
         ],

@@ -23,6 +23,7 @@ JOB = "00000000-0000-4000-8000-000000000000"
 USUAL = [
     {"harpcaller": 1, **CALL},
     {"harpcaller": 1, **CALL, "keep_alive": True, "queue": {"name": {"q": 1}}, "timeout": 5, "info": None},
+    {"harpcaller": 1, **CALL, "start_within": 0},
     {"harpcaller": 1, "get_result": JOB},
     {"harpcaller": 1, "get_result": ""},
     {"harpcaller": 1, "get_result": JOB, "wait": True, "keep_alive": True},
@@ -56,6 +57,7 @@ UNUSUAL = [
     b'{"harpcaller":1,"submit_many":[{"host":"a","procedure":"p","arguments":[],"timeout":1.5}]}',
     b'{"harpcaller":1,"submit_many":[{"host":"a","procedure":"p","arguments":[],"timeout":0}]}',
     b'{"harpcaller":1,"submit_many":[{"host":"a","procedure":"p","arguments":[],"timeout":null}]}',
+    b'{"harpcaller":1,"submit_many":[{"host":"a","procedure":"p","arguments":[],"start_within":-1}]}',
     b'{"harpcaller":1,"submit_many":[{"host":"a","procedure":"p","arguments":1}]}',
     b'{"harpcaller":1,"submit_many":[{"host":"a","procedure":"p","arguments":[],"queue":{"name":1}}]}',
     b'{"harpcaller":1,"submit_many":[{"host":"\\u0061","procedure":"p","arguments":[]}]}',

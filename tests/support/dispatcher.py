@@ -51,6 +51,7 @@ async def running(directory: Path, *lines: str, store: Any = None, **settings: A
     """Run a dispatcher with all files in `directory` and these lines in its hosts file."""
     settings.setdefault("hosts_file", hosts_file(directory, *lines))
     settings.setdefault("host_db", directory / "hosts.db")
+    settings.setdefault("start_within", 0.0)  # most tests of errors need each of them once
     settings.setdefault("resumable_calls", False)  # the hosts of these tests script connection-bound calls
     config = Config(stream_directory=directory / "store", **settings)
     opened = store or await open_store(config.stream_directory)

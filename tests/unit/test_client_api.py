@@ -32,7 +32,8 @@ SIGNATURES = {
     "HarpCaller.request": "(req)",
     "HarpCaller.submit_many": "(calls)",
     "Call": (
-        "(host, procedure, arguments=(), *, queue=None, concurrency=None, timeout=None, max_exec_time=None, info=None)"
+        "(host, procedure, arguments=(), *, queue=None, concurrency=None, timeout=None, max_exec_time=None, "
+        "info=None, start_within=None)"
     ),
     "RemoteServer": "(dispatcher, hostname)",
     "RemoteServer.__str__": "()",
@@ -278,7 +279,10 @@ def test_result_compares_by_value() -> None:
 
 
 WRONG_OPTIONS = [
-    ({"colour": 1}, "unknown option 'colour', expected one of queue, concurrency, timeout, max_exec_time, info"),
+    (
+        {"colour": 1},
+        "unknown option 'colour', expected one of queue, concurrency, timeout, max_exec_time, info, start_within",
+    ),
     ({"queue": "name"}, "option 'queue': expected a dict, got 'name'"),
     ({"queue": {"a": {1, 2}}}, r"option 'queue' cannot be sent as JSON: at \['a'\]: type set"),
     ({"concurrency": 0}, "option 'concurrency': expected a positive integer, got 0"),
@@ -291,6 +295,8 @@ WRONG_OPTIONS = [
     ({"max_exec_time": float("nan")}, "option 'max_exec_time'"),
     ({"max_exec_time": float("inf")}, "option 'max_exec_time'"),
     ({"max_exec_time": False}, "option 'max_exec_time'"),
+    ({"start_within": -1}, "option 'start_within': expected a number of seconds of at least 0, got -1"),
+    ({"start_within": True}, "option 'start_within'"),
     ({"info": object()}, "option 'info' cannot be sent as JSON: type object"),
 ]
 

@@ -237,7 +237,8 @@ class ServerBase(Generic[P]):
 
         `queue` is the name of the queue to wait in, a dict; `concurrency`, which needs it, how many of its jobs may run
         at once, from 1; `timeout` the seconds above 0 between two messages of the job, `max_exec_time` those that it
-        may run; `info` any JSON value, which `RemoteCall.info` returns. Raises `HarpException` if an option is unknown
+        may run; `start_within` the seconds, from 0, for which a start that certainly did not happen is tried again;
+        `info` any JSON value, which `RemoteCall.info` returns. Raises `HarpException` if an option is unknown
         or invalid. Spec: docs/client-api.md, RemoteServer.
         """
         self._options = {**self._options, **values.check_options(kwargs)}

@@ -14,7 +14,7 @@ from harp.errors import HarpException, RemoteError, RemoteException, RequestRefu
 from harp.protocol import dispatcher as protocol
 from harp.protocol.ends import Cancelled, End, Failed, Raised, Returned
 from harp.protocol.json_text import NotJSON, Raw, dumps
-from harp.protocol.schema import is_count, is_seconds
+from harp.protocol.schema import is_count, is_seconds, is_seconds_or_zero
 
 
 def missing_attribute(name: str, owner: object) -> AttributeError:
@@ -37,6 +37,7 @@ class JobOptions(TypedDict, total=False):
     timeout: float | None
     max_exec_time: float | None
     info: Any
+    start_within: float | None
 
 
 #: The options: which values are valid, in a function and in words.
@@ -46,6 +47,7 @@ _OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "timeout": (is_seconds, "a positive number of seconds"),
     "max_exec_time": (is_seconds, "a positive number of seconds"),
     "info": (lambda value: True, "any value"),
+    "start_within": (is_seconds_or_zero, "a number of seconds of at least 0"),
 }
 
 
@@ -108,6 +110,7 @@ class Call:
     timeout: float | None = None
     max_exec_time: float | None = None
     info: Any = None
+    start_within: float | None = None
     _request: protocol.Call = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -124,11 +127,11 @@ def job_request(host: str, procedure: str, arguments: Raw, options: Mapping[str,
     """Return the request that submits a job. Raise `HarpException` for `concurrency` without `queue`."""
     if not options:
         return protocol.Call(host, procedure, arguments)
-    queue, concurrency, timeout, max_exec_time, info = map(options.get, _OPTIONS)
+    queue, concurrency, timeout, max_exec_time, info, start_within = map(options.get, _OPTIONS)
     if concurrency is not None and queue is None:
         raise HarpException("option 'concurrency' needs option 'queue'")
     in_queue = None if queue is None else protocol.Queue(queue, concurrency or 1)
-    return protocol.Call(host, procedure, arguments, timeout, max_exec_time, in_queue, info)
+    return protocol.Call(host, procedure, arguments, timeout, max_exec_time, in_queue, info, start_within)
 
 
 def encode_line(value: Any, what: str = "the value") -> bytes:

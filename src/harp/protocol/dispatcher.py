@@ -3,9 +3,9 @@
 Sans-IO: this module uses no socket. Each message is a frozen value that is validated when it is created. Any bytes
 give a message or a `ProtocolError`.
 
-Additions to version 1 are opt-in: a request is a `SubmitMany`, or has ``wait`` (of a cancel), ``timed`` or
-``keep_alive``, only if its caller uses the feature. Only the replies to such a request have ``job_ids``, ``stop``,
-``time`` or ``keep_alive``.
+Additions to version 1 are opt-in: a request is a `SubmitMany`, or has ``start_within``, ``wait`` (of a
+cancel), ``timed`` or ``keep_alive``, only if its caller uses the feature. Only the replies to such a request have
+``job_ids``, ``stop``, ``time`` or ``keep_alive``.
 
 Spec: docs/protocol.md, Client and dispatcher.
 """
@@ -31,6 +31,7 @@ from harp.protocol.schema import (
     Payload,
     ProtocolError,
     Seconds,
+    SecondsOrZero,
     WireObject,
     check,
     decode_as,
@@ -78,6 +79,7 @@ class Call(WireObject):
     max_exec_time: Seconds | None = None
     queue: Annotated[Queue | None, Kind(decode=_decode_queue, encode=encode_object)] = None
     info: Payload = None
+    start_within: SecondsOrZero | None = None
 
 
 def _decode_calls(members: JSONObject, key: str) -> list[Call]:

@@ -128,6 +128,11 @@ def is_seconds(number: object) -> bool:
     return isinstance(number, (int, float)) and not isinstance(number, bool) and 0 < number < math.inf
 
 
+def is_seconds_or_zero(number: object) -> bool:
+    """Return whether it is a finite number of at least 0; true and false are not."""
+    return is_seconds(number) or (number == 0 and not isinstance(number, bool))
+
+
 def is_object(payload: Payload) -> bool:
     """Return whether a payload is an object."""
     return payload.startswith(b"{") if isinstance(payload, Raw) else isinstance(payload, dict)
@@ -374,6 +379,7 @@ Name: TypeAlias = Annotated[
 Integer: TypeAlias = Annotated[int, Kind(lambda value: type(value) is int, "an integer")]
 Count: TypeAlias = Annotated[int, Kind(_is_sendable_count, "an integer of at least 0, got {!r}")]
 Seconds: TypeAlias = Annotated[float, Kind(is_seconds, "a positive number of seconds, got {!r}")]
+SecondsOrZero: TypeAlias = Annotated[float, Kind(is_seconds_or_zero, "a number of seconds of at least 0, got {!r}")]
 #: A payload that is an object.
 ObjectPayload: TypeAlias = Annotated[Payload, Kind(is_object, "an object", decode=decode_payload)]
 #: The arguments of a call: an array (positional) or an object (named).

@@ -36,12 +36,13 @@ class _Call(_Members):
     max_exec_time: _Number | None = None
     queue: _Queue | None = None
     info: msgspec.Raw = msgspec.Raw()
+    start_within: Annotated[int, msgspec.Meta(ge=0, lt=10**9)] | None = None
 
     def to_request(self) -> Call:
         queue = Queue(Raw(self.queue.name), self.queue.concurrency or 1) if self.queue else None
         info = None if (text := Raw(self.info)) in (b"", b"null") else text
         limits = self.timeout, self.max_exec_time
-        return Call(self.host, self.procedure, Raw(self.arguments), *limits, queue, info)
+        return Call(self.host, self.procedure, Raw(self.arguments), *limits, queue, info, self.start_within)
 
 
 class _Submit(_Call, kw_only=True):

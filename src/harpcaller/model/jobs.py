@@ -27,10 +27,11 @@ class State(StrEnum):
     CANCELLED = "cancelled"
 
 
-#: The states that may follow each state. A job can fail before it runs, for example because its host is unknown.
+#: The states that may follow each state. A job can fail before it runs, for example because its host is unknown. It is
+#: queued again if its start certainly did not happen.
 TRANSITIONS: Mapping[State, frozenset[State]] = {
     State.QUEUED: frozenset({State.RUNNING, State.CANCELLED, State.FAILED}),
-    State.RUNNING: frozenset({State.RETURNED, State.RAISED, State.FAILED, State.CANCELLED}),
+    State.RUNNING: frozenset({State.QUEUED, State.RETURNED, State.RAISED, State.FAILED, State.CANCELLED}),
     **dict.fromkeys((State.RETURNED, State.RAISED, State.FAILED, State.CANCELLED), frozenset()),
 }
 
@@ -66,6 +67,7 @@ class NewJob(Struct, frozen=True):
     queue: Raw | None = None  # name of the queue, a JSON object, as the submitter wrote it
     concurrency: int = 1  # maximum number of running jobs of the queue; the first job of a queue decides
     info: Raw = Raw(b"null")
+    start_within: float = 0.0  # seconds for which a start that certainly did not happen is tried again
 
 
 class Job(Struct, frozen=True):
@@ -87,6 +89,8 @@ class Job(Struct, frozen=True):
     records: int  # number of stored records
     holds_slot: bool = False  # of its queue and host, until the host has confirmed the end of the call or is lost
     stop: StopState | None = None  # None: it was not stopped
+    start_within: float = 0.0  # seconds for which a start that certainly did not happen is tried again
+    tried: float | None = None  # time of the first start, if the job was queued again after it
 
 
 class JobMetadata(Struct, frozen=True):

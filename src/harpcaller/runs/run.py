@@ -6,7 +6,7 @@ connection, the store, the timers and the dispatcher call its methods, which cha
     CONNECTING -> SENT -> RUNNING -> STORING_END -> CLOSED
                   SENT, RUNNING -> OUTAGE -> SENT, with an attach
                   STORING_END <-> SURVIVORS
-                  any phase -> ENDING -> CLOSED
+                  any phase -> ENDING -> CLOSED, also of a job that is queued again
 
 It attaches to the call again after each outage, until the host reports the end or counts as lost. Its state is a cache:
 the next dispatcher continues from the store and the hosts.
@@ -15,8 +15,9 @@ A *connection-bound* call, as on a legacy harpd, is stopped without confirmation
 also ends the job. The rest is about *resumable* calls.
 
 At most once: the start is written a single time, in the same step as the last check that the job was not cancelled. It
-is written again only after the host has reported that it did not happen (``wrong_instance``, or it arrived too late).
-If the connection breaks before the acknowledgement, the run attaches: a host without the call stores a tombstone then.
+is written again only after the host has reported that it did not happen: at once for ``wrong_instance``; else the job
+is queued again (`Run._fail_start`), as after a connection that failed before the start was written. If the connection
+breaks before the acknowledgement, the run attaches: a host without the call stores a tombstone then.
 
 After a protocol error the run attaches once more, past the last record, only to stop the call and to get the stop
 report.
@@ -43,18 +44,19 @@ from harp.protocol.schema import ProtocolError
 from harp_daemon.timer_wheel import Backoff, Timer
 from harpcaller.hosts.capabilities import LEGACY, HostSupport
 from harpcaller.hosts.connecting import CONNECTION_ERRORS, describe_host, open_connection, to_failed
-from harpcaller.hosts.connection import PAST_END, HarpdConnection, get_error_detail, parse_end_of_records
+from harpcaller.hosts.connection import PAST_END, HarpdConnection, parse_end_of_records
 from harpcaller.hosts.registry import Host
 from harpcaller.model.jobs import Job, JobDetails, JobMetadata, StopState, state_of
 from harpcaller.runs.context import RunContext, log_fields
 from harpcaller.runs.deadlines import MARGIN, Deadlines, Outage
+from harpcaller.runs.host_starts import HostStarts, is_refusal, is_unsent
 from harpcaller.runs.record_writer import RecordWriter
 
 log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 
-_MIN_DELAY, _MAX_DELAY = 0.2, 5.0  #: Seconds between two attempts to attach to a call, or to start a delayed one.
+_MIN_DELAY, _MAX_DELAY = 0.2, 5.0  #: Seconds between two attempts to attach to a call.
 _CANCEL_WAIT = 2.0  #: Maximum seconds that a cancel waits for the reply to a sent start.
 _MAX_STARTS = 3  #: Maximum number of starts, if the host reports that the earlier ones named another instance.
 _RECHECK = 1.0  #: Seconds until the limits are checked again while the host is not read.
@@ -106,11 +108,12 @@ def _event(method: Callable[Concatenate[Run, P], None]) -> Callable[Concatenate[
 class Run:
     """The call of one job that holds a slot; `on_closed` is called when the run is complete or has detached."""
 
-    def __init__(self, job: Job, context: RunContext, on_closed: Callable[[Run], None]) -> None:
+    def __init__(self, job: Job, context: RunContext, starts: HostStarts, on_closed: Callable[[Run], None]) -> None:
         self.job = job
         self.has_ended = job.end is not None  #: Whether the job has an end in the store.
         self.outage: Outage | None = None  #: The current outage.
         self._context = context
+        self._starts = starts
         self._on_closed = on_closed
         self._began_at = time.monotonic()
         self._phase = RunPhase.CONNECTING
@@ -152,6 +155,8 @@ class Run:
                 read = partial(self._context.store.get_details, self.job.id)
                 self._context.writes.begin(self.job.id, read, self._on_stop_request_read, self._fail)
                 return
+        else:
+            self._starts.on_start(self.job)
         self._connect()
 
     async def cancel_call(self, by: str | None) -> None:
@@ -172,7 +177,10 @@ class Run:
 
     @_event
     def detach(self) -> None:
-        """Detach from a resumable call, or end a connection-bound one, after the reply to a request that was sent."""
+        """Detach from a resumable call, or end a connection-bound one, after the reply to a request that was sent.
+
+        A job that has not been started is queued again.
+        """
         self._detaching = True
         self._detach_if_possible()
 
@@ -276,7 +284,10 @@ class Run:
 
     def _on_unreachable(self, end: Failed) -> None:
         if self.outage is None:
-            self._finish(_Outcome(end))
+            if self._host is not None and is_unsent(end):
+                self._fail_start(end)
+            else:
+                self._finish(_Outcome(end))
         else:
             self.outage.record_error(end.message if self._host is None else f"{end.type}: {end.message}")
             self._connect_later()
@@ -293,6 +304,7 @@ class Run:
             self._resumable = support.instance is not None
             exchange = harpd.Phase.SENT_RESUMABLE if self._resumable else harpd.Phase.SENT
             line = self._context.encode_start(self.job, host, support)
+            self._starts.on_connected(self.job.host)
             self._no_start_pending.clear()
             if self._connect_seconds is None:
                 self._connect_seconds = round(time.monotonic() - self._began_at, 6)
@@ -306,25 +318,47 @@ class Run:
     def _unknown_host(self) -> Failed:
         return Failed("unknown_host", f"the hosts registry has no host {self.job.host}")
 
-    def _start_again(self, error: Failed) -> bool:
-        """Start a refused call again; return False if the host may have started it, or would refuse it again."""
-        if error.type == "wrong_instance":
-            self._context.capabilities.invalidate(self._known_host)
-            self._wrong_instances += 1
-            if self._wrong_instances == _MAX_STARTS:
-                message = f"{describe_host(self._known_host)}: its supervisor was restarted at every start"
-                self._finish(_Outcome(Failed("network_error", message)))
-                return True
-        elif error.type != "call_refused" or get_error_detail(error, "reason") != "delayed":
-            return False
+    def _start_at_next_instance(self) -> None:
+        """Start the call in the supervisor that runs now: the one that was named has started nothing."""
+        self._context.capabilities.invalidate(self._known_host)
+        self._wrong_instances += 1
+        if self._wrong_instances == _MAX_STARTS:
+            message = f"{describe_host(self._known_host)}: its supervisor was restarted at every start"
+            self._fail_start(Failed("network_error", message))
+            return
         self._phase = RunPhase.CONNECTING
         self._disconnect()
-        if error.type == "wrong_instance":
-            self._connect()
-        else:  # the host, or the way to it, was suspended
-            self._backoff.record_attempt()
-            self._set_timer(min(time.monotonic() + self._backoff.next_delay(), self._deadlines.deadline))
-        return True
+        self._connect()
+
+    def _fail_start(self, error: Failed) -> None:
+        """Queue the job again after a start that certainly did not happen, or end it if it has waited long enough."""
+        self._starts.record_failure(self.job, error, self._began_at)
+        if self.has_ended or self._starts.has_waited(self.job):
+            self._finish(_Outcome(error))
+            return
+        reason = {"error": error.type[:_MAX_LOGGED], "reason": error.message[:_MAX_LOGGED]}
+        log.info("start failed; job queued again", extra={**self._log_fields, **reason})
+        self._requeue()
+
+    def _requeue(self) -> None:
+        """Queue the job again, whose start certainly did not happen."""
+        self._disconnect()
+        self._phase = RunPhase.ENDING
+        context, tried = self._context, self._context.wall() - (time.monotonic() - self._began_at)
+
+        def write() -> Awaitable[bool]:
+            context.request_claim()
+            return context.store.requeue_job(self.job.id, tried)
+
+        def on_done(requeued: bool) -> None:
+            self._no_start_pending.set()
+            if requeued:
+                self._close("job queued again")
+            else:  # it was cancelled meanwhile
+                self.has_ended = True
+                self._finish(_Outcome(None))
+
+        context.writes.begin(self.job.id, write, on_done, self._fail)
 
     @property
     def _known_host(self) -> Host:
@@ -375,6 +409,7 @@ class Run:
         assert conn is not None
         self._phase = RunPhase.RUNNING
         self._no_start_pending.set()
+        self._starts.on_reply(self.job.host, self._began_at)
         self._deadlines.on_acknowledged(None if terms is None else terms.elapsed)
         self._terms = terms
         if terms is not None:
@@ -393,7 +428,12 @@ class Run:
         self._no_start_pending.set()
         where = describe_host(self._known_host)
         if self.outage is None:
-            if not (self._resumable and self._start_again(error)):
+            if self._resumable and error.type == "wrong_instance":
+                self._start_at_next_instance()
+            elif is_refusal(error):
+                self._fail_start(error)
+            else:
+                self._starts.on_reply(self.job.host, self._began_at)
                 self._finish(_Outcome(error))
         elif error.type == "no_such_call":
             message = f"{where} does not hold the job's call: it was never started, or its end was lost"
@@ -551,6 +591,8 @@ class Run:
         if not self._detaching or self._ending_job:
             return
         match self._phase:
+            case RunPhase.CONNECTING:
+                self._requeue()  # the next dispatcher starts it
             case RunPhase.RUNNING if self._terms is None:
                 self._finish(_Outcome(_DISPATCHER_STOPPED, StopState.UNKNOWN, was_stopped=True))
             case RunPhase.RUNNING | RunPhase.SURVIVORS | RunPhase.OUTAGE:
@@ -563,6 +605,7 @@ class Run:
             received_at = self._conn.last_received_at if self._conn is not None else now
             self.outage = Outage.begin(now - received_at, self._context.wall())
             log.warning("outage began", extra={**self._log_fields, "reason": error})
+            self._starts.on_contact_lost(self.job, error, self._began_at)
             if self._host is not None:
                 self._context.capabilities.invalidate(self._host)
         self.outage.record_error(error)

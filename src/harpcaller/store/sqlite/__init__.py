@@ -99,6 +99,8 @@ class Store:
     add_job = _writes(Writes.add_job)
     add_jobs = _writes(Writes.add_jobs)
     claim_jobs = _writes(Writes.claim_jobs, last=True)
+    requeue_job = _writes(Writes.requeue_job)
+    fail_waiting = _writes(Writes.fail_waiting)
     append_records = _writes(Writes.append_records)
     finish_job = _writes(Writes.finish_job)
     cancel_job = _writes(Writes.cancel_job)

@@ -49,6 +49,17 @@ class Lane:
         else:
             self._later.append(seq)
 
+    def put_back(self, seq: int) -> None:
+        """Add a job that was queued before, in the order of submission."""
+        earlier = []
+        while self.head is not None and self.head < seq:
+            earlier.append(self.head)
+            self.remove(self.head)
+        if self.head is not None:
+            self._later.appendleft(self.head)
+        self._later.extendleft(reversed([*earlier[1:], seq]))
+        self.head, self.head_job = (earlier[0] if earlier else self._later.popleft()), None
+
     def remove(self, seq: int) -> None:
         """Remove a queued job."""
         if seq != self.head:
@@ -135,6 +146,12 @@ class ActiveJobs:
         if was_full:
             self._offer(job.lane)
 
+    def put_back(self, job: ActiveJob) -> None:
+        """Queue a job again that holds a slot."""
+        job.lane.put_back(job.seq)
+        self.release_slot(job)
+        self._offer(job.lane)
+
     def _hold_slot(self, job: ActiveJob) -> None:
         self.slot_holders[job.id] = job
         job.lane.slots_held += 1
@@ -146,22 +163,32 @@ class ActiveJobs:
             heappush(self._heads, (lane.head, lane.key))
 
     def startable_jobs(
-        self, get_head: Callable[[int, Lane], Job], *, limit: int, max_calls_per_host: int
+        self,
+        get_head: Callable[[int, Lane], Job],
+        *,
+        limit: int,
+        max_calls_per_host: int,
+        max_new: Callable[[str], int | None],
     ) -> Iterator[tuple[int, Lane]]:
         """Yield the jobs that may start now, with their lanes, in the order of submission.
 
         The caller gives each job its slot before it requests the next one, so that the next job of the lane becomes
         its head. That job was submitted later, so one pass in this order finds every job that may start. A lane waits
-        while the host of its head is full. `get_head` returns the head of a lane.
+        while the host of its head is full. `get_head` returns the head of a lane, `max_new` the maximum number of jobs
+        that may start on a host now, or None.
         """
+        new_on_host: Counter[str] = Counter()
         waiting: list[tuple[int, str]] = []  # their hosts are full, but may have room at the next claim
         while limit > 0 and self._heads:
             seq, key = heappop(self._heads)
             lane = self.lanes.get(key)
             if lane is None or lane.head != seq or not lane.has_room or (waiting and waiting[-1][0] == seq):
                 continue  # the lane has changed, or it was on the heap twice
-            if self._slots_on_host[get_head(seq, lane).host] < max_calls_per_host:
+            host = get_head(seq, lane).host
+            most = max_new(host)
+            if self._slots_on_host[host] < max_calls_per_host and (most is None or new_on_host[host] < most):
                 limit -= 1
+                new_on_host[host] += 1
                 yield seq, lane
             else:
                 waiting.append((seq, key))

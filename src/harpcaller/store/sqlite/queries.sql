@@ -25,12 +25,30 @@ DELETE FROM queues WHERE lane = ?;
 INSERT INTO jobs (seq, id, lane, host, state, submitted, started, holds_slot) VALUES (?, ?, ?, ?, ?, ?, ?, ?);
 
 -- name: add_call
-INSERT INTO calls (job, procedure, arguments, timeout, max_exec_time, queue, info)
-VALUES (?, ?, ?, ?, ?, ?, ?);
+INSERT INTO calls (job, procedure, arguments, timeout, max_exec_time, queue, info, start_within)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?);
 
 -- name: start_job
 -- A guarded write: a job that is not queued does not change, and the transaction fails.
 UPDATE jobs SET state = 'running', started = ?, holds_slot = 1 WHERE seq = ? AND state = 'queued';
+
+-- name: requeue_job
+UPDATE jobs SET state = 'queued', started = NULL, holds_slot = 0, tried = coalesce(tried, ?)
+WHERE seq = ? AND state = 'running';
+
+-- name: expired
+-- The jobs of a host's lane that have waited long enough for a start. Starts have failed since :since; the latest attempt
+-- began at :failed.
+SELECT jobs.seq, jobs.id
+FROM jobs INDEXED BY jobs_queued_of_lane JOIN calls ON calls.job = jobs.seq
+WHERE jobs.lane = :lane AND jobs.state = 'queued'
+    AND jobs.submitted <= :failed AND max(jobs.submitted, :since) + calls.start_within <= :now
+ORDER BY jobs.seq LIMIT :limit;
+
+-- name: next_deadline
+SELECT min(max(jobs.submitted, :since) + calls.start_within)
+FROM jobs INDEXED BY jobs_queued_of_lane JOIN calls ON calls.job = jobs.seq
+WHERE jobs.lane = :lane AND jobs.state = 'queued';
 
 -- name: find_queued_job
 SELECT seq, lane FROM jobs WHERE id = ? AND state = 'queued';

@@ -55,13 +55,13 @@ def _decode_end(state: State, body: bytes | None) -> End | None:
 def decode_job(row: Sequence[Any]) -> Job:
     """Return the job in a row of the view job_view."""
     _, _, job_id, text, host, procedure, arguments, timeout, max_exec_time, queue, info, *rest = row
-    submitted, started, ended, body, records, holds_slot, stop = rest
+    submitted, started, ended, body, records, holds_slot, stop, start_within, tried = rest
     state = State(text)
     names = decode_name(host), decode_name(procedure)
     payloads = None if queue is None else Raw(queue), Raw(info)
     call = *names, Raw(arguments), timeout, max_exec_time, *payloads
     outcome = ended, _decode_end(state, body), records, bool(holds_slot), None if stop is None else StopState(stop)
-    return Job(job_id, state, *call, submitted, started, *outcome)
+    return Job(job_id, state, *call, submitted, started, *outcome, start_within, tried)
 
 
 def join_records(records: Sequence[Raw]) -> bytes:

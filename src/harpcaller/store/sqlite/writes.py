@@ -10,14 +10,14 @@ differs from the memory, they change nothing and the transaction fails. After a 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache
 from itertools import chain
 from typing import Any
 
 from msgspec.structs import replace
 
-from harp.protocol.ends import Cancelled, End
+from harp.protocol.ends import Cancelled, End, Failed
 from harp.protocol.json_text import Raw
 from harpcaller.model.ids import is_job_id
 from harpcaller.model.jobs import (
@@ -143,7 +143,7 @@ class Writes:
             lane = self._active.lanes.get(key) or self._add_lane(key, job)
             limits = float(job.timeout), float(job.max_exec_time)
             call = job.host, job.procedure, job.arguments, *limits, job.queue, job.info
-            queued = Job(job.id, State.QUEUED, *call, submitted=now, started=None, ended=None, end=None, records=0)
+            queued = Job(job.id, State.QUEUED, *call, now, None, None, None, 0, start_within=job.start_within)
             self._added[self._active.add_queued(lane)] = lane, queued
 
     def _add_lane(self, key: str, job: NewJob) -> Lane:
@@ -159,15 +159,23 @@ class Writes:
             if lane.concurrency is not None:
                 self.db.execute(QUERIES["delete_queue"], (lane.key,))
 
-    def claim_jobs(self, now: float, limit: int, max_calls_per_host: int) -> list[Job]:
+    def claim_jobs(
+        self,
+        now: float,
+        limit: int,
+        max_calls_per_host: int,
+        max_new: Callable[[str], int | None] = lambda host: None,
+    ) -> list[Job]:
         """Assign slots to at most `limit` queued jobs in the order of submission; return them as running jobs.
 
         The jobs of a queue that hold a slot stay within its concurrency, and its jobs start first in, first out. The
         jobs that hold a slot on a host, with or without a queue, stay within `max_calls_per_host`. No job starts
-        before it was submitted: claims run last, so `now` may be earlier.
+        before it was submitted: claims run last, so `now` may be earlier. `max_new` returns how many jobs may
+        get a slot on a host, None: there is no limit; it is called in the writing thread.
         """
         claimed: list[Job] = []
-        startable = self._active.startable_jobs(self._head, limit=limit, max_calls_per_host=max_calls_per_host)
+        limits = {"limit": limit, "max_calls_per_host": max_calls_per_host}
+        startable = self._active.startable_jobs(self._head, **limits, max_new=max_new)
         for seq, lane in startable:
             queued = self._head(seq, lane)
             started = max(now, queued.submitted)
@@ -188,6 +196,56 @@ class Writes:
             [row] = self.db.execute(QUERIES["get_job_by_seq"], {"seq": seq}).fetchall()
             lane.head_job = decode_job(row)
         return lane.head_job
+
+    # Starts that certainly did not happen.
+
+    def requeue_job(self, job_id: str, tried: float) -> bool:
+        """Queue a running job again, in its order of submission, and release its slot; `tried`: when it was started.
+
+        Returns False, and stores nothing, if the job is not running or is unknown. Raises `ValueError` if it has
+        records: then its call has started.
+        """
+        job = self._active.slot_holders.get(job_id)
+        if job is None or job.state is not State.RUNNING:
+            return False
+        if job.records:
+            raise ValueError(f"job {job_id} has records: it has started")
+        self.flush()
+        self._execute_guarded(QUERIES["requeue_job"], [(tried, job.seq)])
+        self._active.put_back(job)
+        return True
+
+    def fail_waiting(
+        self, host: str, end: Failed, now: float, since: float, failed: float, *, limit: int = 500
+    ) -> tuple[list[str], float | None]:
+        """Store this end for at most `limit` jobs that wait for a start on a host and have waited long enough.
+
+        Starts on the host have failed `since` a time; the latest attempt began at the time `failed`, and only jobs that
+        were submitted before it can end. Jobs that wait for others of their queue do not wait for the host.
+
+        Returns the ids of these jobs, and the time when the next one has waited long enough; None: no job waits.
+        """
+        self.flush()
+        key = _host_lane(host)
+        times = {"lane": key, "now": now, "since": since, "failed": failed, "limit": limit}
+        ended = [ActiveJob(id_, seq, self._active.lanes[key]) for seq, id_ in self._all("expired", times)]
+        for job in ended:
+            self._end(job, end, now, None, False, NO_METADATA)
+        self.flush()
+        deadlines = [at for (at,) in self._all("next_deadline", times) if at is not None]
+        for lane in [lane for lane in self._active.lanes.values() if lane.concurrency is not None and lane.has_room]:
+            while lane.head is not None and (head := self._head(lane.head, lane)).host == host:
+                deadline = max(head.submitted, since) + head.start_within
+                if deadline > now or head.submitted > failed or len(ended) >= limit:
+                    deadlines.append(deadline)
+                    break
+                job = ActiveJob(head.id, lane.head, lane)
+                self._end(job, end, now, None, False, NO_METADATA)
+                ended.append(job)
+        return [job.id for job in ended], min(deadlines, default=None)
+
+    def _all(self, query: str, parameters: dict[str, Any]) -> list[Any]:
+        return self.db.execute(QUERIES[query], parameters).fetchall()
 
     # Records.
 
@@ -393,7 +451,16 @@ def _job_row(seq: int, lane: Lane, job: Job) -> tuple[Any, ...]:
 
 
 def _call_row(seq: int, job: Job) -> tuple[Any, ...]:
-    return seq, encode_name(job.procedure), job.arguments, job.timeout, job.max_exec_time, job.queue, job.info
+    return (
+        seq,
+        encode_name(job.procedure),
+        job.arguments,
+        job.timeout,
+        job.max_exec_time,
+        job.queue,
+        job.info,
+        job.start_within,
+    )
 
 
 def _split_chunks(records: Records) -> Iterator[Records]:

@@ -1,0 +1,283 @@
+"""Which hosts accept starts now, and the jobs that wait for a host that does not.
+
+Theory of operation. All reasons for which a start certainly did not happen concern its host. So the jobs of a host wait
+together, as queued jobs without a slot, and its state decides how many of them may start:
+
+    open: any number, within the other limits. It becomes open by a connection, or by the reply to a start.
+    unknown: not connected yet, or contact was lost. One job at a time, so that a dead host occupies one slot.
+    failing: a start certainly did not happen. None, until the host can be reached again, which is tried with growing
+    pauses. Then one, the first in the order of submission; if harpd replies to its start, the host is open.
+
+Each failed attempt ends the jobs that have waited for `start_within` seconds. The state is in memory; jobs that wait
+are queued in the store. Spec: docs/lifecycle.md, A start that did not happen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from harp.protocol.ends import Failed
+from harp_daemon.timer_wheel import Backoff, Timer
+from harpcaller.hosts.connecting import CONNECTION_ERRORS, open_connection, to_failed
+from harpcaller.hosts.connection import get_error_detail
+from harpcaller.hosts.registry import Host
+from harpcaller.model.jobs import Job
+from harpcaller.runs.context import RunContext
+from harpcaller.store import StorageError
+
+log = logging.getLogger(__name__)
+
+_MIN_DELAY, _MAX_DELAY = 0.2, 5.0  #: Seconds between two attempts to start a job on a failing host.
+_LIMIT = 500  #: Maximum number of jobs that are ended in one transaction.
+_MAX_LOGGED = 500  #: Maximum length of a logged error in characters.
+
+#: Replies of harpd, instead of the acknowledgement, by which it promises that nothing was started.
+_NOT_STARTED = frozenset({"too_many_calls", "too_many_connections", "shutdown", "procedure_loading_error"})
+#: Errors before the request was sent, apart from those that another attempt would repeat.
+_NOT_CONNECTED = _NOT_STARTED | {"network_error", "os_error", "system_error", "call_died"}
+
+
+def is_unsent(error: Failed) -> bool:
+    """Return whether an error of the connection, before the start was sent, may pass."""
+    return error.type in _NOT_CONNECTED
+
+
+def is_refusal(error: Failed) -> bool:
+    """Return whether this reply to a start promises that nothing was started, for a reason that may pass."""
+    return error.type in _NOT_STARTED or (
+        error.type == "call_refused" and get_error_detail(error, "reason") == "delayed"
+    )
+
+
+@dataclass(slots=True)
+class FailingStarts:
+    """The starts on a host since it stopped accepting them. Times are monotonic."""
+
+    since: float  # begin of the first failed attempt
+    began: float  # begin of the last one
+    failed_at: float  # its end
+    error: Failed  # its error
+    attempts: int = 1
+    next_at: float = 0.0  # time of the next attempt
+    may_try: bool = False  # the host can be reached: one job may start
+    timer: Timer | None = None
+    is_checking: bool = False  # the store is ending the jobs that have waited long enough
+    backoff: Backoff = field(default_factory=partial(Backoff, _MIN_DELAY, _MAX_DELAY))
+
+    def describe(self, now: float) -> dict[str, Any]:
+        """Return what `details` shows, given the Unix time."""
+        to_wall = now - time.monotonic()
+        times = {"since": self.since + to_wall, "next": max(now, self.next_at + to_wall)}
+        return {**times, "attempts": self.attempts, "error": f"{self.error.type}: {self.error.message}"[:_MAX_LOGGED]}
+
+
+class HostStarts:
+    """The states of all hosts, by name. `get_context` returns the present environment of runs."""
+
+    def __init__(self, get_context: Callable[[], RunContext]) -> None:
+        self._get_context = get_context
+        self._open: set[str] = set()
+        self._failing: dict[str, FailingStarts] = {}
+        self._trying: dict[str, str] = {}  # the job that is started alone, of hosts that are not open
+        self._probes: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    def get_failing(self, host: str) -> FailingStarts | None:
+        """Return the failed starts of a host; None if it is open or unknown."""
+        return self._failing.get(host)
+
+    def max_new(self, host: str) -> int | None:
+        """Return how many jobs may start on a host now; None: no limit. Only reads, because another thread calls it."""
+        if host in self._open:
+            return None
+        failing = self._failing.get(host)
+        return int(host not in self._trying and (failing is None or failing.may_try))
+
+    # Events of runs.
+
+    def on_start(self, job: Job) -> None:
+        """Handle that a job has its slot, and is started."""
+        if job.host not in self._open:
+            self._trying.setdefault(job.host, job.id)
+
+    def on_connected(self, host: str) -> None:
+        """Handle a connection for a start."""
+        if host not in self._open and host not in self._failing:
+            self._set_open(host)
+
+    def on_reply(self, host: str, began: float) -> None:
+        """Handle that harpd replied to a start or an attach, that `began` then, with anything but a refusal."""
+        failing = self._failing.get(host)
+        if failing is not None:
+            if began < failing.failed_at:
+                return  # it was sent before the refusal
+            log.info("host accepts starts again", extra={"host": host, "attempts": failing.attempts})
+            self._forget(host)
+        if host not in self._open:
+            self._set_open(host)
+
+    def on_contact_lost(self, job: Job, error: str, began: float) -> None:
+        """Handle that the connection of a call broke. Its start may have happened."""
+        self._open.discard(job.host)
+        self._stop_trying(job)
+        if job.host in self._failing:
+            self._record_failure(job.host, Failed("network_error", error), began)
+
+    def on_closed(self, job: Job) -> None:
+        """Handle that a run has closed."""
+        if self._trying.get(job.host) == job.id:
+            self._stop_trying(job)
+            self._get_context().request_claim()
+
+    def record_failure(self, job: Job, error: Failed, began: float) -> None:
+        """Handle that the start of a job, that `began` then, certainly did not happen.
+
+        The caller queues the job again, or ends it, in the same turn of the event loop.
+        """
+        self._stop_trying(job)
+        since = began
+        if job.tried is not None and job.host not in self._open:  # by an earlier dispatcher
+            since = min(began, time.monotonic() - (self._get_context().wall() - job.tried))
+        self._record_failure(job.host, error, began, since)
+
+    def has_waited(self, job: Job) -> bool:
+        """Return whether a job whose start has just failed has waited for `start_within` seconds."""
+        since = self._failing[job.host].since
+        waited = min(time.monotonic() - since, self._get_context().wall() - job.submitted)
+        return max(0.0, waited) >= job.start_within
+
+    def close(self) -> None:
+        """Try no host any more."""
+        self._closed = True
+        for host in list(self._failing):
+            self._forget(host)
+        for probe in self._probes:
+            probe.cancel()
+
+    # The states.
+
+    def _set_open(self, host: str) -> None:
+        self._open.add(host)
+        self._trying.pop(host, None)
+        self._get_context().request_claim()
+
+    def _stop_trying(self, job: Job) -> None:
+        if self._trying.get(job.host) == job.id:
+            del self._trying[job.host]
+
+    def _forget(self, host: str) -> None:
+        failing = self._failing.pop(host)
+        if failing.timer is not None:
+            failing.timer.cancel()
+
+    def _record_failure(self, host: str, error: Failed, began: float, since: float | None = None) -> None:
+        if self._closed:
+            return
+        now = time.monotonic()
+        failing = self._failing.get(host)
+        if failing is None:
+            failing = self._failing[host] = FailingStarts(began if since is None else since, began, now, error)
+            reason = {"error": error.type[:_MAX_LOGGED], "reason": error.message[:_MAX_LOGGED]}
+            log.warning("host accepts no starts; jobs wait", extra={"host": host, **reason})
+        elif began < failing.failed_at:  # another one of the same attempt
+            failing.error = error
+            failing.began = max(failing.began, began)
+            return
+        else:
+            failing.error, failing.began, failing.failed_at = error, began, now
+            failing.attempts += 1
+        self._open.discard(host)
+        failing.may_try = False
+        failing.backoff.record_attempt()
+        self._try_at(host, failing, now + failing.backoff.next_delay())
+        if not failing.is_checking:
+            failing.is_checking = True
+            asyncio.get_running_loop().call_soon(self._end_jobs, host, failing)  # after the write of the caller
+
+    def _try_at(self, host: str, failing: FailingStarts, when: float) -> None:
+        if failing.timer is not None:
+            failing.timer.cancel()
+        failing.next_at = when
+        delay = when - time.monotonic()
+        failing.timer = self._get_context().timers.call_later(delay, partial(self._begin_probe, host, failing))
+
+    # The jobs that have waited long enough.
+
+    def _end_jobs(self, host: str, failing: FailingStarts) -> None:
+        """End the jobs that have waited long enough. The wall clock may step, so times are given by their age."""
+        context, now = self._get_context(), time.monotonic()
+        wall = context.wall()
+        times = wall, wall - (now - failing.since), wall - (now - failing.began)
+        context.request_claim()  # other jobs of their queues may start
+        write = asyncio.ensure_future(context.store.fail_waiting(host, failing.error, *times, limit=_LIMIT))
+        write.add_done_callback(partial(self._on_jobs_ended, host, failing, failing.failed_at, failing.error, wall))
+
+    def _on_jobs_ended(
+        self,
+        host: str,
+        failing: FailingStarts,
+        failed_at: float,
+        end: Failed,
+        wall: float,
+        write: asyncio.Future[tuple[list[str], float | None]],
+    ) -> None:
+        context = self._get_context()
+        failing.is_checking = False
+        try:
+            ended, deadline = write.result()
+        except StorageError as error:  # the next attempt ends them
+            log.error("cannot end waiting jobs; retrying", extra={"host": host, "error": str(error)})
+            return
+        for job_id in ended:
+            reason = {"error": end.type[:_MAX_LOGGED], "reason": end.message[:_MAX_LOGGED]}
+            log.info("job ended without a start", extra={"job": job_id, "host": host, **reason})
+            context.notifier.publish_end(job_id, end)
+        if self._failing.get(host) is not failing:
+            return
+        if failing.failed_at != failed_at or len(ended) >= _LIMIT:
+            failing.is_checking = True
+            self._end_jobs(host, failing)
+        elif deadline is None and host not in self._trying:
+            self._forget(host)  # nobody waits; the next job is started at once
+        elif deadline is not None and failing.timer is not None:
+            at = time.monotonic() + max(_MIN_DELAY, deadline - wall)
+            if at < failing.next_at:
+                self._try_at(host, failing, at)  # the last attempt for this job
+
+    # Whether the host can be reached.
+
+    def _begin_probe(self, host: str, failing: FailingStarts) -> None:
+        failing.timer = None
+        context = self._get_context()
+        known = context.find_host(host)
+        if known is None:  # it was removed: its jobs end when they are started
+            failing.may_try = True
+            context.request_claim()
+            return
+        probe = asyncio.create_task(self._probe(known, failing, context))
+        self._probes.add(probe)
+        probe.add_done_callback(self._probes.discard)
+
+    async def _probe(self, host: Host, failing: FailingStarts, context: RunContext) -> None:
+        """Connect to a host; if that succeeds, let one job start."""
+        began = time.monotonic()
+        try:
+            if context.config.resumable_calls:
+                context.capabilities.invalidate(host)
+                await context.capabilities.get(host, context.tls, context.config)
+            else:
+                (await open_connection(host, context.tls, context.config, context.timers)).abort()
+        except CONNECTION_ERRORS as error:
+            failed = to_failed(error, host, "connecting")
+            if is_unsent(failed):
+                if self._failing.get(host.hostname) is failing:
+                    self._record_failure(host.hostname, failed, began)
+                return
+        failing.may_try = True  # after another error, too: the start of a job shows it
+        self._get_context().request_claim()

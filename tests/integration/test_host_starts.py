@@ -1,0 +1,201 @@
+"""Starts that certainly did not happen: tried again within `start_within`, without other hosts' capacity."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harp.protocol.ends import Cancelled, Failed, Returned
+from harpcaller.dispatcher import Dispatcher
+from harpcaller.model.jobs import State
+from support.certificates import server_files
+from support.deadline import eventually
+from support.dispatcher import call, host_line, running
+from support.peers import Peer, PeerConnection, Script, answering, reserved_port, server_context
+from support.resumable_host import EXIT_INFO, call_list, ends, playing, started
+
+LONG = 3600.0
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    """A port that refuses connections until a host listens on it."""
+    with reserved_port() as reserved:
+        yield reserved
+
+
+def refusing(type_: str, data: Any = None) -> Script:
+    """Reply to a start that nothing was started."""
+
+    def script(conn: PeerConnection) -> None:
+        assert "procedure" in conn.expect()
+        error = {"type": type_, "message": "not now"}
+        conn.reply({"harp": 1, "error": error if data is None else {**error, "data": data}})
+
+    return script
+
+
+def returning(value: Any) -> Script:
+    def script(conn: PeerConnection) -> None:
+        started(conn)
+        ends(conn, EXIT_INFO, {"result": value})
+
+    return script
+
+
+async def submitted(dispatcher: Dispatcher, **options: Any) -> str:
+    return await dispatcher.submit(call(**options), "test")
+
+
+async def waiting(dispatcher: Dispatcher, job_id: str, attempts: int = 1) -> dict[str, Any]:
+    """Wait until a job waits for its host after this many failed attempts; return its details."""
+    found: dict[str, Any] = {}
+
+    async def looked() -> bool:
+        found.update(await dispatcher.details(job_id))
+        failed = found["failed_starts"]
+        return found["state"] == "queued" and failed is not None and failed["attempts"] >= attempts
+
+    predicate: Callable[[], bool | Awaitable[bool]] = looked
+    await eventually(predicate, what="a failed start")
+    return found
+
+
+REFUSALS = [
+    ("too_many_calls", None),
+    ("too_many_connections", None),
+    ("shutdown", None),
+    ("procedure_loading_error", None),
+    ("call_refused", {"reason": "delayed"}),
+]
+
+
+@pytest.mark.parametrize(("type_", "data"), REFUSALS)
+async def test_refused_start_is_tried_again(tmp_path: Path, type_: str, data: Any) -> None:
+    scripts = call_list(), refusing(type_, data), call_list(), refusing(type_, data), call_list(), returning(5)
+    with playing(tmp_path, *scripts) as host:
+        async with running(tmp_path, host_line(host.port), resumable_calls=True, start_within=LONG) as dispatcher:
+            job_id = await submitted(dispatcher)
+            assert await dispatcher.result(job_id) == Returned(b"5")
+            assert (await dispatcher.details(job_id))["failed_starts"] is None
+
+
+@pytest.mark.parametrize(("type_", "data"), REFUSALS)
+async def test_refused_start_without_time_ends_the_job(tmp_path: Path, type_: str, data: Any) -> None:
+    with playing(tmp_path, call_list(), refusing(type_, data)) as host:
+        async with running(tmp_path, host_line(host.port), resumable_calls=True, start_within=0) as dispatcher:
+            end = await dispatcher.result(await submitted(dispatcher))
+            assert isinstance(end, Failed)
+            assert (end.type, end.message) == (type_, "not now")
+
+
+@pytest.mark.parametrize("type_", ["no_such_procedure", "auth_error", "call_refused", "system_error", "network_error"])
+async def test_other_refusal_is_not_tried_again(tmp_path: Path, type_: str) -> None:
+    with playing(tmp_path, call_list(), refusing(type_)) as host:
+        async with running(tmp_path, host_line(host.port), resumable_calls=True, start_within=LONG) as dispatcher:
+            end = await dispatcher.result(await submitted(dispatcher))
+            assert isinstance(end, Failed)
+            assert end.type == type_
+
+
+async def test_unreachable_host_is_tried_until_it_is_up(tmp_path: Path, port: int) -> None:
+    async with running(tmp_path, host_line(port), resumable_calls=True, start_within=LONG) as dispatcher:
+        job_id = await submitted(dispatcher)
+        details = await waiting(dispatcher, job_id, attempts=2)
+        failed = details["failed_starts"]
+        assert failed["error"].startswith("network_error: host web01")
+        assert failed["since"] <= failed["next"]
+        assert details["limits"]["start_within"] == LONG
+        assert details["why"].startswith("host web01 accepts no starts since ")
+        assert "attempts, last error: network_error: " in details["why"]
+        assert "next attempt in " in details["why"]
+        assert details["holds_slot"] is False
+        with playing(tmp_path, call_list(), returning(7), port=port):
+            assert await dispatcher.result(job_id) == Returned(b"7")
+
+
+async def test_unreachable_host_ends_the_job_after_start_within(tmp_path: Path, port: int) -> None:
+    async with running(tmp_path, host_line(port)) as dispatcher:
+        began = time.monotonic()
+        end = await dispatcher.result(await submitted(dispatcher, start_within=1.5))
+        assert isinstance(end, Failed)
+        assert end.type == "network_error"
+        assert time.monotonic() - began >= 1.5
+
+
+async def test_short_time_ends_a_job_behind_one_that_waits_longer(tmp_path: Path, port: int) -> None:
+    async with running(tmp_path, host_line(port), start_within=LONG) as dispatcher:
+        long = await submitted(dispatcher)
+        await waiting(dispatcher, long)
+        queued = await submitted(dispatcher, queue={"q": 1})
+        behind = await submitted(dispatcher, queue={"q": 1}, start_within=0)
+        short = [await submitted(dispatcher, start_within=limit) for limit in (0, 0.5)]
+        for job_id in short:
+            end = await dispatcher.result(job_id)
+            assert isinstance(end, Failed)
+            assert end.type == "network_error"
+        for job_id in (long, queued, behind):  # the last one waits for its queue
+            assert (await dispatcher.get_job(job_id)).state is State.QUEUED
+        assert await dispatcher.cancel(queued)
+        assert isinstance(await dispatcher.result(behind), Failed)
+
+
+async def test_cancel_of_a_waiting_job_ends_it_at_once(tmp_path: Path, port: int) -> None:
+    async with running(tmp_path, host_line(port), start_within=LONG) as dispatcher:
+        job_id = await submitted(dispatcher)
+        result = dispatcher.result(job_id)
+        await waiting(dispatcher, job_id)
+        assert await dispatcher.cancel(job_id)
+        assert await result == Cancelled()
+        job = await dispatcher.get_job(job_id)
+        assert (job.started, job.holds_slot, job.stop) == (None, False, None)
+
+
+async def test_waiting_jobs_start_in_the_order_of_submission(tmp_path: Path, port: int) -> None:
+    async with running(tmp_path, host_line(port), resumable_calls=True, start_within=LONG) as dispatcher:
+        first = await submitted(dispatcher, queue={"q": 1})
+        await waiting(dispatcher, first)
+        others = [await submitted(dispatcher, queue={"q": 1}) for _ in range(3)]
+        with playing(tmp_path, call_list(), *map(returning, range(4)), port=port):
+            for number, job_id in enumerate((first, *others)):
+                assert await dispatcher.result(job_id) == Returned(b"%d" % number)
+
+
+async def test_job_waits_over_a_restart_of_the_dispatcher(tmp_path: Path, port: int) -> None:
+    async with running(tmp_path, host_line(port), resumable_calls=True) as dispatcher:
+        job_id = await submitted(dispatcher, start_within=LONG)
+        await waiting(dispatcher, job_id)
+    async with running(tmp_path, host_line(port), resumable_calls=True) as dispatcher:
+        since = (await waiting(dispatcher, job_id))["failed_starts"]["since"]
+        assert since <= (await dispatcher.get_job(job_id)).tried
+        with playing(tmp_path, call_list(), returning(7), port=port):
+            assert await dispatcher.result(job_id) == Returned(b"7")
+
+
+@contextmanager
+def black_hole() -> Iterator[int]:
+    """Yield the port of a listener that accepts no connection, and whose backlog is full."""
+    with socket.socket() as listener, socket.socket() as waiting:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        waiting.connect(listener.getsockname())
+        yield listener.getsockname()[1]
+
+
+async def test_dead_hosts_take_no_capacity_of_others(tmp_path: Path) -> None:
+    quick = answering({"harp": 1, "stream_result": False}, {"result": 5})
+    tls = server_context(server_files(tmp_path))
+    with black_hole() as dead, black_hole() as dead_too, Peer(quick, tls=tls) as host:
+        lines = host_line(dead, "dead1"), host_line(dead_too, "dead2"), host_line(host.port)
+        async with running(tmp_path, *lines, max_calls=3, connect_timeout=60) as dispatcher:
+            stuck = [await submitted(dispatcher, host=f"dead{n}") for n in (1, 2) for _ in range(10)]
+            assert isinstance(await dispatcher.result(await submitted(dispatcher)), Returned)
+            states = [(await dispatcher.get_job(job_id)).state for job_id in stuck]
+            assert states.count(State.RUNNING) <= 2
+            assert set(states) == {State.RUNNING, State.QUEUED}
