@@ -114,8 +114,8 @@ async def test_start_refused_as_delayed_is_sent_again(tmp_path: Path) -> None:
         ids.append(started(conn)["call"]["id"])
         ends(conn, EXIT_INFO, {"result": 1})
 
-    with playing(tmp_path, call_list(), *[delayed] * 4, held) as peer:
-        async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
+    with playing(tmp_path, call_list(), *[delayed, call_list()] * 3, held) as peer:
+        async with running(tmp_path, host_line(peer.port), resumable_calls=True, start_within=60) as dispatcher:
             assert await result_of(dispatcher) == (*ids, Returned(b"1"))
 
 
@@ -124,31 +124,40 @@ async def test_start_refused_for_its_id_is_not_sent_again(tmp_path: Path) -> Non
         conn.expect()
         conn.reply({"harp": 1, "error": {"type": "call_refused", "message": "a call with this id was started"}})
 
-    with playing(tmp_path, call_list(), delayed, used) as peer:
-        async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
+    with playing(tmp_path, call_list(), delayed, call_list(), used) as peer:
+        async with running(tmp_path, host_line(peer.port), resumable_calls=True, start_within=60) as dispatcher:
             _, end = await result_of(dispatcher)
             assert isinstance(end, Failed)
             assert end.type == "call_refused"
 
 
-async def test_start_always_delayed_ends_at_max_exec_time(tmp_path: Path) -> None:
-    with playing(tmp_path, call_list(), always=delayed) as peer:
+def always_delayed(conn: PeerConnection) -> None:
+    if "calls" in conn.expect():
+        conn.reply({"harp": 1, "calls": [], "instance": "w1"})
+    else:
+        conn.reply(DELAYED)
+
+
+async def test_start_always_delayed_ends_after_start_within(tmp_path: Path) -> None:
+    with playing(tmp_path, always=always_delayed) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
-            job_id, end = await result_of(dispatcher, max_exec_time=1)
+            job_id, end = await result_of(dispatcher, start_within=1)
             assert isinstance(end, Failed)
-            assert (end.type, end.message[:22]) == ("timeout", "maximum execution time")
+            assert (end.type, end.message) == ("call_refused", "late")
             assert not (await dispatcher.get_job(job_id)).holds_slot
+    assert sum("call" in request for request in peer.requests) > 1
 
 
 async def test_start_delayed_and_cancelled_is_not_sent_again(tmp_path: Path) -> None:
-    with playing(tmp_path, call_list(), delayed) as peer:
-        async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
+    with playing(tmp_path, always=always_delayed) as peer:
+        async with running(tmp_path, host_line(peer.port), resumable_calls=True, start_within=60) as dispatcher:
             job_id = await dispatcher.submit(call(), "test")
-            await eventually(lambda: len(peer.requests) == 2, what="the delayed start")
+            await until(dispatcher, job_id, lambda job: job.tried is not None, "the delayed start")
             assert await dispatcher.cancel(job_id)
-            job = await settled(dispatcher, job_id)
-            assert (job.end, job.stop) == (Cancelled(), StopState.CONFIRMED)
-    assert len(peer.requests) == 2
+            assert (await settled(dispatcher, job_id)).end == Cancelled()
+            sent = len(peer.requests)
+            await dispatcher.result(await dispatcher.submit(call(start_within=0), "test"))
+    assert job_id not in [request["call"]["id"] for request in peer.requests[sent:] if "call" in request]
 
 
 async def test_cancel_of_a_refused_start_sends_no_other(tmp_path: Path) -> None:
@@ -186,7 +195,7 @@ def mark(file):
     with Harpd(tmp_path / "harpd", procedures, services=True) as harpd:
         line = json.loads(host_line(harpd.port)) | {"credentials": {"user": harpd.user, "password": harpd.password}}
         async with running(
-            tmp_path, json.dumps(line) + "\n", resumable_calls=True, disconnect_timeout=2.0
+            tmp_path, json.dumps(line) + "\n", resumable_calls=True, disconnect_timeout=2.0, start_within=60
         ) as dispatcher:
             assert (await result_of(dispatcher, procedure="mark", arguments=["/dev/null"]))[1] == Returned(b'""')
             os.kill(harpd.pid, signal.SIGSTOP)
@@ -196,7 +205,7 @@ def mark(file):
             finally:
                 os.kill(harpd.pid, signal.SIGCONT)
             assert await dispatcher.result(job_id) == Returned(b'"started "')
-            assert json.loads((await dispatcher.details(job_id))["call"])["attempts"] > 1
+            assert (await dispatcher.get_job(job_id)).tried is not None, "the first start was refused"
 
 
 async def test_start_without_reply_is_never_repeated(tmp_path: Path) -> None:
