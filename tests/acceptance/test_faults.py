@@ -228,7 +228,7 @@ STRANGE: dict[str, tuple[Callable[[Path], Behaviour], str]] = {
 @pytest.mark.parametrize("what", STRANGE)
 def test_hostile_host_ends_only_its_own_job(tmp_path: Path, what: str) -> None:
     make, type_ = STRANGE[what]
-    settings = {"connect_timeout": 1, "acknowledgement_timeout": 1, "record_line": 4096}
+    settings = {"connect_timeout": 1, "acknowledgement_timeout": 1, "record_line": 4096, "start_within": 0}
     with strange_host(make(tmp_path)) as port:
         with Harpcallerd(tmp_path, hosts={"strange": port}, settings=settings) as dispatcher:
             error = harp.HarpCaller("127.0.0.1", dispatcher.port).strange.p().result(wait=True)
@@ -241,7 +241,7 @@ def test_hostile_host_ends_only_its_own_job(tmp_path: Path, what: str) -> None:
 def test_host_without_listener_ends_job_as_network_error(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    with Harpcallerd(tmp_path, hosts={"absent": port}) as dispatcher:
+    with Harpcallerd(tmp_path, hosts={"absent": port}, settings={"start_within": 0}) as dispatcher:
         error = harp.HarpCaller("127.0.0.1", dispatcher.port).absent.p().result(wait=True)
         assert isinstance(error, harp.RemoteError)
         assert error.type == "network_error"

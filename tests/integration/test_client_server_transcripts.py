@@ -260,7 +260,7 @@ def peer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peer]:
 @pytest.fixture(scope="module")
 def dispatcher(tmp_path_factory: pytest.TempPathFactory, peer: Peer) -> Iterator[Harpcallerd]:
     hosts = {"web01": peer.port, "absent": 1}
-    with Harpcallerd(tmp_path_factory.mktemp("transcripts"), hosts) as dispatcher:
+    with Harpcallerd(tmp_path_factory.mktemp("transcripts"), hosts, settings={"start_within": 0}) as dispatcher:
         yield dispatcher
 
 

@@ -17,8 +17,8 @@ from harpcaller.model.jobs import State
 from support.certificates import server_files
 from support.deadline import eventually
 from support.dispatcher import call, host_line, running
-from support.peers import Peer, PeerConnection, Script, answering, reserved_port, server_context
-from support.resumable_host import EXIT_INFO, call_list, ends, playing, started
+from support.peers import Peer, PeerConnection, Script, answering, reserved_port, server_context, silent
+from support.resumable_host import EXIT_INFO, NO_SUCH_CALL, call_list, ends, playing, started
 
 LONG = 3600.0
 
@@ -199,3 +199,53 @@ async def test_dead_hosts_take_no_capacity_of_others(tmp_path: Path) -> None:
             states = [(await dispatcher.get_job(job_id)).state for job_id in stuck]
             assert states.count(State.RUNNING) <= 2
             assert set(states) == {State.RUNNING, State.QUEUED}
+
+
+def cutting(conn: PeerConnection) -> None:
+    """Read a start and close: perhaps the procedure has started."""
+    conn.expect()
+
+
+async def test_start_that_may_have_happened_is_not_tried_again(tmp_path: Path) -> None:
+    tls = server_context(server_files(tmp_path))
+    with Peer(cutting, tls=tls) as host:
+        async with running(tmp_path, host_line(host.port), start_within=LONG) as dispatcher:
+            end = await dispatcher.result(await submitted(dispatcher))
+            assert isinstance(end, Failed)
+            assert end.type == "network_error"
+    assert len(host.requests) == 1
+
+
+async def test_resumable_start_that_may_have_happened_is_not_tried_again(tmp_path: Path) -> None:
+    def absent(conn: PeerConnection) -> None:
+        assert "attach" in conn.expect()
+        conn.reply(NO_SUCH_CALL)
+
+    with playing(tmp_path, call_list(), cutting, call_list(), absent) as host:
+        async with running(tmp_path, host_line(host.port), resumable_calls=True, start_within=LONG) as dispatcher:
+            end = await dispatcher.result(await submitted(dispatcher))
+            assert isinstance(end, Failed)
+            assert end.type == "missing_result"
+    assert sum("call" in request for request in host.requests) == 1
+
+
+@pytest.mark.parametrize("type_", ["too_many_calls", "shutdown", "procedure_loading_error"])
+async def test_error_after_the_acknowledgement_is_not_tried_again(tmp_path: Path, type_: str) -> None:
+    error = {"harp": 1, "error": {"type": type_, "message": "m"}}
+    with Peer(
+        answering({"harp": 1, "stream_result": False}, error), tls=server_context(server_files(tmp_path))
+    ) as host:
+        async with running(tmp_path, host_line(host.port), start_within=LONG) as dispatcher:
+            assert await dispatcher.result(await submitted(dispatcher)) == Failed(type_, "m")
+    assert len(host.requests) == 1
+
+
+async def test_connection_bound_start_is_tried_again(tmp_path: Path, port: int) -> None:
+    async with running(tmp_path, host_line(port)) as dispatcher:
+        job_id = await submitted(dispatcher, start_within=LONG)
+        await waiting(dispatcher, job_id)
+        tls = server_context(server_files(tmp_path))
+        busy = answering({"harp": 1, "error": {"type": "too_many_calls", "message": "m"}})
+        quick = answering({"harp": 1, "stream_result": False}, {"result": 5})
+        with Peer(silent, busy, silent, quick, tls=tls, port=port):  # each start follows a connection that asks nothing
+            assert await dispatcher.result(job_id) == Returned(b"5")
