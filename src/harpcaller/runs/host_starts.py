@@ -272,7 +272,8 @@ class HostStarts:
                 context.capabilities.invalidate(host)
                 await context.capabilities.get(host, context.tls, context.config)
             else:
-                (await open_connection(host, context.tls, context.config, context.timers)).abort()
+                resolver = context.resolver
+                (await open_connection(host, context.tls, context.config, context.timers, resolver)).abort()
         except CONNECTION_ERRORS as error:
             failed = to_failed(error, host, "connecting")
             if is_unsent(failed):
