@@ -10,7 +10,10 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import psutil
@@ -19,6 +22,7 @@ import pytest
 import harp
 from harp import aio
 from harp._net import sockets
+from support.blackhole import black_hole
 from support.certificates import Certificates, server_files
 from support.deadline import eventually, wait_until
 from support.peers import Peer, PeerConnection, Script, answering, resetting, server_context, silent
@@ -269,6 +273,45 @@ def test_connect_tries_every_address(shell: Shell, monkeypatch: pytest.MonkeyPat
         finally:
             peer.host = "127.0.0.1"
             monkeypatch.undo()
+
+
+def test_connect_is_not_delayed_by_a_silent_address(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sockets, "CONNECT_TIMEOUT", 3600.0)
+    family, kind = socket.AF_INET, socket.SOCK_STREAM
+    with black_hole() as hole, Peer(answering({"result": 1})) as peer:
+        found = [(family, kind, 6, "", (peer.host, port)) for port in (hole, hole, peer.port)]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: found)
+        assert shell.caller(peer).job(JOB).get() == 1
+
+
+def test_connect_uses_the_first_address_that_answers(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Peer(answering({"result": 1})) as first, socket.create_server(("127.0.0.1", 0)) as second:
+        addresses = [(first.host, first.port), second.getsockname()]
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", address) for address in addresses]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: found)
+        assert shell.caller(first).job(JOB).get() == 1
+
+
+@pytest.mark.parametrize("kind", ["connecting", "handshake"])
+def test_close_wakes_a_connecting_thread(kind: str) -> None:
+    with ExitStack() as stack:
+        if kind == "connecting":
+            port = stack.enter_context(black_hole())
+        else:
+            port = stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1]
+        conn = harp.JSONSSLConnection.__new__(harp.JSONSSLConnection)
+        pool = stack.enter_context(ThreadPoolExecutor(1))
+        opening = pool.submit(conn.__init__, "127.0.0.1", port)  # type: ignore[misc]  # it connects
+        wait_until(lambda: connecting(port), what="the attempt")
+        while not opening.done():  # the thread may not be waiting yet
+            conn.close()
+            time.sleep(0.01)
+        with pytest.raises(harp.CommunicationError, match="not connected: the connection was closed on this side"):
+            opening.result()
+
+
+def connecting(port: int) -> bool:
+    return any(found.raddr and found.raddr[1] == port for found in psutil.Process().net_connections())
 
 
 def test_connect_error_lists_all_attempts(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:

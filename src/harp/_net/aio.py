@@ -18,6 +18,7 @@ from typing import Any, ParamSpec, Self, TypeVar
 
 from harp._core.connections import Peer, Steps
 from harp._core.streams import StreamBase
+from harp._net.connecting import find_connected
 from harp._net.sockets import FOREIGN_ERRORS, READ_BYTES, BufferedConnection, TLSConnection, Uncopyable
 from harp.errors import CommunicationError
 
@@ -90,10 +91,17 @@ class AsyncJSONConnection(BufferedConnection, _Closable):
         async with asyncio.timeout(deadline - time.monotonic()):
             return await self._loop.getaddrinfo(self._endpoint.host, self._endpoint.port, type=socket.SOCK_STREAM)
 
-    async def _connect_socket(self, sock: socket.socket, address: Any, deadline: float) -> None:
-        sock.setblocking(False)
-        async with asyncio.timeout(deadline - time.monotonic()):
-            await self._loop.sock_connect(sock, address)
+    async def _wait_connected(self, sockets: list[socket.socket], deadline: float) -> list[socket.socket]:
+        for sock in sockets:
+            self._loop.add_writer(sock.fileno(), self._wake)
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    await self._changed()
+        finally:
+            for sock in sockets:
+                self._loop.remove_writer(sock.fileno())
+        return find_connected(sockets, 0.0)
 
     async def _shake_hands(self, sock: ssl.SSLSocket, deadline: float) -> None:
         async with asyncio.timeout(deadline - time.monotonic()):

@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 from harp._core.connections import CAFile, Connection, Endpoint, Steps
 from harp._core.values import encode_line
+from harp._net.connecting import CannotConnect, connect_first
 from harp.errors import CommunicationError, HarpException
 from harp.protocol.json_text import loads
 from harp.protocol.lines import LineBuffer
@@ -32,13 +33,6 @@ CONNECT_TIMEOUT = 30.0
 REPLY_LIMIT = 64 * 1024 * 1024
 #: The most bytes read at once; more than the longest record of TLS (16 KiB).
 READ_BYTES = 64 * 1024
-
-#: A peer that has vanished is detected after about two minutes; a peer that is busy is not affected.
-_KEEPALIVE = {
-    getattr(socket, option): value
-    for option, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4))
-    if hasattr(socket, option)  # not every system has all of them
-}
 
 #: Nanoseconds in which a file may change twice, but its times only once: contexts of newer files are not cached.
 _CLOCK_TICK = 20_000_000
@@ -118,8 +112,8 @@ class BufferedConnection(Connection, Uncopyable):
 
     #: Returns the peer's addresses, as `socket.getaddrinfo` does.
     _resolve: Callable[[float], Any]
-    #: Connects a socket to an address.
-    _connect_socket: Callable[[socket.socket, Any, float], Any]
+    #: Returns the sockets that are connected or have failed; waits for one, at most until the deadline.
+    _wait_connected: Callable[[list[socket.socket], float], Any]
     #: Completes the TLS handshake.
     _shake_hands: Callable[[ssl.SSLSocket, float], Any]
     _send_line: Callable[[bytes], Any]
@@ -127,8 +121,7 @@ class BufferedConnection(Connection, Uncopyable):
     def _open(self) -> Steps[socket.socket]:
         """Return a socket that is connected to the first address that can be reached within `CONNECT_TIMEOUT`.
 
-        The remaining time is divided equally among the remaining addresses. The `CommunicationError` lists all failed
-        attempts.
+        See `connect_first`. The `CommunicationError` lists all failed attempts.
         """
         self._process = os.getpid()
         deadline = time.monotonic() + CONNECT_TIMEOUT
@@ -137,32 +130,14 @@ class BufferedConnection(Connection, Uncopyable):
             found = yield self._resolve(deadline)
         except FOREIGN_ERRORS as error:
             raise self.error("cannot resolve the name", error) from error
-        failures: list[tuple[str, OSError]] = []
-        for index, (family, kind, protocol, _, address) in enumerate(found):
-            try:
-                sock = socket.socket(family, kind, protocol)
-            except OSError as error:  # this machine does not support the family, or is out of descriptors
-                failures.append((address[0], error))
-                continue
-            try:
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-                for option, value in _KEEPALIVE.items():
-                    sock.setsockopt(socket.IPPROTO_TCP, option, value)
-                now = time.monotonic()
-                yield self._connect_socket(sock, address, now + max(deadline - now, 0.001) / (len(found) - index))
-                break
-            except BaseException as error:
-                self._close_socket(sock)
-                if not isinstance(error, OSError):
-                    raise
-                failures.append((address[0], error))
-        else:
+        try:
+            sock: socket.socket = yield from connect_first(found, deadline, self._wait_connected)
+        except CannotConnect as error:
             causes = dict.fromkeys(
-                describe_error(error) if address == self._endpoint.host else f"{address}: {describe_error(error)}"
-                for address, error in failures
+                describe_error(failure) if address == self._endpoint.host else f"{address}: {describe_error(failure)}"
+                for address, failure in error.failures
             )
-            cause = failures[-1][1] if failures else None
+            cause = error.failures[-1][1] if error.failures else None
             raise self._error("cannot connect", "; ".join(causes) or "the name has no address") from cause
         if context is None:
             return sock

@@ -14,6 +14,7 @@ from typing import Any, ParamSpec, Self, TypeVar
 
 from harp._core.connections import Peer, Steps
 from harp._core.streams import StreamBase
+from harp._net.connecting import find_connected
 from harp._net.sockets import FOREIGN_ERRORS, READ_BYTES, BufferedConnection, TLSConnection, Uncopyable
 
 T = TypeVar("T")
@@ -56,6 +57,9 @@ class JSONConnection(BufferedConnection, _Closable):
     One thread at a time may use it; any thread may close it. Spec: docs/client-api.md, Networked JSON interface.
     """
 
+    #: The sockets of the attempts to connect; None: there is none, or another thread has closed the connection.
+    _connecting: list[socket.socket] | None = None
+
     def __init__(self, host: str, port: int) -> None:
         super().__init__(host, port)
         self.connect()
@@ -63,14 +67,15 @@ class JSONConnection(BufferedConnection, _Closable):
     def connect(self) -> None:
         """Connect, again if need be; raise `CommunicationError` if the server cannot be reached within 30 seconds."""
         self.close()
+        self._connecting = []
         try:
             opened = self._open_socket()
-        except BaseException:
-            self._socket = None
-            raise
-        if self._socket is None:  # closed by another thread
+        finally:
+            closed, self._connecting = self._connecting is None, None
+        if closed:  # by another thread
             self._close_socket(opened)
             raise self._closed_here()
+        opened.settimeout(None)
         self._set_socket(opened)
 
     _open_socket = method(BufferedConnection._open)
@@ -96,25 +101,32 @@ class JSONConnection(BufferedConnection, _Closable):
             raise outcome
         return outcome
 
-    def _connect_socket(self, sock: socket.socket, address: Any, deadline: float) -> None:
-        self._socket = sock  # another thread's `close` ends the attempt
-        try:
-            sock.settimeout(max(deadline - time.monotonic(), 0.001))
-            sock.connect(address)
-            sock.settimeout(None)
-        except OSError:
-            if self._socket is None:
-                raise self._closed_here() from None
-            raise
+    def _wait_connected(self, sockets: list[socket.socket], deadline: float) -> list[socket.socket]:
+        if self._connecting is not None:
+            self._connecting = sockets
+            found = find_connected(sockets, deadline - time.monotonic())
+        if self._connecting is None:
+            raise self._closed_here()
+        return found
 
     def _shake_hands(self, sock: ssl.SSLSocket, deadline: float) -> None:
+        if self._connecting is not None:
+            self._connecting = [sock]
         sock.settimeout(max(deadline - time.monotonic(), 0.001))
-        sock.do_handshake()
-        sock.settimeout(None)
+        try:
+            sock.do_handshake()
+        except OSError:
+            if self._connecting is None:
+                raise self._closed_here() from None
+            raise
 
     def close(self) -> None:
         """Close the connection, in a forked process only its descriptor; a thread that connects or reads is woken."""
         sock, self._socket = self._socket, None
+        connecting, self._connecting = self._connecting, None
+        for attempt in connecting or ():  # the thread that connects closes them
+            with suppress(OSError):
+                socket.socket.shutdown(attempt, socket.SHUT_RDWR)
         if sock is not None:
             self._close_socket(sock)
 
