@@ -24,6 +24,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.types import CertificateIssuerPrivateKeyTypes, PrivateKeyTypes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from harp_daemon.program import add_version, written_output
+
 #: Days that a certificate is valid, unless an option says otherwise: an authority's, and any other.
 _CA_DAYS, _DAYS = 3650, 365
 
@@ -264,6 +266,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_version(parser)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, text: str, days: int) -> argparse.ArgumentParser:
@@ -284,7 +287,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program and return its exit status: 0, or 1 after an error, which is printed."""
-    options = _parser().parse_args(arguments)
+    with written_output("harp-cert"):
+        return _run(_parser().parse_args(arguments))
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
         match options.command:
             case "ca":

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import os
+import json
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from harp.protocol.json_text import InvalidJSON, Raw, loads
 from harp_daemon.process import ProcessError, detach, pidfile
+from harp_daemon.program import add_version, written_output
 from harp_daemon.settings import ConfigError
-from harpcaller.api.control_client import ControlClient, ControlError
-from harpcaller.config import DEFAULT_FILE, load
+from harp_daemon.sliced_json import decode_slices
+from harpcaller.api.control_client import ControlClient, ControlError, NotRunning
+from harpcaller.config import DEFAULT_FILE, DEFAULT_MAX_AGE, load
 from harpcaller.store import StorageError
 
 _SOCKET = Path("/var/run/harpcaller/control")
@@ -29,6 +32,7 @@ examples:
   harpcallerd list --all --queue                        all jobs, one JSON object per line
   harpcallerd list --all --newest=100 --host=web01      the last 100 jobs for a host, ended or not
   harpcallerd info --full 3f22e0d4-c8ed-11e5-8d66-001e8c140268
+  harpcallerd queue-list                                the names of the queues, one per line
   harpcallerd queue-list '{"service": "nginx"}'         the queued and running jobs of a queue
   harpcallerd queue-cancel '{"service": "nginx"}'       cancel them
   harpcallerd --socket=./control stop --print-pid       the daemon that uses this control socket
@@ -38,25 +42,28 @@ signals:
   USR1        reopen the log files
   TERM, INT   stop; running calls continue on their hosts until the next start, queued jobs stay queued
 
-exit status: 0 success, 1 failure (one line on stderr says why; status: stopped), 2 wrong usage
+Options may stand before or after the command.
+
+exit status: 0 success, 1 failure (one line on stderr says why; status: stopped), 2 wrong usage,
+3 the output cannot be written
 """
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run harpcallerd; return its exit status."""
+    sys.setrecursionlimit(10_000)  # values may be nested as deeply as the protocol allows
     program = parser()
-    parsed = program.parse_args(arguments)
+    with written_output("harpcallerd"):  # of --help and --version
+        parsed = program.parse_args(_command_first(program, sys.argv[1:] if arguments is None else arguments))
     if parsed.command is None and not parsed.test:
         program.error("the following arguments are required: COMMAND")
-    sys.setrecursionlimit(10_000)  # values may be nested as deeply as the protocol allows
+    run = _test if parsed.test else parsed.run
     try:
-        return int((_test if parsed.test else parsed.run)(parsed) or 0)
+        with nullcontext() if run is _start else written_output("harpcallerd"):
+            return int(run(parsed) or 0)
     except (ControlError, ProcessError) as error:
         print(f"harpcallerd: {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # the reader of the list has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except KeyboardInterrupt:
         return 1
 
@@ -92,7 +99,11 @@ def _status(parsed: Namespace) -> int:
 
 
 def _stop(parsed: Namespace) -> None:
-    pid = ControlClient(parsed.socket).stop(parsed.timeout)
+    try:
+        pid = ControlClient(parsed.socket).stop(parsed.timeout)
+    except NotRunning as error:
+        print(f"harpcallerd: {error}", file=sys.stderr)  # stopped is what the caller wants
+        return
     if parsed.print_pid:
         print(pid)
 
@@ -114,9 +125,7 @@ def _hosts_refresh(parsed: Namespace) -> int:
     if parsed.diff:
         _print_reply(parsed)
         return 0
-    reply = _single_reply(parsed)
-    print(f'{{"hosts":{reply["hosts"]}}}')
-    return _print_problems(reply["problems"])
+    return _print_problems(_single_reply(parsed)["problems"])  # no other output: cron mails it
 
 
 def _warn_of_hosts(status: Raw) -> None:
@@ -138,17 +147,21 @@ def _test(parsed: Namespace) -> int:
     from harpcaller.daemon import check
 
     try:
-        errors = check(load(parsed.config))
+        config = load(parsed.config)
+        errors = check(config)
     except ConfigError as error:
         errors = [str(error)]
     for message in errors:
         print(f"harpcallerd: {message}", file=sys.stderr)
     if not errors:
+        if config.max_age in (DEFAULT_MAX_AGE, None):  # the default, of this or a legacy file
+            print(f"harpcallerd: max_age: {config.describe_max_age()}", file=sys.stderr)
         print("config OK")
     return 1 if errors else 0
 
 
-def _reopen_logs(parsed: Namespace) -> None:
+def _send_silently(parsed: Namespace) -> None:
+    """Send a command that is also run by cron, which mails all output."""
     _single_reply(parsed)
 
 
@@ -162,10 +175,30 @@ def _release_slot(parsed: Namespace) -> None:
         raise ControlError(f"job {parsed.job} has not ended, holds no slot, or does not exist")
 
 
+def _queue_list(parsed: Namespace) -> None:
+    full = parsed.full
+    del parsed.full
+    if full or parsed.queue is not None:
+        _print_reply(parsed)
+    else:
+        _print_lines(decode_slices(item).payload("queue") for item in _send(parsed))
+
+
+def _queue_cancel(parsed: Namespace) -> None:
+    reply = _single_reply(parsed)
+    if not reply["cancelled"]:
+        queue = parsed.queue.decode("utf-8", "surrogateescape")
+        raise ControlError(f"queue {queue} does not exist, or its jobs have ended")
+    print(json.dumps(reply))
+
+
 def _print_reply(parsed: Namespace) -> None:
-    for item in _send(parsed):
-        sys.stdout.buffer.write(item + b"\n")
-    sys.stdout.buffer.flush()
+    _print_lines(_send(parsed))
+
+
+def _print_lines(lines: Iterable[Raw]) -> None:
+    for line in lines:
+        sys.stdout.buffer.write(line + b"\n")
 
 
 def _send(parsed: Namespace) -> Iterator[Raw]:
@@ -192,6 +225,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     path: dict[str, Any] = {"metavar": "PATH", "type": _absolute_path}
+    add_version(program)
     program.add_argument("--socket", **path, default=_SOCKET, help=f"control socket ({_SOCKET})")
     program.add_argument("--config", **path, default=DEFAULT_FILE, help="TOML file (%(default)s)")
     program.add_argument("--test", action="store_true", help="check configuration, certificates and hosts, and exit")
@@ -231,19 +265,37 @@ def parser() -> argparse.ArgumentParser:
     option("job", metavar="JOB")
     option = add("release-slot", _release_slot, "free the slot of an ended job without confirmation by its host")
     option("job", metavar="JOB")
-    option = add("queue-list", _print_reply, "list the queues, or the queued and running jobs of one queue")
+    option = add("queue-list", _queue_list, "list the names of the queues, or the unended jobs of one queue")
     option("queue", metavar="QUEUE", type=_queue, nargs="?", help="a JSON object")
-    option = add("queue-cancel", _print_reply, "cancel all jobs of a queue")
+    option("--full", action="store_true", help="show concurrency and numbers of jobs of each queue")
+    option = add("queue-cancel", _queue_cancel, "cancel all jobs of a queue; print how many")
     option("queue", metavar="QUEUE", type=_queue, help="a JSON object")
     option = add("hosts-list", _hosts_list, "list the hosts of the registry, without credentials")
     option("--full", action="store_true", help="show the source of each host, its age in seconds and its last error")
     option = add("hosts-refresh", _hosts_refresh, "run host_db_script and read hosts_file now")
     option("--force", action="store_true", help="use the hosts even if they are none, or much fewer than before")
     option("--diff", action="store_true", help="show what would change, and change nothing")
-    option = add("prune-jobs", _print_reply, "delete old ended jobs with their records")
+    option = add("prune-jobs", _send_silently, "delete old ended jobs with their records")
     option("--age", metavar="DAYS", type=_days, help="delete jobs that ended more than DAYS ago (default: max_age)")
-    add("reopen-logs", _reopen_logs, "reopen the log files, after a rotation")
+    option("--trust-clock", action="store_true", help="also after a leap of the clock; it is right")
+    add("reopen-logs", _send_silently, "reopen the log files, after a rotation")
     return program
+
+
+def _command_first(program: argparse.ArgumentParser, arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with the options before the command after it, where its parser expects them."""
+    [commands] = (action.choices for action in program._actions if isinstance(action, argparse._SubParsersAction))
+    options = {
+        name: action for command in commands.values() for action in command._actions for name in action.option_strings
+    }
+    position = 0
+    while position < len(arguments) and arguments[position].startswith("-"):
+        name, has_value, _ = arguments[position].partition("=")
+        named = next((action for option, action in options.items() if option.startswith(name)), None)
+        position += 1 if has_value or named is None or named.nargs == 0 else 2
+    if position >= len(arguments) or arguments[position] not in commands:
+        return [*arguments]
+    return [arguments[position], *arguments[:position], *arguments[position + 1 :]]
 
 
 def _absolute_path(text: str) -> Path:
@@ -261,7 +313,10 @@ def _number(text: str) -> float:
 
 
 def _days(text: str) -> float:
-    return _number(text) * 86_400
+    days = _number(text)
+    if days == 0:
+        raise argparse.ArgumentTypeError("expected a number above 0: 0 would delete all jobs that have ended")
+    return days * 86_400
 
 
 def _count(text: str) -> int:

@@ -23,6 +23,7 @@ from msgspec import Meta
 from harp_daemon.settings import DEFAULT_TLS_MINIMUM, TLS_VERSIONS, Bytes, ConfigError, Count, check_choice, convert
 
 DEFAULT_FILE = Path("/etc/harpcaller/harpcaller.toml")  #: The default path of the configuration file.
+DEFAULT_MAX_AGE = 720.0  #: The default of `max_age` in hours.
 #: Keys of the legacy dispatcher without a meaning here: Erlang's logging modules and Erlang's own settings.
 IGNORED_KEYS = frozenset({"log_handlers", "erlang"})
 MAX_SECONDS = 315_360_000  #: Ten years. Longer times are mistakes, and some exceed the range of event loops.
@@ -77,7 +78,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     default_timeout: Seconds = 600.0  #: Maximum seconds between two messages of a job.
     max_exec_time: Seconds = 600.0  #: Maximum seconds from the start of a job to its end.
     start_within: SecondsOrZero = 10.0  #: Seconds for which a start that certainly did not happen is tried again.
-    max_age: Hours = 720.0  #: Hours from the end of a job to its deletion.
+    #: Hours from the end of a job to its deletion. None: jobs are never deleted, as by a legacy file without the key.
+    max_age: Hours | None = DEFAULT_MAX_AGE
 
     max_calls: Count = 4_000  #: Maximum number of running calls on all hosts.
     max_calls_per_host: Count = 250  #: Maximum number of running calls on one host.
@@ -112,10 +114,16 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             least = f"at least {_STOP_MARGIN:g} more than disconnect_timeout ({self.disconnect_timeout:g})"
             raise ValueError(f"host_timeout: expected {least}, got {self.host_timeout:g}")
 
+    def describe_max_age(self) -> str:
+        """Return what `max_age` means, for `--test`."""
+        if self.max_age is None:
+            return "not set in a file of the legacy dispatcher: jobs are never deleted"
+        return f"ended jobs are deleted after {self.max_age:g} hours"
+
     @property
-    def max_age_seconds(self) -> float:
+    def max_age_seconds(self) -> float | None:
         """`max_age` in seconds."""
-        return self.max_age * 3600
+        return None if self.max_age is None else self.max_age * 3600
 
 
 #: The valid keys of a file, apart from `IGNORED_KEYS`.
@@ -142,6 +150,8 @@ def load(file: Path = DEFAULT_FILE) -> Config:
             raise ConfigError(f"{file}: {key}: expected a key of the dispatcher, got an unknown one{near}")
     config = convert(file, {key: members[key] for key in members if key in KEYS - {"listen"}}, Config, to_path)
     changed: dict[str, Any] = {"file": file, "ignored": tuple(key for key in members if key in IGNORED_KEYS)}
+    if changed["ignored"] and "max_age" not in members:  # the legacy dispatcher deletes nothing by default
+        changed["max_age"] = None
     if "listen" in members:
         changed["listen"] = _parse_addresses(file, members["listen"])
     return msgspec.structs.replace(config, **changed)

@@ -38,7 +38,7 @@ from harpcaller.hosts.tls import HostTLS
 from harpcaller.model.ids import new_job_id, new_job_ids
 from harpcaller.model.jobs import Job, JobDetails, JobMetadata, NewJob, State, StopState
 from harpcaller.notifier import Notifier
-from harpcaller.pruner import prune, prune_regularly
+from harpcaller.pruner import Pruner
 from harpcaller.record_stream import RecordStream, wait_for_end
 from harpcaller.runner import Runner
 from harpcaller.runs.context import RunContext, StoreWrites, log_fields
@@ -86,6 +86,7 @@ class Dispatcher:
         self._tls = HostTLS(config)
         self._runner = Runner(lambda: self.registry.is_ready)
         self.registry = HostsRegistry(config, self._runner.request_claim)
+        self._pruner = Pruner(store, wall, lambda: self.config.max_age_seconds)
         self._group = asyncio.TaskGroup()
         # Calls of a host without a run here are orphans.
         self._orphan_reaper = OrphanReaper(self._group, self._runner.runs.__contains__)
@@ -122,7 +123,7 @@ class Dispatcher:
         self._maintenance = [
             self._group.create_task(runner.begin_claiming(recovered)),
             self._group.create_task(self.registry.refresh_regularly()),
-            self._group.create_task(prune_regularly(self.store, self._wall, lambda: self.config.max_age_seconds)),
+            self._group.create_task(self._pruner.run_regularly()),
         ]
         return self
 
@@ -328,9 +329,9 @@ class Dispatcher:
             for after, job in page:  # noqa: B007 - the next page begins after the last one
                 yield job
 
-    async def prune(self, min_age: float) -> int:
-        """Delete the jobs that ended more than `min_age` seconds ago, with their records; return how many."""
-        return await prune(self.store, self._wall() - min_age)
+    async def prune(self, min_age: float | None = None, trust_clock: bool = False) -> int:
+        """Delete old jobs as `Pruner.prune` does; return how many. Raises `PruneRefused`."""
+        return await self._pruner.prune(min_age, trust_clock)
 
     async def reload(self, config: Config) -> None:
         """Apply a new configuration to later calls, to the hosts registry and to pruning.
@@ -377,6 +378,10 @@ class Dispatcher:
         for key in config.ignored:
             if key not in reported:
                 log.warning("obsolete configuration key ignored", extra={"file": str(config.file), "key": key})
+        if config.max_age is None:
+            log.warning("jobs are never deleted; set max_age", extra={"file": str(config.file)})
+        else:
+            log.info("ended jobs are deleted after max_age", extra={"hours": config.max_age})
         if config.hosts_file is None and config.host_db_script is None:
             log.warning("no hosts; set hosts_file or host_db_script")
         for warning in self._tls.warnings:

@@ -7,10 +7,12 @@ import asyncio
 import json
 import math
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from harp_daemon.event_loop import run
 from harp_daemon.process import ProcessError, detach, pidfile
+from harp_daemon.program import add_version, written_output
 from harp_daemon.settings import ConfigError
 from harpd.config.loaded import CommandLine, check, load_config, load_supervisor_config
 from harpd.config.settings import load
@@ -42,19 +44,22 @@ signals:
   TERM, INT   stop, see above; the calls that it ends have the error shutdown
 
 exit status: 0 success; 1 an error (one line on stderr), no supervisor runs (status), calls remain (drain);
-2 wrong usage
+2 wrong usage; 3 the output cannot be written
 """
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run harpd; return its exit status."""
     command_line = parser()
-    options = CommandLine(**vars(command_line.parse_args(arguments)))
+    with written_output("harpd"):  # of --help and --version
+        options = CommandLine(**vars(command_line.parse_args(arguments)))
     if options.timeout is not None and options.command != "drain":
         command_line.error("--timeout is an option of drain")
     sys.setrecursionlimit(10_000)  # values may be nested as deeply as the protocol allows
+    prints = options.test or options.command in ("drain", "resume", "status")
     try:
-        return _run_command(options)
+        with written_output("harpd") if prints else nullcontext():
+            return _run_command(options)
     except (ConfigError, ProcessError, SupervisorError) as error:
         print(f"harpd: {error}", file=sys.stderr)
         return 1
@@ -140,6 +145,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_version(command)
     add = command.add_argument
     commands = ("frontend", "supervisor", "drain", "resume", "status")
     add("command", nargs="?", choices=commands, metavar="COMMAND", help=f"one of {', '.join(commands)}: see below")

@@ -98,7 +98,7 @@ class Monitor:
         while now() - changed < _MAX_STILL:
             listed = await self._check_running()
             self._check_orphans()
-            queues = await self._system.list_from_dispatcher("queue-list")
+            queues = await self._system.list_from_dispatcher("queue-list", "--full")
             if listed == [] and queues == [] and clients.done() and self._orphans.issuperset(self._tracker.living()):
                 return
             end_received = sum(observed.end is not None for observed in self._observations.jobs.values())

@@ -90,8 +90,25 @@ def test_list_shows_jobs(dispatcher: Harpcallerd) -> None:
         {**second, "running": True},
         {**third, "running": False},
     ]
-    assert dispatcher.listed("queue-list") == [{"queue": {"b": 1, "a": 2}, "concurrency": 1, "running": 1, "queued": 1}]
+    full = {"queue": {"b": 1, "a": 2}, "concurrency": 1, "running": 1, "queued": 1}
+    assert dispatcher.listed("queue-list", "--full") == dispatcher.listed("--full", "queue-list") == [full]
     assert dispatcher.listed("queue-list", "{}") == []
+
+
+def test_queue_list_names_can_be_cancelled(dispatcher: Harpcallerd) -> None:
+    with dispatcher.connect() as client:
+        client.send(
+            b'{"harpcaller":1,"host":"web01","procedure":"hang","arguments":[],'
+            b'"queue":{"name": {"a b": 1.0, "\\u00fc": "\xc3\xbc"}}}\n'
+        )
+        assert "job_id" in client.message()
+    dispatcher.submit("web01", "hang", queue={"name": {}})
+    done = dispatcher.control("queue-list")
+    assert (done.returncode, done.stdout, done.stderr) == (0, '{"a b": 1.0, "\\u00fc": "ü"}\n{}\n', "")
+    for name in done.stdout.splitlines():
+        assert dispatcher.listed("queue-cancel", name) == [{"cancelled": 1}]
+    message = 'queue {"no": 1} does not exist, or its jobs have ended'
+    assert failure(dispatcher, "queue-cancel", '{"no": 1}') == message
 
 
 def test_list_newest_of_a_host_or_queue(dispatcher: Harpcallerd) -> None:
@@ -166,7 +183,8 @@ def test_queue_cancel_ends_all_its_jobs(dispatcher: Harpcallerd) -> None:
     assert dispatcher.listed("queue-cancel", '{"a": 2,\n "b": 1}') == [{"cancelled": 3}]
     assert [dispatcher.ask(get_result=job) for job in jobs] == [[{"cancelled": True}]] * 3
     assert [job["job"] for job in dispatcher.listed("list")] == [other]
-    assert dispatcher.listed("queue-cancel", '{"a": 2, "b": 1}') == [{"cancelled": 0}]
+    message = failure(dispatcher, "queue-cancel", '{"a": 2, "b": 1}')
+    assert message == 'queue {"a": 2, "b": 1} does not exist, or its jobs have ended'
 
 
 @pytest.mark.parametrize("queue", ["nginx", "[]", '"q"', "{", "NaN"])
@@ -186,7 +204,7 @@ def test_hosts_are_listed_and_refreshed(dispatcher: Harpcallerd, peer: Peer) -> 
     script.chmod(0o700)
     dispatcher.configure({"host_db_script": str(script)})
     assert dispatcher.control("reload").returncode == 0
-    assert dispatcher.listed("hosts-refresh") == [{"hosts": 2}]
+    assert dispatcher.listed("hosts-refresh") == []
     assert [host["hostname"] for host in dispatcher.listed("hosts-list")] == ["db01", "web01"]
     script.write_text("#!/bin/sh\nexit 3\n")
     assert failure(dispatcher, "hosts-refresh")
@@ -236,18 +254,19 @@ def test_hosts_refresh_refuses_an_empty_file_until_forced(dispatcher: Harpcaller
         assert f"{dispatcher.hosts_file}: refused: it has 0 hosts, and 1 are in use; " in done.stderr
     assert dispatcher.listed("hosts-list") == before
     assert failure(dispatcher, "hosts-refresh", "--force", "--diff") == "force, diff: expected one of them, got both"
-    assert dispatcher.listed("hosts-refresh", "--force") == [{"hosts": 0}]
+    assert dispatcher.listed("hosts-refresh", "--force") == []
     assert dispatcher.listed("hosts-list") == []
 
 
 def test_prune_jobs_deletes_old_jobs(dispatcher: Harpcallerd) -> None:
     ended(dispatcher)
     running = dispatcher.submit("web01", "hang")
-    assert dispatcher.listed("prune-jobs") == [{"pruned": 0}]
-    assert dispatcher.listed("prune-jobs", "--age=1") == [{"pruned": 0}]
-    assert dispatcher.listed("prune-jobs", "--age=0") == [{"pruned": 1}]
+    for arguments in (["prune-jobs"], ["prune-jobs", "--age=1"]):
+        done = dispatcher.control(*arguments)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")  # a mail of cron would have it
+    assert len(dispatcher.listed("list", "--all")) == 2
+    wait_until(lambda: dispatcher.listed("prune-jobs", "--age=1e-9") or len(dispatcher.listed("list", "--all")) == 1)
     assert [job["job"] for job in dispatcher.listed("list", "--all")] == [running]
-    assert dispatcher.control("prune-jobs", "--age=-1").returncode == 2
 
 
 def test_control_output_has_no_password(dispatcher: Harpcallerd) -> None:
@@ -322,8 +341,9 @@ COMMANDS = (
         (b'{"command": "info"}', "job: missing"),
         (b'{"command": "queue-cancel"}', "queue: missing"),
         (b'{"command": "queue-list", "queue": []}', "queue: expected an object"),
-        (b'{"command": "prune-jobs", "age": "x"}', "age: expected a number of seconds, got 'x'"),
-        (b'{"command": "prune-jobs", "age": -1}', "age: expected a number of seconds, got -1"),
+        (b'{"command": "prune-jobs", "age": "x"}', "age: expected a number of seconds above 0, got 'x'"),
+        (b'{"command": "prune-jobs", "age": 0}', "age: expected a number of seconds above 0, got 0"),
+        (b'{"command": "prune-jobs", "age": -1}', "age: expected a number of seconds above 0, got -1"),
     ],
 )
 def test_invalid_request_is_refused(dispatcher: Harpcallerd, request_: bytes, message: str) -> None:

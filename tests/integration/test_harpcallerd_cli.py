@@ -8,6 +8,7 @@ import signal
 import socket
 import stat
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
+import harp
 from support.daemonlog import DEADLINE
 from support.deadline import wait_until
 from support.harpcallerd import Harpcallerd, LineClient
@@ -82,7 +84,6 @@ def test_status_wait_returns_after_the_start(dispatcher: Harpcallerd) -> None:
     "command",
     [
         *(
-            ["stop"],
             ["reload"],
             ["list"],
             ["info", UNKNOWN],
@@ -96,6 +97,12 @@ def test_status_wait_returns_after_the_start(dispatcher: Harpcallerd) -> None:
 )
 def test_command_without_daemon_fails(dispatcher: Harpcallerd, command: list[str]) -> None:
     assert fails(dispatcher, *command) == f"harpcallerd: no harpcallerd is running on {dispatcher.socket}"
+
+
+def test_stop_of_a_stopped_daemon_succeeds(dispatcher: Harpcallerd) -> None:
+    done = dispatcher.control("stop", "--print-pid", "--timeout=5")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr == f"harpcallerd: no harpcallerd is running on {dispatcher.socket}\n"
 
 
 def test_stop_waits_for_the_process(dispatcher: Harpcallerd) -> None:
@@ -396,12 +403,69 @@ def test_socket_option_before_or_after_the_command(dispatcher: Harpcallerd) -> N
 
 
 @pytest.mark.parametrize(
+    "line",
+    [
+        "--wait --timeout=5 status",
+        "--wait --timeout 5 status",
+        "--timeout=5 status --wait",
+        "--time 5 --wait status",
+        "status --wait --timeout 5",
+    ],
+)
+def test_options_before_or_after_the_command(dispatcher: Harpcallerd, line: str) -> None:
+    with dispatcher:
+        done = dispatcher.control(*line.split())
+    assert (done.returncode, done.stdout, done.stderr) == (0, "harpcallerd is running\n", "")
+
+
+def test_start_options_before_the_command(dispatcher: Harpcallerd) -> None:
+    assert fails(dispatcher, "--debug", "--config", "/nowhere.toml", "start").startswith("harpcallerd: /nowhere.toml:")
+    done = dispatcher.control("--debug", "list")
+    assert (done.returncode, "unrecognized arguments: --debug" in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("program", ["harpd", "harpcallerd", "harp-cert"])
+def test_program_version_and_failed_output(program: str) -> None:
+    module = {"harpd": "harpd.cli", "harpcallerd": "harpcaller.cli", "harp-cert": "harp_daemon.certificates"}[program]
+    code = f"import sys; from {module} import main; sys.exit(main())"
+    environment = {**os.environ, "PYTHON": sys.executable, "CODE": code}
+    environment.pop("PYTHONUNBUFFERED", None)  # argparse ignores a failed write
+
+    def shell(arguments: str) -> tuple[int, str, str]:
+        line = f'exec "$PYTHON" -c "$CODE" {arguments}'
+        done = subprocess.run(["sh", "-c", line], env=environment, capture_output=True, text=True, timeout=DEADLINE)
+        return done.returncode, done.stdout, done.stderr
+
+    assert shell("--version") == (0, f"{program} {harp.__version__}\n", "")
+    full = f"{program}: cannot write the output: No space left on device\n"
+    assert shell("--version > /dev/full") == shell("--help > /dev/full") == (3, "", full)
+    assert shell("--help >&-") == (0, "", "")
+
+
+def test_list_to_full_device_has_its_exit_status(dispatcher: Harpcallerd) -> None:
+    with dispatcher:
+        dispatcher.submit("nowhere", "p")
+        for command in ("status", "list --all", "stop --print-pid"):
+            with open("/dev/full", "w") as full:
+                done = subprocess.run(
+                    dispatcher.command(*command.split()), stdout=full, stderr=subprocess.PIPE, timeout=DEADLINE
+                )
+            message = b"harpcallerd: cannot write the output: No space left on device\n"
+            assert (done.returncode, done.stderr) == (3, message), command
+        assert dispatcher.wait() == 0
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         [],
         ["dance"],
         ["info"],
         ["prune-jobs", "--age=x"],
+        ["prune-jobs", "--age=0"],
+        ["prune-jobs", "--age=0.0"],
+        ["--age=0", "prune-jobs"],
+        ["prune-jobs", "--age=-1"],
         ["status", "--timeout=nan"],
         ["list", "--newest=0"],
         ["list", "--newest=1.5"],
@@ -431,8 +495,42 @@ def test_help_names_every_command_and_has_examples(dispatcher: Harpcallerd) -> N
 def test_check_accepts_a_good_configuration(dispatcher: Harpcallerd) -> None:
     dispatcher.set_hosts({"web01": 4306})
     done = dispatcher.control("--test", f"--config={dispatcher.config_file}")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "config OK\n", "")
+    note = "harpcallerd: max_age: ended jobs are deleted after 720 hours\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, "config OK\n", note)
     assert not dispatcher.store_directory.exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "note", "event", "fields"),
+    [
+        ({"max_age": 48}, "", "ended jobs are deleted after max_age", {"hours": 48.0}),
+        (
+            {"log_handlers": ["harpcaller_syslog_h"]},
+            "harpcallerd: max_age: not set in a file of the legacy dispatcher: jobs are never deleted\n",
+            "jobs are never deleted; set max_age",
+            {"level": "warning"},
+        ),
+        (
+            {},
+            "harpcallerd: max_age: ended jobs are deleted after 720 hours\n",
+            "ended jobs are deleted after max_age",
+            {"hours": 720.0},
+        ),
+    ],
+    ids=["set", "legacy", "default"],
+)
+def test_max_age_is_stated_by_check_and_at_start(
+    dispatcher: Harpcallerd, settings: dict[str, Any], note: str, event: str, fields: dict[str, Any]
+) -> None:
+    dispatcher.set_hosts({"web01": 4306})
+    dispatcher.configure(settings)
+    done = dispatcher.control("--test", f"--config={dispatcher.config_file}")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "config OK\n", note)
+    with dispatcher:
+        assert dispatcher.events(event, **fields)
+        done = dispatcher.control("prune-jobs")
+        message = "harpcallerd: max_age is not set, so that jobs are never deleted; use --age\n"
+        assert (done.returncode, done.stderr) == ((1, message) if "legacy" in note else (0, ""))
 
 
 def test_check_prints_every_error(dispatcher: Harpcallerd) -> None:

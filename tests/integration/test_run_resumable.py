@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from harpcaller.store.sqlite import open_store
 from support.deadline import eventually
 from support.dispatcher import CREDENTIALS, Switched, call, followed, host_line, read, running, until
 from support.harpd import Harpd
+from support.jobs import job_in
 from support.peers import PeerConnection
 from support.resumable_host import (
     EXIT_INFO,
@@ -552,7 +554,8 @@ async def test_listed_call_that_is_running_is_not_stopped(tmp_path: Path) -> Non
     await opened.close()
 
 
-async def test_restarted_dispatcher_recovers_its_calls(tmp_path: Path) -> None:
+async def test_restarted_dispatcher_recovers_its_calls(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     requests: list[dict[str, Any]] = []
 
     def begin(conn: PeerConnection) -> None:
@@ -576,6 +579,19 @@ async def test_restarted_dispatcher_recovers_its_calls(tmp_path: Path) -> None:
             assert await followed(dispatcher, job_id, since=0) == ([(0, 0), (1, 1)], Returned(b"1"))
     assert requests[0]["since"] == 1
     await store.close()
+    [seconds] = (vars(record)["seconds"] for record in caplog.records if record.msg == "call ended")
+    assert seconds >= 100.0  # the job's time, by the host's clock; not the time since the restart
+
+
+async def test_call_without_its_host_logs_the_job_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    store = await open_store(tmp_path / "store")
+    await job_in(store, State.RUNNING, now=time.time() - 500, host="web01")
+    async with running(tmp_path, host_line(1), store=store, resumable_calls=True):
+        pass
+    await store.close()
+    [seconds] = (vars(record)["seconds"] for record in caplog.records if record.msg == "call detached")
+    assert seconds >= 500.0
 
 
 async def test_details_explain_why_a_job_waits(tmp_path: Path) -> None:

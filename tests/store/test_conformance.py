@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from harp.protocol.ends import Cancelled, Returned
+from harp.protocol.ends import Cancelled, Failed, Returned
 from harp.protocol.json_text import Raw
 from harpcaller.model.jobs import (
     ENDED,
@@ -294,6 +294,29 @@ async def test_get_details_in_each_state(store: Store, state: State, held: bool)
     waiting = details.queue_position
     assert details == JobDetails(await store.get_job(job_id), NO_METADATA, 0, waiting)
     assert (waiting is not None) is (state is State.QUEUED)
+
+
+@pytest.mark.parametrize("cancel", [True, False])
+async def test_end_is_not_before_start(store: Store, cancel: bool) -> None:
+    """The clock may be set back meanwhile."""
+    started = await job_in(store, State.RUNNING, now=100.0)
+    queued = await job_in(store, State.QUEUED, now=100.0, queue={})
+    for job_id in (started, queued):
+        if cancel:
+            await store.cancel_job(job_id, 50.0)
+        else:
+            await store.finish_job(job_id, Failed("t", "m"), 50.0)
+        job = await store.get_job(job_id)
+        assert (job.submitted, job.started or 100.0, job.ended) == (100.0, 100.0, 100.0)
+
+
+async def test_prune_time_is_stored_in_minutes(store: Store) -> None:
+    assert await store.get_prune_time() is None
+    await job_in(store, State.RETURNED, now=5000.5)
+    assert await store.get_prune_time() == 5000.5
+    for time, stored in ((6e8 + 59, 6e8), (-5.0, 60.0), (1e15, 60.0 * (2**31 - 1))):
+        await store.set_prune_time(time)
+        assert await store.get_prune_time() == stored
 
 
 @STARTS

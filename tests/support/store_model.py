@@ -111,7 +111,8 @@ class ModelStore:
             raise ValueError
         if job.state is State.QUEUED and (keep_slot or stop):
             raise ValueError
-        self._put(job, state=state_of(end), ended=now, end=end, stop=stop, holds_slot=keep_slot)
+        ended = max(now, job.started or job.submitted)
+        self._put(job, state=state_of(end), ended=ended, end=end, stop=stop, holds_slot=keep_slot)
         self.update_metadata(job_id, metadata)
         self._drop_queue(job)
         return True

@@ -69,6 +69,20 @@ def test_config_legacy_file_loads(tmp_path: Path) -> None:
     assert config.max_age_seconds == 48 * 3600
 
 
+@pytest.mark.parametrize(
+    ("text", "max_age"),
+    [
+        ("", 720.0),
+        ('listen = ["*:3502"]', 720.0),
+        ('log_handlers = ["harpcaller_syslog_h"]', None),
+        ("[erlang]\n", None),
+        ("max_age = 720\n[erlang]\n", 720.0),
+    ],
+)
+def test_config_legacy_file_without_max_age_keeps_jobs(tmp_path: Path, text: str, max_age: float | None) -> None:
+    assert loaded(tmp_path, text).max_age == max_age
+
+
 def test_config_empty_file_has_defaults(tmp_path: Path) -> None:
     assert loaded(tmp_path, "") == Config(file=tmp_path / "harpcaller.toml")
 

@@ -21,6 +21,7 @@ from harpcaller.api.connection import Connection, Server
 from harpcaller.dispatcher import Dispatcher
 from harpcaller.hosts.registry import RefreshFailed
 from harpcaller.model.jobs import Job, State
+from harpcaller.pruner import PruneRefused
 from harpcaller.store import StorageError, UnknownJob
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class ControlServer(Server):
         match error:
             case UnknownJob():
                 message = f"there is no job {error}"
-            case ProtocolError() | StorageError() | ConfigError() | RefreshFailed():
+            case ProtocolError() | StorageError() | ConfigError() | RefreshFailed() | PruneRefused():
                 message = str(error)
             case _:
                 log.error("command failed: internal error", exc_info=error)
@@ -171,9 +172,8 @@ class ControlServer(Server):
             hosts = await registry.refresh(force)
             yield Envelope(hosts=hosts, problems=registry.problems())
 
-    async def _prune_jobs(self, age: float | None = None) -> Items:
-        seconds = self._dispatcher.config.max_age_seconds if age is None else age
-        yield Envelope(pruned=await self._dispatcher.prune(seconds))
+    async def _prune_jobs(self, age: float | None = None, trust_clock: bool = False) -> Items:
+        yield Envelope(pruned=await self._dispatcher.prune(age, trust_clock))
 
 
 def _line(**members: Any) -> bytes:
@@ -207,7 +207,7 @@ def _count(members: JSONObject, key: str) -> int:
 
 def _seconds(members: JSONObject, key: str) -> Any:
     seconds = member_value(members, key)
-    check(seconds == 0 or schema.is_seconds(seconds), f"{key}: expected a number of seconds, got {seconds!r}")
+    check(schema.is_seconds(seconds), f"{key}: expected a number of seconds above 0, got {seconds!r}")
     return seconds
 
 
@@ -240,5 +240,5 @@ _COMMANDS = {
     "queue-cancel": Command(ControlServer._queue_cancel, {"queue": _queue}),
     "hosts-list": Command(ControlServer._hosts_list, optional={"full": _flag}),
     "hosts-refresh": Command(ControlServer._hosts_refresh, optional={"force": _flag, "diff": _flag}),
-    "prune-jobs": Command(ControlServer._prune_jobs, optional={"age": _seconds}),
+    "prune-jobs": Command(ControlServer._prune_jobs, optional={"age": _seconds, "trust_clock": _flag}),
 }

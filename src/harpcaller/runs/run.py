@@ -115,7 +115,7 @@ class Run:
         self._context = context
         self._starts = starts
         self._on_closed = on_closed
-        self._began_at = time.monotonic()
+        self._began_at = self._job_began_at = time.monotonic()  # of this run; of the job, also over restarts
         self._phase = RunPhase.CONNECTING
         self._records = RecordWriter(job, context, self._on_records_stored)
         self._deadlines = Deadlines(job, context.config.acknowledgement_timeout)
@@ -150,7 +150,9 @@ class Run:
         if recovered:
             self._phase = RunPhase.OUTAGE
             self._resumable = True
-            self.outage = Outage.begin(0.0, self._context.wall())
+            wall = self._context.wall()
+            self._job_began_at -= max(0.0, wall - (self.job.started or wall))
+            self.outage = Outage.begin(0.0, wall)
             if self.has_ended and self._stop_command is None:
                 read = partial(self._context.store.get_details, self.job.id)
                 self._context.writes.begin(self.job.id, read, self._on_stop_request_read, self._fail)
@@ -415,6 +417,7 @@ class Run:
         if terms is not None:
             conn.start_heartbeat(terms.elapsed, terms.disconnect_timeout, at_once=self.outage is not None)
             if self.outage is not None:
+                self._job_began_at = time.monotonic() - terms.elapsed
                 log.info("outage ended", extra={**self._log_fields, "attempts": self.outage.attempts})
                 self.outage = None
         elif self._resumable:  # the host was downgraded to a legacy harpd
@@ -695,7 +698,7 @@ class Run:
     def _close(self, event: str = "call ended") -> None:
         if self._phase is not RunPhase.CLOSED:
             self.abandon()
-            seconds = round(time.monotonic() - self._began_at, 3)
+            seconds = round(time.monotonic() - self._job_began_at, 3)
             log.info(event, extra={**self._log_fields, **self._end_fields, "seconds": seconds})
             self._on_closed(self)
 

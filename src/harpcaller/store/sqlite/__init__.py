@@ -107,6 +107,7 @@ class Store:
     cancel_queue = _writes(Writes.cancel_queue)
     finalize_stop = _writes(Writes.finalize_stop)
     update_metadata = _writes(Writes.update_metadata)
+    set_prune_time = _writes(Writes.set_prune_time)
     list_slot_holders = _reads(reads.list_slot_holders)
     get_job = _reads(reads.get_job)
     get_details = _reads(reads.get_details)
@@ -114,6 +115,7 @@ class Store:
     get_identity = _reads(reads.get_identity)
     list_jobs = _reads(reads.list_jobs)
     list_queues = _reads(reads.list_queues)
+    get_prune_time = _reads(reads.get_prune_time)
 
     _delete_jobs = _writes(Writes.delete_jobs)
     _delete_orphaned_records = _writes(Writes.delete_orphaned_records)

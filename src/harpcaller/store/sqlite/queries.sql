@@ -58,7 +58,9 @@ SELECT seq FROM jobs WHERE id = ?;
 
 -- name: end_job
 -- A guarded write: the first end wins.
-UPDATE jobs SET state = ?, ended = ?, stop = ?, holds_slot = ? WHERE seq = ? AND ended IS NULL;
+-- The clock may have been set back since the start: the times of a job never run backwards.
+UPDATE jobs SET state = ?, ended = max(?, coalesce(started, submitted)), stop = ?, holds_slot = ?
+WHERE seq = ? AND ended IS NULL;
 
 -- name: finalize_stop
 UPDATE jobs SET stop = ?, holds_slot = ? WHERE seq = ? AND ended IS NOT NULL AND holds_slot = 1;
@@ -237,6 +239,9 @@ SELECT records.first, records.bytes, records.timestamps, jobs.started FROM jobs 
 WHERE jobs.id = :id
     AND records.first >= (SELECT max(first) FROM records WHERE job = jobs.seq AND first <= :first)
 ORDER BY records.first;
+
+-- name: newest_end
+SELECT max(ended) FROM jobs INDEXED BY jobs_ended WHERE ended IS NOT NULL;
 
 -- name: get_identity
 SELECT owner, key FROM identity;

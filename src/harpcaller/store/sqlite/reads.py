@@ -130,6 +130,14 @@ def list_jobs(
     return found
 
 
+def get_prune_time(db: sqlite3.Connection) -> float | None:
+    """Return the time of `Writes.set_prune_time`; if there is none, the newest end of a job, or None."""
+    [(minutes,)] = db.execute("PRAGMA user_version").fetchall()
+    newest_end: float | None
+    [(newest_end,)] = db.execute(QUERIES["newest_end"]).fetchall()
+    return 60.0 * minutes if minutes else newest_end
+
+
 def list_queues(db: sqlite3.Connection) -> list[QueueStatus]:
     """Return the queues with jobs that have not ended or hold a slot, oldest first."""
     rows = db.execute(QUERIES["list_queues"]).fetchall()

@@ -434,6 +434,13 @@ class Writes:
             self.db.execute("PRAGMA incremental_vacuum(1)")  # the driver executes only one step of this statement
         return 0 < self._count_free_pages() < before
 
+    def set_prune_time(self, time: float) -> None:
+        """Store the Unix time until which the age of jobs is counted, rounded down to minutes.
+
+        It is in the header of the file, in a field of 31 bits for the application.
+        """
+        self.db.execute(f"PRAGMA user_version = {min(max(1, int(time // 60)), 2**31 - 1)}")
+
     def _count_free_pages(self) -> int:
         [(pages,)] = self.db.execute("PRAGMA freelist_count").fetchall()
         return int(pages)
