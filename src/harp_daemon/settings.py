@@ -32,6 +32,13 @@ TLS_VERSIONS = {
     "1.3": ssl.TLSVersion.TLSv1_3,
 }
 DEFAULT_TLS_MINIMUM = "1.2"
+#: OpenSSL's reasons for a failed handshake if the peer has no version of at least the minimum.
+OLD_TLS_REASONS = frozenset(
+    {
+        *("UNSUPPORTED_PROTOCOL", "TLSV1_ALERT_PROTOCOL_VERSION", "WRONG_SSL_VERSION", "VERSION_TOO_LOW"),
+        "NO_PROTOCOLS_AVAILABLE",
+    }
+)
 
 #: A message of `msgspec`: the reason, and the key. If a `__post_init__` raised the error, the reason begins with the
 #: rest of the key.

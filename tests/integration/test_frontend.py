@@ -202,6 +202,7 @@ def test_tls_1_1_is_rejected_and_1_2_accepted(harpd: Harpd) -> None:
         context.maximum_version = ssl.TLSVersion.TLSv1_1
     with socket.create_connection((harpd.host, harpd.port), DEADLINE) as plain, pytest.raises((ssl.SSLError, OSError)):
         context.wrap_socket(plain)
+    assert "network.tls_minimum" in harpd.wait_event("TLS handshake failed", reason="UNSUPPORTED_PROTOCOL")["hint"]
 
 
 def test_connections_leave_no_descriptors_or_threads(harpd: Harpd) -> None:

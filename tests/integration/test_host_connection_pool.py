@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import ssl
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ import pytest
 
 import harp
 from harp.protocol.ends import Failed, Returned
+from support.certificates import server_files
 from support.deadline import eventually, wait_until
 from support.dispatcher import host_line, running
 from support.harpcallerd import Harpcallerd
 from support.harpd import Harpd
-from support.peers import PeerConnection, Script
+from support.peers import Peer, PeerConnection, Script, server_context
 from support.procedures_file import PROCEDURES
 from support.resumable_host import EXIT_INFO, NO_SUCH_CALL, acknowledgement, commands, playing, result_of
 
@@ -186,6 +188,38 @@ async def test_pool_without_host_support_is_not_used(tmp_path: Path) -> None:
     with playing(tmp_path, plain, script, script) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
             assert [(await result_of(dispatcher))[1] for _ in range(2)] == [Returned(b"1")] * 2
+
+
+def test_pool_forgets_a_host_whose_certificate_was_removed(harpd: Harpd, tmp_path: Path) -> None:
+    """Although it is called so often that its connection never expires."""
+    known = tmp_path / "known.pem"
+    known.write_bytes(harpd.certfile.read_bytes())
+    settings = {"known_certs_file": str(known)}
+    with harpd, Harpcallerd(tmp_path / "d", {"web01": harpd.port}, (harpd.user, harpd.password), settings) as daemon:
+        host = rpc_of(daemon).web01
+        assert host.same(1).get() == 1
+        known.write_text("# no host is known any more\n")
+
+        def refused() -> str | None:
+            try:
+                host.same(1).get()
+            except harp.RemoteError as error:
+                return error.type
+            return None
+
+        assert wait_until(refused, what="the refusal") == "certificate_error"
+
+
+def test_host_with_old_tls_is_reported_with_the_setting(tmp_path: Path) -> None:
+    context = server_context(server_files(tmp_path))
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    with Peer(always=PeerConnection.until_closed, tls=context) as peer:
+        settings = {"tls_minimum": "1.3", "start_within": 0}
+        with Harpcallerd(tmp_path / "d", {"web01": peer.port}, settings=settings) as daemon:
+            with pytest.raises(harp.RemoteError, match="tls_minimum") as caught:
+                rpc_of(daemon).web01.p().get()
+            assert caught.value.type == "network_error"
+            assert "tls_minimum" in daemon.wait_event("call ended", end="failed")["reason"]
 
 
 def test_pool_of_a_killed_dispatcher_is_rebuilt(harpd: Harpd, tmp_path: Path) -> None:

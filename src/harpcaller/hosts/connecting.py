@@ -17,6 +17,7 @@ from harp.protocol.ends import Failed
 from harp.protocol.json_text import dumps
 from harp.protocol.lines import LineTooLong
 from harp.protocol.schema import ProtocolError
+from harp_daemon.settings import OLD_TLS_REASONS
 from harp_daemon.sockets import configure_socket
 from harp_daemon.timer_wheel import TimerWheel
 from harpcaller.config import Config
@@ -29,11 +30,6 @@ from harpcaller.hosts.tls import CertificateRefused, HostTLS, parse_ip, server_n
 _LOCAL_ERRORS = ("EMFILE", "ENFILE", "ENOBUFS", "ENOMEM", "EACCES", "EPERM", "EADDRNOTAVAIL")
 #: OpenSSL's reasons if the peer's first bytes are not TLS.
 _NOT_TLS_REASONS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "HTTPS_PROXY_REQUEST", "RECORD_LAYER_FAILURE")
-#: OpenSSL's reasons if the host has no TLS version of at least `tls_minimum`.
-_OLD_TLS_REASONS = (
-    *("UNSUPPORTED_PROTOCOL", "TLSV1_ALERT_PROTOCOL_VERSION", "WRONG_SSL_VERSION", "VERSION_TOO_LOW"),
-    "NO_PROTOCOLS_AVAILABLE",
-)
 #: Error numbers for errors that the event loop raises without one.
 _ERRNO_BY_CLASS = {
     type(OSError(number, "")): number for number in (errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE)
@@ -176,7 +172,7 @@ def _describe_error(error: BaseException) -> tuple[str | None, str]:
     if isinstance(error, socket.gaierror):
         return _RESOLVER_ERRORS.get(error.errno), error.strerror or str(error)
     if isinstance(error, ssl.SSLError):
-        old = error.reason in _OLD_TLS_REASONS
+        old = error.reason in OLD_TLS_REASONS
         hint = "; the host has no TLS version of at least tls_minimum in the dispatcher's configuration" if old else ""
         return None, f"TLS: {error}{hint}"
     if not isinstance(error, OSError):

@@ -44,6 +44,7 @@ from harp.protocol.lines import LineBuffer, LineTooLong
 from harp.protocol.schema import ProtocolError
 from harp_daemon.event_loop import LONG_LINE, decode_in_thread
 from harp_daemon.memory_quota import MemoryQuota, Reservation
+from harp_daemon.settings import OLD_TLS_REASONS
 from harp_daemon.sliced_json import decode_slices
 from harp_daemon.timer_wheel import Timer, TimerWheel
 from harpd.config.loaded import LoadedConfig
@@ -186,7 +187,10 @@ class Connection(asyncio.Protocol):
             )
         except OSError as error:  # includes ssl.SSLError
             reason = getattr(error, "reason", None) or str(error) or type(error).__name__
-            log.info("TLS handshake failed", extra={"peer": self.peer, "reason": reason})
+            fields = {"peer": self.peer, "reason": reason}
+            if reason in OLD_TLS_REASONS:
+                fields["hint"] = "the client has no TLS version of at least network.tls_minimum"
+            log.info("TLS handshake failed", extra=fields)
             self._check_closed()
 
     def _on_closed(self, closed: asyncio.Future[None]) -> None:
