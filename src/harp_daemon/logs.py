@@ -1,7 +1,6 @@
 """Structured logs: one event per line, a constant text, and a field for each value in `extra` of the log call.
 
-An event loop writes the events of one turn together, see `write_per_turn`: a write for each event would cost as much as
-its text. SIGKILL loses at most the events of the present turn.
+`harp_daemon.log_queue` delivers them, so that no log call blocks or raises.
 """
 
 from __future__ import annotations
@@ -9,23 +8,37 @@ from __future__ import annotations
 import json
 import logging
 import logging.config
-import logging.handlers
-import os
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Any
 
+from harp_daemon.log_queue import EventQueue, HandlerQueue, OutputQueue, SyslogQueue
+
 #: How many attributes each log record has; those of `extra` follow them, and some that other formatters add.
 _STANDARD_ATTRIBUTES = len(logging.makeLogRecord({}).__dict__)
 _ADDED_ATTRIBUTES = ("message", "asctime")
 #: Text that needs no quotes.
 _PLAIN = re.compile(r'[^ "=]+')
-_STDERR = 2
 
 _encode = json.JSONEncoder(default=str).encode
+
+
+def _fields(record: logging.LogRecord) -> dict[str, Any]:
+    items = islice(record.__dict__.items(), _STANDARD_ATTRIBUTES, None)
+    return {key: value for key, value in items if key not in _ADDED_ATTRIBUTES}
+
+
+def _fields_text(fields: Mapping[str, Any]) -> str:
+    """Return `` NAME=VALUE`` for each field."""
+    text = ""
+    for key, value in fields.items():
+        plain = isinstance(value, str) and _PLAIN.fullmatch(value) and value.isprintable()
+        text += f" {key}={value if plain else _encode(value)}"
+    return text
 
 
 class _EventFormatter(logging.Formatter):
@@ -39,9 +52,11 @@ class _EventFormatter(logging.Formatter):
             self._second, self._second_text = second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
         return f"{self._second_text}.{int(record.msecs):03d}Z"
 
+    def _event(self, record: logging.LogRecord) -> str:
+        return logging.LogRecord.getMessage(record)  # without the fields, which `_EventRecord` adds
+
     def _fields(self, record: logging.LogRecord) -> dict[str, Any]:
-        items = islice(record.__dict__.items(), _STANDARD_ATTRIBUTES, None)
-        fields = {key: value for key, value in items if key not in _ADDED_ATTRIBUTES}
+        fields = _fields(record)
         if record.exc_info:
             fields["traceback"] = self.formatException(record.exc_info)
         return fields
@@ -52,7 +67,7 @@ class JSONFormatter(_EventFormatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
-        time, level, event = self._timestamp(record), record.levelname.lower(), record.getMessage()
+        time, level, event = self._timestamp(record), record.levelname.lower(), self._event(record)
         return _encode({"time": time, "level": level, "logger": record.name, "event": event, **self._fields(record)})
 
 
@@ -66,70 +81,44 @@ class TextFormatter(_EventFormatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
         start = f"{self._timestamp(record)} " if self._has_timestamp else ""
-        event = record.getMessage()
+        event = self._event(record)
         line = f"{start}{record.levelname} {record.name}: {event if event.isprintable() else _encode(event)[1:-1]}"
-        for key, value in self._fields(record).items():
-            plain = isinstance(value, str) and _PLAIN.fullmatch(value) and value.isprintable()
-            line += f" {key}={value if plain else _encode(value)}"
-        return line
+        return line + _fields_text(self._fields(record))
 
 
-class _EventWriter(logging.Handler):
-    """A handler that writes lines to stderr: at once, or the lines of one turn of an event loop together."""
+class _EventRecord(logging.LogRecord):
+    """A log record whose message has the fields, too: for a format of the operator with ``%(message)s`` only."""
 
-    #: Calls a function at the end of the loop's turn, and the thread of that loop; None: lines are written at once.
-    turn: tuple[Callable[[Callable[[], None]], object], int] | None = None
-
-    def __init__(self, formatter: logging.Formatter) -> None:
-        super().__init__()
-        self._format = formatter.format
-        self._lines: list[str] = []
-        self._flush_is_due = False
-
-    def handle(self, record: logging.LogRecord) -> bool:
-        """Add an event. Another thread than the loop's writes it at once, after those that wait."""
-        try:
-            self._lines.append(self._format(record))
-        except Exception:  # noqa: BLE001 - a log call never raises
-            self.handleError(record)
-        if self.turn is None or threading.get_ident() != self.turn[1]:
-            self.flush()
-        elif not self._flush_is_due:
-            self._flush_is_due = True
-            try:
-                self.turn[0](self.flush)
-            except RuntimeError:  # the loop is closed
-                self.flush()
-        return True
-
-    def flush(self) -> None:
-        """Write all lines that wait. They are lost if stderr is closed or, while it does not block, is full."""
-        self._flush_is_due = False
-        assert self.lock is not None
-        with self.lock:  # other threads may append meanwhile, at the end
-            count = len(self._lines)
-            data = "".join([f"{line}\n" for line in self._lines[:count]]).encode("utf-8", "backslashreplace")
-            del self._lines[:count]
-            try:
-                while data:
-                    data = data[os.write(_STDERR, data) :]
-            except OSError:
-                pass
+    def getMessage(self) -> str:
+        """Return event and fields as text."""
+        message = super().getMessage()
+        fields = _fields_text(_fields(self))
+        # A handler may pass on a copy whose event is the message.
+        return message if fields in message else message + fields
 
 
 def write_per_turn(call_soon: Callable[[Callable[[], None]], object] | None) -> None:
-    """Write the events of each turn of this thread's event loop together; None: the loop has ended.
+    """Deliver the events of each turn of this thread's event loop together; None: the loop has ended.
 
-    `call_soon` has a function called at the end of the loop's turn. Events of other threads are written at once.
+    `call_soon` has a function called at the end of the loop's turn. Events of other threads are delivered at once.
     """
     flush()
-    _EventWriter.turn = None if call_soon is None else (call_soon, threading.get_ident())
+    EventQueue.turn = None if call_soon is None else (call_soon, threading.get_ident())
 
 
 def flush() -> None:
-    """Write all events that wait for the end of the turn: call this before the process ends without cleaning up."""
-    for handler in logging.getLogger().handlers:
-        handler.flush()
+    """Deliver all events, as far as that is possible within a bounded time: for the end of the process."""
+    for queue in _queues():
+        queue.drain()
+
+
+def _loggers() -> list[logging.Logger]:
+    return [logging.root, *(one for one in logging.root.manager.loggerDict.values() if isinstance(one, logging.Logger))]
+
+
+def _queues() -> list[EventQueue]:
+    found = [handler for logger in _loggers() for handler in logger.handlers if isinstance(handler, EventQueue)]
+    return list(dict.fromkeys(found))
 
 
 def configure(
@@ -144,42 +133,84 @@ def configure(
 
     `level` is the lowest level that is logged, `form` is ``text`` or ``json``, `name` is the program's name in syslog.
     `config`, the argument for `logging.config.dictConfig`, replaces the other arguments; if it is rejected, ValueError
-    has the reason. Raises OSError: a log file or the syslog socket cannot be opened.
+    has the reason. Raises OSError: a log file or the syslog socket cannot be opened. After an error, the program logs
+    to stderr.
     """
-    flush()
-    if config is not None:
-        try:
-            # Existing loggers continue to log even if the configuration does not name them.
-            logging.config.dictConfig({"version": 1, **config, "disable_existing_loggers": False})
-        except (ValueError, TypeError, AttributeError, ImportError, KeyError) as error:
-            if isinstance(error.__cause__, OSError):
-                raise error.__cause__ from error
-            cause = f": {error.__cause__}" if error.__cause__ else ""
-            raise ValueError(f"{error}{cause}") from error
-        return
-    formatter = JSONFormatter() if form == "json" else TextFormatter(timestamp=not syslog)
-    handler: logging.Handler
-    if syslog:
-        handler = logging.handlers.SysLogHandler("/dev/log", logging.handlers.SysLogHandler.LOG_DAEMON)
-        handler.ident = f"{name}[{os.getpid()}]: "
-        handler.setFormatter(formatter)
-    else:
-        handler = _EventWriter(formatter)
-    logging.basicConfig(handlers=[handler], level=level, force=True)
+    for queue in [*_queues(), logging.lastResort]:
+        if isinstance(queue, EventQueue):
+            queue.close()
+    for logger in _loggers():
+        logger.handlers = [one for one in logger.handlers if not isinstance(one, EventQueue)]
+    # Python itself would write these to stderr, which may block.
+    logging.raiseExceptions = False
+    logging.captureWarnings(True)
+    sys.unraisablehook = _log_unraisable
+    logging.setLogRecordFactory(logging.LogRecord if config is None else _EventRecord)
+    try:
+        if config is None:
+            formatter = JSONFormatter() if form == "json" else TextFormatter(timestamp=not syslog)
+            handler = SyslogQueue(formatter.format, name) if syslog else OutputQueue(formatter.format)
+            logging.basicConfig(handlers=[handler], level=level, force=True)
+        else:
+            _apply(config)
+    except BaseException:
+        logging.basicConfig(handlers=[OutputQueue(TextFormatter().format)], level=logging.INFO, force=True)
+        raise
     # Omit the record attributes that the formatters do not print: they are half of the cost of an event.
-    logging.logThreads = logging.logMultiprocessing = logging.logProcesses = False
-    logging._srcfile = None
-    if hasattr(logging, "logAsyncioTasks"):
-        logging.logAsyncioTasks = False
+    if config is None:
+        logging.logThreads = logging.logMultiprocessing = logging.logProcesses = False
+        logging._srcfile = None
+        if hasattr(logging, "logAsyncioTasks"):
+            logging.logAsyncioTasks = False
+
+
+def _apply(config: Mapping[str, Any]) -> None:
+    """Apply a configuration for `logging.config.dictConfig`, and put a queue before each of its handlers."""
+    try:
+        # Existing loggers continue to log even if the configuration does not name them.
+        logging.config.dictConfig({"version": 1, **config, "disable_existing_loggers": False})
+    except (ValueError, TypeError, AttributeError, ImportError, KeyError) as error:
+        if isinstance(error.__cause__, OSError):
+            raise error.__cause__ from error
+        cause = f": {error.__cause__}" if error.__cause__ else ""
+        raise ValueError(f"{error}{cause}") from error
+    stderr = OutputQueue(TextFormatter().format)  # not before `dictConfig`, which closes all handlers
+    stderr.setLevel(logging.WARNING)
+    logging.lastResort = stderr  # for events without handler; Python's own handler may block
+    queues: dict[logging.Handler, EventQueue] = {}
+    for logger in _loggers():
+        for handler in logger.handlers:
+            if handler not in queues:
+                queues[handler] = _queue(handler, stderr)
+        logger.handlers = [queues[handler] for handler in logger.handlers]
+
+
+def _queue(handler: logging.Handler, stderr: OutputQueue) -> EventQueue:
+    if type(handler) is not logging.StreamHandler or handler.stream not in (sys.stderr, sys.stdout):
+        return HandlerQueue(handler, stderr)
+    queue = OutputQueue(handler.format, handler.stream.fileno())
+    queue.setLevel(handler.level)
+    queue.filters = handler.filters
+    return queue
+
+
+def _log_unraisable(unraisable: Any) -> None:
+    """Log an exception that Python cannot raise, such as that of a finalizer."""
+    where = f"{unraisable.err_msg or 'Exception ignored in'}: {unraisable.object!r}"
+    raised = (unraisable.exc_type, unraisable.exc_value, unraisable.exc_traceback)
+    logging.getLogger(__name__).error("unexpected error", exc_info=raised, extra={"where": where})
 
 
 def reopen() -> None:
     """Reopen every log file, after a rotation; stdout and stderr stay open."""
-    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
-    for handler in {handler for logger in loggers for handler in getattr(logger, "handlers", ())}:
-        if isinstance(handler, logging.FileHandler) and handler.lock is not None:
-            with handler.lock:
-                if handler.stream is not None:
-                    handler.stream.close()
-                handler.stream = None  # it opens its file again at the next event
+    for queue in _queues():
+        if isinstance(queue, HandlerQueue):
+            queue.reopen()
     logging.getLogger(__name__).info("log files reopened")
+
+
+def reopen_stderr() -> None:
+    """Log to the file that stderr refers to now; the previous one is closed."""
+    for queue in [*_queues(), logging.lastResort]:
+        if isinstance(queue, OutputQueue):
+            queue.reopen()

@@ -13,7 +13,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from harp_daemon import logs
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+#: Seconds for a message to the service manager.
+_NOTIFY_TIMEOUT = 1.0
 
 
 class ProcessError(Exception):
@@ -23,6 +27,13 @@ class ProcessError(Exception):
 def describe_exit(code: int) -> str:
     """Return the text for an exit code; `code` is negative for a signal, as in `subprocess.Popen.returncode`."""
     return f"signal {-code}" if code < 0 else f"exit status {code}"
+
+
+def occupy_standard_descriptors() -> None:
+    """Open those of the descriptors 0, 1 and 2 that are closed: otherwise the log could be written to another file."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
 
 
 @contextmanager
@@ -75,6 +86,7 @@ def detach() -> Callable[[], None]:
 
     def notify_ready() -> None:
         os.dup2(null, 2)
+        logs.reopen_stderr()
         os.close(null)
         with suppress(BrokenPipeError):  # the foreground process has exited
             os.write(notify_end, b"1")
@@ -102,5 +114,6 @@ def notify_service_manager(state: str) -> None:
     """Notify the service manager, if there is one: ``READY=1``, ``STOPPING=1``, ... (sd_notify(3))."""
     if address := os.environ.get("NOTIFY_SOCKET"):
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+            channel.settimeout(_NOTIFY_TIMEOUT)  # a service manager that hangs does not delay the service for longer
             with suppress(OSError):  # the service continues without its service manager
                 channel.sendto(state.encode(), re.sub("^@", "\0", address))

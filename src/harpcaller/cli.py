@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from harp.protocol.json_text import InvalidJSON, Raw, loads
-from harp_daemon.process import ProcessError, detach, pidfile
+from harp_daemon.process import ProcessError, detach, occupy_standard_descriptors, pidfile
 from harp_daemon.program import add_version, written_output
 from harp_daemon.settings import ConfigError
 from harp_daemon.sliced_json import decode_slices
@@ -51,6 +51,7 @@ exit status: 0 success, 1 failure (one line on stderr says why; status: stopped)
 
 def main(arguments: list[str] | None = None) -> int:
     """Run harpcallerd; return its exit status."""
+    occupy_standard_descriptors()
     sys.setrecursionlimit(10_000)  # values may be nested as deeply as the protocol allows
     program = parser()
     with written_output("harpcallerd"):  # of --help and --version

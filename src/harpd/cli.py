@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from harp_daemon.event_loop import run
-from harp_daemon.process import ProcessError, detach, pidfile
+from harp_daemon.process import ProcessError, detach, occupy_standard_descriptors, pidfile
 from harp_daemon.program import add_version, written_output
 from harp_daemon.settings import ConfigError
 from harpd.config.loaded import CommandLine, check, load_config, load_supervisor_config
@@ -50,6 +50,7 @@ exit status: 0 success; 1 an error (one line on stderr), no supervisor runs (sta
 
 def main(arguments: list[str] | None = None) -> int:
     """Run harpd; return its exit status."""
+    occupy_standard_descriptors()
     command_line = parser()
     with written_output("harpd"):  # of --help and --version
         options = CommandLine(**vars(command_line.parse_args(arguments)))
