@@ -27,7 +27,7 @@ from support.certificates import server_files
 from support.daemonlog import DEADLINE, DaemonLog
 from support.deadline import wait_until
 
-_LOGGING = {
+_LOGGING: dict[str, Any] = {
     "version": 1,
     "formatters": {"json": {"()": "harp_daemon.logs.JSONFormatter"}},
     "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "json"}},
@@ -49,6 +49,7 @@ class Harpd(DaemonLog):
         options: more command-line options.
         descriptors: the hard limit of open files; None: that of this process.
         services: run frontend and supervisor as two programs, like the services; otherwise as one.
+        stderr: the programs log to this descriptor, too; None: stderr is the log.
     """
 
     host = "127.0.0.1"
@@ -63,6 +64,7 @@ class Harpd(DaemonLog):
         options: tuple[str, ...] = (),
         descriptors: int | None = None,
         services: bool = False,
+        stderr: int | None = None,
     ) -> None:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
@@ -81,7 +83,13 @@ class Harpd(DaemonLog):
         self._services = services
         self._launcher: subprocess.Popen[bytes] | None = None
         self.procedures_file.write_text(procedures)
-        self.logging_file.write_text(yaml.safe_dump(_LOGGING))
+        self._stderr = stderr
+        logging: dict[str, Any] = _LOGGING
+        if stderr is not None:
+            file = {"class": "logging.FileHandler", "formatter": "json", "filename": str(self.log_file)}
+            root = {"level": "DEBUG", "handlers": ["stderr", "file"]}
+            logging = {**_LOGGING, "handlers": {**_LOGGING["handlers"], "file": file}, "root": root}
+        self.logging_file.write_text(yaml.safe_dump(logging))
         self.log_file.touch()
         self.configure(configuration or {})
 
@@ -160,7 +168,11 @@ class Harpd(DaemonLog):
         limit = [] if self._descriptors is None else ["prlimit", f"--nofile={self._descriptors}"]
         with self.log_file.open("ab") as log:
             return subprocess.Popen(
-                [*limit, *self.command(*command)], stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.directory
+                [*limit, *self.command(*command)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log if self._stderr is None else self._stderr,
+                cwd=self.directory,
             )
 
     def stop_launcher(self, number: signal.Signals = signal.SIGTERM) -> int:

@@ -91,6 +91,8 @@ class Supervisor:
             "spool_memory": 1 << 30,
             "disconnect_timeout": 3600.0,
             "result_ttl": 3600.0,
+            "output_lines": 1000,
+            "output_bytes": 262144,
             "exit_info": {"stderr": False, "traceback": False},
             "cgroup": None,
             "outlive": False,

@@ -27,6 +27,7 @@ from harpd.processes.process_tree import (
     take_snapshot,
 )
 from harpd.supervisor.event_loop import EventLoop, Timer
+from harpd.supervisor.output_limit import OutputLimit
 from harpd.supervisor.worker_process import OutputCollector, OutputPipe
 from support.deadline import wait_until
 from support.hopper import group_lives, hopping, is_hopper
@@ -385,8 +386,9 @@ def printed(caplog: pytest.LogCaptureFixture) -> list[str]:
 def test_output_pipe_splits_lines(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     loop = EventLoop()
-    output = OutputCollector(loop, 1)
-    pipes = [OutputPipe(output, "stdout") for _ in range(3)]
+    output = OutputCollector(loop, 1, (1000, 262144))
+    limit = OutputLimit(loop, output.limits, lambda lines, size: None)
+    pipes = [OutputPipe(output, "stdout", limit) for _ in range(3)]
     for number, pipe in enumerate(pipes):
         os.write(pipe.writing_end, f"begun {number}".encode())
     os.write(pipes[0].writing_end, b"\n\nnext\nrest")

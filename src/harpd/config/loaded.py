@@ -28,7 +28,10 @@ from harpd.worker.privileges import UserError, resolve_credentials
 from harpd.worker.procedures import load_procedures
 
 #: The keys of section `limits` that the supervisor applies.
-_SUPERVISOR_LIMITS = ("max_calls", "kill_grace", "spool", "spool_memory", "disconnect_timeout", "result_ttl")
+_SUPERVISOR_LIMITS = (
+    *("max_calls", "kill_grace", "spool", "spool_memory", "disconnect_timeout", "result_ttl"),
+    *("output_lines", "output_bytes"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -85,6 +85,9 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     disconnect_timeout: Seconds = 3600.0  #: Longest time that a dispatcher can request for calls without contact.
     result_ttl: Seconds = 86400.0  #: Longest time that a dispatcher can request for the storage of unfetched results.
 
+    output_lines: Count = 1000  #: Most lines that a call may print to the log in a second; others are dropped.
+    output_bytes: Bytes = 256 * 1024  #: Most bytes that a call may print to the log in a second.
+
     def __post_init__(self) -> None:
         for total, single in (("request_memory", "request_line"), ("spool_memory", "spool")):
             if (value := getattr(self, total)) < (minimum := getattr(self, single)):

@@ -102,7 +102,8 @@ class Supervisor:
         self._registry = CallRegistry(self._context)
         self._links: set[Link] = set()
         self._lifeline = lifeline
-        self._output = OutputCollector(loop, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _LEFT_OPEN_DIVISOR)
+        max_left_open = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _LEFT_OPEN_DIVISOR
+        self._output = OutputCollector(loop, max_left_open, _output_limits(settings))
         self._zygote: ZygoteClient | None = None
         self._loading: ZygoteClient | None = None
         self._accepting = self._draining = self._retired = False
@@ -134,6 +135,7 @@ class Supervisor:
                     self._zygote.retire()
                 self._zygote = zygote
                 self._context.settings = settings
+                self._output.limits = _output_limits(settings)
                 self._context.quota.limit = settings["spool_memory"]
                 fields = {"file": settings["procedures"], "procedures": len(zygote.procedures)}
                 log.info("procedures loaded", extra=fields)
@@ -344,6 +346,10 @@ class Supervisor:
         self._listener.close()
         self._context.state_files.close()
         self._loop.stop()
+
+
+def _output_limits(settings: Mapping[str, Any]) -> tuple[int, int]:
+    return settings["output_lines"], settings["output_bytes"]
 
 
 def _finish_reload(settings: Mapping[str, Any], error: str | None) -> dict[str, Any]:

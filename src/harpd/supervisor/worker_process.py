@@ -5,9 +5,9 @@ next call. It exits instead in these cases: its call was stopped or died; harpd'
 more than its closing line; its zygote has retired. An idle worker does not count as a call. It exits as soon as its
 channel closes, or is killed.
 
-Each line of its stdout and stderr becomes a log event with the call's id. A pipe stays open after its call's end while
-a process has its writing end: a service that a procedure has started must not be killed by its next message. The number
-of such pipes is bounded; those of the oldest calls are closed first.
+Each line of its stdout and stderr becomes a log event with the call's id, up to a limit of lines and bytes a second. A
+pipe stays open after its call's end while a process has its writing end: a service that a procedure has started must
+not be killed by its next message. The number of such pipes is bounded; those of the oldest calls are closed first.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Protocol
 from harpd.processes.cgroup import Cgroup
 from harpd.processes.process_tree import send_signal
 from harpd.supervisor.event_loop import READ, EventLoop
+from harpd.supervisor.output_limit import OutputLimit
 
 log = logging.getLogger("harpd.supervisor")
 output_log = logging.getLogger("harpd.call")
@@ -36,6 +37,8 @@ _RESERVED, _RESERVED_SHARE = 64, 8
 _EXIT_TIMEOUT = 5.0
 #: Bytes per read. They are few, so that a call that prints without pause does not delay other calls.
 _OUTPUT_READ_SIZE = 512
+#: While lines are dropped: bytes per read, as many as the pipe holds, and seconds between two reads.
+_DROPPED_READ_SIZE, _DROPPED_READ_INTERVAL = 64 * 1024, 0.005
 #: The most bytes of a line in one event; a longer line is split into several.
 _MAX_LINE_BYTES = 8192
 #: How many of the last lines exit info may have, and how many characters of each.
@@ -72,10 +75,13 @@ class WorkerProcess:
         self.channel, far = socketpair(AF_UNIX, SOCK_STREAM)
         self.channel.setblocking(False)
         self.child_descriptors = [far.detach()]  # its own end of the channel, its stdout and its stderr
+        self._output = output
+        self._limit = OutputLimit(output.loop, output.limits, self._on_output_dropped)
+        self._fields: Mapping[str, str] = {}
         self._pipes: list[OutputPipe] = []
         try:
             for stream in ("stdout", "stderr"):
-                self._pipes.append(OutputPipe(output, stream))
+                self._pipes.append(OutputPipe(output, stream, self._limit))
                 self.child_descriptors.append(self._pipes[-1].writing_end)
             limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
             if max(self.channel.fileno(), *self.child_descriptors) >= limit - min(_RESERVED, limit // _RESERVED_SHARE):
@@ -92,6 +98,8 @@ class WorkerProcess:
         if self.served:
             self._cpu_before = self._cpu_seconds()
         self.served += 1
+        self._limit.reset(self._output.limits)
+        self._fields = fields
         for pipe in self._pipes:
             pipe.assign(fields)
 
@@ -113,6 +121,9 @@ class WorkerProcess:
             self.release()
         else:
             self.call.on_reaped(status, None if cpu is None else self.call_cpu_seconds(cpu), memory)
+
+    def _on_output_dropped(self, lines: int, size: int) -> None:
+        output_log.warning("call output dropped", extra={**self._fields, "lines": lines, "bytes": size})
 
     def call_cpu_seconds(self, cpu: float | None = None) -> float:
         """Return the part of `cpu` that its present call has used; by default of its own time, without children."""
@@ -148,6 +159,7 @@ class WorkerProcess:
         for pipe in self._pipes:
             pipe.drain()
             pipe.flush()
+        self._limit.finish()
 
     def finish_input(self) -> None:
         """Have it exit after its present call: it gets no other one."""
@@ -176,30 +188,42 @@ class WorkerProcess:
         self.close()
         for pipe in self._pipes:
             pipe.release()
+        self._limit.finish()
         if self.cgroup is not None:
             self.cgroup.remove()
 
 
 class OutputCollector:
-    """What all pipes share. `max_left_open`: how many pipes of ended calls may stay open."""
+    """What all pipes share. `max_left_open`: how many pipes of ended calls may stay open.
 
-    def __init__(self, loop: EventLoop, max_left_open: int) -> None:
+    `limits`: how many lines and bytes a second a new call may print.
+    """
+
+    def __init__(self, loop: EventLoop, max_left_open: int, limits: tuple[int, int]) -> None:
+        self.limits = limits
         self.loop = loop
         self.max_left_open = max_left_open
         self.left_open: dict[OutputPipe, None] = {}  # pipes of ended calls, oldest first
 
 
 class OutputPipe:
-    """The pipe of a worker's stdout or stderr, as `stream` says. Raises OSError if no descriptor is free."""
+    """The pipe of a process's stdout or stderr, as `stream` says. Raises OSError if no descriptor is free.
 
-    def __init__(self, collector: OutputCollector, stream: str) -> None:
+    Each line becomes an `event` if the limit accepts it.
+    """
+
+    def __init__(
+        self, collector: OutputCollector, stream: str, limit: OutputLimit, event: str = "call printed"
+    ) -> None:
+        self._limit = limit
+        self._event = event
         self._collector = collector
         self._descriptor, self.writing_end = os.pipe2(os.O_CLOEXEC)  # the creator closes the writing end
         os.set_blocking(self._descriptor, False)
         self._fields: Mapping[str, str] = {"stream": stream}
         self._partial_line = b""
         self._last: deque[bytes] = deque(maxlen=_MAX_LAST_LINES)
-        collector.loop.watch(self._descriptor, READ, self._read)
+        self._watch()
 
     def assign(self, fields: Mapping[str, str]) -> None:
         self._fields = {**fields, "stream": self._fields["stream"]}
@@ -225,13 +249,17 @@ class OutputPipe:
         """Read once, and log the lines that are complete; return whether there was data."""
         if self._descriptor < 0:
             return False
+        dropping = self._limit.is_dropping
         try:
-            data = os.read(self._descriptor, _OUTPUT_READ_SIZE)
+            data = os.read(self._descriptor, _DROPPED_READ_SIZE if dropping else _OUTPUT_READ_SIZE)
         except BlockingIOError:
             return False
         if not data:
             self._close()
             return False
+        if dropping:
+            self._drop(data)
+            return True
         *lines, self._partial_line = (self._partial_line + data).split(b"\n")
         for line in lines:
             self._log(line)
@@ -240,6 +268,24 @@ class OutputPipe:
             self._log(self._partial_line[:cut])
             self._partial_line = self._partial_line[cut:]
         return True
+
+    def _drop(self, data: bytes) -> None:
+        """Drop lines, without the cost of handling each; then pause, so that the flood costs others little time."""
+        whole, line_feed, self._partial_line = (self._partial_line + data).rpartition(b"\n")
+        if line_feed:
+            self._limit.drop(whole.count(b"\n") + 1, len(whole) + 1)
+            last = whole.rsplit(b"\n", _MAX_LAST_LINES)[-_MAX_LAST_LINES:]
+            self._last.extend(line[:_MAX_LINE_BYTES] for line in last)
+        if len(self._partial_line) > _MAX_LINE_BYTES:
+            self._limit.drop(1, len(self._partial_line))
+            self._last.append(self._partial_line[:_MAX_LINE_BYTES])
+            self._partial_line = b""
+        self._collector.loop.unwatch(self._descriptor)
+        self._collector.loop.call_later(_DROPPED_READ_INTERVAL, self._watch)
+
+    def _watch(self) -> None:
+        if self._descriptor >= 0:
+            self._collector.loop.watch(self._descriptor, READ, self._read)
 
     def flush(self) -> None:
         if self._partial_line:
@@ -255,7 +301,8 @@ class OutputPipe:
 
     def _log(self, line: bytes) -> None:
         self._last.append(line)
-        output_log.info("call printed", extra={**self._fields, "text": _text(line)})
+        if self._limit.accept(len(line) + 1):
+            output_log.info(self._event, extra={**self._fields, "text": _text(line)})
 
 
 def _text(line: bytes) -> str:

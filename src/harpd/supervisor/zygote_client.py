@@ -25,7 +25,8 @@ from harp.protocol.json_text import encode_value, loads
 from harpd.processes.cookie import reserve_cookie
 from harpd.processes.process_tree import start_time
 from harpd.supervisor.event_loop import READ, WRITE
-from harpd.supervisor.worker_process import OutputCollector, WorkerProcess, WorkerUser
+from harpd.supervisor.output_limit import OutputLimit
+from harpd.supervisor.worker_process import OutputCollector, OutputPipe, WorkerProcess, WorkerUser
 
 log = logging.getLogger("harpd.supervisor")
 
@@ -78,9 +79,14 @@ class ZygoteClient:
         self._retired = self._stuck = False
         self.procedures: dict[str, ProcedureInfo] = {}  # by name; complete once it has loaded
         self._socket, zygote_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with zygote_end, contextlib.ExitStack() as undo:
+        limit = OutputLimit(output.loop, output.limits, _log_dropped_output)
+        with zygote_end, contextlib.ExitStack() as undo, contextlib.ExitStack() as closing:
             undo.callback(self._socket.close)
-            self.pid = _spawn(zygote_end)
+            self._pipes = []
+            for stream in ("stdout", "stderr"):
+                self._pipes.append(OutputPipe(output, stream, limit, "procedures file printed"))
+                closing.callback(os.close, self._pipes[-1].writing_end)
+            self.pid = _spawn(zygote_end, *(pipe.writing_end for pipe in self._pipes))
             self._pidfd = os.pidfd_open(self.pid)
             undo.pop_all()
         self._socket.setblocking(False)
@@ -105,6 +111,8 @@ class ZygoteClient:
     def _report_load(self, error: str | None) -> None:
         report, self._on_loaded = self._on_loaded, None
         if report is not None:
+            for pipe in self._pipes:
+                pipe.drain()
             report(error)
 
     def worker_identities(self) -> set[tuple[int, int]]:
@@ -209,6 +217,8 @@ class ZygoteClient:
             self._loop.unwatch(self._socket.fileno())
             self._socket.close()
             os.close(self._pidfd)
+            for pipe in self._pipes:
+                pipe.release()
         while self._unsent:
             _close_all(self._unsent.popleft()[1])
 
@@ -285,14 +295,21 @@ class ZygoteClient:
                 self._report_load(error)
 
 
-def _spawn(zygote_end: socket.socket) -> int:
-    """Execute a zygote with its end of the socket; all other descriptors close on exec. Return its pid."""
+def _log_dropped_output(lines: int, size: int) -> None:
+    log.warning("output of procedures file dropped", extra={"lines": lines, "bytes": size})
+
+
+def _spawn(zygote_end: socket.socket, stdout: int, stderr: int) -> int:
+    """Execute a zygote with its end of the socket and its output; other descriptors close on exec. Return its pid."""
     os.set_inheritable(zygote_end.fileno(), True)
     program = "from harpd.worker.zygote import main; main()"  # `-m` would load modules that no worker needs
     arguments = [sys.executable, "-P", "-c", program, str(zygote_end.fileno()), str(os.getpid())]
     # The linker resolves all symbols at the start: otherwise each worker resolves those that it uses, and copies pages.
     environment = {**reserve_cookie(), "LD_BIND_NOW": "1"}
-    return os.posix_spawn(sys.executable, arguments, environment, setsigdef=_IGNORED_SIGNALS, setsigmask=())
+    output = [(os.POSIX_SPAWN_DUP2, stdout, 1), (os.POSIX_SPAWN_DUP2, stderr, 2)]
+    return os.posix_spawn(
+        sys.executable, arguments, environment, file_actions=output, setsigdef=_IGNORED_SIGNALS, setsigmask=()
+    )
 
 
 def _close_all(descriptors: Sequence[int]) -> None:
