@@ -14,9 +14,11 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack, aclosing, closing, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
 from harp_daemon import logs
+from harp_daemon.expiry import Validity, log_expiry_regularly, read_validities
 from harp_daemon.process import ProcessError, notify_service_manager
 from harp_daemon.settings import ConfigError, report_restart_needed
 from harp_daemon.sockets import Listener, ListenError, listen_unix
@@ -50,6 +52,11 @@ def check(config: Config) -> list[str]:
     lists = []
     try:
         HostTLS(config)
+        now = datetime.now(UTC)
+        authorities = [each for each in _validities(config) if each.file == config.ca_file]
+        expired = [*filter(None, [each.describe_error(now) for each in authorities])]
+        if expired and len(expired) == len(authorities):  # a collection of authorities often contains old ones
+            errors += [f"{config.file}: ca_file: {reason}" for reason in expired]
     except ConfigError as error:
         errors.append(str(error))
     try:
@@ -64,6 +71,15 @@ def check(config: Config) -> list[str]:
     except (ScriptFailed, OSError) as error:
         errors.append(f"{config.file}: host_db_script: {error}")
     return [*errors, *(str(line) for found in lists for line in found.rejected)]
+
+
+def _validities(config: Config) -> list[Validity]:
+    """Return the validity of the certificates by which hosts are accepted. May block."""
+    found = []
+    for file in (config.ca_file, config.known_certs_file):
+        with suppress(OSError):  # the use of the file reports it
+            found += [] if file is None else read_validities(file)
+    return found
 
 
 async def run(
@@ -100,11 +116,13 @@ async def run(
             on_ready()
             notify_service_manager("READY=1")
             reloading = asyncio.create_task(reloader.reload_on_request(reload_requested))
+            reporting = asyncio.create_task(log_expiry_regularly(lambda: _validities(dispatcher.config)))
             await stop.wait()
             log.info("harpcallerd stops")
             notify_service_manager("STOPPING=1")
-            reloading.cancel()
-            await asyncio.wait([reloading])
+            for task in (reloading, reporting):
+                task.cancel()
+            await asyncio.wait([reloading, reporting])
     finally:
         # Closing the loop restores the default actions: a second signal would change the exit status.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1})

@@ -13,12 +13,14 @@ import ssl
 import sys
 import threading
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from harp_daemon import logs
+from harp_daemon.expiry import Validity, read_validities
 from harp_daemon.process import describe_exit
 from harp_daemon.settings import ConfigError
 from harp_daemon.sockets import ResolveError, resolve
@@ -95,6 +97,7 @@ class LoadedConfig(SupervisorConfig):
     users: AuthDB
     #: Mistakes that prevent neither start nor reload, each with its place. ``--test`` fails with the first.
     problems: list[str]
+    validities: list[Validity]  #: Of the certificates that clients see.
 
 
 def load_supervisor_config(options: CommandLine) -> SupervisorConfig:
@@ -111,6 +114,7 @@ def load_config(options: CommandLine) -> LoadedConfig:
     common = load_supervisor_config(options)
     configuration = common.configuration
     context = server_context(configuration.network, options.config)
+    validities = read_validities(Path(configuration.network.certfile))
     previous_path = sys.path[:]
     paths = configuration.python.search_paths()
     sys.path[:] = [*paths["prepend"], *options.search_path, *paths["append"]]
@@ -119,7 +123,7 @@ def load_config(options: CommandLine) -> LoadedConfig:
     except BaseException:
         sys.path[:] = previous_path
         raise
-    return LoadedConfig(options, configuration, common.log, context, users, problems)
+    return LoadedConfig(options, configuration, common.log, context, users, problems, validities)
 
 
 def _open_users(section: dict[str, Any], file: Path) -> tuple[AuthDB, list[str]]:
@@ -200,6 +204,11 @@ def _load_everything(options: CommandLine) -> list[str]:
     threads_before = threading.active_count()
     procedures = load_procedures(options.procedures)
     warnings = config.users.warnings() if isinstance(config.users, AuthDB) else []
+    now = datetime.now(UTC)
+    for validity in config.validities:
+        if reason := validity.describe_error(now):
+            raise ConfigError(f"{options.config}: network.certfile: {reason}")
+        warnings += filter(None, [validity.describe_warning(now)])
     if config.problems:
         raise ConfigError(config.problems[0])
     if not procedures:

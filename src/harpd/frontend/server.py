@@ -6,6 +6,7 @@ calls in processes of the supervisor. Each connection has its own task and a dea
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import resource
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from harp_daemon.acceptor import Acceptor
+from harp_daemon.expiry import log_expiry_regularly
 from harp_daemon.memory_quota import MemoryQuota
 from harp_daemon.settings import ConfigError, report_restart_needed
 from harp_daemon.sockets import Listener, ListenError, ResolveError, listen_tcp
@@ -71,6 +73,7 @@ class FrontendServer:
         self._links = SupervisorLinks(client)
         self._arrival_clock = ArrivalClock()
         self._timers = TimerWheel()
+        self._expiry_report: asyncio.Task[None] | None = None
         self._initial_config = config
         self._apply_config(config)
         self._acceptor = Acceptor(
@@ -88,7 +91,7 @@ class FrontendServer:
         self._acceptor.open(self._listeners)
         for listener in self._listeners:
             log.info("harpd is serving", extra=listener.fields)
-        _log_problems(self._config)
+        self._log_problems()
 
     def _settings(self, config: LoadedConfig) -> dict[str, Any]:
         outlive = self._initial_config.configuration.runtime_directory is not None
@@ -124,7 +127,18 @@ class FrontendServer:
         self._apply_config(new)
         log.info("reloaded")
         report_restart_needed(self._initial_config.configuration, new.configuration, _NEEDING_RESTART)
-        _log_problems(new)
+        self._log_problems()
+
+    def _log_problems(self) -> None:
+        """Log a warning for each problem of the configuration, which is used nevertheless."""
+        version = str(self._config.configuration.network.tls_minimum)
+        if version in ("1.0", "1.1"):
+            log.warning("TLS versions below 1.2 are allowed", extra={"tls_minimum": version})
+        for problem in self._config.problems:
+            log.warning("configuration has a mistake", extra={"problem": problem})
+        if self._expiry_report is not None:
+            self._expiry_report.cancel()
+        self._expiry_report = asyncio.create_task(log_expiry_regularly(lambda: self._config.validities))
 
     async def stop(self) -> None:
         """Stop within a bounded time. If this program launches the supervisor, all calls end with ``shutdown``.
@@ -144,6 +158,9 @@ class FrontendServer:
         await self._acceptor.drain(_FINAL_REPLY_TIMEOUT)
         self._links.close()
         self._timers.close()
+        if self._expiry_report is not None:
+            self._expiry_report.cancel()
+            await asyncio.wait([self._expiry_report])
 
 
 def _listen(network: Network, file: Path) -> list[Listener]:
@@ -154,12 +171,3 @@ def _listen(network: Network, file: Path) -> list[Listener]:
     except ListenError as error:
         endpoint = f"{network.address or 'any address'}, port {network.port}"
         raise ConfigError(f"{file}: network.address: cannot listen on {endpoint}: {error}") from error
-
-
-def _log_problems(config: LoadedConfig) -> None:
-    """Log a warning for each problem of a configuration that is used nevertheless."""
-    version = str(config.configuration.network.tls_minimum)
-    if version in ("1.0", "1.1"):
-        log.warning("TLS versions below 1.2 are allowed", extra={"tls_minimum": version})
-    for problem in config.problems:
-        log.warning("configuration has a mistake", extra={"problem": problem})

@@ -1,0 +1,113 @@
+"""When certificates end: errors for a check, and warnings in the log of a daemon.
+
+The dates are read from the certificates themselves, because Python's `ssl` shows them only for authorities, and the
+daemons do without the library `cryptography`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import ssl
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+#: Days before its end from which a certificate is reported, and seconds between two reports.
+WARNING_DAYS = 30
+REPORT_EVERY = 86_400.0
+
+_PEM = re.compile(r"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
+_VERSION, _UTC_TIME = 0xA0, 0x17
+#: Before the validity, a certificate has its serial number, the algorithm of its signature, and its issuer.
+_FIELDS_BEFORE_VALIDITY = 3
+
+
+@dataclass(frozen=True)
+class Validity:
+    """The validity of a certificate of a file."""
+
+    file: Path
+    number: int  #: Its place in the file, from 1.
+    begins: datetime
+    ends: datetime
+
+    def describe_error(self, now: datetime) -> str | None:
+        """Return why it is invalid at this time; None: it is valid."""
+        where = f"{self.file}: certificate {self.number}"
+        if now > self.ends:
+            return f"{where} has expired on {self.ends:%Y-%m-%d}; replace it"
+        if now < self.begins:
+            return f"{where} is not valid before {self.begins:%Y-%m-%d %H:%M} UTC; check the clock"
+        return None
+
+    def describe_warning(self, now: datetime) -> str | None:
+        """Return a warning if it ends soon; None otherwise."""
+        if self.begins <= now <= self.ends and self.ends - now < timedelta(days=WARNING_DAYS):
+            return f"{self.file}: certificate {self.number} expires on {self.ends:%Y-%m-%d}; replace it"
+        return None
+
+
+def read_validities(file: Path) -> list[Validity]:
+    """Return the validity of each certificate of a PEM file; of one that cannot be read, none. Raises OSError."""
+    found = []
+    for number, text in enumerate(_PEM.findall(file.read_bytes().decode("ascii", "replace")), 1):
+        try:
+            found.append(Validity(file, number, *_read_dates(ssl.PEM_cert_to_DER_cert(text))))
+        except (ValueError, IndexError, StopIteration):
+            pass  # OpenSSL reports it when the file is used
+    return found
+
+
+def _read_dates(der: bytes) -> tuple[datetime, datetime]:
+    """Return begin and end of a certificate. Spec: RFC 5280, 4.1."""
+    certificate = next(_elements(der))[1]
+    fields = [field for field in _elements(next(_elements(certificate))[1]) if field[0] != _VERSION]
+    begins, ends = _elements(fields[_FIELDS_BEFORE_VALIDITY][1])
+    return _parse_time(*begins), _parse_time(*ends)
+
+
+def _elements(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield tag and contents of each element of a DER encoding."""
+    at = 0
+    while at < len(data):
+        tag, length = data[at], data[at + 1]
+        at += 2
+        if length & 0x80:
+            octets = length & 0x7F
+            length = int.from_bytes(data[at : at + octets], "big")
+            at += octets
+        yield tag, data[at : at + length]
+        at += length
+
+
+def _parse_time(tag: int, text: bytes) -> datetime:
+    digits = text.decode("ascii")
+    if tag == _UTC_TIME:  # two digits for the year, from 1950
+        digits = ("19" if digits[:2] >= "50" else "20") + digits
+    return datetime.strptime(digits, "%Y%m%d%H%M%SZ").replace(tzinfo=UTC)
+
+
+def log_expiry(validities: Iterable[Validity]) -> None:
+    """Log a warning for each certificate that is invalid now or ends soon."""
+    now = datetime.now(UTC)
+    for validity in validities:
+        fields = {"file": str(validity.file), "certificate": validity.number}
+        if now < validity.begins:
+            log.warning("certificate is not valid yet", extra={**fields, "begins": f"{validity.begins:%Y-%m-%d}"})
+        elif now > validity.ends:
+            log.warning("certificate has expired", extra={**fields, "ended": f"{validity.ends:%Y-%m-%d}"})
+        elif validity.describe_warning(now):
+            days = (validity.ends - now).days
+            log.warning("certificate expires soon", extra={**fields, "ends": f"{validity.ends:%Y-%m-%d}", "days": days})
+
+
+async def log_expiry_regularly(validities: Callable[[], Iterable[Validity]], every: float = REPORT_EVERY) -> None:
+    """Log the warnings now and every `every` seconds, until cancelled. `validities` is called in a thread."""
+    while True:
+        log_expiry(await asyncio.to_thread(lambda: list(validities())))
+        await asyncio.sleep(every)
