@@ -293,6 +293,37 @@ async def test_next_request_counts_from_its_own_arrival(tmp_path: Path) -> None:
     assert not harpd.faults()
 
 
+async def test_stopping_frontend_does_not_deny_a_start_it_lost(tmp_path: Path) -> None:
+    """Without an acknowledgement, the error shutdown promises that nothing was started."""
+    harpd = Harpd(tmp_path / "harpd", "", services=True)
+    directory = harpd.runtime_directory
+    directory.mkdir()
+    received = asyncio.Event()
+
+    def accept(request: dict[str, Any]) -> None:
+        received.set()
+
+    def refused() -> bool:
+        try:
+            harpd.connect().close()
+        except ConnectionRefusedError:
+            return True
+        return False
+
+    async with supervisor(directory, "a", accept):
+        make_current(directory, "a")
+        await asyncio.to_thread(harpd.start_frontend)
+        client = await asyncio.to_thread(harpd.connect)
+        client.send(harpd.request("same", [1]))
+        await asyncio.wait_for(received.wait(), DEADLINE)
+        os.kill(harpd.pid, signal.SIGTERM)
+        await asyncio.to_thread(wait_until, refused, DEADLINE, "the stop")
+    with client:
+        (error,) = await asyncio.to_thread(client.lines)
+    assert error["error"]["type"] == "call_died"
+    assert await asyncio.to_thread(harpd.stop_frontend) == 0
+
+
 @pytest.mark.parametrize("keep", [True, False])
 def test_client_with_keep_alive_reuses_its_connection(harpd: Harpd, keep: bool) -> None:
     before = len(harpd.events("call accepted"))

@@ -278,6 +278,61 @@ async def test_claim_jobs_in_each_state(store: Store, state: State, held: bool) 
 
 
 @STARTS
+async def test_requeue_job_in_each_state(store: Store, state: State, held: bool) -> None:
+    job_id = await job_in(store, state, held=held)
+    before = await store.get_job(job_id)
+    requeued = await store.requeue_job(job_id, 4.0)
+    assert requeued is (State.QUEUED in TRANSITIONS[state])
+    queued = replace(before, state=State.QUEUED, started=None, holds_slot=False, tried=4.0)
+    assert await store.get_job(job_id) == (queued if requeued else before)
+
+
+async def test_requeue_job_keeps_its_place_and_first_time(store: Store, reopen: Reopen) -> None:
+    jobs = [new_job(queue={"q": 1}) for _ in range(3)]
+    await store.add_jobs(jobs, 1.0)
+    for at in (5.0, 6.0):
+        [claimed] = await store.claim_jobs(2.0, MANY, MANY)
+        assert claimed.id == jobs[0].id
+        assert await store.requeue_job(claimed.id, at)
+        store = await reopen()
+    assert (await store.get_job(jobs[0].id)).tried == 5.0
+    for job in jobs:
+        assert [claimed.id for claimed in await store.claim_jobs(7.0, MANY, MANY)] == [job.id]
+        assert await store.finish_job(job.id, ENDS[State.RETURNED], 8.0)
+
+
+async def test_requeue_job_with_records_is_refused(store: Store) -> None:
+    job_id = await job_in(store, State.RUNNING)
+    assert await store.append_records(job_id, 0, records([b"1"]))
+    with pytest.raises(ValueError, match="has started"):
+        await store.requeue_job(job_id, 4.0)
+    assert (await store.get_job(job_id)).state is State.RUNNING
+
+
+async def test_claim_jobs_with_a_limit_of_new_jobs_on_a_host(store: Store) -> None:
+    jobs = [new_job(host) for host in ("a", "a", "b", "b", "c")]
+    await store.add_jobs(jobs, 1.0)
+    limits: dict[str, int | None] = {"a": 1, "b": 0, "c": None}
+    assert [job.id for job in await store.claim_jobs(2.0, MANY, MANY, limits.__getitem__)] == [jobs[0].id, jobs[4].id]
+    assert [job.id for job in await store.claim_jobs(3.0, MANY, MANY)] == [job.id for job in jobs[1:4]]
+
+
+async def test_fail_waiting_ends_jobs_that_have_waited(store: Store) -> None:
+    end = ENDS[State.FAILED]
+    assert isinstance(end, Failed)
+    long, short, other = (new_job(host, start_within=within) for host, within in (("a", 50.0), ("a", 5.0), ("b", 5.0)))
+    first, behind = (new_job("a", {"q": 1}, start_within=within) for within in (20.0, 5.0))
+    await store.add_jobs([long, short, other, first, behind], 1.0)
+    assert await store.fail_waiting("a", end, 6.0, 3.0, 2.0) == ([], 8.0)
+    assert await store.fail_waiting("a", end, 8.0, 3.0, 0.5) == ([], 8.0), "the attempt began before the submission"
+    assert await store.fail_waiting("a", end, 8.0, 3.0, 2.0) == ([short.id], 23.0)
+    assert (await store.get_job(short.id)).end == end
+    assert await store.fail_waiting("a", end, 23.0, 3.0, 2.0) == ([first.id, behind.id], 53.0)
+    assert await store.fail_waiting("c", end, 99.0, 3.0, 2.0) == ([], None)
+    assert [job.id for job in await store.claim_jobs(30.0, MANY, MANY)] == [long.id, other.id]
+
+
+@STARTS
 async def test_append_records_in_each_state(store: Store, state: State, held: bool) -> None:
     job_id = await job_in(store, state, held=held)
     two = records([b"1", b"2"])

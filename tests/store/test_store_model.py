@@ -22,7 +22,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from harp.protocol.ends import End
+from harp.protocol.ends import End, Failed
 from harp.protocol.json_text import Raw
 from harpcaller.model.jobs import NO_METADATA, JobMetadata, NewJob, Records, StopState
 from harpcaller.model.lanes import canonical
@@ -37,6 +37,7 @@ SMALL = st.integers(0, 4)
 END_VALUES = st.sampled_from(list(ENDS.values()))
 STOPS = st.sampled_from(list(StopState))
 METADATA_VALUES = st.sampled_from([None, Raw(b'{"a": 1.10}'), Raw(b"{}")])
+NOT_STARTED = Failed("network_error", "refused")
 METADATA = st.just(NO_METADATA) | st.builds(
     JobMetadata, METADATA_VALUES, METADATA_VALUES, METADATA_VALUES, METADATA_VALUES
 )
@@ -80,9 +81,9 @@ class Comparison(RuleBasedStateMachine):
         except (ValueError, LookupError) as error:
             return type(error)
 
-    @rule(target=jobs, host=HOSTS, queue=st.none() | QUEUES, concurrency=st.integers(1, 3))
-    def add(self, host: str, queue: Raw | None, concurrency: int) -> str:
-        job = new_job(host, queue, concurrency)
+    @rule(target=jobs, host=HOSTS, queue=st.none() | QUEUES, concurrency=st.integers(1, 3), start_within=SMALL)
+    def add(self, host: str, queue: Raw | None, concurrency: int, start_within: int) -> str:
+        job = new_job(host, queue, concurrency, start_within=float(start_within))
         self.both("add_job", job, self.now)
         return job.id
 
@@ -108,6 +109,18 @@ class Comparison(RuleBasedStateMachine):
         for job in self.both("claim_jobs", self.now, limit, max_calls_per_host):
             used[job.host] += 1
             assert used[job.host] <= max_calls_per_host
+
+    @rule(job_id=jobs)
+    def requeue(self, job_id: str) -> None:
+        self.both("requeue_job", job_id, self.now)
+
+    @rule()
+    def requeue_the_first_that_holds(self) -> None:
+        self.both("requeue_job", self.first_that_holds(), self.now)
+
+    @rule(host=HOSTS, since=SMALL, failed=SMALL)
+    def fail_waiting(self, host: str, since: int, failed: int) -> None:
+        self.both("fail_waiting", host, NOT_STARTED, self.now, self.now - since, self.now - failed)
 
     @rule(job_id=jobs, off=st.sampled_from([0, 0, 0, 1, -1]), count=SMALL)
     def append(self, job_id: str, off: int, count: int) -> None:

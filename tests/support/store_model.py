@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from msgspec.structs import asdict, replace
 
-from harp.protocol.ends import Cancelled, End
+from harp.protocol.ends import Cancelled, End, Failed
 from harp.protocol.json_text import Raw
 from harpcaller.model.jobs import (
     ENDED,
@@ -53,7 +53,7 @@ class ModelStore:
             self.limits.setdefault(canonical(job.queue), (job.queue, job.concurrency))
         stored = Job(
             job.id, State.QUEUED, job.host, job.procedure, job.arguments, job.timeout, job.max_exec_time,
-            job.queue, job.info, now, None, None, None, 0,
+            job.queue, job.info, now, None, None, None, 0, start_within=job.start_within,
         )  # fmt: skip
         self.jobs[job.id] = (next(self._places), stored)
         self.records[job.id] = []
@@ -80,9 +80,42 @@ class ModelStore:
     def _may_start(self, job: Job, max_calls_per_host: int) -> bool:
         if sum(other.host == job.host for other in self.list_slot_holders()) >= max_calls_per_host:
             return False
+        return self._has_room(job)
+
+    def _has_room(self, job: Job) -> bool:
         if job.queue is None:
             return True
         return sum(other.holds_slot for other in self.in_lane(job)) < self.limits[canonical(job.queue)][1]
+
+    def requeue_job(self, job_id: str, tried: float) -> bool:
+        if job_id not in self.jobs or self.get_job(job_id).state is not State.RUNNING:
+            return False
+        job = self.get_job(job_id)
+        if job.records:
+            raise ValueError
+        first = tried if job.tried is None else job.tried
+        self._put(job, state=State.QUEUED, started=None, holds_slot=False, tried=first)
+        return True
+
+    def fail_waiting(
+        self, host: str, end: Failed, now: float, since: float, failed: float, *, limit: int = 500
+    ) -> tuple[list[str], float | None]:
+        ended, deadlines, waiting_lanes = [], [], set()
+        for _, job in list(self.jobs.values()):
+            lane = self._lane(job)
+            if job.state is not State.QUEUED or lane in waiting_lanes:
+                continue
+            deadline = max(job.submitted, since) + job.start_within
+            if job.host != host or not self._has_room(job):
+                waiting_lanes.add(lane)
+            elif deadline <= now and job.submitted <= failed:
+                ended.append(job.id)
+                self.finish_job(job.id, end, now)
+            else:
+                deadlines.append(deadline)
+                if job.queue is not None:
+                    waiting_lanes.add(lane)
+        return ended, min(deadlines, default=None)
 
     def append_records(self, job_id: str, first: int, records: Records) -> bool:
         if job_id not in self.jobs:

@@ -572,18 +572,19 @@ class Call(Channel):
 class BoundCall(Call):
     """A connection-bound call."""
 
-    _complete = _mid_line = _unexpected_data = False
+    _complete = _mid_line = _unexpected_data = _timed_out = False
     _stop_event: str | None = None
 
     def on_lines(self, kind: int, lines: bytes) -> None:
-        if not self._accepted:
+        is_first = not self._accepted
+        if is_first:
             retires = kind == ERROR and lines.startswith(_SHUTDOWN_PREFIX) and self._stop_event is None
             if retires and self._connection.restart(self):
                 return  # it began to retire before it received the request: it has not started the call
             self._accepted = True
             self._request = b""
             self._connection.on_accepted(self)
-        if self._stop_event is not None:
+        if self._stop_event is not None and not is_first:  # the first ones tell the client whether the call started
             return
         self._connection.write(lines)
         self.confirm(len(lines), self._connection.reads)
@@ -607,7 +608,9 @@ class BoundCall(Call):
         elif self._unexpected_data:
             self._connection.end(_AFTER_REQUEST, discard_input=True)
         else:
-            self._connection.end(_SHUTDOWN if self._connection.stopping else _CALL_DIED)
+            # Without an acknowledgement, "shutdown" promises that nothing was started: dispatchers start it again.
+            is_known = self._accepted or not (self.link.broken or self._timed_out)
+            self._connection.end(_SHUTDOWN if self._connection.stopping and is_known else _CALL_DIED)
 
     def on_client_data(self, data: bytes) -> None:
         if data.strip() and self._stop_event is None:
@@ -631,6 +634,7 @@ class BoundCall(Call):
 
     def _on_stop_timeout(self) -> None:
         log.error("call did not stop in time", extra={**self._log_fields, "cause": self._stop_event})
+        self._timed_out = True
         self.abandon()
         self._finish()
 

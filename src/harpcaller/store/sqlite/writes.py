@@ -13,6 +13,7 @@ import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache
 from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 from msgspec.structs import replace
@@ -242,7 +243,7 @@ class Writes:
                 job = ActiveJob(head.id, lane.head, lane)
                 self._end(job, end, now, None, False, NO_METADATA)
                 ended.append(job)
-        return [job.id for job in ended], min(deadlines, default=None)
+        return [job.id for job in sorted(ended, key=attrgetter("seq"))], min(deadlines, default=None)
 
     def _all(self, query: str, parameters: dict[str, Any]) -> list[Any]:
         return self.db.execute(QUERIES[query], parameters).fetchall()
