@@ -147,6 +147,7 @@ def test_legacy_client_uses_dispatcher(system: System) -> None:
     )
     assert set(accepted) == {"harpcaller", "job_id"}
     job = accepted["job_id"]
+    assert system.rpc.job(job).details()["limits"]["start_within"] == 10, "the default of the dispatcher"
     packets = [{"packet": 0, "data": 0}, {"packet": 1, "data": 1}]
     assert legacy_client(port, follow_stream=job, since=0) == [*packets, {"result": 2}]
     assert legacy_client(port, get_result=job, wait=True) == [{"result": 2}]
@@ -196,3 +197,7 @@ def test_client_uses_legacy_dispatcher() -> None:
         assert rpc.job(UNKNOWN).cancel() is False
         with pytest.raises(harp.CommunicationError, match=str(port)):
             list(rpc.job(UNKNOWN).follow())
+        with pytest.raises(harp.CommunicationError, match="start_within"):
+            rpc.host("h", start_within=5).p()
+        with pytest.raises(harp.CommunicationError, match="start_within"):
+            rpc.submit_many([harp.Call("h", "p", start_within=5)])

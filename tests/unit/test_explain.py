@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-from harp.protocol.ends import Returned
+from harp.protocol.ends import Failed, Returned
 from harp.protocol.json_text import Raw
 from harpcaller.config import Config
 from harpcaller.explain import ExplainContext, describe_job
 from harpcaller.model.jobs import NO_METADATA, Job, JobDetails, JobMetadata, QueuePosition, State
 from harpcaller.runs.context import Timings
+from harpcaller.runs.host_starts import FailingStarts
 
 CONTEXT = ExplainContext(
     run=None,
@@ -120,3 +121,19 @@ def test_why_of_a_queued_job_names_the_full_limit(held: int, on_host: int, why: 
     position = QueuePosition(1, 1, held, ("other",) * held, on_host)
     context = replace(CONTEXT, config=Config(max_calls_per_host=100))
     assert describe_job(JobDetails(job, NO_METADATA, 0, position), context)["why"] == why
+
+
+def test_why_of_a_job_whose_host_accepts_no_starts() -> None:
+    now = time.monotonic()
+    failing = FailingStarts(now - 60, now - 2, now - 1, Failed("too_many_calls", "limit"), attempts=7, next_at=now + 4)
+    job = Job("id", State.QUEUED, "web01", "p", Raw(b"[]"), 1.0, 1.0, None, Raw(b"null"), 100.0, None, None, None, 0)
+    details = JobDetails(job, NO_METADATA, 0, QueuePosition(3, None, 0, (), 0))
+    found = describe_job(details, replace(CONTEXT, failing=failing))
+    assert found["why"] == (
+        "host web01 accepts no starts since 1970-01-01T00:02:20+00:00 (7 attempts, last error: too_many_calls: limit); "
+        "next attempt in 4.0 s, position 3"
+    )
+    assert found["failed_starts"].keys() == {"since", "next", "attempts", "error"}
+    assert describe_job(details, CONTEXT)["failed_starts"] is None
+    failing.may_try = True
+    assert describe_job(details, replace(CONTEXT, failing=failing))["why"] == "2 jobs are before it, position 3"

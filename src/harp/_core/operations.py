@@ -136,6 +136,8 @@ class CallerBase(Peer[C], Generic[C, S, J]):
 
         If legacy dispatchers lack a feature, its name is in the error for a close without a reply.
         """
+        if getattr(request, "start_within", None) is not None:
+            feature = "start_within"
         try:
             reply, _ = yield from self._send(request)
         except CommunicationError as error:
