@@ -8,8 +8,10 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -296,6 +298,49 @@ def test_scan_reads_no_cookie_of_older_process(sleeper: subprocess.Popen[bytes])
     found = [take_snapshot(since)[sleeper.pid] for since in (started, started + 1)]
     assert [bool(process.cookies) for process in found] == [True, False]
     assert found[0].identity == found[1].identity
+
+
+def test_scan_soon_after_another_reads_only_later_processes(sleeper: subprocess.Popen[bytes]) -> None:
+    started = start_time(sleeper.pid)
+    earlier = complete_snapshot()
+    found = finished(Scan(started, earlier))
+    kept = [pid for pid, process in found.items() if process is earlier.get(pid)]
+    assert os.getpid() in kept
+    assert all(found[pid].start < started for pid in kept)
+    assert found[sleeper.pid].cookies
+
+
+@pytest.mark.parametrize("change", [{"began": 0.0}, {"last_pid": 0}, {"last_pid": 1 << 30}])
+def test_scan_after_pids_may_be_reused_reads_all(change: dict[str, Any]) -> None:
+    """The earlier snapshot is old or was not complete, or pids began again with low ones."""
+    earlier = complete_snapshot()
+    vars(earlier).update(change)
+    found = finished(Scan(1 << 60, earlier))
+    assert not any(process is earlier.get(pid) for pid, process in found.items())
+
+
+def test_scan_reads_pids_that_were_assigned_since() -> None:
+    """After a wrap, an older process may have a pid that is assigned next."""
+    earlier = complete_snapshot()
+    earlier.last_pid = os.getpid() - 1
+    found = finished(Scan(1 << 60, earlier))
+    assert found[os.getpid()] is not earlier[os.getpid()]
+    assert found[os.getppid()].identity == earlier[os.getppid()].identity
+
+
+def complete_snapshot() -> Snapshot:
+    """Return a complete snapshot that was begun just now, however long it took."""
+    found = take_snapshot()
+    while not found.complete:
+        found = take_snapshot()
+    found.began = time.monotonic()
+    return found
+
+
+def finished(scan: Scan) -> Snapshot:
+    while not scan.step():
+        pass
+    return scan.snapshot
 
 
 @pytest.fixture

@@ -18,6 +18,9 @@ during the last list. It counts from the list before: a pid is assigned a little
 
 A host may have thousands of processes, so a snapshot is taken in steps (`Scan`): an event loop does other work between
 them. That changes nothing above: a slow scan lists /proc once more.
+
+A process that started before a call is not of the call, and its pid belongs to it until the kernel has assigned that
+pid again. So a scan soon after another one does not read such processes again.
 """
 
 from __future__ import annotations
@@ -36,6 +39,8 @@ from harpd.processes.cookie import find_cookies
 _MAX_LISTS = 8
 #: The most processes that one step of a scan reads: about half a millisecond.
 STEP_PROCESSES = 10
+#: Seconds for which older processes need not be read again: the kernel cannot assign all pids in this time.
+_REUSE_SECONDS = 0.25
 #: An upper bound of the length of a stat line.
 _MAX_STAT_BYTES = 4096
 #: Flags of the kernel (PF_EXITING, PF_KTHREAD).
@@ -75,6 +80,8 @@ class Snapshot(dict[int, Process]):
     complete = True
     #: The monotonic time at which it was begun.
     began = 0.0
+    #: The pid that the kernel had assigned last when it was complete.
+    last_pid = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,14 +153,15 @@ class CallTree:
 class Scan:
     """A scan of all processes, in steps.
 
-    The environment cookies of processes that started before `since`, in clock ticks since boot, are not read: they do
-    not belong to a call that started then or later.
+    Processes that started before `since`, in clock ticks since boot, do not belong to a call that started then or
+    later. Their environment cookies are not read, and a recent snapshot `earlier` is enough for everything else.
     """
 
-    def __init__(self, since: float = 0) -> None:
+    def __init__(self, since: float = 0, earlier: Snapshot | None = None) -> None:
         self.snapshot = Snapshot()
         self.snapshot.began = time.monotonic()
         self._since = since
+        self._earlier = earlier or Snapshot()
         self._steps = self._scan()
 
     def step(self) -> bool:
@@ -167,6 +175,9 @@ class Scan:
             new = {int(name) for name in os.listdir("/proc") if name.isdecimal()} - processes.keys()
             was_ascending, before, last_pid = ascending, last_pid, _last_pid()
             ascending = before <= last_pid
+            if not processes:
+                processes.update(self._known(new, last_pid))
+                new -= processes.keys()
             new_alive = True
             for number, pid in enumerate(new):
                 if number and number % STEP_PROCESSES == 0:
@@ -179,9 +190,21 @@ class Scan:
             same_parent = [_add(p.pid, processes, since) and processes[p.pid].parent == p.parent for p in orphans]
             processes.complete = was_ascending and ascending and new_alive and all(same_parent)
             if processes.complete:
+                processes.last_pid = last_pid
                 break
             if len(new) >= STEP_PROCESSES:
                 yield
+
+    def _known(self, pids: Container[int], last_pid: int) -> dict[int, Process]:
+        """Return the older processes of the earlier snapshot whose pids cannot have been assigned again."""
+        earlier = self._earlier
+        if self.snapshot.began - earlier.began > _REUSE_SECONDS or not 0 < earlier.last_pid <= last_pid:
+            return {}
+        return {
+            pid: process
+            for pid, process in earlier.items()
+            if process.start < self._since and process.alive and pid in pids and not earlier.last_pid < pid <= last_pid
+        }
 
 
 def take_snapshot(since: float = 0) -> Snapshot:

@@ -158,7 +158,8 @@ class CallContext:
             self._begin_scan()
 
     def _begin_scan(self) -> None:
-        self._scan = Scan(min((call.start_ticks for call in self.calls.values()), default=0))
+        since = min((call.start_ticks for call in self.calls.values()), default=0)
+        self._scan = Scan(since, earlier=self._snapshot)
         self.loop.call_later(0, self._continue_scan)
 
     def _continue_scan(self) -> None:

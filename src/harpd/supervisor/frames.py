@@ -98,14 +98,13 @@ class FrameBuffer:
         self._partial = bytearray()  # the beginning of a frame
         self._needed = 0  # bytes of that frame
 
-    def feed(self, data: bytes) -> list[Frame]:
+    def feed(self, data: bytes | memoryview) -> list[Frame]:
         """Add received bytes; return the frames that they complete. Raises `InvalidFrame`."""
         if self._partial:
             self._partial += data
             if len(self._partial) < self._needed:
                 return []
-            data = bytes(self._partial)
-            self._partial.clear()
+            data, self._partial = memoryview(self._partial), bytearray()
         frames = []
         start, size = 0, len(data)
         needed = _HEADER.size
@@ -118,7 +117,7 @@ class FrameBuffer:
                 needed += length
                 break
             start = body + length
-            frames.append(Frame(channel, kind, data[body:start]))
+            frames.append(Frame(channel, kind, bytes(data[body:start])))
         if start < size:
             self._partial += data[start:]
             self._needed = needed
