@@ -21,7 +21,7 @@ from harpcaller.store.sqlite.rows import decode_name
 class Lane:
     """A lane that has a job."""
 
-    __slots__ = ("_later", "_removed", "concurrency", "head", "head_job", "key", "slots_held")
+    __slots__ = ("_later", "_removed", "concurrency", "head", "head_job", "key", "parked", "slots_held")
 
     def __init__(self, key: str, concurrency: int | None) -> None:
         self.key = key
@@ -29,6 +29,7 @@ class Lane:
         self.slots_held = 0
         self.head: int | None = None  # sequence number of the first queued job
         self.head_job: Job | None = None  # this job, if a claim has read it
+        self.parked: int | None = None  # the head that waits for its host, see `ActiveJobs`
         self._later: deque[int] = deque()  # the queued jobs after the head
         self._removed: set[int] = set()  # of these, because deleting within a deque would be slow
 
@@ -106,6 +107,9 @@ class ActiveJobs:
         # the entries of lanes that have changed since are skipped.
         self._heads = [(lane.head, lane.key) for lane in self.lanes.values() if lane.head is not None]
         heapify(self._heads)
+        # The lanes whose heads wait for their host, by host: heaps, in which entries are skipped, too. A claim looks at
+        # as many of them as their host has room for, so its cost does not depend on the number of lanes that wait.
+        self._parked: dict[str, list[tuple[int, str]]] = {}
 
     def add_lane(self, key: str, concurrency: int | None) -> Lane:
         """Add a lane that does not exist."""
@@ -159,7 +163,7 @@ class ActiveJobs:
 
     def _offer(self, lane: Lane) -> None:
         """Add a lane to the heap if its head may start: it has a new head, or has room again."""
-        if lane.head is not None and lane.has_room:
+        if lane.head is not None and lane.has_room and lane.head != lane.parked:
             heappush(self._heads, (lane.head, lane.key))
 
     def startable_jobs(
@@ -177,20 +181,41 @@ class ActiveJobs:
         while the host of its head is full. `get_head` returns the head of a lane, `max_new` the maximum number of jobs
         that may start on a host now, or None.
         """
+        if limit <= 0:
+            return
+
+        def room_on(host: str) -> int:
+            room, most = max_calls_per_host - self._slots_on_host[host], max_new(host)
+            return room if most is None else min(room, most - new_on_host[host])
+
         new_on_host: Counter[str] = Counter()
-        waiting: list[tuple[int, str]] = []  # their hosts are full, but may have room at the next claim
+        for host in list(self._parked):
+            self._unpark(host, room_on(host))
         while limit > 0 and self._heads:
             seq, key = heappop(self._heads)
             lane = self.lanes.get(key)
-            if lane is None or lane.head != seq or not lane.has_room or (waiting and waiting[-1][0] == seq):
+            if lane is None or lane.head != seq or not lane.has_room or lane.parked == seq:
                 continue  # the lane has changed, or it was on the heap twice
             host = get_head(seq, lane).host
-            most = max_new(host)
-            if self._slots_on_host[host] < max_calls_per_host and (most is None or new_on_host[host] < most):
+            if room_on(host) > 0:
                 limit -= 1
                 new_on_host[host] += 1
                 yield seq, lane
             else:
-                waiting.append((seq, key))
-        for head in waiting:
-            heappush(self._heads, head)
+                lane.parked = seq
+                heappush(self._parked.setdefault(host, []), (seq, key))
+
+    def _unpark(self, host: str, room: int) -> None:
+        """Offer the first heads again that wait for a host, as many as it has room for."""
+        parked = self._parked[host]
+        while room > 0 and parked:
+            seq, key = heappop(parked)
+            lane = self.lanes.get(key)
+            if lane is None or lane.parked != seq:
+                continue
+            lane.parked = None
+            if lane.head == seq and lane.has_room:
+                room -= 1
+                heappush(self._heads, (seq, key))
+        if not parked:
+            del self._parked[host]

@@ -1,0 +1,56 @@
+"""The lanes and slots in memory: how much a claim looks at."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+
+from harp.protocol.json_text import Raw
+from harpcaller.model.jobs import Job, State
+from harpcaller.store.sqlite import FILE_NAME, open_store
+from harpcaller.store.sqlite.active import ActiveJob, ActiveJobs, Lane
+from harpcaller.store.sqlite.file import connect
+
+
+async def test_claim_does_not_look_at_lanes_of_a_full_host_again(tmp_path: Path) -> None:
+    """A claim looks at as many waiting lanes as the host has room for, however many wait."""
+    await (await open_store(tmp_path)).close()
+    with closing(connect(tmp_path / FILE_NAME)) as db:
+        active, looked = ActiveJobs(db), list[int]()
+        lanes = [active.add_lane(f"queue:{number}", 1) for number in range(1000)]
+        for lane in lanes:
+            active.add_queued(lane)
+        running: list[ActiveJob] = []
+
+        def head(seq: int, lane: Lane) -> Job:
+            looked.append(seq)
+            call = "web01", "p", Raw(b"[]"), 1.0, 1.0, None, Raw(b"null")
+            return Job(str(seq), State.QUEUED, *call, submitted=1.0, started=None, ended=None, end=None, records=0)
+
+        def claim(most: int, limit: int = 100, new: int | None = None) -> tuple[int, list[int]]:
+            """Claim; return how many heads were looked at, and the positions of the lanes that got a slot."""
+            looked.clear()
+            found = []
+            for seq, lane in active.startable_jobs(
+                head, limit=limit, max_calls_per_host=most, max_new=lambda host: new
+            ):
+                found.append(lanes.index(lane))
+                running.append(ActiveJob(str(seq), seq, lane, "web01", State.RUNNING))
+                active.give_slot(running[-1])
+            return len(looked), found
+
+        assert claim(2) == (1000, [0, 1])
+        assert claim(2) == (0, [])
+        active.release_slot(running.pop(0))
+        assert claim(2) == (1, [2])
+        assert lanes[3].head is not None
+        active.remove_queued(lanes[3].head, lanes[3])
+        active.release_slot(running.pop(0))
+        assert claim(2) == (1, [4])
+        active.release_slot(running.pop(0))
+        active.release_slot(running.pop(0))
+        assert claim(2, limit=1) == (1, [5])
+        assert claim(2) == (2, [6])  # the one that the last claim did not reach, and another one
+        assert claim(5) == (3, [7, 8, 9])
+        assert claim(9, new=1) == (1, [10])
+        assert claim(9, new=0) == (0, [])
