@@ -30,7 +30,7 @@ from harp_daemon.timer_wheel import Timer, TimerWheel
 
 PAST_END = 2**53  #: A record number that does not exist. Attaching at it is refused with the number of the next record.
 
-_MAX_TURN_LINES = 3000  #: Maximum number of records that are delivered in one turn of the event loop.
+_MAX_TURN_LINES = 1000  #: Maximum number of records that are delivered in one turn of the event loop.
 _SINGLE_LINE_COST = 30  #: The number of records that need as much time as a line that is decoded by itself.
 _MAX_STORED_LINE = 1000  #: Maximum bytes of a stored acknowledgement.
 _HEARTBEAT_INTERVAL = 15.0  #: Seconds between two heartbeats.

@@ -13,7 +13,7 @@ from harpcaller.model.jobs import Identity, Job, JobDetails, JobMetadata, QueueP
 from harpcaller.model.lanes import queue_lane
 from harpcaller.store import QueueStatus, UnknownJob
 from harpcaller.store.sqlite.file import MAX_INTEGER, QUERIES
-from harpcaller.store.sqlite.rows import decode_job, encode_name, split_records, split_timestamps
+from harpcaller.store.sqlite.rows import PACKET_BYTES, decode_job, encode_name, split_records, split_timestamps
 
 _PAGE_BYTES = 8 * 1024 * 1024  # A page of a list ends when its payloads have this size.
 _MAX_HOLDERS = 10  # Maximum number of slot holders in a queue position.
@@ -59,7 +59,8 @@ def _queue_position(db: sqlite3.Connection, seq: int) -> QueuePosition:
 def read_records(db: sqlite3.Connection, job_id: str, first: int, max_bytes: int) -> Records:
     """Return records from number `first` on: up to `max_bytes` in total, but at least one if there is one.
 
-    The result is empty if the job is unknown.
+    A record counts with the bytes that it has in a reply, so that tiny records are not too many. The result is empty
+    if the job is unknown.
     """
     values: list[Raw] = []
     times: list[float] = []
@@ -72,7 +73,7 @@ def read_records(db: sqlite3.Connection, job_id: str, first: int, max_bytes: int
             # A record from before schema 2 has no time; it gets the job's start.
             chunk_times = [started] * len(records) if timestamps is None else split_timestamps(timestamps)
             for record, time in list(zip(records, chunk_times, strict=True))[skipped:]:
-                room -= len(record)
+                room -= len(record) + PACKET_BYTES
                 if values and room < 0:
                     return Records(tuple(values), tuple(times))
                 values.append(record)

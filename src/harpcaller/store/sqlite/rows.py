@@ -19,6 +19,8 @@ from harpcaller.model.jobs import Job, State, StopState
 # An entry of a chunk's timestamps: number of consecutive records with the same time, and the time.
 _ENTRY = Struct("<Id")
 ENTRY_BYTES = _ENTRY.size
+#: Approximate bytes of a record's line in a reply without its value. They count, so that no batch has too many records.
+PACKET_BYTES = 30
 
 
 def encode_name(name: str) -> bytes:

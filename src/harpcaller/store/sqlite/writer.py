@@ -6,6 +6,10 @@ batch, too. If a member fails, the transaction is rolled back, and each member i
 that only the changes of that member are undone. If the transaction itself fails, for example because the disk is full,
 nothing was changed, and each member gets the error. The thread then continues with the next batch.
 
+Long payloads are written apart: verbs with more than `_LONG_BYTES` of them, such as records of fast streams, take turns
+with all others, about `_BATCH_BYTES` at a time. So a short verb waits for at most one such batch, however many jobs
+send records.
+
 The outcome of a member is published after the commit, never before. A member whose awaiter was cancelled runs all the
 same, and its outcome is ignored.
 """
@@ -15,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from operator import attrgetter
@@ -23,11 +28,13 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple, TypeVar
 
 from harpcaller.store.sqlite.file import storage_errors
-from harpcaller.store.sqlite.writes import Writes
+from harpcaller.store.sqlite.writes import PAYLOAD_BYTES, Writes
 
 T = TypeVar("T")
 
 _MAX_MEMBERS = 500  # Limit of a batch, so that its first member does not wait for an unlimited number of others.
+_LONG_BYTES = 64 * 1024  # The verbs that are called in the same turns are long if their payloads have more bytes.
+_BATCH_BYTES = 256 * 1024  # A batch of long verbs ends when their payloads have this size.
 
 
 class _Member(NamedTuple):
@@ -52,6 +59,10 @@ class Writer:
         self._loop = loop
         self._next_members: list[_Member] = []  # called in this turn of the loop and the next
         self._queue: SimpleQueue[Sequence[_Member]] = SimpleQueue()  # an empty one ends the thread
+        # What the thread has taken from the queue: the verbs of the same turns together. Long ones have their size.
+        self._short: deque[Sequence[_Member]] = deque()
+        self._long: deque[tuple[Sequence[_Member], int]] = deque()
+        self._long_is_next = self._ending = False
         # A daemon thread, so that a program that fails before it closes the store can exit.
         self._thread = threading.Thread(target=self._run_batches, name="store-writer", daemon=True)
         self._thread.start()
@@ -96,15 +107,44 @@ class Writer:
                     self._loop.call_soon_threadsafe(_resolve_futures, batch, outcomes)
 
     def _next_batch(self) -> list[_Member]:
-        """Wait for members; return all that have arrived, or none if the thread is to end."""
-        batch = [*self._queue.get()]
-        while 0 < len(batch) < _MAX_MEMBERS and not self._queue.empty():
+        """Wait for members; return short ones, in turn with a few long ones. No member: the thread is to end."""
+        while not (self._ending or (self._queue.empty() and (self._short or self._long))):
             members = self._queue.get()
-            if not members:
-                self._queue.put(())  # the end of the thread, after this batch
-                break
+            if members:
+                self._add_called(members)
+            else:
+                self._ending = True
+        batch: list[_Member] = []
+        if self._short and not (self._long and self._long_is_next):
+            self._long_is_next = True
+            while self._short and len(batch) < _MAX_MEMBERS:
+                batch += self._short.popleft()
+            return batch
+        self._long_is_next = False
+        room = _BATCH_BYTES
+        while self._long and room > 0:
+            members, size = self._long.popleft()
             batch += members
+            room -= size
         return batch
+
+    def _add_called(self, members: Sequence[_Member]) -> None:
+        """Add the verbs that were called in the same turns. A claim stays with the jobs for which it is called."""
+        sizes = [0 if (count := PAYLOAD_BYTES.get(verb)) is None else count(*args) for verb, args, *_ in members]
+        if sum(sizes) <= _LONG_BYTES:
+            self._short.append(members)
+            return
+        others, others_size = [], 0
+        for member, size in zip(members, sizes, strict=True):
+            if member.verb is Writes.append_records:
+                self._long.append(((member,), size))
+            else:
+                others.append(member)
+                others_size += size
+        if others_size > _LONG_BYTES:
+            self._long.append((others, others_size))
+        elif others:
+            self._short.append(others)
 
     def _commit(self, batch: Sequence[_Member]) -> list[Any]:
         """Run a batch; return the result of each member, or the exception that it raised."""

@@ -18,7 +18,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from harp.protocol.ends import Cancelled, End, Failed
+from harp.protocol.ends import Cancelled, End, Failed, Returned
 from harp.protocol.json_text import Raw
 from harpcaller.model.ids import is_job_id
 from harpcaller.model.jobs import (
@@ -38,6 +38,7 @@ from harpcaller.store.sqlite.active import ActiveJob, ActiveJobs, Lane
 from harpcaller.store.sqlite.file import MAX_INTEGER, QUERIES
 from harpcaller.store.sqlite.rows import (
     ENTRY_BYTES,
+    PACKET_BYTES,
     decode_job,
     encode_end_body,
     encode_name,
@@ -49,6 +50,7 @@ from harpcaller.store.sqlite.rows import (
 _GROWING_CHUNK_BYTES = 2048
 _MAX_CHUNK_BYTES = 65536  # A chunk of this size gets no further record.
 _ROWS_PER_INSERT = 50  # Rows in one statement. More rows are hardly cheaper, and SQLite limits the parameters.
+_JOB_BYTES = 200  # Approximate bytes of a job without its arguments.
 # Approximate limits of one step of pruning.
 _STEP_JOBS = 100
 _STEP_BYTES = 8 * 1024 * 1024
@@ -445,6 +447,20 @@ class Writes:
     def _count_free_pages(self) -> int:
         [(pages,)] = self.db.execute("PRAGMA freelist_count").fetchall()
         return int(pages)
+
+
+def _end_bytes(job_id: str, end: End, *_: object) -> int:
+    payload = getattr(end, "result" if isinstance(end, Returned) else "data", None)
+    return len(payload) if isinstance(payload, bytes) else 0
+
+
+#: For verbs that may write long payloads: functions that return their approximate bytes, from the verb's arguments.
+PAYLOAD_BYTES: dict[Callable[..., Any], Callable[..., int]] = {
+    Writes.add_job: lambda job, now: len(job.arguments),
+    Writes.add_jobs: lambda jobs, now: sum(len(job.arguments) + _JOB_BYTES for job in jobs),
+    Writes.append_records: lambda job_id, first, records: sum(map(len, records.values)) + PACKET_BYTES * len(records),
+    Writes.finish_job: _end_bytes,
+}
 
 
 @cache
