@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _measure(options: argparse.Namespace, directory: Path) -> int:
     began = time.monotonic()
-    chosen = [PARTS[key] for key in options.parts or PARTS if not (options.quick and PARTS[key].large)]
+    chosen = [PARTS[key] for key in options.parts or PARTS if options.parts or not (options.quick and PARTS[key].large)]
     sizes = (QUICK if options.quick else Sizes()).scaled(options.scale)
     contenders = [one for one in CONTENDERS if one.name.startswith(tuple(options.only or [""]))]
     facts = {**conditions(directory), "quick": options.quick}

@@ -23,6 +23,7 @@ from bench import services
 from bench.load import Figures, Missing
 from bench.processes import free_port, listens, program, run_client
 from bench.results import F1, F2, F3, OURS
+from bench.workloads import PARTS
 from support.certificates import server_files
 from support.harpcallerd import Harpcallerd
 from support.harpd import Harpd
@@ -184,6 +185,7 @@ _HARP = {
     "reused-jobs": "reused_jobs",
     **_STREAMS,
     **{name: name for name in ("memory", "simulated-cpu", "idle", "trace", "store", "wide", "flood", "soak")},
+    **{workload.key: "neighbours" for workload in PARTS["neighbours"].workloads},
 }
 
 #: All contenders, HARP first.

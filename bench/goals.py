@@ -13,6 +13,8 @@ _ROWS = {row.key: row for part in PARTS.values() for row in part.rows}
 _RPYC = "RPyC, forking"
 #: What costs are called.
 _COSTS = {"cpu": "CPU ms", "faults": "page faults"}
+#: What is listed with costs, but has no sum.
+_TIMES = {"quiet": "quiet, ms", "meanwhile": "meanwhile, ms"}
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ GOALS = (
     Goal(10, "memory-dispatcher", 30.0),
     Goal(10, "idle-follower-memory", 6.9),
     Goal(11, "entries", 600.0),
+    *(Goal(12, row.key, 2.0) for row in PARTS["neighbours"].rows),
 )
 
 
@@ -132,6 +135,9 @@ def _costs(costs: dict[str, dict[str, float]]) -> Iterator[str]:
     for what, parts in costs.items():
         total = sum(parts.values())
         if total <= 0:
+            continue
+        if what in _TIMES:
+            yield f"{_TIMES[what]}: " + ", ".join(f"{name} {_short(value)}" for name, value in parts.items())
             continue
         shown = [f"{name} {_short(value)}" for name, value in parts.items() if value > total / 200]
         yield ", ".join([f"{_COSTS.get(what, what)}: {_short(total)}", *shown])

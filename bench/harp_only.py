@@ -24,6 +24,7 @@ import harp
 from bench import harp_client
 from bench.harp_client import connect_queue
 from bench.load import SETTINGS, Figures, Missing, Ready, jobs, quantiles, together
+from bench.neighbours import neighbours
 from bench.processes import program
 from harp.protocol.json_text import loads
 from harpcaller.api.control_client import ControlClient
@@ -312,4 +313,5 @@ FUNCTIONS: dict[str, Callable[..., Figures]] = {
     "flood": partial(jobs, connect_queue),
     "store": _store,
     "soak": _soak,
+    "neighbours": neighbours,
 }

@@ -36,3 +36,17 @@ def slowly(records, pause):
     for number in range(records):
         time.sleep(pause)
         yield {"number": number, "at": time.time()}
+
+
+@procedure
+def spin(seconds):
+    """Use a processor for a while."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        pass
+
+
+@streaming_procedure
+def numbers(records):
+    """Yield records as short as they can be."""
+    yield from range(records)

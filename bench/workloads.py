@@ -24,6 +24,7 @@ class Sizes:
     flood: int = 20_000  # jobs that are submitted before the first result is read
     soak: float = 600.0  # seconds of the long load
     traced: int = 9  # jobs whose function entries are counted
+    neighbours: float = 6.0  # seconds in which others make jobs and calls, half of it beside each kind of peer
 
     def scaled(self, factor: float) -> Sizes:
         """Return sizes that are this many times as large; no count becomes less than 1."""
@@ -33,7 +34,9 @@ class Sizes:
 
 
 #: What --quick does in each round. Counts are as small as a rate can be that two rounds agree on within some percent.
-QUICK = Sizes(seconds=0.7, jobs=400, latencies=60, records=30_000, slow_records=80, followers=2_000, traced=3)
+QUICK = Sizes(
+    seconds=0.7, jobs=400, latencies=60, records=30_000, slow_records=80, followers=2_000, traced=3, neighbours=4.0
+)
 
 
 @dataclass(frozen=True)
@@ -217,11 +220,43 @@ _SCALE = (
     ),
 )
 
+#: Peers that misbehave, see `bench.neighbours`.
+_NEIGHBOURS = {
+    "spin": "calls that use the processor all the time",
+    "stop": "calls that are stopped again and again",
+    "command": "unusual commands without end",
+    "stream": "a fast stream of tiny records",
+    "password": "requests of 2.7 MB with a wrong password",
+    "long-job": "jobs with arguments of 2.7 MB",
+    "long-call": "direct calls with arguments of 2.7 MB",
+    "many-jobs": "10,000 jobs in a request, again and again",
+    "host": "a host that sends records without end",
+    "host-long": "a host that sends records of 1 MB without end",
+}
+
+
+def _neighbour(peer: str, title: str) -> Workload:
+    def arguments(sizes: Sizes) -> dict[str, Any]:
+        return {"peer": peer, "seconds": sizes.neighbours}
+
+    rows = (
+        Row(f"neighbour-{peer}-{kind}", f"p99 of others' {kind} beside {title}", "x quiet", kind)
+        for kind in ("jobs", "calls")
+    )
+    return Workload(f"neighbour-{peer}", arguments, tuple(rows))
+
+
 _ALL = (
     Part("cost", "Memory, CPU of the dispatcher, function entries", _COST),
     Part("direct", "Direct calls over TLS, without a dispatcher", _DIRECT),
     Part("jobs", "Jobs: submitted, run, results collected", _JOBS, stored=True),
     Part("stream", "Records from a procedure to its follower", _STREAM, stored=True),
+    Part(
+        "neighbours",
+        "Jobs and calls while a peer misbehaves, compared with quiet periods",
+        tuple(_neighbour(peer, title) for peer, title in _NEIGHBOURS.items()),
+        large=True,
+    ),
     Part("store", "A store of 1,000,000 ended jobs with 10,000,000 records", (_STORE,), large=True),
     Part("scale", "Many jobs at once, and for a long time", _SCALE, large=True),
 )
