@@ -149,9 +149,11 @@ def _test(parsed: Namespace) -> int:
 
     try:
         config = load(parsed.config)
-        errors = check(config)
+        errors, warnings = check(config)
     except ConfigError as error:
-        errors = [str(error)]
+        errors, warnings = [str(error)], []
+    for warning in warnings:
+        print(f"harpcallerd: warning: {warning}", file=sys.stderr)
     for message in errors:
         print(f"harpcallerd: {message}", file=sys.stderr)
     if not errors:

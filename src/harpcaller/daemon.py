@@ -46,12 +46,16 @@ def configure_log(config: Config, debug: bool) -> None:
         raise ConfigError(f"{config.file}: syslog: cannot reach syslog: {error.strerror}") from error
 
 
-def check(config: Config) -> list[str]:
-    """Check certificates, hosts file and script, which is run; return the errors, each rejected line of hosts too."""
+def check(config: Config) -> tuple[list[str], list[str]]:
+    """Check certificates, hosts file and script, which is run; return errors and warnings.
+
+    Each rejected line of the hosts is an error.
+    """
     errors = []
     lists = []
+    warnings: list[str] = []
     try:
-        HostTLS(config)
+        warnings = HostTLS(config).warnings
         now = datetime.now(UTC)
         authorities = [each for each in _validities(config) if each.file == config.ca_file]
         expired = [*filter(None, [each.describe_error(now) for each in authorities])]
@@ -70,7 +74,7 @@ def check(config: Config) -> list[str]:
             lists.append(asyncio.run(run_hosts_script(config.host_db_script, config.host_db_timeout)))
     except (ScriptFailed, OSError) as error:
         errors.append(f"{config.file}: host_db_script: {error}")
-    return [*errors, *(str(line) for found in lists for line in found.rejected)]
+    return [*errors, *(str(line) for found in lists for line in found.rejected)], warnings
 
 
 def _validities(config: Config) -> list[Validity]:

@@ -260,6 +260,31 @@ def test_connect_with_slow_resolver_times_out(shell: Shell, monkeypatch: pytest.
     wait_until(lambda: not any(thread.name == "harp resolver" for thread in threading.enumerate()))
 
 
+async def test_lookups_that_hang_do_not_delay_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take no thread of the executor, whose other work would wait."""
+    release = threading.Event()
+    resolve = socket.getaddrinfo
+
+    def hang(host: str, *args: Any, flags: int = 0, **kwargs: Any) -> Any:
+        if flags == socket.AI_NUMERICHOST or host == "localhost":
+            return resolve(host, *args, **{**kwargs, "flags": flags})
+        assert release.wait(30)
+        return []
+
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
+    waiting = [asyncio.create_task(aio.AsyncHarpCaller(f"hang{number}").job(JOB).result()) for number in range(60)]
+    try:
+        with Peer(answering({"result": 1})) as peer:
+            assert await aio.AsyncHarpCaller("localhost", peer.port).job(JOB).get() == 1
+        assert await asyncio.to_thread(int, "5") == 5
+        assert not any(task.done() for task in waiting)
+    finally:
+        release.set()
+        results = await asyncio.gather(*waiting)
+    assert all("the name has no address" in str(error) for error in results)
+    await eventually(lambda: not any(thread.name == "harp resolver" for thread in threading.enumerate()))
+
+
 def test_connect_tries_every_address(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first address refuses the connection, the second accepts it."""
     with Peer(answering({"result": 1}), address="127.0.0.1") as peer:

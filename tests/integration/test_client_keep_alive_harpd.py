@@ -10,12 +10,15 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 
 import harp
 from harp import aio
@@ -70,6 +73,26 @@ def wait_until_closed(conn: PeerConnection) -> None:
 
 
 # Connections that are used again.
+
+
+def test_keep_alive_changed_ca_file_judges_the_peer_again(
+    shell: Shell, tls: ssl.SSLContext, files: Certificates, tmp_path: Path
+) -> None:
+    ca_file = tmp_path / "ca.pem"
+    ca_file.write_bytes(files.ca_file.read_bytes())
+    age = time.monotonic() + 0.1  # until then, the file may change within a tick of its clock
+    wait_until(lambda: time.monotonic() > age, what="the age of the file")
+    with Peer(always=echoing, tls=tls) as peer:
+        server = shell.server(peer, keep_alive=True, ca_file=ca_file)
+        assert [server.p(1), server.p(2)] == [[1], [2]]
+        assert len(peer.connections) == 1
+        other = trustme.CA(key_type=trustme.KeyType.ECDSA)
+        ca_file.write_bytes(other.cert_pem.bytes())
+        with pytest.raises(harp.CommunicationError, match="certificate is not accepted"):
+            server.p(3)
+        ca_file.unlink()
+        with pytest.raises(harp.HarpException, match="No such file"):
+            server.p(4)
 
 
 def test_keep_alive_sends_calls_on_one_connection(shell: Shell, tls: ssl.SSLContext) -> None:

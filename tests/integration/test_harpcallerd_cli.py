@@ -495,8 +495,14 @@ def test_help_names_every_command_and_has_examples(dispatcher: Harpcallerd) -> N
 def test_check_accepts_a_good_configuration(dispatcher: Harpcallerd) -> None:
     dispatcher.set_hosts({"web01": 4306})
     done = dispatcher.control("--test", f"--config={dispatcher.config_file}")
-    note = "harpcallerd: max_age: ended jobs are deleted after 720 hours\n"
-    assert (done.returncode, done.stdout, done.stderr) == (0, "config OK\n", note)
+    note = "harpcallerd: max_age: ended jobs are deleted after 720 hours"
+    warning = "harpcallerd: warning: certificates of hosts are not checked; set ca_file or known_certs_file"
+    assert (done.returncode, done.stdout, done.stderr.splitlines()) == (0, "config OK\n", [warning, note])
+    missing = dispatcher.directory / "none"
+    dispatcher.configure({"known_certs_file": str(missing)})
+    done = dispatcher.control("--test", f"--config={dispatcher.config_file}")
+    assert (done.returncode, done.stdout) == (0, "config OK\n")
+    assert f"warning: known_certs_file {missing} does not exist; it accepts no certificate" in done.stderr
     assert not dispatcher.store_directory.exists()
 
 
@@ -525,7 +531,8 @@ def test_max_age_is_stated_by_check_and_at_start(
     dispatcher.set_hosts({"web01": 4306})
     dispatcher.configure(settings)
     done = dispatcher.control("--test", f"--config={dispatcher.config_file}")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "config OK\n", note)
+    assert (done.returncode, done.stdout) == (0, "config OK\n")
+    assert done.stderr.endswith(f"known_certs_file\n{note}")
     with dispatcher:
         assert dispatcher.events(event, **fields)
         done = dispatcher.control("prune-jobs")
@@ -553,7 +560,7 @@ def test_check_prints_every_error(dispatcher: Harpcallerd) -> None:
     script.write_text("#!/bin/sh\nexit 3\n")
     dispatcher.configure({"hosts_file": missing, "host_db_script": str(script)})
     errors = dispatcher.control("--test", f"--config={dispatcher.config_file}").stderr.splitlines()
-    assert [error.split(": ")[2] for error in errors] == ["hosts_file", "host_db_script"]
+    assert [error.split(": ")[2] for error in errors[1:]] == ["hosts_file", "host_db_script"]  # after a warning
     dispatcher.configure({"log_level": "loud"})
     assert "log_level: expected" in fails(dispatcher, "--test", f"--config={dispatcher.config_file}")
 

@@ -11,14 +11,14 @@ import os
 import socket
 import ssl
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from functools import wraps
 from typing import Any, ParamSpec, Self, TypeVar
 
 from harp._core.connections import Peer, Steps
 from harp._core.streams import StreamBase
-from harp._net.connecting import find_connected
+from harp._net.connecting import AddressInfo, find_connected, look_up
 from harp._net.sockets import FOREIGN_ERRORS, READ_BYTES, BufferedConnection, TLSConnection, Uncopyable
 from harp.errors import CommunicationError
 
@@ -87,9 +87,24 @@ class AsyncJSONConnection(BufferedConnection, _Closable):
 
     _open_socket = method(BufferedConnection._open)
 
-    async def _resolve(self, deadline: float) -> Any:
+    async def _resolve(self, deadline: float) -> Sequence[AddressInfo]:
+        loop = self._loop
+        found: asyncio.Future[Sequence[AddressInfo] | Exception] = loop.create_future()
+
+        def put(outcome: Sequence[AddressInfo] | Exception) -> None:
+            if not found.done():
+                found.set_result(outcome)
+
+        def put_threadsafe(outcome: Sequence[AddressInfo] | Exception) -> None:
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(put, outcome)
+
+        look_up(self._endpoint.host, self._endpoint.port, put_threadsafe)
         async with asyncio.timeout(deadline - time.monotonic()):
-            return await self._loop.getaddrinfo(self._endpoint.host, self._endpoint.port, type=socket.SOCK_STREAM)
+            outcome = await found
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
 
     async def _wait_connected(self, sockets: list[socket.socket], deadline: float) -> list[socket.socket]:
         for sock in sockets:

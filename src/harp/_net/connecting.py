@@ -10,9 +10,11 @@ import errno
 import os
 import select
 import socket
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import zip_longest
 from typing import Any, TypeAlias
 
@@ -30,6 +32,27 @@ _KEEPALIVE = {
 
 #: One result of `socket.getaddrinfo`.
 AddressInfo: TypeAlias = tuple[int, int, int, str, tuple[Any, ...]]
+
+
+def look_up(host: str, port: int, put: Callable[[Sequence[AddressInfo] | Exception], None]) -> None:
+    """Call `put` with the addresses of a host or the error; from a thread, unless the host is an address.
+
+    `getaddrinfo` has no time limit. The thread is not one of an executor: a program that ends does not wait for it, and
+    other work of the program does not wait behind names whose lookup takes long.
+    """
+    resolve = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+
+    def work() -> None:
+        try:
+            outcome: Sequence[AddressInfo] | Exception = resolve()
+        except Exception as error:  # noqa: BLE001 - for the caller
+            outcome = error
+        put(outcome)
+
+    try:
+        put(resolve(flags=socket.AI_NUMERICHOST))
+    except (OSError, ValueError):
+        threading.Thread(target=work, name="harp resolver", daemon=True).start()
 
 
 class CannotConnect(Exception):

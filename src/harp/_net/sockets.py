@@ -237,7 +237,15 @@ class TLSConnection(BufferedConnection):
         super().__init__(host, port)
 
     def _tls_context(self) -> ssl.SSLContext:
-        return tls_context(*self._tls)
+        self._context = tls_context(*self._tls)
+        return self._context
+
+    def is_idle(self) -> bool:
+        """See `BufferedConnection`; also, the authorities must be unchanged, as they may not accept the peer now."""
+        try:
+            return super().is_idle() and tls_context(*self._tls) is self._context
+        except HarpException:  # a new connection raises it
+            return False
 
 
 def tls_context(ca_file: CAFile, tls_minimum: str = "1.2", verify_hostname: bool = True) -> ssl.SSLContext:

@@ -6,15 +6,15 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from functools import partial, wraps
+from functools import wraps
 from queue import Empty, SimpleQueue
 from typing import Any, ParamSpec, Self, TypeVar
 
 from harp._core.connections import Peer, Steps
 from harp._core.streams import StreamBase
-from harp._net.connecting import find_connected
+from harp._net.connecting import AddressInfo, find_connected, look_up
 from harp._net.sockets import FOREIGN_ERRORS, READ_BYTES, BufferedConnection, TLSConnection, Uncopyable
 
 T = TypeVar("T")
@@ -80,19 +80,9 @@ class JSONConnection(BufferedConnection, _Closable):
 
     _open_socket = method(BufferedConnection._open)
 
-    def _resolve(self, deadline: float) -> Any:
-        resolve = partial(socket.getaddrinfo, self._endpoint.host, self._endpoint.port, type=socket.SOCK_STREAM)
-        with suppress(OSError, ValueError):
-            return resolve(flags=socket.AI_NUMERICHOST)
-        found: SimpleQueue[Any] = SimpleQueue()
-
-        def put() -> None:
-            try:
-                found.put(resolve())
-            except Exception as error:  # noqa: BLE001  is raised below
-                found.put(error)
-
-        threading.Thread(target=put, name="harp resolver", daemon=True).start()  # getaddrinfo has no time limit
+    def _resolve(self, deadline: float) -> Sequence[AddressInfo]:
+        found: SimpleQueue[Sequence[AddressInfo] | Exception] = SimpleQueue()
+        look_up(self._endpoint.host, self._endpoint.port, found.put)
         try:
             outcome = found.get(timeout=max(deadline - time.monotonic(), 0.001))
         except Empty:
