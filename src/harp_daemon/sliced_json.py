@@ -16,6 +16,7 @@ import msgspec
 from harp.protocol.call_output import RECORD_PREFIX
 from harp.protocol.json_text import (
     MAX_DEPTH,
+    MAX_LINE_DEPTH,
     InvalidJSON,
     JSONObject,
     Raw,
@@ -74,7 +75,7 @@ class _Slices(JSONObject):
 def decode_slices(line: bytes) -> JSONObject:
     """Decode an object; its payloads are `Raw` text. Raises `InvalidJSON`."""
     if len(line) > MAX_DEPTH or not line.isascii():
-        decode_checked(line)
+        decode_checked(line, MAX_LINE_DEPTH)
     return _decode(line)
 
 

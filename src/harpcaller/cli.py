@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from harp.protocol.json_text import InvalidJSON, Raw, loads
+from harp.protocol.json_text import MAX_LINE_DEPTH, InvalidJSON, Raw, loads
 from harp_daemon.process import ProcessError, detach, occupy_standard_descriptors, pidfile
 from harp_daemon.program import add_version, written_output
 from harp_daemon.settings import ConfigError
@@ -212,7 +212,7 @@ def _send(parsed: Namespace) -> Iterator[Raw]:
 
 def _single_reply(parsed: Namespace) -> dict[str, Any]:
     (item,) = _send(parsed)
-    reply: dict[str, Any] = loads(item)
+    reply: dict[str, Any] = loads(item, MAX_LINE_DEPTH)
     return reply
 
 

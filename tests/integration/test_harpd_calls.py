@@ -111,7 +111,19 @@ def takes_self(self):
 def give(what):
     class Strange: pass
     return {"set": {1}, "nan": [1.0, float("nan")], "deep": {"a": [0, {"b": Strange()}]},
-            "bytes": b"x", "key": {(1, 2): 3}}[what]
+            "bytes": b"x", "key": {(1, 2): 3}, "keys": {"a": {1: "a", "1": "b"}}}[what]
+
+@procedure
+def raises_long(length):
+    class_ = type("E" * length, (Exception,), {"__module__": "m" * length})
+    raise class_("x" * length)
+
+@procedure
+def raises_chained():
+    try:
+        {}["key"]
+    except KeyError as error:
+        raise ValueError("outer") from error
 
 @streaming_procedure
 def stream_bad():
@@ -371,6 +383,7 @@ def test_values_deep_and_large_arrive(harpd: Harpd) -> None:
         ("deep", "at ['a'][1]['b']: type harpd_procedures.give.<locals>.Strange has no form"),
         ("bytes", "type bytes has no form in JSON"),
         ("key", "a key is of type tuple"),
+        ("keys", "at ['a']: the keys 1 and '1' are the same in JSON"),
     ],
 )
 def test_result_not_json_is_invalid_message(harpd: Harpd, what: str, quoted: str) -> None:
@@ -408,6 +421,30 @@ def test_record_not_json_is_invalid_message(harpd: Harpd) -> None:
 def test_exception_is_sent_with_class_and_module(harpd: Harpd, kind: str, type: str, message: str, module: str) -> None:
     raised = {"type": type, "message": message, "data": {"class": type, "module": module}}
     assert harpd.call("raises", kind) == [ACKNOWLEDGED, {"exception": raised}]
+
+
+def test_exception_text_is_cut_with_a_mark(harpd: Harpd) -> None:
+    exception = harpd.call("raises_long", 70_000_000)[-1]["exception"]
+    end = "... (70000000 characters, cut at 65536)"
+    for text, letter in [(exception["type"], "E"), (exception["message"], "x"), (exception["data"]["module"], "m")]:
+        assert text == letter * 65536 + end
+    with harpd.connect() as client:
+        client.send(harpd.request("options", {"x" * 1_000_000: 1}))
+        assert client.lines()[-1]["error"]["message"].endswith("cut at 65536)")
+
+
+def test_traceback_is_logged_as_one_warning(harpd: Harpd) -> None:
+    harpd.call("raises_chained")
+    (event,) = harpd.events("procedure raised", call=last_call(harpd, "raises_chained"))
+    assert event["level"] == "warning"
+    first, *_, last = lines = event["traceback"].splitlines()
+    assert (first, last) == ("Traceback (most recent call last):", "ValueError: outer")
+    assert '    raise ValueError("outer") from error' in lines
+    assert "KeyError: 'key'" in lines
+    assert not [line for line in lines if "harpd/worker" in line]  # it begins with the procedure
+    harpd.call("raises", "broken")
+    (event,) = harpd.events("procedure raised", call=last_call(harpd, "raises"))
+    assert "Broken: <exception str() failed>" in event["traceback"]
 
 
 def test_exception_after_records_is_sent(harpd: Harpd) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from harp.protocol.dispatcher import decode_request
 from harp.protocol.json_text import (
     MAX_DEPTH,
     Envelope,
@@ -19,9 +21,10 @@ from harp.protocol.json_text import (
     Raw,
     decode_values,
     dumps,
+    encode_value,
     loads,
 )
-from harp.protocol.schema import Decoder
+from harp.protocol.schema import Decoder, ProtocolError
 from harp_daemon.sliced_json import decode_slices
 from harpcaller.model.lanes import canonical
 
@@ -141,6 +144,46 @@ def test_decoders_of_any_bytes_return_or_raise(decoder: Decoder, line: bytes) ->
     assert set(opened) == set(json.loads(line))
 
 
+@pytest.mark.parametrize("value", [{1: "a", "2": "b"}, {"eth0": 1, "eth1": 2}, {1: 2, 2: 3}, {True: 1, "True": 2}])
+def test_encode_different_keys_passes(value: dict[Any, Any]) -> None:
+    assert len(json.loads(encode_value(value))) == 2
+
+
+@pytest.fixture
+def deep_recursion() -> Iterator[None]:
+    """Raise the limit of the interpreter, as the daemons do."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(10_000)
+    yield
+    sys.setrecursionlimit(before)
+
+
+@DECODERS
+@pytest.mark.usefixtures("deep_recursion")
+def test_decoders_count_depth_of_payload_alone(decoder: Decoder) -> None:
+    """An envelope around the deepest payload, as of a list of jobs, is no reason to reject the line."""
+    for depth, line in [(0, b'{"a":%b}'), (1, b'{"a":1,"call":{"arguments":%b}}')]:
+        text = b"[" * MAX_DEPTH + b"]" * MAX_DEPTH
+        members = decoder(line % text)
+        inner = members if depth == 0 else members.nested_object("call")
+        assert inner is not None
+        assert len(inner) == 1
+    with pytest.raises(InvalidJSON, match="nested deeper"):
+        decoder(b'{"a":%b}' % (b"[" * 2000 + b"]" * 2000))
+
+
+@pytest.mark.usefixtures("deep_recursion")
+def test_payload_too_deep_is_rejected_by_name() -> None:
+    for depth in (MAX_DEPTH, MAX_DEPTH + 1):
+        text = b"[" * depth + b"]" * depth
+        line = b'{"harpcaller":1,"host":"h","procedure":"p","arguments":%b}' % text
+        if depth == MAX_DEPTH:
+            assert decode_request(line, decode_slices)
+        else:
+            with pytest.raises(ProtocolError, match=r"arguments: nested deeper than 1000"):
+                decode_request(line, decode_slices)
+
+
 LOOP: list[Any] = []
 LOOP.append(LOOP)
 DEEP: list[Any] = []
@@ -156,6 +199,11 @@ NO_JSON = [
     ({"x": LOOP}, "['x'][0]", "contains itself"),
     (10**5000, "", "digits"),
     (DEEP, "", "nested deeper than"),
+    ({1: "a", "1": "b"}, "", "the keys 1 and '1' are the same in JSON"),
+    ([{"a": {"x9": 0, True: "a", "true": "b"}}], "[0]['a']", "the keys True and 'true' are the same"),
+    ({None: "a", "null": "b"}, "", "the keys None and 'null' are the same"),
+    ({1.5: "a", "1.5": "b"}, "", "the keys 1.5 and '1.5' are the same"),
+    ({"a": ({1e22: 0, "1e+22": 0},)}, "['a'][0]", "the keys 1e+22 and '1e+22' are the same"),
 ]
 
 

@@ -309,7 +309,7 @@ def test_decode_slices_of_long_line_finds_members(line: bytes) -> None:
         (b'{"a":%b} x' % LONG, "trailing"),
         (b'{"a":%b,"b":"\\u12"}' % LONG, "malformed|truncated"),
         (b'{"a":%b,"b":"\xff"}' % LONG, "UTF-8"),
-        (b'{"a":%b%b%b}' % (b"[" * 1000, LONG, b"]" * 1000), "nested deeper than 1000"),
+        (b'{"a":%b%b%b}' % (b"[" * 1016, LONG, b"]" * 1016), "nested deeper than 1016"),
         (b'{"a":%b,%b}' % (LONG, b",".join(b'"%d":1' % number for number in range(200))), "more than 100 members"),
         (b"[%b]" % LONG, "object"),
     ],

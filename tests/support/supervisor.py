@@ -308,7 +308,12 @@ class Supervisor:
         """Return the log lines that no peer and no procedure may cause."""
         lines = self.log_file.read_text("utf-8", "replace").splitlines()
         marks = ("Traceback", "callback failed", "Exception ignored", "Fatal Python error")
-        return [line for line in lines if any(mark in line for mark in marks) and "call printed" not in line]
+        of_procedures = ("call printed", "procedure raised")
+        return [
+            line
+            for line in lines
+            if any(map(line.__contains__, marks)) and not any(map(line.__contains__, of_procedures))
+        ]
 
 
 class Connection:

@@ -25,7 +25,7 @@ from harp.errors import CancelledException, CommunicationError, HarpException, R
 from harp.protocol import dispatcher as protocol
 from harp.protocol.dispatcher import Cancel, FollowStream, GetResult, ReadStream, Refused, Request, SubmitMany
 from harp.protocol.ends import End
-from harp.protocol.json_text import loads
+from harp.protocol.json_text import MAX_LINE_DEPTH, loads
 from harp.protocol.schema import check
 
 C = TypeVar("C", bound=Connection)
@@ -123,7 +123,7 @@ class CallerBase(Peer[C], Generic[C, S, J]):
         line = values.encode_line({"harpcaller": protocol.VERSION, **req}, "the request")
         conn = yield self._open()
         try:
-            reply: dict[str, Any] = loads((yield from conn.exchange(line)))
+            reply: dict[str, Any] = loads((yield from conn.exchange(line)), MAX_LINE_DEPTH)
             check(isinstance(reply, dict), "expected an object")
         except ValueError as error:
             raise conn.error("reply", error) from error

@@ -24,7 +24,7 @@ from harp._core.connections import CAFile, Connection, Endpoint, Steps
 from harp._core.values import encode_line
 from harp._net.connecting import CannotConnect, connect_first
 from harp.errors import CommunicationError, HarpException
-from harp.protocol.json_text import loads
+from harp.protocol.json_text import MAX_LINE_DEPTH, loads
 from harp.protocol.lines import LineBuffer
 
 #: Seconds to connect, TLS handshake included.
@@ -167,7 +167,7 @@ class BufferedConnection(Connection, Uncopyable):
         """
         line = yield self.receive_line()
         try:
-            return loads(line)
+            return loads(line, MAX_LINE_DEPTH)
         except ValueError as error:
             raise self.error("reading", error) from error
 

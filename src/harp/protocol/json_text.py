@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 
     JSON: TypeAlias = Any  # dict[str, JSON] | list[JSON] | str | int | float | bool | None
 
-#: Maximum nesting of arrays and objects in a line. An interpreter with a lower recursion limit may reject values that
-#: are less deep; both daemons raise theirs, so that this limit applies.
-MAX_DEPTH = 1000
+#: Maximum nesting of arrays and objects in a payload, and in a line: the envelope around a payload does not count. An
+#: interpreter with a lower recursion limit may reject values that are less deep; both daemons raise theirs, so that
+#: this limit applies.
+MAX_DEPTH, MAX_LINE_DEPTH = 1000, 1016
 #: Brackets and quotes of which the depth is counted at once.
 _PIECE = 1000
 _NOT_BRACKETS = bytes(set(range(256)) - set(b'[]{}"'))
@@ -88,6 +89,9 @@ try:
     _encode_pieces: Callable[[JSON, bool], Iterable[str]] = make_encoder(
         None, _reject_value, encode_basestring_ascii, None, ":", ",", False, False, False
     )
+    _encode_sorted: Callable[[JSON, bool], Iterable[str]] = make_encoder(
+        None, _reject_value, encode_basestring_ascii, None, ":", ",", True, False, False
+    )
 except ImportError:  # not CPython
     from json.decoder import JSONDecoder
     from json.encoder import JSONEncoder, encode_basestring_ascii
@@ -96,27 +100,28 @@ except ImportError:  # not CPython
     _encode_pieces = JSONEncoder(
         allow_nan=False, check_circular=False, separators=(",", ":"), default=_reject_value
     ).iterencode
+    _encode_sorted = JSONEncoder(sort_keys=True, check_circular=False, default=_reject_value).iterencode
 
 
-def loads(text: bytes | str) -> JSON:
-    """Decode one JSON value; bytes are UTF-8 and nothing else.
+def loads(text: bytes | str, limit: int = MAX_DEPTH) -> JSON:
+    """Decode one JSON value; bytes are UTF-8 and nothing else. `limit`: of its nesting.
 
     Raises `InvalidJSON` if it is not JSON, not UTF-8, ``NaN`` or ``Infinity``, nested too deep, or a number that this
     interpreter cannot represent.
     """
-    return decode_text(decode_checked(text))
+    return decode_text(decode_checked(text, limit))
 
 
-def decode_checked(text: bytes | str) -> str:
-    """Return the text. Raises `InvalidJSON` if it is not UTF-8 or is nested deeper than MAX_DEPTH."""
+def decode_checked(text: bytes | str, limit: int = MAX_DEPTH) -> str:
+    """Return the text. Raises `InvalidJSON` if it is not UTF-8 or is nested deeper than the limit."""
     try:
         decoded = text if isinstance(text, str) else text.decode()
     except UnicodeDecodeError as error:
         raise InvalidJSON(f"not UTF-8 at byte {error.start}") from error
     if len(text) > MAX_DEPTH:
         encoded = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
-        if exceeds_depth(encoded):
-            raise InvalidJSON(f"nested deeper than {MAX_DEPTH}")
+        if exceeds_depth(encoded, limit):
+            raise InvalidJSON(f"nested deeper than {limit}")
     return decoded
 
 
@@ -158,8 +163,8 @@ def may_exceed_depth(text: bytes) -> bool:
     return len(text) > MAX_DEPTH and text.count(b"[") + text.count(b"{") > MAX_DEPTH
 
 
-def exceeds_depth(text: bytes) -> bool:
-    """Return whether JSON text is nested deeper than MAX_DEPTH. Fast for text with few brackets."""
+def exceeds_depth(text: bytes, limit: int = MAX_DEPTH) -> bool:
+    """Return whether JSON text is nested deeper than a limit of at least MAX_DEPTH. Fast if it has few brackets."""
     if not may_exceed_depth(text):
         return False
     # The count is wrong only after the first error of text that is not JSON; no decoder reads further.
@@ -172,8 +177,7 @@ def exceeds_depth(text: bytes) -> bool:
         brackets = b"".join(parts[in_string::2])
         in_string ^= not len(parts) % 2
         opened = brackets.count(b"[") + brackets.count(b"{")
-        may_exceed = depth + opened > MAX_DEPTH
-        if may_exceed and max(accumulate(map(_STEP.__getitem__, brackets), initial=depth)) > MAX_DEPTH:
+        if depth + opened > limit and max(accumulate(map(_STEP.__getitem__, brackets), initial=depth)) > limit:
             return True
         depth += 2 * opened - len(brackets)
     return False
@@ -214,7 +218,7 @@ class JSONObject(dict[str, "Any"]):
 
 def decode_values(line: bytes) -> JSONObject:
     """Decode an object; its payloads are values. Raises `InvalidJSON`."""
-    text = decode_checked(line)
+    text = decode_checked(line, MAX_LINE_DEPTH)
     members = decode_text(text)
     if type(members) is not dict:
         raise InvalidJSON("expected an object")
@@ -251,7 +255,8 @@ def encode_value(value: JSON) -> bytes:
     """Write a value as one line of ASCII JSON, without the line feed.
 
     As in `json`, tuples become arrays, and keys that are int, float, bool or None become strings. Raises `NotJSON` if
-    the value, or a value in it, has no form in JSON; the exception has the position.
+    the value, or a value in it, has no form in JSON, or if two keys of an object become equal; the exception has the
+    position.
     """
     try:
         text = "".join(_encode_pieces(value, False)).encode("ascii")
@@ -260,7 +265,42 @@ def encode_value(value: JSON) -> bytes:
         raise NotJSON(path, reason) from error
     if len(text) > MAX_DEPTH and exceeds_depth(text):
         raise NotJSON("", f"nested deeper than {MAX_DEPTH}")
+    if b'":' in text and _may_repeat_key(value, text) and (found := _find_repeated_key(value)):
+        raise NotJSON(*found)
     return text
+
+
+#: The ends of the keys that a number, a boolean or None becomes.
+_KEY_ENDS = [b'%b":' % end for end in (*(b"%d" % digit for digit in range(10)), b"true", b"false", b"null")]
+
+
+def _may_repeat_key(value: JSON, text: bytes) -> bool:
+    """Return whether two keys of an object may have become equal; rarely true, and fast."""
+    if not any(end in text for end in _KEY_ENDS):
+        return False
+    try:  # only a string and another type can become equal; these cannot be sorted
+        for _ in _encode_sorted(value, False):
+            pass
+    except TypeError:
+        return True
+    return False
+
+
+def _find_repeated_key(value: JSON) -> tuple[str, str] | None:
+    """Return position and reason of the first object in which a key that is not a string becomes equal to another."""
+    stack: list[tuple[JSON, str]] = [(value, "")]
+    while stack:
+        item, path = stack.pop()
+        if isinstance(item, dict):
+            for key in item:
+                if not isinstance(key, str):
+                    name = next(iter(loads("".join(_encode_pieces({key: 0}, False)))))
+                    if name in item:
+                        return path, f"the keys {key!r} and {name!r} are the same in JSON"
+            stack += [(child, f"{path}[{key!r}]") for key, child in item.items()]
+        elif isinstance(item, (list, tuple)):
+            stack += [(child, f"{path}[{index}]") for index, child in enumerate(item)]
+    return None
 
 
 _CONSTANTS: dict[object, Raw] = {None: Raw(b"null"), True: Raw(b"true"), False: Raw(b"false")}

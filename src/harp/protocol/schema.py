@@ -32,7 +32,7 @@ from typing import (
     get_type_hints,
 )
 
-from harp.protocol.json_text import InvalidJSON, JSONObject, Raw, dumps
+from harp.protocol.json_text import MAX_DEPTH, InvalidJSON, JSONObject, Raw, dumps, exceeds_depth
 
 #: A payload: any JSON value, or its text as `Raw`.
 Payload: TypeAlias = Any
@@ -361,8 +361,11 @@ def _is_sendable_count(number: Any) -> bool:
 
 
 def decode_payload(members: JSONObject, key: str) -> Payload:
-    """Return a member as a payload; for a `Kind`."""
-    return members.payload(key)
+    """Return a member as a payload; for a `Kind`. Raises `ProtocolError`: it is nested deeper than a payload may be."""
+    payload = members.payload(key)
+    if type(payload) is Raw:
+        check(not exceeds_depth(payload), f"{key}: nested deeper than {MAX_DEPTH}")
+    return payload
 
 
 #: The kinds of fields whose type has no `Kind`.

@@ -11,7 +11,7 @@ waits (back-pressure) and no output is lost. The end is decided once, by the fir
 - the worker's closing line (`Call._handle_closing`);
 - the worker's death without a closing line, or invalid output: ``call_died``, and its other processes are stopped.
 
-A worker runs the procedure's code and is not trusted: each line must be a record, a traceback if exit info includes it,
+A worker runs the procedure's code and is not trusted: each line must be a record, a traceback,
 or the closing line, which is the last. It cannot send the messages that only the supervisor sends.
 
 When the worker is dead and all stopped processes are gone (`Call.on_reaped`, `TerminationSequence`), the session
@@ -395,6 +395,8 @@ class Call:
             return
         if self._deadline is not None:
             self._deadline.cancel()
+        if kinds[0] == "exception":
+            log.warning("procedure raised", extra={**self._fields, "traceback": self._traceback})
         log.info("call ended", extra={**self._fields, "end": kinds[0]})
         worker = self._worker
         # After an error of harpd's own code, the worker may be in an undefined state.

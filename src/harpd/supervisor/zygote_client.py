@@ -100,7 +100,6 @@ class ZygoteClient:
             "default_user": settings["default_user"],
             "default_group": settings["default_group"],
             "descriptors": settings["descriptors"],
-            "tracebacks": settings["exit_info"]["traceback"],
         }
         self._send(command)
 

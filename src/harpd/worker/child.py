@@ -14,6 +14,7 @@ used.
 from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]  # without the enumerations of `signal`
+import io
 import os
 import sys
 from types import FunctionType
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
 
 #: The most bytes of a record or a result: peers read lines of up to 64 MiB, of which the envelope has 64 bytes.
 MAX_PAYLOAD_BYTES = 64 * 1024 * 1024 - 64
-_MAX_TRACEBACK_LENGTH = 16 * 1024  # in characters
+#: The most characters of an exception's text, and of a traceback.
+MAX_TEXT_LENGTH, _MAX_TRACEBACK_LENGTH = 64 * 1024, 16 * 1024
 _READ_SIZE = 1 << 16
 #: Flags of a code object that has ``*args`` or ``**kwargs``.
 _VARIABLE = 0x04 | 0x08
@@ -141,8 +143,7 @@ class Worker:
     """What a worker does. It is prepared once, in the zygote; each worker is a process that has called `run`.
 
     The supervisor names the procedures by their index. `default_user` is for procedures without `uid` (None: that of
-    harpd), `default_group` for those without `uid` and `gid` (None: the groups of the user). With `tracebacks`, the
-    supervisor gets the traceback of an exception.
+    harpd), `default_group` for those without `uid` and `gid` (None: the groups of the user).
     """
 
     def __init__(
@@ -151,7 +152,6 @@ class Worker:
         cookie: EnvCookie,
         default_user: Identity | None,
         default_group: Identity | None,
-        tracebacks: bool,
     ) -> None:
         #: Its handlers have to be installed before the first fork.
         self.guard = SignalGuard()
@@ -160,7 +160,6 @@ class Worker:
         self._cookie = cookie
         self._default_user = default_user
         self._default_groups = None if default_group is None else (default_group,)
-        self._tracebacks = tracebacks
         if any(map(is_asynchronous, procedures)):
             import harpd.worker.coroutines  # noqa: F401 - so that not each call has to load it
         self._end = ProcessEnd()
@@ -198,7 +197,7 @@ class Worker:
                 lines = self._run_call(call_id, procedure, check, arguments, channel)
             except CallRejected as rejected:
                 kind, message = rejected.args
-                error = {"type": kind, "message": message}
+                error = {"type": kind, "message": _cut(message)}
                 lines, last = encode_value({"harp": VERSION, "error": error}) + b"\n", True
             channel.exit_if_forked()
             flush_output()
@@ -255,8 +254,7 @@ class Worker:
             flush_output()
             exit_with(interruption)
         except BaseException as error:  # noqa: BLE001 - SystemExit too: the caller receives the procedure's end
-            traceback = {"traceback": _format_traceback(error)} if self._tracebacks else None
-            return (encode_value(traceback) + b"\n" if traceback else b"") + _encode_exception(error)
+            return encode_value({"traceback": _format_traceback(error)}) + b"\n" + _encode_exception(error)
 
     def _record_writer(self, channel: _Channel) -> Callable[[Any, int], None]:
         """Return a function that writes a record with its number. It raises `CallRejected`."""
@@ -326,24 +324,35 @@ def _encode_payload(value: Any, record: int | None = None) -> bytes:
 def _encode_exception(error: BaseException) -> bytes:
     """Return the closing line of a procedure that has raised an exception."""
     kind = type(error)
+    name = _cut(kind.__name__)
     try:
-        message = str(error)
+        message = _cut(str(error))
     except BaseException:  # noqa: BLE001 - a broken __str__ must not hide the exception
         message = "(str() of the exception failed)"
-    data = {"class": kind.__name__, "module": str(kind.__module__)}
-    return encode_value({"exception": {"type": kind.__name__, "message": message, "data": data}}) + b"\n"
+    data = {"class": name, "module": _cut(str(kind.__module__))}
+    return encode_value({"exception": {"type": name, "message": message, "data": data}}) + b"\n"
+
+
+def _cut(text: str) -> str:
+    """Return a text, or its beginning with a mark if it is longer than the text of an exception may be."""
+    if len(text) <= MAX_TEXT_LENGTH:
+        return text
+    return f"{text[:MAX_TEXT_LENGTH]}... ({len(text)} characters, cut at {MAX_TEXT_LENGTH})"
 
 
 def _format_traceback(error: BaseException) -> str:
     """Return the exception's traceback from the procedure on; only its end if it is long."""
-    import traceback  # not at the top: the zygote must stay lean
-
+    # The interpreter's own function: the module `traceback` is large, and loading it would cost more than most calls.
+    stderr, text = sys.stderr, io.StringIO()
+    sys.stderr = text
     try:
         frames = error.__traceback__
-        text = "".join(traceback.format_exception(type(error), error, frames and (frames.tb_next or frames)))
+        sys.__excepthook__(type(error), error.with_traceback(frames and (frames.tb_next or frames)), None)
     except BaseException:  # noqa: BLE001 - a broken __repr__ must not hide the exception
-        text = "(formatting the traceback failed)"
-    return text[-_MAX_TRACEBACK_LENGTH:]
+        return "(formatting the traceback failed)"
+    finally:
+        sys.stderr = stderr
+    return text.getvalue()[-_MAX_TRACEBACK_LENGTH:]
 
 
 def flush_output() -> None:

@@ -9,8 +9,7 @@ when the supervisor dies.
 objects:
 
     supervisor -> zygote, once, first:
-        {"load": PATH, "path": [STR], "default_user": USER, "default_group": GROUP, "descriptors": NUMBER,
-         "tracebacks": BOOL}
+        {"load": PATH, "path": [STR], "default_user": USER, "default_group": GROUP, "descriptors": NUMBER}
     zygote -> supervisor, the first for each procedure, then one of the others; after an error it exits:
         {"procedure": NAME, "streaming": BOOL, "timeout": SECONDS|null, "max_calls": NUMBER}
         {"loaded": NUMBER, "threads": NUMBER}
@@ -79,8 +78,7 @@ class _Zygote:
         for name, procedure in procedures.items():
             message = {"procedure": name, "streaming": procedure.streaming, "timeout": procedure.timeout}
             self._send({**message, "max_calls": procedure.max_calls_per_process})
-        user, group, tracebacks = command["default_user"], command["default_group"], command["tracebacks"]
-        worker = Worker(list(procedures.values()), self._cookie, user, group, tracebacks)
+        worker = Worker(list(procedures.values()), self._cookie, command["default_user"], command["default_group"])
         # Flush the streams, so that workers do not write buffered text again, and occupy the descriptors 0 to 2.
         flush_output()
         while (descriptor := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) <= 2:
