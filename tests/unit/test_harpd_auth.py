@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,25 @@ def test_invalid_hash_accepts_no_password(hashed: str) -> None:
     assert not matches("secret", hashed)
     assert not matches("", hashed)
     assert not matches(hashed, hashed)
+
+
+def test_passfile_accepts_a_user_while_the_file_is_rewritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place, with an empty moment; a user who was removed is refused."""
+    monkeypatch.setattr(passfile, "_SETTLE_SECONDS", 40.0)
+    file = tmp_path / "users"
+    file.write_text(f"alice:{SHA512}\nbob:{SHA512}\n")
+    users = passfile.create({"file": str(file)})
+    assert users.authenticate("alice", "secret")
+    with ThreadPoolExecutor(1) as pool, file.open("w") as stream:
+        login = pool.submit(users.authenticate, "alice", "secret")
+        with pytest.raises(TimeoutError):
+            login.result(0.3)  # it waits
+        stream.write(f"alice:{SHA512}\n")
+        stream.flush()
+        assert login.result(30.0)
+    monkeypatch.setattr(passfile, "_SETTLE_SECONDS", 0.1)
+    assert not users.authenticate("bob", "secret")
+    assert not users.authenticate("nobody", "secret")
 
 
 @pytest.mark.parametrize("password", ["secret\0", "secret\0more", "\0", "\ud800", "secret\n"])

@@ -58,6 +58,8 @@ _HASH = re.compile(
 #: Seconds after its last change until a file with unchanged attributes is considered unchanged. A younger file may have
 #: changed again within one tick of the clock of the file system.
 _MIN_FILE_AGE = 2.0
+#: Seconds after its last change until a file is considered complete.
+_SETTLE_SECONDS = 1.0
 
 
 class PasswordFile(AuthDB):
@@ -66,6 +68,7 @@ class PasswordFile(AuthDB):
     def __init__(self, path: Path) -> None:
         self._path = path
         self._cache = PasswordCache()
+        self._last_hashes: dict[str, str] = {}  # with which a password was accepted last
         self._last_read: tuple[tuple[int, ...], dict[str, str]] | None = None
 
     def check_cached(self, user: str, password: str) -> bool:
@@ -85,11 +88,19 @@ class PasswordFile(AuthDB):
             return None
         return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
+    def _has_just_changed(self) -> bool:
+        """Return whether the file may still be incomplete. Raises `OSError`."""
+        return abs(time.time() - os.stat(self._path).st_ctime) < _SETTLE_SECONDS
+
     def authenticate(self, user: str, password: str) -> bool:
         """Return whether the file has this user with this password; False if it cannot be read."""
         identity = self._file_identity()
         try:
             hashes = self.hashes()
+            # A writer may have emptied the file, and not have written the user yet.
+            while user not in hashes and user in self._last_hashes and self._has_just_changed():
+                time.sleep(_SETTLE_SECONDS / 20)
+                hashes = self.hashes()
         except OSError as error:
             log.error("cannot read the users file", extra={"file": str(self._path), "reason": error.strerror})
             return False
@@ -97,6 +108,7 @@ class PasswordFile(AuthDB):
             log.info("unknown user", extra={"file": str(self._path), "user": user})
         correct = self._cache.check(user, password, hashes)
         if correct:
+            self._last_hashes = hashes
             self._last_read = None if identity is None else (identity, hashes)
         return correct
 
