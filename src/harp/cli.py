@@ -135,7 +135,7 @@ def _job(options: Namespace) -> client.RemoteCall:
 
 
 def _call(options: Namespace) -> Exit:
-    names = ("queue", "concurrency", "timeout", "max_exec_time", "info", "start_within")
+    names = ("queue", "concurrency", "timeout", "max_exec_time", "info", "start_within", "request_id")
     dispatcher = _dispatcher(options)
     host = dispatcher.host(options.host, **{name: getattr(options, name) for name in names})
     job = client.RemoteProcedure(dispatcher, host, options.procedure)(*options.arguments, **dict(options.named))
@@ -266,6 +266,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
         "help": "how long to try the start again if it certainly did not happen; 0: not at all",
     },
     "--info": {"metavar": "ARG", "type": _parse_value, "help": "stored with the job; printed by status"},
+    "--request-id": {"metavar": "ID", "help": "new for each job: with the same one, the command submits no second job"},
     "--no-wait": {"dest": "wait", "action": "store_false", "help": "do not wait for the job to end"},
     "--since": {"metavar": "N", "type": int, "help": "begin with record N, counted from 0"},
     "--recent": {"metavar": "N", "type": int, "help": "begin with the N newest records"},
@@ -281,7 +282,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     },
 }
 
-_JOB = "--queue --concurrency --timeout --max-exec-time --info --start-within"
+_JOB = "--queue --concurrency --timeout --max-exec-time --info --start-within --request-id"
 _DIRECT = "address procedure arguments --named --user --ca-file --tls-minimum --no-verify-hostname"
 _STREAM = "job --since --recent --numbered --timed"
 

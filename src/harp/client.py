@@ -73,7 +73,8 @@ class HarpCaller(SyncPeer, CallerBase[JSONConnection, RemoteServer, RemoteCall])
     with an underscore, or that are methods of this class, use `host`. `reconnect` is how many seconds an interrupted
     reader (`RemoteCall.follow`, `result` and `get` with `wait`) tries to reach the dispatcher again; 0, None or False:
     it does not. `keep_alive` is whether connections stay open for further requests; None: if the dispatcher supports
-    it. No job is ever submitted twice.
+    it. No job is ever submitted twice; with the option `request_id`, the client finds out after a lost reply whether it
+    was submitted.
 
     As a context manager it closes its waiting connections at the end, and can be used afterwards, too. Raises
     `HarpException` if an argument is invalid. Spec: docs/client-api.md, HarpCaller and Keep-alive connections.

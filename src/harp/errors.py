@@ -44,7 +44,7 @@ class RemoteException(_Reported):
 
 
 class RemoteError(_Reported):
-    """The call failed or was stopped, or there is no such job. Spec: docs/protocol.md lists each `type`."""
+    """The call failed or was stopped, or the job is unknown, or a request id was reused. Spec: docs/protocol.md."""
 
 
 class RequestRefused(CommunicationError, _Reported):

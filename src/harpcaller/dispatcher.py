@@ -21,12 +21,14 @@ import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from dataclasses import replace
 from functools import partial, wraps
+from hashlib import blake2b
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from harp.protocol.dispatcher import Call
 from harp.protocol.ends import Cancelled, End
 from harp.protocol.json_text import Raw, dumps
+from harp.protocol.schema import encode_object
 from harp_daemon.timer_wheel import TimerWheel
 from harpcaller.config import MAX_SECONDS, Config
 from harpcaller.explain import ExplainContext, describe_job
@@ -169,23 +171,28 @@ class Dispatcher:
         """Store a job; return a future of its id, which is set when the job is on stable storage.
 
         An unknown host is accepted; the job then ends as ``unknown_host``. Limits above the configured ones are lowered
-        to these. `client` is its address, for the log; `received_at` the monotonic time of the request, if known.
+        to these. A call with the request id of a stored job is that job; raises `RequestIDReused` if it is another
+        call. `client` is its address, for the log; `received_at` the monotonic time of the request, if known.
         """
         job = self._new_job(new_job_id(self._wall()), call)
         store_began = time.monotonic()
         job_id: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
-        def on_stored(stored: asyncio.Future[None]) -> None:
+        def on_stored(stored: asyncio.Future[str]) -> None:
             if (error := stored.exception()) is not None:
                 if not job_id.done():
                     job_id.set_exception(error)
                 return
-            self._runner.context.timings.record_stored(job.id, received_at, store_began)
-            log.info("job submitted", extra={**log_fields(job), "client": client})
-            if log.isEnabledFor(logging.DEBUG):
-                _log_arguments(job)
+            if stored.result() == job.id:
+                self._runner.context.timings.record_stored(job.id, received_at, store_began)
+                log.info("job submitted", extra={**log_fields(job), "client": client})
+                if log.isEnabledFor(logging.DEBUG):
+                    _log_arguments(job)
+            else:
+                repeated = {"job": stored.result(), "request_id": job.request_id}
+                log.info("job submitted again", extra={**repeated, "client": client})
             if not job_id.done():
-                job_id.set_result(job.id)
+                job_id.set_result(stored.result())
 
         self._runner.request_claim()  # before the store's own turn, so that it shares the commit
         asyncio.ensure_future(self.store.add_job(job, self._wall())).add_done_callback(on_stored)
@@ -203,14 +210,15 @@ class Dispatcher:
         jobs = await asyncio.to_thread(self._new_jobs, calls)
         async with self._bulk:
             self._runner.request_claim()
-            await self.store.add_jobs(jobs, self._wall())
-        ids = {"first": jobs[0].id, "last": jobs[-1].id}
-        log.info("jobs submitted", extra={"jobs": len(jobs), **ids, "client": client})
+            job_ids = await self.store.add_jobs(jobs, self._wall())
+        new = [job for job, job_id in zip(jobs, job_ids, strict=True) if job.id == job_id]
+        ids = {"first": job_ids[0], "last": job_ids[-1]}
+        log.info("jobs submitted", extra={"jobs": len(new), "again": len(jobs) - len(new), **ids, "client": client})
         if log.isEnabledFor(logging.DEBUG):
-            for job in jobs:
+            for job in new:
                 log.debug("job submitted with others", extra=log_fields(job))
                 _log_arguments(job)
-        return [job.id for job in jobs]
+        return job_ids
 
     @_shielded
     async def cancel(self, job_id: str, client: str | None = None) -> bool:
@@ -362,7 +370,8 @@ class Dispatcher:
         start_within = config.start_within if call.start_within is None else float(min(call.start_within, MAX_SECONDS))
         procedure = call.host, call.procedure, call.arguments
         info = _NULL if call.info is None else call.info
-        return NewJob(job_id, *procedure, timeout, max_exec_time, queue, concurrency, info, start_within)
+        request = (call.request_id, _digest(call)) if call.request_id is not None else ()
+        return NewJob(job_id, *procedure, timeout, max_exec_time, queue, concurrency, info, start_within, *request)
 
     def _cancelled_by(self, client: str | None) -> Raw:
         return dumps({"why": "cancelled", "by": client, "at": self._wall()})
@@ -386,6 +395,11 @@ class Dispatcher:
             log.warning("no hosts; set hosts_file or host_db_script")
         for warning in self._tls.warnings:
             log.warning(warning)
+
+
+def _digest(call: Call) -> bytes:
+    """Return the same bytes for calls with the same text and the same request id."""
+    return blake2b(encode_object(call), digest_size=16).digest()
 
 
 def _log_arguments(job: NewJob) -> None:

@@ -1,4 +1,4 @@
-"""Deletion of jobs that ended long ago, with their records.
+"""Deletion of jobs that ended long ago, with their records, and of old request ids.
 
 Theory of operation: a wrong clock must not delete jobs. So the age of a job is not counted to the wall clock, but to
 the prune time, which follows the wall clock while both agree. If the wall clock is much later, then either it leapt or
@@ -19,6 +19,7 @@ from harpcaller.store.sqlite import Store
 log = logging.getLogger(__name__)
 
 PRUNE_EVERY = 600.0  #: Seconds between two deletions of old jobs.
+REQUEST_ID_TTL = 86400.0  #: Seconds for which a request id is stored, at least. Spec: docs/protocol.md, Request ids.
 _STEP = 200  #: Number of jobs in a step.
 _PAUSE = 0.05  #: Seconds between two steps, so that other writes come first.
 _CATCH_UP = 4.0  #: Seconds by which the prune time advances in a second, after a leap of the clock.
@@ -99,10 +100,11 @@ class Pruner:
             log.error("cannot delete old jobs; retrying later", extra={"error": str(error)})
 
     async def _delete(self, age: float | None) -> int:
-        """Delete the jobs that ended `age` seconds before the prune time, and store this time."""
+        """Delete old request ids, and the jobs that ended `age` seconds before the prune time; store this time."""
         assert self._prune_time is not None
         now = min(self._prune_time, self._wall())  # the clock may have been set back
         pruned = 0 if age is None else await prune(self._store, now - age)
+        await self._store.forget_request_ids(now - REQUEST_ID_TTL)
         await self._store.set_prune_time(self._prune_time)  # afterwards: on a full disk it needs the space
         return pruned
 

@@ -68,7 +68,12 @@ def test_chaos_kills_break_no_promise(tmp_path: Path, options: tuple[str, ...]) 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("sabotage", "promise"),
-    [("drop-record", "4. a stream has"), ("start-twice", "5. a call starts"), ("leak-slot", "7. a limit holds")],
+    [
+        ("drop-record", "4. a stream has"),
+        ("start-twice", "5. a call starts"),
+        ("leak-slot", "7. a limit holds"),
+        ("forget-request", "8. submissions with one"),
+    ],
 )
 def test_chaos_sabotage_is_detected(tmp_path: Path, sabotage: str, promise: str) -> None:
     options = ("--minutes", "0.15", "--seed", "3", "--keep-logs", str(tmp_path / "run"))

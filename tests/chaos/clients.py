@@ -1,6 +1,6 @@
 """The clients: they submit, follow and cancel jobs with the real library, and store the replies.
 
-An unreachable dispatcher is not a violation; the client retries. It never repeats a submission.
+An unreachable dispatcher is not a violation; the client retries. It never repeats a submission without a request id.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import asyncio
 import random
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import harp
@@ -26,8 +27,10 @@ _CLIENTS, _RATE = 60, 12.0
 _RETRY_DELAY = 0.3
 #: Percentage of jobs that are cancelled, and of those whose result is not requested before the end of the run.
 _CANCELLED, _NOT_AWAITED = 14, 8
-#: Percentage of followers that use the synchronous client.
+#: Percentage of followers that use the synchronous client, and of submissions with a request id.
 _SYNCHRONOUS = 40
+#: Percentage of submissions with a request id that are sent by two clients at once.
+_TWICE = 30
 #: Errors of `cancel` if the host has not confirmed the stop.
 _NOT_CONFIRMED = frozenset({"stop_failed", "stop_unknown"})
 
@@ -72,12 +75,19 @@ class Clients:
 
     async def _run_job(self, spec: JobSpec, rng: random.Random) -> None:
         job = self._observations.add(spec)
-        procedure = getattr(self._system.async_rpc.host(spec.host, **spec.options), spec.procedure)
-        try:
-            call: aio.AsyncRemoteCall = await procedure(*spec.arguments)
-        except harp.CommunicationError:
-            return  # the job may exist or not; no id was returned
-        job.id = call.id()
+        if spec.request_id is None:
+            try:
+                job.id = await self._submit(job, synchronous=False)
+            except harp.CommunicationError:
+                return  # the job may exist or not; no id was returned
+        else:
+            times = 2 if rng.randrange(100) < _TWICE else 1
+            kinds = [rng.randrange(100) < _SYNCHRONOUS for _ in range(times)]
+            ids = await asyncio.gather(*(self._retry(partial(self._submit, job, kind)) for kind in kinds))
+            job.id = ids[0]
+            if len(set(ids)) > 1:
+                self._observations.add_violation(8, spec.token, f"two submissions returned {' and '.join(ids)}")
+        call = self._system.async_rpc.job(job.id)
         async with asyncio.TaskGroup() as group:
             if (spec.endless and not spec.limits) or rng.randrange(100) < _CANCELLED:
                 delay = rng.choice((0.0, rng.uniform(0, 0.5), rng.uniform(0, 5)))
@@ -91,6 +101,17 @@ class Clients:
             if rng.randrange(100) >= _NOT_AWAITED:
                 end = await self._retry(lambda: self._ask(call))
                 self._observations.record_end(job, end)
+
+    async def _submit(self, job: ObservedJob, synchronous: bool) -> str:
+        """Submit a job; return its id."""
+        job.submissions += 1
+        spec = job.spec
+        if synchronous:
+            procedure = getattr(self._system.rpc.host(spec.host, **spec.options), spec.procedure)
+            [job_id] = [job_id async for job_id in _threaded(procedure(*spec.arguments).id() for _ in range(1))]
+            return str(job_id)
+        call = await getattr(self._system.async_rpc.host(spec.host, **spec.options), spec.procedure)(*spec.arguments)
+        return str(call.id())
 
     async def _ask(self, call: aio.AsyncRemoteCall) -> Any:
         return end_of(await call.result(wait=True))

@@ -68,24 +68,33 @@ class StartTwice(_Sabotaged):
         super().__init__(store)
         self._jobs = 0
 
-    async def add_job(self, job: NewJob, now: float) -> None:
-        await self._store.add_job(job, now)
+    async def add_job(self, job: NewJob, now: float) -> str:
+        job_id = await self._store.add_job(job, now)
         self._jobs += 1
         if not self._jobs % 4:
-            await self._store.add_job(replace(job, id=str(uuid.uuid4())), now)
+            await self._store.add_job(replace(job, id=str(uuid.uuid4()), request_id=None), now)
+        return job_id
 
 
 class LeakSlot(_Sabotaged):
     """Lets one job too many run in each queue, as a leaked counter would."""
 
-    async def add_job(self, job: NewJob, now: float) -> None:
-        await self._store.add_job(replace(job, concurrency=job.concurrency + 1), now)
+    async def add_job(self, job: NewJob, now: float) -> str:
+        return await self._store.add_job(replace(job, concurrency=job.concurrency + 1), now)
+
+
+class ForgetRequest(_Sabotaged):
+    """Stores no request id, so that a submission that is sent again is another job."""
+
+    async def add_job(self, job: NewJob, now: float) -> str:
+        return await self._store.add_job(replace(job, request_id=None), now)
 
 
 SABOTAGES: dict[str, Callable[[Store], _Sabotaged]] = {
     "drop-record": DropRecord,
     "start-twice": StartTwice,
     "leak-slot": LeakSlot,
+    "forget-request": ForgetRequest,
 }
 
 

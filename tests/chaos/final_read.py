@@ -36,7 +36,8 @@ async def read_all(system: System, observations: Observations) -> None:
         elif found.id is None:
             found.id = job_id
         elif found.id != job_id:
-            observations.add_violation(5, token, f"it was submitted once and became two jobs, {found.id} and {job_id}")
+            promise = 5 if found.spec.request_id is None else 8
+            observations.add_violation(promise, token, f"it is two jobs, {found.id} and {job_id}")
     turn = asyncio.Semaphore(_AT_ONCE)
 
     async def ask(observed: ObservedJob) -> None:

@@ -14,8 +14,8 @@ QUEUES: Mapping[str, int] = {f"{letter}{width}": width for letter in "ab" for wi
 #: A host that is not in the registry.
 UNKNOWN_HOST = "nowhere"
 
-#: Percentage of jobs that wait in a queue, have their own limit, are for an unknown host.
-_QUEUED, _LIMITED, _UNKNOWN = 45, 6, 1
+#: Percentage of jobs that wait in a queue, have their own limit, are for an unknown host, have a request id.
+_QUEUED, _LIMITED, _UNKNOWN, _REQUESTED = 45, 6, 1, 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,7 @@ class JobSpec:
         records: number of records if nothing stops it; None: not a stream.
         record_size: size of each record.
         endless: whether it runs until it is stopped.
+        request_id: its request id; None: it has none.
     """
 
     token: str
@@ -41,12 +42,14 @@ class JobSpec:
     records: int | None = None
     record_size: int = 0
     endless: bool = False
+    request_id: str | None = None
 
     @property
     def options(self) -> dict[str, Any]:
         """The options of the client library, without the arguments."""
         queue = {} if self.queue is None else {"queue": {"chaos": self.queue}, "concurrency": QUEUES[self.queue]}
-        return {**queue, **self.limits}
+        request = {} if self.request_id is None else {"request_id": self.request_id}
+        return {**queue, **self.limits, **request}
 
 
 _Spec = tuple[str, Sequence[Any], Mapping[str, Any]]
@@ -137,4 +140,5 @@ def random_spec(rng: random.Random, token: str, hosts: Sequence[str]) -> JobSpec
     if "queue" not in more and rng.randrange(100) < _QUEUED:  # long jobs would fill the queues
         more = {**more, "queue": rng.choice(list(QUEUES))}
     host = UNKNOWN_HOST if rng.randrange(100) < _UNKNOWN else rng.choice(hosts)
-    return JobSpec(token, host, procedure, [token, *arguments], **more)
+    request_id = f"request {token}" if rng.randrange(100) < _REQUESTED else None
+    return JobSpec(token, host, procedure, [token, *arguments], request_id=request_id, **more)

@@ -104,6 +104,7 @@ class ObservedJob:
         spec: the submitted job.
         submitted: time of the submission, by the clock of the marks.
         id: its id; None: no reply was received, so the job may exist or not.
+        submissions: how often a client submitted it; the library repeats some of these by itself.
         cancels: number of cancel requests.
         cancelled: the reply to the only cancel; None: no reply, or several cancels.
         end: its end; None: not received yet.
@@ -116,6 +117,7 @@ class ObservedJob:
     spec: JobSpec
     submitted: float = field(default_factory=now)
     id: str | None = None
+    submissions: int = 0
     cancels: int = 0
     cancelled: bool | None = None
     end: End | None = None

@@ -11,7 +11,7 @@ from chaos.marks import now
 from chaos.observations import Observations, ObservedJob, Violation
 from chaos.process_tracker import ProcessTracker
 
-#: The seven promises, in short.
+#: The eight promises, in short.
 PROMISES = (
     "another error of the system",
     "no accepted job is lost",
@@ -21,6 +21,7 @@ PROMISES = (
     "a call starts at most once",
     "values arrive as they were sent",
     "a limit holds",
+    "submissions with one request id are one job",
 )
 #: Number of violations that are printed with all their facts, and of lines of the logs for each.
 _MAX_DETAILED, _LINES = 20, 12
@@ -60,6 +61,8 @@ def counts(observations: Observations, history: History) -> Iterator[str]:
     resumed = sum(follower.interruptions for follower in followers)
     unanswered = len(observations.jobs) - len(accepted)
     yield f"jobs: {len(accepted)} ({_listed(kinds)}); {unanswered} submissions without a job"
+    requested = [job for job in accepted if job.spec.request_id is not None]
+    yield f"request ids: {len(requested)}, submitted {sum(job.submissions for job in requested)} times by the clients"
     yield f"records: {records}; followers: {len(followers)}, interrupted {resumed} times"
     cancels = sum(job.cancels > 0 for job in accepted)
     if observations.direct_calls:

@@ -106,7 +106,7 @@ async def test_failed_member_does_not_fail_its_batch(tmp_path: Path) -> None:
         members.insert(5, store.add_job(new_job(id=queued), 1.0))
         members.insert(9, store.add_job(new_job(timeout="soon"), 1.0))
         outcomes = await asyncio.gather(*members, return_exceptions=True)
-        assert [number for number, outcome in enumerate(outcomes) if outcome is not None] == [5, 9]
+        assert [number for number, outcome in enumerate(outcomes) if isinstance(outcome, Exception)] == [5, 9]
         assert [job.id for _, job in await store.list_jobs()] == [queued, *(job.id for job in jobs)]
     finally:
         await store.close()

@@ -26,6 +26,7 @@ from harp.protocol.ends import End, Failed
 from harp.protocol.json_text import Raw
 from harpcaller.model.jobs import NO_METADATA, JobMetadata, NewJob, Records, StopState
 from harpcaller.model.lanes import canonical
+from harpcaller.store import RequestIDReused
 from support.backends import BACKENDS, Opener
 from support.jobs import ENDS, new_id, new_job
 from support.store_model import ModelStore
@@ -34,6 +35,8 @@ HOSTS = st.sampled_from(["one", "two", "three"])
 # Two of these names are equal as JSON values.
 QUEUES = st.sampled_from([Raw(b"{}"), Raw(b'{"a":1,"b":2}'), Raw(b'{ "b": 2.0, "a": 1 }'), Raw(b'{"a":true}')])
 SMALL = st.integers(0, 4)
+#: Request ids and digests of calls; some are submitted again, some are reused for another call.
+REQUESTED = st.lists(st.tuples(st.sampled_from("abcdef"), st.sampled_from([b"1", b"1", b"1", b"2"])), max_size=5)
 END_VALUES = st.sampled_from(list(ENDS.values()))
 STOPS = st.sampled_from(list(StopState))
 METADATA_VALUES = st.sampled_from([None, Raw(b'{"a": 1.10}'), Raw(b"{}")])
@@ -78,7 +81,7 @@ class Comparison(RuleBasedStateMachine):
     def outcome(self, asked: Any) -> Any:
         try:
             return asked()
-        except (ValueError, LookupError) as error:
+        except (ValueError, LookupError, RequestIDReused) as error:
             return type(error)
 
     @rule(target=jobs, host=HOSTS, queue=st.none() | QUEUES, concurrency=st.integers(1, 3), start_within=SMALL)
@@ -92,11 +95,29 @@ class Comparison(RuleBasedStateMachine):
         jobs = [new_job(host, queue, 2) for host in hosts]
         for job in jobs:
             self.model.add_job(job, self.now)
-        self.runner.run(self.all_at_once(jobs))
+        assert self.runner.run(self.all_at_once(jobs)) == [job.id for job in jobs]
         return multiple(*(job.id for job in jobs))
 
-    async def all_at_once(self, jobs: list[NewJob]) -> None:
-        await asyncio.gather(*(self.store.add_job(job, self.now) for job in jobs))
+    async def all_at_once(self, jobs: list[NewJob]) -> list[Any]:
+        return await asyncio.gather(*(self.store.add_job(job, self.now) for job in jobs), return_exceptions=True)
+
+    @rule(target=jobs, requested=REQUESTED, queue=st.none() | QUEUES)
+    def add_requested(self, requested: list[tuple[str, bytes]], queue: Raw | None) -> Any:
+        jobs = [new_job("one", queue, request_id=request_id, call_digest=digest) for request_id, digest in requested]
+        outcome = self.both("add_jobs", jobs, self.now)
+        return multiple(*(outcome if isinstance(outcome, list) else ()))
+
+    @rule(target=jobs, requested=REQUESTED)
+    def add_requested_at_once(self, requested: list[tuple[str, bytes]]) -> Any:
+        jobs = [new_job("one", request_id=request_id, call_digest=digest) for request_id, digest in requested]
+        expected = [self.outcome(lambda job=job: self.model.add_job(job, self.now)) for job in jobs]
+        outcomes = self.runner.run(self.all_at_once(jobs))
+        assert [outcome if isinstance(outcome, str) else type(outcome) for outcome in outcomes] == expected
+        return multiple(*(outcome for outcome in expected if isinstance(outcome, str)))
+
+    @rule(age=SMALL)
+    def forget(self, age: int) -> None:
+        self.both("forget_request_ids", self.now - age)
 
     @rule(job_id=jobs)
     def add_again(self, job_id: str) -> None:

@@ -24,7 +24,7 @@ from harpcaller.model.jobs import (
     state_of,
 )
 from harpcaller.model.lanes import canonical
-from harpcaller.store import QueueStatus, UnknownJob
+from harpcaller.store import QueueStatus, RequestIDReused, UnknownJob
 
 
 class ModelStore:
@@ -35,6 +35,7 @@ class ModelStore:
         self.records: dict[str, list[tuple[Raw, float]]] = {}
         self.metadata: dict[str, JobMetadata] = {}
         self.limits: dict[str, tuple[Raw, int]] = {}
+        self.requests: dict[str, tuple[str, bytes, float]] = {}  # by request id: job id, digest, time
         self._places = itertools.count(1)
 
     def list_slot_holders(self) -> list[Job]:
@@ -46,9 +47,17 @@ class ModelStore:
     def _lane(self, job: Job) -> tuple[str, str]:
         return ("host", job.host) if job.queue is None else ("queue", canonical(job.queue))
 
-    def add_job(self, job: NewJob, now: float) -> None:
+    def add_job(self, job: NewJob, now: float) -> str:
+        if job.request_id is not None:
+            first, digest, _ = self.requests.get(job.request_id, (None, b"", 0.0))
+            if first is not None and first in self.jobs:
+                if digest != job.call_digest:
+                    raise RequestIDReused(job.request_id, first)
+                return first
         if job.id in self.jobs:
             raise ValueError
+        if job.request_id is not None:
+            self.requests[job.request_id] = (job.id, job.call_digest, now)
         if job.queue is not None:
             self.limits.setdefault(canonical(job.queue), (job.queue, job.concurrency))
         stored = Job(
@@ -58,12 +67,20 @@ class ModelStore:
         self.jobs[job.id] = (next(self._places), stored)
         self.records[job.id] = []
         self.metadata[job.id] = NO_METADATA
+        return job.id
 
-    def add_jobs(self, jobs: Sequence[NewJob], now: float) -> None:
+    def add_jobs(self, jobs: Sequence[NewJob], now: float) -> list[str]:
         if len({job.id for job in jobs} | self.jobs.keys()) < len(jobs) + len(self.jobs):
             raise ValueError
-        for job in jobs:
-            self.add_job(job, now)
+        before = dict(self.jobs), dict(self.records), dict(self.metadata), dict(self.limits), dict(self.requests)
+        try:
+            return [self.add_job(job, now) for job in jobs]
+        except RequestIDReused:
+            self.jobs, self.records, self.metadata, self.limits, self.requests = before
+            raise
+
+    def forget_request_ids(self, submitted_before: float) -> None:
+        self.requests = {key: entry for key, entry in self.requests.items() if entry[2] >= submitted_before}
 
     def claim_jobs(self, now: float, limit: int, max_calls_per_host: int) -> list[Job]:
         claimed: list[Job] = []

@@ -33,7 +33,7 @@ SIGNATURES = {
     "HarpCaller.submit_many": "(calls)",
     "Call": (
         "(host, procedure, arguments=(), *, queue=None, concurrency=None, timeout=None, max_exec_time=None, "
-        "info=None, start_within=None)"
+        "info=None, start_within=None, request_id=None)"
     ),
     "RemoteServer": "(dispatcher, hostname)",
     "RemoteServer.__str__": "()",

@@ -36,6 +36,10 @@ R = TypeVar("R")
 
 #: Seconds until a dispatcher that has not granted keep-alive is asked again.
 _ASK_AGAIN = 300.0
+#: Seconds after which a submission with a request id is not repeated any more.
+_REPEAT_SECONDS = 3600.0
+#: Refusals that do not end the repetitions: an earlier request may have been stored.
+_TEMPORARY_REFUSALS = frozenset({"too_many_connections", "storage_error"})
 
 
 class CallerBase(Peer[C], Generic[C, S, J]):
@@ -87,23 +91,28 @@ class CallerBase(Peer[C], Generic[C, S, J]):
         """Submit jobs with one request, all or none; return them in the order of the calls. They are on stable storage.
 
         Over 10,000 calls or 16 MiB are sent as several requests; to a legacy dispatcher, one for each call. Then each
-        request is all or none; a note of the exception says how many calls were submitted before it. Raises
-        `HarpException` if an item is not a `Call` (nothing was sent), `RequestRefused` if the dispatcher refused (the
-        message names the invalid call), and another `CommunicationError` if there was no reply: it is unknown whether
-        the jobs were submitted. Spec: docs/client-api.md, HarpCaller.
+        request is all or none; a note of the exception says how many calls were submitted before it. If all calls have
+        a `request_id`, a request is sent again after a lost reply. Raises `HarpException` if an item is not a `Call`
+        (nothing was sent), `RequestRefused` if the dispatcher refused (the message names the invalid call), and another
+        `CommunicationError` if there was no reply: it is unknown whether the jobs were submitted. Spec:
+        docs/client-api.md, HarpCaller and Request ids.
         """
         found: list[protocol.Call] = []
         for call in calls:
             if not isinstance(call, Call):
                 raise HarpException(f"calls[{len(found)}]: expected a harp.Call, got {call!r}")
             found.append(call._request)
-        if not (self._keep_alive or self._supports_many):
+        with_id = sum(call.request_id is not None for call in found)
+        if not (with_id or self._keep_alive or self._supports_many):
             yield from self._ask()
-        in_parts = self._keep_alive or self._supports_many
+        in_parts = with_id or self._keep_alive or self._supports_many
         job_ids: list[str] = []
         try:
             for request in protocol.submit_in_parts(found) if in_parts else found:
-                reply = yield from self._request(request)
+                if with_id and with_id == len(found):
+                    reply = yield from self._request_repeatedly(request)
+                else:
+                    reply = yield from self._request(request, "request_id" if with_id else None)
                 job_ids += reply.job_ids if in_parts else [reply.job_id]
         except HarpException as error:
             if job_ids:
@@ -148,12 +157,42 @@ class CallerBase(Peer[C], Generic[C, S, J]):
             raise refusal_of(reply)
         return reply
 
+    def _request_repeatedly(self, request: Request) -> Steps[Any]:
+        """Send a request whose calls all have request ids, again after each interruption; return its reply.
+
+        It is sent again only to a dispatcher that has answered the question: a legacy one has no request ids. After an
+        hour it is not: the dispatcher forgets request ids.
+        """
+        policy = ReconnectPolicy(self._reconnect, self._on_outage)
+        deadline = self._now() + _REPEAT_SECONDS
+        is_known, asks = self._supports_many, False
+        while True:
+            try:
+                if asks:
+                    yield from self._send_question(policy)
+                    is_known, asks = True, False
+                reply, _ = yield from self._send(request, policy)
+            except CommunicationError as interruption:
+                if closed_without_reply(interruption) and not is_known and (asks or not policy):
+                    raise unsupported_by_peer(interruption, "request_id") from interruption
+                error: HarpException = interruption
+            else:
+                if not isinstance(reply, Refused):
+                    return reply
+                error = refusal_of(reply)
+                if not policy.attempts or reply.type not in _TEMPORARY_REFUSALS:
+                    raise error
+            if self._now() >= deadline:
+                raise error
+            yield self._sleep(policy.next_pause(error, self._now()))
+            asks = not self._supports_many
+
     def _send(
         self, request: Request, policy: ReconnectPolicy | None = None, is_question: bool = False
     ) -> Steps[tuple[Any, bytes]]:
         """Send a request once and return the reply and its line. If the request waits, it has a policy."""
         pool = self._pool
-        if self._keep_alive is None and not pool.granted:
+        if self._keep_alive is None and not pool.granted and not is_question:
             if self._ask_at is not None:
                 yield from self._ask()
             else:
@@ -169,9 +208,10 @@ class CallerBase(Peer[C], Generic[C, S, J]):
             try:
                 line = yield from conn.exchange(encoded)
             except CommunicationError as error:
-                if not keep_alive:
+                if not keep_alive or (is_question and pooled is None):
                     raise
-                self._raise_unless_repeatable(error, request, reused=pooled is not None)
+                if not is_question:
+                    self._raise_unless_repeatable(error, request, reused=pooled is not None)
                 yield conn.connect()
                 line = yield from conn.exchange(encoded)
             try:
@@ -191,8 +231,11 @@ class CallerBase(Peer[C], Generic[C, S, J]):
         if self._ask_at is None or now >= self._ask_at:
             self._ask_at = now + _ASK_AGAIN
             with suppress(CommunicationError):  # if it cannot be reached, the request itself will say so
-                yield from self._send(SubmitMany(()), is_question=True)
-                self._supports_many = True
+                yield from self._send_question()
+
+    def _send_question(self, policy: ReconnectPolicy | None = None) -> Steps[None]:
+        yield from self._send(SubmitMany(()), policy, is_question=True)
+        self._supports_many = True
 
     def _raise_unless_repeatable(self, error: CommunicationError, request: Request, reused: bool) -> None:
         """Raise the error of a keep-alive request that got no reply, unless it may be sent on a new connection."""
@@ -240,8 +283,9 @@ class ServerBase(Generic[P]):
         `queue` is the name of the queue to wait in, a dict; `concurrency`, which needs it, how many of its jobs may run
         at once, from 1; `timeout` the seconds above 0 between two messages of the job, `max_exec_time` those that it
         may run; `start_within` the seconds, from 0, for which a start that certainly did not happen is tried again;
-        `info` any JSON value, which `RemoteCall.info` returns. Raises `HarpException` if an option is unknown
-        or invalid. Spec: docs/client-api.md, RemoteServer.
+        `info` any JSON value, which `RemoteCall.info` returns; `request_id` a text of up to 200 characters, for one
+        job: a submission with the same one is the same job. Raises `HarpException` if an option is unknown or invalid.
+        Spec: docs/client-api.md, RemoteServer and Request ids.
         """
         self._options = {**self._options, **values.check_options(kwargs)}
         return self
@@ -266,13 +310,14 @@ class ProcedureBase(Generic[J]):
 
         Raises `HarpException` for both kinds of arguments, for one that JSON cannot represent, and for `concurrency`
         without `queue`; `RequestRefused` if the dispatcher refused; another `CommunicationError` if there was no reply:
-        it is unknown whether the job was submitted, and it is not sent again. Spec: docs/client-api.md,
-        RemoteProcedure.
+        it is unknown whether the job was submitted. With the option `request_id`, the request is sent again first.
+        Spec: docs/client-api.md, RemoteProcedure and Request ids.
         """
-        server, arguments = self._server, values.encode_arguments(args, kwargs)
+        dispatcher, server, arguments = self._dispatcher, self._server, values.encode_arguments(args, kwargs)
         request = values.job_request(server._hostname, self._procedure, arguments, server._options)
-        reply: protocol.Submitted = yield from self._dispatcher._request(request)
-        return self._dispatcher._job_class(self._dispatcher, reply.job_id)
+        submit = dispatcher._request if request.request_id is None else dispatcher._request_repeatedly
+        reply: protocol.Submitted = yield from submit(request)
+        return dispatcher._job_class(dispatcher, reply.job_id)
 
     def host(self) -> str:
         """Return the name of the host. Spec: docs/client-api.md, RemoteProcedure."""

@@ -38,6 +38,7 @@ class JobOptions(TypedDict, total=False):
     max_exec_time: float | None
     info: Any
     start_within: float | None
+    request_id: str | None
 
 
 #: The options: which values are valid, in a function and in words.
@@ -48,6 +49,7 @@ _OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_exec_time": (is_seconds, "a positive number of seconds"),
     "info": (lambda value: True, "any value"),
     "start_within": (is_seconds_or_zero, "a number of seconds of at least 0"),
+    "request_id": (protocol.is_request_id, f"a text of 1 to {protocol.MAX_REQUEST_ID} characters"),
 }
 
 
@@ -111,6 +113,7 @@ class Call:
     max_exec_time: float | None = None
     info: Any = None
     start_within: float | None = None
+    request_id: str | None = None
     _request: protocol.Call = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -127,11 +130,12 @@ def job_request(host: str, procedure: str, arguments: Raw, options: Mapping[str,
     """Return the request that submits a job. Raise `HarpException` for `concurrency` without `queue`."""
     if not options:
         return protocol.Call(host, procedure, arguments)
-    queue, concurrency, timeout, max_exec_time, info, start_within = map(options.get, _OPTIONS)
+    queue, concurrency, timeout, max_exec_time, info, start_within, request_id = map(options.get, _OPTIONS)
     if concurrency is not None and queue is None:
         raise HarpException("option 'concurrency' needs option 'queue'")
     in_queue = None if queue is None else protocol.Queue(queue, concurrency or 1)
-    return protocol.Call(host, procedure, arguments, timeout, max_exec_time, in_queue, info, start_within)
+    options_of_job = timeout, max_exec_time, in_queue, info, start_within, request_id
+    return protocol.Call(host, procedure, arguments, *options_of_job)
 
 
 def encode_line(value: Any, what: str = "the value") -> bytes:
@@ -171,8 +175,8 @@ def error_of(report: Failed) -> RemoteError:
 
 
 def refusal_of(reply: protocol.Refused) -> RequestRefused | RemoteError:
-    """Return the exception for a refused request. An unknown job is an answer: to ask again makes no difference."""
-    kind = RemoteError if reply.type == "invalid_jobid" else RequestRefused
+    """Return the exception for a refused request. Some refusals are answers: to ask again makes no difference."""
+    kind = RemoteError if reply.type in ("invalid_jobid", "request_id_reused") else RequestRefused
     return kind(reply.type, reply.message, reply.data)
 
 

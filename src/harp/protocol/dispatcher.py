@@ -3,7 +3,7 @@
 Sans-IO: this module uses no socket. Each message is a frozen value that is validated when it is created. Any bytes
 give a message or a `ProtocolError`.
 
-Additions to version 1 are opt-in: a request is a `SubmitMany`, or has ``start_within``, ``wait`` (of a
+Additions to version 1 are opt-in: a request is a `SubmitMany`, or has ``start_within``, ``request_id``, ``wait`` (of a
 cancel), ``timed`` or ``keep_alive``, only if its caller uses the feature. Only the replies to such a request have
 ``job_ids``, ``stop``, ``time`` or ``keep_alive``.
 
@@ -49,6 +49,13 @@ VERSION = 1
 MAX_CALLS = 10_000
 #: Maximum length in bytes of a request line that a dispatcher accepts, unless it is configured otherwise.
 MAX_LINE = 16 * 1024 * 1024
+#: Maximum length of a request id in characters.
+MAX_REQUEST_ID = 200
+
+
+def is_request_id(value: object) -> bool:
+    """Return whether it is a text of 1 to `MAX_REQUEST_ID` characters."""
+    return isinstance(value, str) and 0 < len(value) <= MAX_REQUEST_ID
 
 
 _POSITIVE = Kind(lambda number: is_count(number) and number > 0, "a positive integer, got {!r}")
@@ -69,8 +76,14 @@ class Queue(WireObject):
     concurrency: Annotated[int, _POSITIVE] = 1
 
 
+_REQUEST_ID = Kind(is_request_id, f"1 to {MAX_REQUEST_ID} characters", is_text=True)
+
+
 class Call(WireObject):
-    """Submit a job. `arguments` is an array (positional) or an object (named); limits are in seconds."""
+    """Submit a job. `arguments` is an array (positional) or an object (named); limits are in seconds.
+
+    All calls with one `request_id` are one job.
+    """
 
     host: Name
     procedure: Name
@@ -80,6 +93,7 @@ class Call(WireObject):
     queue: Annotated[Queue | None, Kind(decode=_decode_queue, encode=encode_object)] = None
     info: Payload = None
     start_within: SecondsOrZero | None = None
+    request_id: Annotated[str | None, _REQUEST_ID] = None
 
 
 def _decode_calls(members: JSONObject, key: str) -> list[Call]:

@@ -24,7 +24,7 @@ from harpcaller.config import Config
 from harpcaller.dispatcher import Dispatcher
 from harpcaller.model.jobs import Job
 from harpcaller.notifier import RecordBatch
-from harpcaller.store import StorageError, UnknownJob
+from harpcaller.store import RequestIDReused, StorageError, UnknownJob
 
 log = logging.getLogger(__name__)
 
@@ -217,6 +217,9 @@ class ClientServer(Server):
                 log.info("request refused", extra={"client": client, "reason": failure.message})
             case UnknownJob():
                 failure = protocol.Refused("invalid_jobid", _shorten(f"there is no job {error}"))
+            case RequestIDReused():
+                failure = protocol.Refused("request_id_reused", _shorten(str(error)))
+                log.info("request refused", extra={"client": client, "reason": failure.message})
             case StorageError():
                 log.error("request failed: storage error", extra={"client": client, "reason": str(error)})
                 failure = protocol.Refused("storage_error", str(error))

@@ -37,12 +37,14 @@ class _Call(_Members):
     queue: _Queue | None = None
     info: msgspec.Raw = msgspec.Raw()
     start_within: Annotated[int, msgspec.Meta(ge=0, lt=10**9)] | None = None
+    request_id: str | None = None
 
     def to_request(self) -> Call:
         queue = Queue(Raw(self.queue.name), self.queue.concurrency or 1) if self.queue else None
         info = None if (text := Raw(self.info)) in (b"", b"null") else text
         limits = self.timeout, self.max_exec_time
-        return Call(self.host, self.procedure, Raw(self.arguments), *limits, queue, info, self.start_within)
+        call = self.host, self.procedure, Raw(self.arguments), *limits
+        return Call(*call, queue, info, self.start_within, self.request_id)
 
 
 class _Submit(_Call, kw_only=True):

@@ -68,6 +68,8 @@ class NewJob(Struct, frozen=True):
     concurrency: int = 1  # maximum number of running jobs of the queue; the first job of a queue decides
     info: Raw = Raw(b"null")
     start_within: float = 0.0  # seconds for which a start that certainly did not happen is tried again
+    request_id: str | None = None  # all submissions with the same one are one job
+    call_digest: bytes = b""  # of the submitted call, if it has a request id
 
 
 class Job(Struct, frozen=True):

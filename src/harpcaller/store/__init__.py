@@ -15,6 +15,13 @@ class UnknownJob(LookupError):
     """No job has this id."""
 
 
+class RequestIDReused(Exception):
+    """A job was submitted with the request id of another call. Nothing was changed."""
+
+    def __init__(self, request_id: str, job_id: str) -> None:
+        super().__init__(f"request_id {request_id!r} was used for another call: job {job_id}")
+
+
 @dataclass(frozen=True, slots=True)
 class QueueStatus:
     """A queue with jobs that have not ended or hold a slot."""

@@ -119,6 +119,7 @@ class Store:
 
     _delete_jobs = _writes(Writes.delete_jobs)
     _delete_orphaned_records = _writes(Writes.delete_orphaned_records)
+    _delete_request_ids = _writes(Writes.delete_request_ids)
     _release_free_pages = _writes(Writes.release_free_pages)
     _checkpoint = _reads(reads.checkpoint)
 
@@ -137,6 +138,11 @@ class Store:
         if pruned:
             await self._checkpoint()
         return pruned
+
+    async def forget_request_ids(self, submitted_before: float) -> None:
+        """Forget the request ids that were submitted before a time, in short transactions."""
+        while await self._delete_request_ids(submitted_before):
+            pass
 
     async def close(self) -> None:
         """Complete the verbs that were called, and close, once. No verb may be called after this."""

@@ -28,6 +28,20 @@ INSERT INTO jobs (seq, id, lane, host, state, submitted, started, holds_slot) VA
 INSERT INTO calls (job, procedure, arguments, timeout, max_exec_time, queue, info, start_within)
 VALUES (?, ?, ?, ?, ?, ?, ?, ?);
 
+-- name: find_request_id
+-- The job's id is NULL if the job was deleted, or is not inserted yet.
+SELECT request_ids.job, jobs.id, request_ids.call_digest
+FROM request_ids LEFT JOIN jobs ON jobs.seq = request_ids.job WHERE request_ids.request_id = ?;
+
+-- name: add_request_id
+-- It replaces that of a deleted job.
+INSERT OR REPLACE INTO request_ids (request_id, job, call_digest, submitted) VALUES (?, ?, ?, ?);
+
+-- name: delete_request_ids
+DELETE FROM request_ids WHERE request_id IN (
+    SELECT request_id FROM request_ids WHERE submitted < :before ORDER BY submitted LIMIT :limit
+);
+
 -- name: start_job
 -- A guarded write: a job that is not queued does not change, and the transaction fails.
 UPDATE jobs SET state = 'running', started = ?, holds_slot = 1 WHERE seq = ? AND state = 'queued';

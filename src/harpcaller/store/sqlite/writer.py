@@ -3,7 +3,8 @@
 Theory of operation: a commit waits for the disk, so its cost is shared. Everything that arrives while a commit runs
 is one batch, that is one transaction and one wait. The verbs that are called in two turns of the event loop are one
 batch, too. If a member fails, the transaction is rolled back, and each member is run in a transaction of its own, so
-that only the changes of that member are undone. If the transaction itself fails, for example because the disk is full,
+that only the changes of that member are undone. A refusal, which clients can cause, is not a failure: the member has
+changed nothing, and the transaction continues. If the transaction itself fails, for example because the disk is full,
 nothing was changed, and each member gets the error. The thread then continues with the next batch.
 
 Long payloads are written apart: verbs with more than `_LONG_BYTES` of them, such as records of fast streams, take turns
@@ -27,6 +28,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple, TypeVar
 
+from harpcaller.store import RequestIDReused
 from harpcaller.store.sqlite.file import storage_errors
 from harpcaller.store.sqlite.writes import PAYLOAD_BYTES, Writes
 
@@ -152,7 +154,7 @@ class Writer:
             with storage_errors(self._path):
                 self._connection.execute("BEGIN IMMEDIATE")
                 self._writes.begin()
-                outcomes = [verb(self._writes, *args, **options) for verb, args, options, _, _ in batch]
+                outcomes = [self._run_verb(*member) for member in batch]
                 self._writes.flush()
                 self._connection.execute("COMMIT")
         except Exception as error:  # noqa: BLE001 - the members get it, and the thread continues
@@ -166,6 +168,12 @@ class Writer:
                 return [error] * len(batch)
             return [outcome for member in batch for outcome in self._commit([member])]
         return outcomes
+
+    def _run_verb(self, verb: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any], *_: object) -> Any:
+        try:
+            return verb(self._writes, *args, **options)
+        except RequestIDReused as refusal:
+            return refusal
 
 
 def _resolve_futures(batch: Sequence[_Member], outcomes: Sequence[Any]) -> None:

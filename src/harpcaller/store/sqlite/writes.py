@@ -34,6 +34,7 @@ from harpcaller.model.jobs import (
     state_of,
 )
 from harpcaller.model.lanes import host_lane, queue_lane
+from harpcaller.store import RequestIDReused
 from harpcaller.store.sqlite.active import ActiveJob, ActiveJobs, Lane
 from harpcaller.store.sqlite.file import MAX_INTEGER, QUERIES
 from harpcaller.store.sqlite.rows import (
@@ -56,6 +57,7 @@ _STEP_JOBS = 100
 _STEP_BYTES = 8 * 1024 * 1024
 _STEP_CHUNKS = 4096
 _STEP_PAGES = 512
+_STEP_REQUEST_IDS = 1000
 _SHORT_NAME = 256  # The lanes of names up to this length are cached.
 _host_lane = lru_cache(1024)(host_lane)
 _queue_lane = lru_cache(1024)(queue_lane)
@@ -132,22 +134,57 @@ class Writes:
 
     # Submission and claims.
 
-    def add_job(self, job: NewJob, now: float) -> None:
-        """Store a queued job; it is on stable storage when this returns. Create its queue if it does not exist.
+    def add_job(self, job: NewJob, now: float) -> str:
+        """Store a queued job; return its id. It is on stable storage when this returns. Create its queue if need be.
 
-        Raises `ValueError` if a job with this id exists.
+        If a job with its request id is stored, nothing is changed, and the id of that job is returned. Raises
+        `RequestIDReused` if that job has another call, and `ValueError` if a job with this id exists.
         """
-        self.add_jobs((job,), now)
+        return self.add_jobs((job,), now)[0]
 
-    def add_jobs(self, jobs: Sequence[NewJob], now: float) -> None:
-        """Store queued jobs in this order, all or none, as `add_job` does."""
+    def add_jobs(self, jobs: Sequence[NewJob], now: float) -> list[str]:
+        """Store queued jobs in this order, all or none, as `add_job` does; return their ids in the same order."""
+        with_request_id = [job for job in jobs if job.request_id is not None]
+        stored_as = self._find_repeated(with_request_id) if with_request_id else {}
+        request_ids: list[tuple[Any, ...]] = []
         for job in jobs:
+            if job.id in stored_as:
+                continue
             key = _lane_of(job)
             lane = self._active.lanes.get(key) or self._add_lane(key, job)
             limits = float(job.timeout), float(job.max_exec_time)
             call = job.host, job.procedure, job.arguments, *limits, job.queue, job.info
             queued = Job(job.id, State.QUEUED, *call, now, None, None, None, 0, start_within=job.start_within)
-            self._added[self._active.add_queued(lane)] = lane, queued
+            seq = self._active.add_queued(lane)
+            self._added[seq] = lane, queued
+            if job.request_id is not None:
+                request_ids.append((encode_name(job.request_id), seq, job.call_digest, now))
+        if request_ids:
+            self.db.executemany(QUERIES["add_request_id"], request_ids)
+        return [stored_as.get(job.id, job.id) for job in jobs]
+
+    def _find_repeated(self, jobs: Sequence[NewJob]) -> dict[str, str]:
+        """Return which of these jobs, all with a request id, are others submitted again: the id of the first one."""
+        stored_as: dict[str, str] = {}
+        found: dict[str, tuple[str, bytes]] = {}
+        for job in jobs:
+            request_id = job.request_id or ""
+            first = found.get(request_id) or self._find_request_id(request_id) or (job.id, job.call_digest)
+            found[request_id] = first
+            if first[1] != job.call_digest:
+                raise RequestIDReused(request_id, first[0])
+            if first[0] != job.id:
+                stored_as[job.id] = first[0]
+        return stored_as
+
+    def _find_request_id(self, request_id: str) -> tuple[str, bytes] | None:
+        """Return the id of the job that was submitted with a request id, and the digest of its call."""
+        for seq, job_id, digest in self.db.execute(QUERIES["find_request_id"], (encode_name(request_id),)).fetchall():
+            if seq in self._added:
+                job_id = self._added[seq][1].id
+            if job_id is not None:
+                return job_id, digest
+        return None
 
     def _add_lane(self, key: str, job: NewJob) -> Lane:
         if job.queue is None:
@@ -428,6 +465,11 @@ class Writes:
             room -= size
         self.db.execute(QUERIES["forget_orphaned_records"], {"seq": seq})
         return True
+
+    def delete_request_ids(self, submitted_before: float) -> bool:
+        """Delete some request ids that were submitted before a time; return whether there may be more."""
+        parameters = {"before": submitted_before, "limit": _STEP_REQUEST_IDS}
+        return self.db.execute(QUERIES["delete_request_ids"], parameters).rowcount == _STEP_REQUEST_IDS
 
     def release_free_pages(self) -> bool:
         """Free some unused pages of the file, which the next checkpoint truncates; return whether there may be more."""
