@@ -161,6 +161,24 @@ def test_clean_up_reports_ended_call_without_kill(supervisors: Supervisors, old:
         assert lives(pid)
 
 
+@pytest.mark.parametrize("is_running", [True, False])
+def test_clean_up_interrupted_before_adoption_loses_no_end(
+    supervisors: Supervisors, tmp_path: Path, old: StateFiles, new: StateFiles, is_running: bool
+) -> None:
+    """The second supervisor is killed, too, before it has written its own entries."""
+    with process("a") as pid:
+        old.write("a", tree("a", pid), None)
+        if not is_running:
+            old.mark_ended("a")
+        supervisors.kill(old)
+        before: list[dict[str, Purpose]] = []
+        new.clean_up(lambda result: before.append(read_entries(tmp_path)))
+        supervisors.kill(new)
+    purpose = Purpose.STOP_AND_REPORT if is_running else Purpose.ONLY_REPORT
+    assert before == [{"a": purpose}], "a third supervisor would find the call"
+    assert read_entries(tmp_path) == {}
+
+
 def test_clean_up_kills_reported_call_silently(supervisors: Supervisors, old: StateFiles, new: StateFiles) -> None:
     with process("a") as pid:
         old.write("a", tree("a", pid), None)

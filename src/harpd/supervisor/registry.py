@@ -22,7 +22,7 @@ from harp.protocol.schema import ProtocolError, check, check_string, is_count
 from harpd.supervisor.call import CallContext
 from harpd.supervisor.link import LinkChannel
 from harpd.supervisor.sessions import ResumableSession, SessionTerms
-from harpd.supervisor.state_files import Purpose
+from harpd.supervisor.state_files import CleanupResult, Purpose
 
 log = logging.getLogger("harpd.supervisor")
 
@@ -133,9 +133,13 @@ class CallRegistry:
         """Kill the calls of dead supervisors and adopt the resumable ones; return whether to repeat that soon."""
         if self._context.shutting_down:  # the next supervisor adopts them
             return False
-        result = self._context.state_files.clean_up()
+        result = self._context.state_files.clean_up(self._adopt)
         if result.killed:
             log.warning("killed orphaned processes", extra={"processes": result.killed})
+        return result.again
+
+    def _adopt(self, result: CleanupResult) -> None:
+        """Adopt the ends of the resumable calls that a clean-up has found."""
         stop_reports = result.stop_reports
         for call_id in stop_reports.keys() & self._sessions.keys() - result.calls.keys():
             self._sessions[call_id].on_closed(stop_reports[call_id])
@@ -153,7 +157,6 @@ class CallRegistry:
                 self._context.state_files.write(call_id, state.tree, session.stored, Purpose.ONLY_REPORT)
             except OSError as error:
                 log.error("cannot write state of call", extra={"call": call_id, "reason": str(error)})
-        return result.again
 
 
 def read_texts(facts: Mapping[str, Any], *keys: str) -> list[str]:

@@ -25,7 +25,7 @@ import re
 import stat
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -295,8 +295,12 @@ class StateFiles:
 
     # The calls of dead supervisors.
 
-    def clean_up(self) -> CleanupResult:
-        """Kill the remaining processes of dead supervisors' calls. It blocks for at most some tens of milliseconds."""
+    def clean_up(self, adopt: Callable[[CleanupResult], None] = lambda result: None) -> CleanupResult:
+        """Kill the remaining processes of dead supervisors' calls. It blocks for at most some tens of milliseconds.
+
+        `adopt` writes entries for the ends that this supervisor reports from now on; those of the dead ones are cleared
+        after that, so that no end is lost if this supervisor is killed, too.
+        """
         calls: dict[str, CallState] = {}
         found: list[_Orphan] = []
         for file in self._lock_dead():
@@ -307,8 +311,11 @@ class StateFiles:
                     found.append(_Orphan(state, file, entry))
         self._orphans += found
         killed = self._kill(found)
-        stop_reports = self._update_orphans()
-        return CleanupResult(killed, calls, stop_reports, any(orphan.is_fresh for orphan in self._orphans))
+        again = any(orphan.is_fresh for orphan in self._orphans if not orphan.gone)
+        result = CleanupResult(killed, calls, self._stop_reports(), again)
+        adopt(result)
+        self._update_orphans()
+        return result
 
     def _lock_dead(self) -> Iterator[_OpenFile]:
         for name in sorted(os.listdir(self._directory)):
@@ -332,22 +339,28 @@ class StateFiles:
         self._last_round = time.monotonic()
         return killed
 
-    def _update_orphans(self) -> dict[str, Mapping[str, Any]]:
-        """Update the state files after a round of killing; return the stop reports that result from it."""
+    def _stop_reports(self) -> dict[str, Mapping[str, Any]]:
+        """Return the stop reports that result from a round of killing."""
         stop_reports: dict[str, Mapping[str, Any]] = {}
+        for orphan in self._orphans:
+            if not orphan.gone:
+                if orphan.entry.purpose is not Purpose.STOP_AND_REPORT:
+                    continue
+                orphan.reported_survivors = orphan.survives
+            if orphan.reported_survivors:
+                stop_reports[orphan.call_id] = orphan.stop_report()
+        return stop_reports
+
+    def _update_orphans(self) -> None:
+        """Update the state files after a round of killing."""
         for orphan in self._orphans:
             if orphan.gone:
                 orphan.file.clear(orphan.entry)
             elif orphan.entry.purpose is Purpose.STOP_AND_REPORT:
                 # This supervisor reports the end, and has its own entry for that.
-                orphan.reported_survivors, orphan.entry.purpose = orphan.survives, Purpose.ONLY_STOP
+                orphan.entry.purpose = Purpose.ONLY_STOP
                 with contextlib.suppress(OSError):
                     orphan.file.write(orphan.entry)
-            else:
-                continue
-            if orphan.reported_survivors:
-                stop_reports[orphan.call_id] = orphan.stop_report()
         self._orphans = [orphan for orphan in self._orphans if not orphan.gone]
         for name in self._dead.keys() - {orphan.file.path.name for orphan in self._orphans}:
             self._dead.pop(name).delete()
-        return stop_reports
