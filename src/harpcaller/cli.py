@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -107,6 +108,32 @@ def _stop(parsed: Namespace) -> None:
         return
     if parsed.print_pid:
         print(pid)
+
+
+def _backup(parsed: Namespace) -> None:
+    from harpcaller.store.sqlite.backup import back_up
+
+    (status,) = ControlClient(parsed.socket).send_command("status")
+    _run_on_store(lambda: back_up(Path(loads(status)["store"]), parsed.file))
+
+
+def _restore(parsed: Namespace) -> None:
+    from harpcaller.store.sqlite.backup import restore
+
+    def run() -> None:
+        jobs = restore(parsed.file, load(parsed.config).stream_directory, parsed.queued, time.time())
+        if jobs:
+            done = "cancelled" if parsed.queued == "cancel" else "run when harpcallerd starts"
+            print(f"harpcallerd: {jobs} queued jobs: {done}", file=sys.stderr)
+
+    _run_on_store(run)
+
+
+def _run_on_store(run: Callable[[], None]) -> None:
+    try:
+        run()
+    except (ConfigError, StorageError) as error:
+        raise ControlError(str(error)) from error
 
 
 def _reload(parsed: Namespace) -> int:
@@ -255,6 +282,13 @@ def parser() -> argparse.ArgumentParser:
     option("--timeout", metavar="S", type=_number, help="wait at most S seconds")
     option("--print-pid", action="store_true", help="print its process id")
     add("reload", _reload, "reload the configuration, all or nothing")
+    option = add("backup", _backup, "copy the jobs to a file while the dispatcher runs")
+    option("file", metavar="FILE", type=_absolute_path, help="a new file, or an earlier backup, which is replaced")
+    option = add("restore", _restore, "make a backup the jobs of a stopped dispatcher that has none")
+    option("file", metavar="FILE", type=_absolute_path)
+    option("--config", metavar="FILE", type=_absolute_path, default=DEFAULT_FILE, help="TOML (%(default)s)")
+    queued = "what to do with queued jobs; those that ran after the backup would run again"
+    option("--queued", choices=("cancel", "run"), help=queued)
     option = add("list", _print_reply, "list the jobs that have not ended, in the order of submission")
     option("--all", action="store_true", help="include jobs that have ended")
     option("--newest", metavar="N", type=_count, help="only the last N submitted jobs, the newest first")

@@ -92,7 +92,12 @@ class ControlServer(Server):
 
     async def _status(self) -> Items:
         registry = self._dispatcher.registry.describe()
-        yield Envelope(pid=os.getpid(), calls=self._dispatcher.active_calls, hosts_registry=registry)
+        yield Envelope(
+            pid=os.getpid(),
+            store=str(self._dispatcher.store.path),
+            calls=self._dispatcher.active_calls,
+            hosts_registry=registry,
+        )
 
     async def _stop(self) -> Items:
         log.info("stop requested")

@@ -17,6 +17,7 @@ One thread writes, a few read:
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import sqlite3
 from collections.abc import Callable
@@ -34,6 +35,8 @@ from harpcaller.store.sqlite.writer import Writer
 from harpcaller.store.sqlite.writes import Writes
 
 __all__ = ["FILE_NAME", "Store", "open_store"]
+
+log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -83,13 +86,14 @@ class Store:
     """The verbs, whose contracts are in `writes` and `reads`. They are called in the loop of `open_store`."""
 
     def __init__(self, directory: Path, loop: asyncio.AbstractEventLoop) -> None:
-        self._path = path = directory / FILE_NAME
+        self.path = path = (directory / FILE_NAME).absolute()  #: The file.
         self._closed = False
         self._threads = ThreadPoolExecutor(_READERS, thread_name_prefix="store-reader")
         self._idle_readers: SimpleQueue[sqlite3.Connection] = SimpleQueue()
         with ExitStack() as stack:
             stack.callback(os.close, lock(directory))
-            prepare(path)
+            if copied_jobs := prepare(path):
+                log.warning("restored store has queued jobs", extra={"file": str(path), "jobs": copied_jobs})
             with storage_errors(path):
                 for _ in range(_READERS):
                     self._idle_readers.put(stack.enter_context(closing(connect(path, query_only=True))))
@@ -158,13 +162,13 @@ class Store:
 
     def _closed_error(self) -> asyncio.Future[Any]:
         failed: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        failed.set_exception(StorageError(f"{self._path}: the store is closed"))
+        failed.set_exception(StorageError(f"{self.path}: the store is closed"))
         return failed
 
     def _read(self, verb: Callable[[sqlite3.Connection], T]) -> T:
         connection = self._idle_readers.get()
         try:
-            with storage_errors(self._path):
+            with storage_errors(self.path):
                 return verb(connection)
         finally:
             self._idle_readers.put(connection)

@@ -27,6 +27,7 @@ MAX_INTEGER = 2**63 - 1  #: The largest integer of SQLite.
 FILE_NAME = "harpcaller.sqlite"  #: The name of the file in the store's directory.
 _APPLICATION_ID = b"HARP"
 _APPLICATION_ID_AT = slice(68, 72)  # in SQLite's header
+_LOG_FORMAT_AT, _LOG_FORMAT = 18, 2  # of a file with a write-ahead log
 BUSY_TIMEOUT = 5000  #: How long to wait for another program that locks the file, such as a backup, in milliseconds.
 #: The write-ahead log is truncated to this size if it has grown beyond it. SQLite checkpoints it at about 4 MiB and
 #: then overwrites it in place, which costs the file system less than growing a file.
@@ -65,20 +66,20 @@ def lock(directory: Path) -> int:
     return descriptor
 
 
-def prepare(path: Path) -> None:
+def prepare(path: Path) -> int:
     """Create the file, or check that it is HARP's, make it private and migrate it to the newest schema.
 
-    The caller has locked the directory. Raises `StorageError`; a file that is not HARP's, or has a newer schema, stays
-    untouched.
+    Returns the number of queued jobs if the file is a copy, as after a restored backup: those that ran after the copy
+    was made will run again. The caller has locked the directory. Raises `StorageError`; a file that is not HARP's, or
+    has a newer schema, stays untouched.
     """
     with storage_errors(path):
         if not path.exists() or path.stat().st_size == 0:
             _create(path)
-            return
+            return 0
         # Read before SQLite opens the file, because closing a descriptor releases all locks of the process on its file.
-        with path.open("rb") as file:
-            header = file.read(_APPLICATION_ID_AT.stop)
-        if not header.startswith(b"SQLite format 3\0") or header[_APPLICATION_ID_AT] != _APPLICATION_ID:
+        header = _read_header(path)
+        if not _is_store(header):
             raise StorageError(f"{path}: not a store of harpcallerd; move it away, or choose another stream_directory")
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
             [(version,)] = connection.execute("SELECT max(version) FROM schema_version").fetchall()
@@ -92,6 +93,23 @@ def prepare(path: Path) -> None:
             path.chmod(0o600)
         with closing(connect(path)) as connection:
             _migrate(connection, version)
+            [(queued,)] = connection.execute(QUERIES["count_queued"]).fetchall()
+        return 0 if header[_LOG_FORMAT_AT] == _LOG_FORMAT else int(queued)
+
+
+def is_copy(path: Path) -> bool:
+    """Return whether a file is a copy of a store made by SQLite: its write-ahead log is disabled."""
+    header = _read_header(path)
+    return _is_store(header) and header[_LOG_FORMAT_AT] != _LOG_FORMAT
+
+
+def _read_header(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(_APPLICATION_ID_AT.stop)
+
+
+def _is_store(header: bytes) -> bool:
+    return header.startswith(b"SQLite format 3\0") and header[_APPLICATION_ID_AT] == _APPLICATION_ID
 
 
 def connect(path: Path, *, query_only: bool = False) -> sqlite3.Connection:

@@ -254,6 +254,15 @@ WHERE jobs.id = :id
     AND records.first >= (SELECT max(first) FROM records WHERE job = jobs.seq AND first <= :first)
 ORDER BY records.first;
 
+-- name: count_queued
+SELECT count(*) FROM jobs INDEXED BY jobs_queued_of_lane WHERE state = 'queued';
+
+-- name: cancel_all_queued
+UPDATE jobs SET state = 'cancelled', ended = max(:now, submitted) WHERE state = 'queued';
+
+-- name: delete_empty_queues
+DELETE FROM queues WHERE lane NOT IN (SELECT lane FROM jobs WHERE state = 'queued' OR holds_slot = 1);
+
 -- name: newest_end
 SELECT max(ended) FROM jobs INDEXED BY jobs_ended WHERE ended IS NOT NULL;
 
