@@ -1,7 +1,7 @@
 """Backup and restore of the store's file, by a program beside the dispatcher.
 
-A backup is a copy without SQLite's write-ahead log. So it is told from a store, and a store that was restored from a
-copy is recognized at its next start (`file.prepare`).
+A backup is a copy without SQLite's write-ahead log. So it differs from a store that is in use, and a store that was
+restored from a copy is recognized at its next start (`file.prepare`).
 """
 
 from __future__ import annotations
