@@ -115,6 +115,28 @@ def forks_a_child(path, go):
         wait_and_append(path, go, "forked")
 
 @procedure
+def spawns(method):
+    context = multiprocessing.get_context(method)
+    with ProcessPoolExecutor(1, context) as pool:
+        squares = list(pool.map(square, range(3)))
+    queue = context.Queue()
+    child = context.Process(target=put, args=(queue, Point(1)))
+    child.start()
+    point = queue.get()
+    child.join()
+    return squares, point.x, child.exitcode
+
+class Point:
+    def __init__(self, x):
+        self.x = x
+
+def square(number):
+    return number * number
+
+def put(queue, value):
+    queue.put(value)
+
+@procedure
 def endless_thread():
     threading.Thread(target=time.sleep, args=(3600,)).start()
 
@@ -181,6 +203,11 @@ def test_work_left_is_finished_after_result(
         assert client.lines() == []
     assert text_in(path) == text
     wait_until(lambda: harpd.status()["calls"] == 0, DEADLINE, "the call's end")
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_multiprocessing_works_with_each_start_method(harpd: Harpd, method: str) -> None:
+    assert result(harpd, "spawns", method) == [[0, 1, 4], 1, 0]
 
 
 def test_exit_handlers_run_in_reverse_order(harpd: Harpd, tmp_path: Path) -> None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
+import pytest
+
+from harp_daemon.settings import ConfigError
+from harpd.cli import parser
+from harpd.config.loaded import CommandLine, check
 from support.calls import error, last_call, nothing_is_left, printed, result
 from support.daemonlog import DEADLINE
 from support.deadline import wait_until
 from support.harpd import Harpd, is_dead
+from support.procedures_file import PROCEDURES
 
 UNRULY = """
 import atexit, os, signal, sys, threading
@@ -49,6 +56,84 @@ def test_procedures_file_unruly_does_not_harm_harpd(tmp_path: Path) -> None:
         zygote = harpd.zygote
         assert harpd.reload()["event"] == "reloaded"
         wait_until(lambda: is_dead(zygote), DEADLINE, "the end of the zygote that has threads")
+        nothing_is_left(harpd)
+
+
+@pytest.mark.parametrize("text", ["", "import subprocess; subprocess.Popen(['sleep', '3600'])\n"])
+def test_check_of_file_that_blocks_is_killed(tmp_path: Path, text: str) -> None:
+    harpd = Harpd(tmp_path, text + "import threading; threading.Event().wait()\n")
+    arguments = ("--test", "--config", str(harpd.config_file), "--procedures", str(harpd.procedures_file))
+    options = CommandLine(**vars(parser().parse_args(arguments)))
+    with pytest.raises(ConfigError, match=r"procedures\.py, .*: loading them took longer than 1 s"):
+        check(options, timeout=1)
+
+
+def test_check_hints_at_service_without_output(tmp_path: Path) -> None:
+    text = """from subprocess import Popen
+import subprocess
+@procedure
+def start(arguments, log, **options):
+    Popen(arguments)
+    Popen(arguments, start_new_session=True, **options)
+    Popen(arguments, start_new_session=True, stdout=log, stderr=log)
+    subprocess.Popen(arguments, start_new_session=True)
+"""
+    harpd = Harpd(tmp_path, PROCEDURES + text)
+    arguments = ("--test", "--config", str(harpd.config_file), "--procedures", str(harpd.procedures_file))
+    (warning,) = check(CommandLine(**vars(parser().parse_args(arguments))))
+    line = len(harpd.procedures_file.read_text().splitlines())
+    assert f"procedures.py:{line}: Popen without stdout and stderr" in warning
+
+
+def test_check_of_file_that_forks_returns(tmp_path: Path) -> None:
+    """A process that the file has started, and that holds the report's pipe, is killed as well."""
+    text = "import os, time\nif not os.fork():\n    time.sleep(3600)\n"
+    harpd = Harpd(tmp_path, PROCEDURES + text)
+    arguments = ("--test", "--config", str(harpd.config_file), "--procedures", str(harpd.procedures_file))
+    assert check(CommandLine(**vars(parser().parse_args(arguments)))) == []
+
+
+HALTING = """
+import os, signal, time
+from harpd.proc import procedure
+@procedure
+def signals_zygote(number):
+    os.kill(os.getppid(), number)
+    return "a result"
+@procedure
+def exits_halted(code):
+    os.kill(os.getppid(), signal.SIGSTOP)
+    os._exit(code)
+@procedure
+def wait_for(path):
+    while not os.path.exists(path):
+        time.sleep(0.01)
+    return "there"
+"""
+
+
+def test_zygote_halted_by_a_procedure_is_replaced(tmp_path: Path) -> None:
+    """Calls end with what is known, and calls that run continue."""
+    with Harpd(tmp_path / "harpd", HALTING) as harpd:
+        zygote = harpd.zygote
+        with harpd.start_resumable("wait_for", str(tmp_path / "go")) as running:
+            assert running.message()["stream_result"] is False
+            with harpd.start_resumable("signals_zygote", signal.SIGSTOP) as client:
+                *_, exit_info, end = [client.message() for _ in range(3)]
+                assert (exit_info["exit_info"]["exit"], end) == (0, {"result": "a result"})
+                client.send({"release": True})
+            assert harpd.wait_event("zygote does not respond")["zygote"] == zygote
+            (tmp_path / "go").touch()
+            assert [running.message(), running.message()][1] == {"result": "there"}
+            running.send({"release": True})
+        wait_until(lambda: is_dead(zygote), DEADLINE, "the end of the halted zygote")
+        wait_until(lambda: harpd.status()["zygote"] is not None, DEADLINE, "another zygote")
+        assert error(harpd, "exits_halted", 3)["data"] == {"code": 3}
+        wait_until(lambda: harpd.status()["zygote"] is not None, DEADLINE, "another zygote")
+        killed = harpd.zygote
+        last = harpd.call("signals_zygote", signal.SIGKILL)[-1]  # which is killed at once, or a moment later
+        assert last == {"result": "a result"} or last["error"]["type"] == "call_died"
+        wait_until(lambda: harpd.status()["zygote"] not in (None, killed), DEADLINE, "another zygote")
         nothing_is_left(harpd)
 
 

@@ -5,13 +5,18 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import os
 import resource
+import select
+import signal
 import ssl
 import sys
 import threading
+import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,7 +32,7 @@ from harp_daemon.sockets import ResolveError, resolve
 from harpd.auth import AuthDB
 from harpd.config.settings import Configuration, load, load_yaml, one_line, server_context
 from harpd.worker.privileges import UserError, resolve_credentials
-from harpd.worker.procedures import load_procedures
+from harpd.worker.procedures import LOAD_TIMEOUT, load_procedures
 
 #: The keys of section `limits` that the supervisor applies.
 _SUPERVISOR_LIMITS = (
@@ -159,17 +164,18 @@ def _module_error(where: str, error: BaseException) -> ConfigError:
     return ConfigError(f"{where}: {type(error).__name__}: {one_line(error)}")
 
 
-def check(options: CommandLine) -> list[str]:
+def check(options: CommandLine, timeout: float = LOAD_TIMEOUT) -> list[str]:
     """Check configuration, certificate, users, log settings and procedures; return warnings.
 
     Authentication modules and the procedures file are Python code that runs when it is loaded. A child process loads
     them, so their side effects and their output stay there. Call it before the process has threads, because it forks.
-    Raises `ConfigError`: the first error found.
+    Raises `ConfigError`: the first error found, or the check took more than `timeout` seconds and was killed.
     """
     reading_end, writing_end = os.pipe()
     child = os.fork()
     if child == 0:
         try:
+            os.setsid()  # to be killed with the processes that the code starts
             null = os.open(os.devnull, os.O_RDWR)
             for stream in (0, 1, 2):
                 os.dup2(null, stream)
@@ -182,9 +188,17 @@ def check(options: CommandLine) -> list[str]:
         finally:
             os._exit(0)
     os.close(writing_end)
-    with os.fdopen(reading_end, "rb") as report:
-        text = report.read()
-    _, status = os.waitpid(child, 0)
+    try:
+        text = _read_report(reading_end, child, timeout)
+    finally:
+        os.close(reading_end)
+        with suppress(ProcessLookupError):  # it has ended, or has just been forked
+            os.killpg(child, signal.SIGKILL)
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+    if text is None:
+        reason = f"loading them took longer than {timeout:g} s"
+        raise ConfigError(f"{options.procedures}, or the authentication module: {reason}; it blocks at its import")
     if not text:
         exited = describe_exit(os.waitstatus_to_exitcode(status))
         raise ConfigError(f"{options.config}: the check exited early ({exited})")
@@ -192,6 +206,40 @@ def check(options: CommandLine) -> list[str]:
     if result["error"]:
         raise ConfigError(result["error"])
     return list(result["warnings"])
+
+
+def _read_report(descriptor: int, child: int, timeout: float) -> bytes | None:
+    """Return what the child process has written when it has ended; None: it takes longer than `timeout` seconds."""
+    pidfd = os.pidfd_open(child)
+    try:
+        poll = select.poll()
+        for each in (descriptor, pidfd):  # a process that the child has started may hold the other end of the pipe
+            poll.register(each, select.POLLIN)
+        os.set_blocking(descriptor, False)
+        text, deadline = b"", time.monotonic() + timeout
+        while poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            try:
+                data = os.read(descriptor, 1 << 16)
+            except BlockingIOError:
+                return text  # the child has ended
+            if not data:
+                return text
+            text += data
+        return None
+    finally:
+        os.close(pidfd)
+
+
+def _services_without_output(file: Path) -> list[int]:
+    """Return the lines of a procedures file that start a process which outlives its call but prints to harpd's log."""
+    calls = [node for node in ast.walk(ast.parse(file.read_bytes())) if isinstance(node, ast.Call)]
+    found = []
+    for call in calls:
+        name = getattr(call.func, "attr", getattr(call.func, "id", None))
+        given = {keyword.arg for keyword in call.keywords}
+        if name == "Popen" and "start_new_session" in given and None not in given and not {"stdout", "stderr"} <= given:
+            found.append(call.lineno)
+    return found
 
 
 def _load_everything(options: CommandLine) -> list[str]:
@@ -204,6 +252,10 @@ def _load_everything(options: CommandLine) -> list[str]:
     threads_before = threading.active_count()
     procedures = load_procedures(options.procedures)
     warnings = config.users.warnings() if isinstance(config.users, AuthDB) else []
+    for line in _services_without_output(options.procedures):
+        warnings.append(
+            f"{options.procedures}:{line}: Popen without stdout and stderr; a restart of harpd ends the process"
+        )
     now = datetime.now(UTC)
     for validity in config.validities:
         if reason := validity.describe_error(now):

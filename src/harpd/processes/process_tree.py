@@ -291,6 +291,15 @@ def start_time(pid: int, parent: int | None = None) -> int:
     return int(fields[19]) if parent in (None, int(fields[1])) else 0
 
 
+def wait_status(pid: int) -> int:
+    """Return the wait status of a process that has died and was not reaped; 0: it is gone, or that may not be read."""
+    try:
+        _, fields = _read_stat(pid)
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return 0
+    return int(fields[49])
+
+
 def send_signal(number: signal.Signals, identity: tuple[int, int]) -> bool:
     """Send a signal to this process and no later one of its pid; return False if it is gone or may not be signalled."""
     pid, start = identity

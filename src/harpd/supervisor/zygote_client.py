@@ -19,14 +19,16 @@ import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from harp.protocol.json_text import encode_value, loads
 from harpd.processes.cookie import reserve_cookie
-from harpd.processes.process_tree import start_time
+from harpd.processes.process_tree import start_time, wait_status
 from harpd.supervisor.event_loop import READ, WRITE
 from harpd.supervisor.output_limit import OutputLimit
 from harpd.supervisor.worker_process import OutputCollector, OutputPipe, WorkerProcess, WorkerUser
+from harpd.worker.procedures import LOAD_TIMEOUT
 
 log = logging.getLogger("harpd.supervisor")
 
@@ -34,9 +36,9 @@ _MAX_MESSAGE_BYTES = 1 << 18
 #: How many pre-forked workers there are, unless calls have just used them up. With 2, more calls of 4 and 16 clients
 #: wait for a fork; with 8, they are not faster. Each uses 0.7 MB.
 _PREFORKED = 4
-#: Seconds for the procedures file to load (the frontend waits longer), for a fork, until an idle worker is shut down,
-#: and for the death of a zygote. The first three are checked every `_CHECK_INTERVAL` seconds.
-_LOAD_TIMEOUT, _FORK_TIMEOUT, _IDLE_TIMEOUT, _DEATH_TIMEOUT = 50.0, 10.0, 10.0, 5.0
+#: Seconds for a fork or another reply, until an idle worker is shut down, and for the death of a zygote. The first two
+#: are checked every `_CHECK_INTERVAL` seconds.
+_FORK_TIMEOUT, _IDLE_TIMEOUT, _DEATH_TIMEOUT = 10.0, 10.0, 5.0
 _CHECK_INTERVAL = 2.0
 #: Signals that the supervisor ignores. They have their default effect in the zygote and in programs that it executes.
 _IGNORED_SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -77,6 +79,8 @@ class ZygoteClient:
         self._idle_since: dict[WorkerProcess, float] = {}  # idle workers, the longest idle one first
         self._children: dict[int, WorkerProcess] = {}
         self._retired = self._stuck = False
+        self._pinged_at: float | None = None  # the time of the ping without a reply
+        self._pidfds: dict[int, int] = {}  # of workers, by pid, if the zygote is stuck
         self.procedures: dict[str, ProcedureInfo] = {}  # by name; complete once it has loaded
         self._socket, zygote_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         limit = OutputLimit(output.loop, output.limits, _log_dropped_output)
@@ -171,22 +175,49 @@ class ZygoteClient:
         """Check the time limits, until the zygote is closed. One timer serves all: one per worker would cost time."""
         now = self._loop.now()
         self.limit_idle(sum(since > now - _IDLE_TIMEOUT for since in self._idle_since.values()))
-        if self._on_loaded is not None and now - self._created_at > _LOAD_TIMEOUT:
-            self.abort_load(f"loading took longer than {_LOAD_TIMEOUT:g} s")
-        if self._forking and not self._stuck and now - self._forking[0].created_at > _FORK_TIMEOUT:
+        if self._on_loaded is not None and now - self._created_at > LOAD_TIMEOUT:
+            self.abort_load(f"loading took longer than {LOAD_TIMEOUT:g} s")
+        waiting_since = self._forking[0].created_at if self._forking else self._pinged_at
+        if waiting_since is not None and not self._stuck and now - waiting_since > _FORK_TIMEOUT:
             self._on_stuck()
+        elif self._pinged_at is None and any(worker.served for worker in self._children.values()):
+            self._pinged_at = now
+            self._send({"ping": True})
         if self._socket.fileno() >= 0:
             self._loop.call_later(_CHECK_INTERVAL, self._check_repeatedly)
 
     def _on_stuck(self) -> None:
-        """Abandon a zygote that does not reply. A worker that it forks later finds its channel closed and exits."""
+        """Abandon a zygote that does not reply: it hangs, or a procedure has halted it. Its calls continue.
+
+        It reports no deaths, so the workers are watched. A worker that it forks later finds its channel closed and
+        exits. It is killed after its last call.
+        """
         self._stuck = True
-        log.error("zygote does not fork", extra={"zygote": self.pid, "seconds": _FORK_TIMEOUT})
+        log.error("zygote does not respond", extra={"zygote": self.pid, "seconds": _FORK_TIMEOUT})
         for worker in [*self._forking]:
             worker.on_fork_failed(f"cannot create a process: the zygote did not answer within {_FORK_TIMEOUT:g} s")
+        for pid in self._children:
+            with contextlib.suppress(ProcessLookupError):
+                self._pidfds[pid] = os.pidfd_open(pid)
+                self._loop.watch(self._pidfds[pid], READ, partial(self._on_unreported_death, pid))
+        for pid in self._children.keys() - self._pidfds.keys():
+            self._loop.call_soon(partial(self._on_unreported_death, pid))
         if not self._retired:
             self.retire()
             self._on_lost()
+
+    def _on_unreported_death(self, pid: int) -> None:
+        """Report the death of a worker whose zygote is stuck."""
+        self._unwatch_worker(pid)
+        if worker := self._children.pop(pid, None):
+            worker.on_reaped(wait_status(pid), None, None)
+        if not self._children:
+            self.kill()
+
+    def _unwatch_worker(self, pid: int) -> None:
+        if (pidfd := self._pidfds.pop(pid, None)) is not None:
+            self._loop.unwatch(pidfd)
+            os.close(pidfd)
 
     def retire(self) -> None:
         """Have the zygote exit once its last call has ended, and the workers without a call at once."""
@@ -276,9 +307,12 @@ class ZygoteClient:
                 worker = self._children[pid] = self._forking.popleft()
                 worker.on_forked(pid, start_time(pid, parent=self.pid))
             case {"reaped": pid, "status": status, "cpu": cpu, "memory": memory}:
+                self._unwatch_worker(pid)
                 if dead_worker := self._children.pop(pid, None):  # else it was an orphan of a call
                     dead_worker.on_reaped(status, cpu, memory)
                 self._close_if_done()
+            case {"pong": _}:
+                self._pinged_at = None
             case {"failed": reason}:
                 self._forking.popleft().on_fork_failed(reason)
                 self._close_if_done()

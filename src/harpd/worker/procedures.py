@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 #: The file's module is in `sys.modules` by this name, because some libraries look up the module of a class.
 _MODULE_NAME = "harpd_procedures"
+#: Seconds for a procedures file to load. The frontend waits longer.
+LOAD_TIMEOUT = 50.0
 _MAX_TEXT_LENGTH = 2000  # of an exception in an error message, in characters
 
 

@@ -16,6 +16,9 @@ objects:
         {"error": MESSAGE}
     supervisor -> zygote, for each worker, with three descriptors (channel, stdout, stderr):
         {"fork": true}
+    supervisor -> zygote, while calls run, to learn whether it still works; and its reply:
+        {"ping": true}
+        {"pong": true}
     zygote -> supervisor, one of these for each fork command, in their order:
         {"forked": PID}
         {"failed": MESSAGE}
@@ -43,6 +46,7 @@ from harpd.processes.prctl import become_subreaper, die_with_parent
 from harpd.worker.child import Worker, flush_output
 from harpd.worker.procedures import ProceduresError, load_procedures
 from harpd.worker.signals import CALL_SIGNALS
+from harpd.worker.spawned import announce
 
 TYPE_CHECKING = False  # not from `typing`: the zygote's memory costs each fork
 if TYPE_CHECKING:
@@ -70,6 +74,7 @@ class _Zygote:
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         # The supervisor has raised its own limit, which this process has inherited.
         resource.setrlimit(resource.RLIMIT_NOFILE, (command["descriptors"], hard))
+        announce(command["load"])
         try:
             procedures = load_procedures(command["load"])
         except ProceduresError as error:
@@ -118,6 +123,9 @@ class _Zygote:
         data, ancillary, _, _ = self._supervisor.recvmsg(_MAX_COMMAND_BYTES, _ANCILLARY_SIZE, MSG_CMSG_CLOEXEC)
         if not data:
             return False
+        if not ancillary and b"ping" in data:
+            self._send({"pong": True})
+            return True
         descriptors = memoryview(b"".join([item for _, _, item in ancillary])).cast("i")
         try:
             if len(descriptors) != _DESCRIPTORS:
