@@ -21,6 +21,7 @@ import pytest
 
 from harp.protocol.ends import Returned
 from harpcaller.config import Config
+from harpcaller.hosts import watched_file
 from harpcaller.hosts.registry import CachedHosts, Host, HostsRegistry, RefreshFailed, read_cache, write_cache
 from harpcaller.hosts.script import ScriptFailed, run_script
 from harpcaller.model.jobs import State
@@ -339,6 +340,20 @@ async def test_hosts_file_much_shorter_is_refused(
         assert await registry.refresh(force=True) == len(left)
         assert names(registry) == left
         assert registry.describe()["hosts_file"]["error"] is None
+
+
+async def test_hosts_file_that_keeps_changing_fails_the_refresh(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = hosts_file(tmp_path, host_line(1, "a"))
+    async with refreshed(tmp_path, hosts_file=file) as registry:
+        await registry.refresh()
+        monkeypatch.setattr(watched_file, "_MAX_WAIT", 0.0)
+        hosts_file(tmp_path, host_line(1, "b"))
+        with pytest.raises(RefreshFailed, match="changed again and again"):
+            await registry.refresh()
+        await eventually(lambda: names(registry) == ["b"], what="the new hosts")
+        assert registry.problems() == []
 
 
 async def test_hosts_file_of_half_the_hosts_is_used(tmp_path: Path) -> None:

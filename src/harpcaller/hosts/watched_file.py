@@ -93,13 +93,16 @@ class WatchedFile(Generic[T]):
     async def settle(self, force: bool = False) -> None:
         """Wait until a file that has just changed can be used, and use it; with `force`, also if `accept` refuses it.
 
-        The property `error` has the reason if the present contents cannot be used.
+        The property `error` has the reason if the present contents cannot be used. A file that changes again and again
+        for `_MAX_WAIT` s is an error, too, until it is unchanged.
         """
         end = time.monotonic() + _MAX_WAIT
         self._check(force)
         while not self.is_settled and time.monotonic() < end:
             await asyncio.sleep(SETTLE_SECONDS / 10)
             self._check(force)
+        if not self.is_settled:
+            self.error = f"it has changed again and again for {_MAX_WAIT:g} s"
 
     def _check(self, force: bool) -> None:
         found = _identify_if_exists(self.file)
