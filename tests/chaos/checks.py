@@ -11,12 +11,15 @@ from chaos.observations import DirectCall, End, Observations, ObservedJob
 from chaos.procedures import result
 from chaos.process_tracker import MarkedJob, ProcessTracker
 from chaos.schedule import Kind
-from chaos.system import HOST_TIMEOUT, KILL_GRACE, MAX_CALLS_PER_HOST
+from chaos.system import HOST_TIMEOUT, KILL_GRACE, MAX_CALLS_PER_HOST, START_WITHIN
 
 #: Errors which say that the call was not started.
 _NOT_STARTED = frozenset(
     {"too_many_calls", "network_error", "procedure_loading_error", "wrong_instance", "missing_result", "os_error"}
 )
+#: Of these, the replies of a host after which a start is always tried again. `network_error` may also be the end of a
+#: connection-bound call.
+_TRIED_AGAIN = frozenset({"too_many_calls", "procedure_loading_error"})
 #: The default limit of a job in seconds; a little less, because marks are later than starts.
 _LIMIT = 50.0
 #: Seconds before its death in which a process may have been stopping: records of this time may be dropped.
@@ -149,9 +152,20 @@ class Checker:
                 return None  # the supervisor that had its end is gone
             case "system_error" if self._affected_by(job, [*self._history.zygotes, *self._history.supervisors]):
                 return None if not marked.starts else "its procedure started"
+            case _ if type_ in _NOT_STARTED and marked.starts:
+                return "its procedure started"
+            case _ if type_ in _TRIED_AGAIN and self._ended_early(job):
+                return f"its start was not tried again for {START_WITHIN:g} s"
             case _ if type_ in _NOT_STARTED:
-                return None if not marked.starts else "its procedure started"
+                return None
         return "no fault explains this error"
+
+    def _ended_early(self, job: ObservedJob) -> bool:
+        """Return whether a job ended before `START_WITHIN`, by a clock that was not changed meanwhile."""
+        assert job.ended is not None
+        faults = self._history.between(job.submitted, job.ended, job.spec.host)
+        stepped = any(fault.kind is Kind.STEP_CLOCK for fault, _, _ in faults)
+        return not stepped and job.ended - job.submitted < START_WITHIN
 
     def _lasted(self, job: ObservedJob, marked: MarkedJob) -> float:
         begin = marked.main.began if marked.main is not None else job.submitted

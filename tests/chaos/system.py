@@ -25,6 +25,9 @@ from support.harpd import Harpd
 #: Settings in seconds, short enough that one run reaches them.
 DISCONNECT_TIMEOUT, HOST_TIMEOUT, KILL_GRACE = 8.0, 20.0, 1.0
 
+#: Seconds for which a start that certainly did not happen is tried again.
+START_WITHIN = 5.0
+
 #: Maximum number of jobs that hold a slot on a host.
 MAX_CALLS_PER_HOST = 10
 
@@ -33,6 +36,7 @@ _DISPATCHER = {
     "result_ttl": 300,
     "host_timeout": HOST_TIMEOUT,
     "max_calls_per_host": MAX_CALLS_PER_HOST,
+    "start_within": START_WITHIN,
     "connect_timeout": 3,
     "acknowledgement_timeout": 5,
     "default_timeout": 60,

@@ -15,8 +15,10 @@ from harp.protocol.ends import Cancelled, Failed, Returned
 from harpcaller.dispatcher import Dispatcher
 from harpcaller.model.jobs import State
 from support.certificates import server_files
-from support.deadline import eventually
-from support.dispatcher import call, host_line, running
+from support.daemonlog import DEADLINE
+from support.deadline import eventually, wait_until
+from support.dispatcher import call, host_line, running, until
+from support.harpcallerd import Harpcallerd
 from support.peers import Peer, PeerConnection, Script, answering, reserved_port, server_context, silent
 from support.resumable_host import EXIT_INFO, NO_SUCH_CALL, call_list, ends, playing, started
 
@@ -249,3 +251,53 @@ async def test_connection_bound_start_is_tried_again(tmp_path: Path, port: int) 
         quick = answering({"harp": 1, "stream_result": False}, {"result": 5})
         with Peer(silent, busy, silent, quick, tls=tls, port=port):  # each start follows a connection that asks nothing
             assert await dispatcher.result(job_id) == Returned(b"5")
+
+
+async def test_stop_while_connecting_queues_the_job_again(tmp_path: Path) -> None:
+    with black_hole() as dead:
+        async with running(tmp_path, host_line(dead), connect_timeout=600) as dispatcher:
+            job_id = await submitted(dispatcher)
+            await until(dispatcher, job_id, lambda job: job.state is State.RUNNING, "the start")
+    with playing(tmp_path, call_list(), returning(7)) as host:
+        async with running(tmp_path, host_line(host.port), resumable_calls=True) as dispatcher:
+            assert await dispatcher.result(job_id) == Returned(b"7")
+
+
+def test_job_waits_over_a_killed_dispatcher(tmp_path: Path, port: int) -> None:
+    with Harpcallerd(tmp_path / "dispatcher", {"web01": port}) as dispatcher:
+        job_id = dispatcher.submit("web01", "p", start_within=LONG)
+
+        def waits() -> bool:
+            return dispatcher.ask(get_details=job_id)[0]["details"]["failed_starts"] is not None
+
+        wait_until(waits, DEADLINE, "a failed start")
+        for _ in range(2):
+            dispatcher.restart(kill=True)
+            wait_until(waits, DEADLINE, "a failed start")
+        with playing(tmp_path, call_list(), returning(7), port=port):
+            assert dispatcher.ask(get_result=job_id) == [{"result": 7}]
+
+
+async def test_failing_host_is_tried_without_slots(tmp_path: Path, port: int) -> None:
+    async with running(tmp_path, host_line(port), start_within=LONG, max_calls=1) as dispatcher:
+        stuck = [await submitted(dispatcher) for _ in range(20)]
+        await waiting(dispatcher, stuck[0], attempts=3)
+        states = [await dispatcher.get_job(job_id) for job_id in stuck]
+        assert {(job.state, job.holds_slot) for job in states} == {(State.QUEUED, False)}
+        assert [job.id for job in states if job.tried is not None] == stuck[:1], "one job was started, then none"
+        for job_id in stuck:
+            assert await dispatcher.cancel(job_id)
+
+
+async def test_held_job_starts_before_later_ones_of_its_queue(tmp_path: Path, port: int) -> None:
+    quick = answering({"harp": 1, "stream_result": False}, {"result": 5})
+    with Peer(quick, tls=server_context(server_files(tmp_path))) as healthy:
+        lines = host_line(port), host_line(healthy.port, "web02")
+        async with running(tmp_path, *lines, start_within=LONG) as dispatcher:
+            first = await submitted(dispatcher, queue={"q": 1})
+            await waiting(dispatcher, first)
+            second = await submitted(dispatcher, host="web02", queue={"q": 1})
+            await waiting(dispatcher, first, attempts=3)
+            assert (await dispatcher.get_job(second)).state is State.QUEUED, "the queue is first in, first out"
+            assert await dispatcher.cancel(first)
+            assert await dispatcher.result(second) == Returned(b"5")

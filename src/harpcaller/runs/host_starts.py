@@ -280,5 +280,7 @@ class HostStarts:
                 if self._failing.get(host.hostname) is failing:
                     self._record_failure(host.hostname, failed, began)
                 return
+        except Exception:  # the start of a job shows the error again
+            log.exception("cannot try host: internal error", extra={"host": host.hostname})
         failing.may_try = True  # after another error, too: the start of a job shows it
         self._get_context().request_claim()
