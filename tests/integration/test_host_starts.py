@@ -268,7 +268,8 @@ def test_job_waits_over_a_killed_dispatcher(tmp_path: Path, port: int) -> None:
         job_id = dispatcher.submit("web01", "p", start_within=LONG)
 
         def waits() -> bool:
-            return dispatcher.ask(get_details=job_id)[0]["details"]["failed_starts"] is not None
+            details = dispatcher.ask(get_details=job_id)[0]["details"]
+            return details["state"] == "queued" and details["failed_starts"] is not None
 
         wait_until(waits, DEADLINE, "a failed start")
         for _ in range(2):
@@ -298,6 +299,7 @@ async def test_held_job_starts_before_later_ones_of_its_queue(tmp_path: Path, po
             await waiting(dispatcher, first)
             second = await submitted(dispatcher, host="web02", queue={"q": 1})
             await waiting(dispatcher, first, attempts=3)
+            assert (await dispatcher.details(first))["failed_starts"]["attempts"] < 10, "with pauses"
             assert (await dispatcher.get_job(second)).state is State.QUEUED, "the queue is first in, first out"
             assert await dispatcher.cancel(first)
             assert await dispatcher.result(second) == Returned(b"5")

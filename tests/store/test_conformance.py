@@ -301,6 +301,15 @@ async def test_requeue_job_keeps_its_place_and_first_time(store: Store, reopen: 
         assert await store.finish_job(job.id, ENDS[State.RETURNED], 8.0)
 
 
+async def test_requeue_job_of_a_queue_waits_for_its_host(store: Store) -> None:
+    end = ENDS[State.FAILED]
+    assert isinstance(end, Failed)
+    job_id = await job_in(store, State.RUNNING, queue={"q": 1}, start_within=5.0)
+    assert await store.requeue_job(job_id, 2.0)
+    assert await store.fail_waiting("web01", end, 3.0, 2.0, 2.0) == ([], 7.0)
+    assert await store.fail_waiting("web01", end, 7.0, 2.0, 2.0) == ([job_id], None)
+
+
 async def test_requeue_job_with_records_is_refused(store: Store) -> None:
     job_id = await job_in(store, State.RUNNING)
     assert await store.append_records(job_id, 0, records([b"1"]))
@@ -323,6 +332,7 @@ async def test_fail_waiting_ends_jobs_that_have_waited(store: Store) -> None:
     long, short, other = (new_job(host, start_within=within) for host, within in (("a", 50.0), ("a", 5.0), ("b", 5.0)))
     first, behind = (new_job("a", {"q": 1}, start_within=within) for within in (20.0, 5.0))
     await store.add_jobs([long, short, other, first, behind], 1.0)
+    assert await store.claim_jobs(2.0, MANY, 0) == []
     assert await store.fail_waiting("a", end, 6.0, 3.0, 2.0) == ([], 8.0)
     assert await store.fail_waiting("a", end, 8.0, 3.0, 0.5) == ([], 8.0), "the attempt began before the submission"
     assert await store.fail_waiting("a", end, 8.0, 3.0, 2.0) == ([short.id], 23.0)

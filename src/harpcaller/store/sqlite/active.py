@@ -151,10 +151,19 @@ class ActiveJobs:
             self._offer(job.lane)
 
     def put_back(self, job: ActiveJob) -> None:
-        """Queue a job again that holds a slot."""
-        job.lane.put_back(job.seq)
+        """Queue a job again that holds a slot: it waits for its host."""
+        lane = job.lane
+        lane.put_back(job.seq)
+        if lane.head == job.seq:
+            self._park(lane, job.seq, job.host)
         self.release_slot(job)
-        self._offer(job.lane)
+        self._offer(lane)
+
+    def list_waiting_queues(self, host: str) -> list[Lane]:
+        """Return the queues whose heads wait for a host."""
+        lanes = [(seq, self.lanes.get(key)) for seq, key in self._parked.get(host, ())]
+        waiting = [lane for seq, lane in lanes if lane is not None and lane.head == lane.parked == seq]
+        return [lane for lane in waiting if lane.concurrency is not None and lane.has_room]
 
     def _hold_slot(self, job: ActiveJob) -> None:
         self.slot_holders[job.id] = job
@@ -202,8 +211,12 @@ class ActiveJobs:
                 new_on_host[host] += 1
                 yield seq, lane
             else:
-                lane.parked = seq
-                heappush(self._parked.setdefault(host, []), (seq, key))
+                self._park(lane, seq, host)
+
+    def _park(self, lane: Lane, seq: int, host: str) -> None:
+        """Let the head of a lane wait for its host."""
+        lane.parked = seq
+        heappush(self._parked.setdefault(host, []), (seq, lane.key))
 
     def _unpark(self, host: str, room: int) -> None:
         """Offer the first heads again that wait for a host, as many as it has room for."""

@@ -261,7 +261,8 @@ class Writes:
         """Store this end for at most `limit` jobs that wait for a start on a host and have waited long enough.
 
         Starts on the host have failed `since` a time; the latest attempt began at the time `failed`, and only jobs that
-        were submitted before it can end. Jobs that wait for others of their queue do not wait for the host.
+        were submitted before it can end. Jobs that wait for others of their queue do not wait for the host; those in
+        front do after the first claim that finds the host without room.
 
         Returns the ids of these jobs, and the time when the next one has waited long enough; None: no job waits.
         """
@@ -273,7 +274,7 @@ class Writes:
             self._end(job, end, now, None, False, NO_METADATA)
         self.flush()
         deadlines = [at for (at,) in self._all("next_deadline", times) if at is not None]
-        for lane in [lane for lane in self._active.lanes.values() if lane.concurrency is not None and lane.has_room]:
+        for lane in self._active.list_waiting_queues(host):
             while lane.head is not None and (head := self._head(lane.head, lane)).host == host:
                 deadline = max(head.submitted, since) + head.start_within
                 if deadline > now or head.submitted > failed or len(ended) >= limit:
