@@ -45,6 +45,7 @@ class _Member(NamedTuple):
     options: Mapping[str, Any]
     future: asyncio.Future[Any]
     last: bool
+    size: int  # bytes of its payloads, if they may be long
 
 
 class Writer:
@@ -81,7 +82,9 @@ class Writer:
             # After the next turn, so that a verb that is called because of this turn, such as a claim, is a member too.
             self._loop.call_soon(self._loop.call_soon, self._flush)
         future: asyncio.Future[T] = self._loop.create_future()
-        self._next_members.append(_Member(verb, args, options, future, last))
+        count_bytes = PAYLOAD_BYTES.get(verb)
+        size = 0 if count_bytes is None else count_bytes(*args, **options)
+        self._next_members.append(_Member(verb, args, options, future, last, size))
         return future
 
     def _flush(self) -> None:
@@ -132,21 +135,16 @@ class Writer:
 
     def _add_called(self, members: Sequence[_Member]) -> None:
         """Add the verbs that were called in the same turns. A claim stays with the jobs for which it is called."""
-        sizes = [0 if (count := PAYLOAD_BYTES.get(verb)) is None else count(*args) for verb, args, *_ in members]
-        if sum(sizes) <= _LONG_BYTES:
+        if sum(member.size for member in members) <= _LONG_BYTES:
             self._short.append(members)
             return
-        others, others_size = [], 0
-        for member, size in zip(members, sizes, strict=True):
-            if member.verb is Writes.append_records:
-                self._long.append(((member,), size))
+        self._long += [((member,), member.size) for member in members if member.verb is Writes.append_records]
+        if others := [member for member in members if member.verb is not Writes.append_records]:
+            size = sum(member.size for member in others)
+            if size > _LONG_BYTES:
+                self._long.append((others, size))
             else:
-                others.append(member)
-                others_size += size
-        if others_size > _LONG_BYTES:
-            self._long.append((others, others_size))
-        elif others:
-            self._short.append(others)
+                self._short.append(others)
 
     def _commit(self, batch: Sequence[_Member]) -> list[Any]:
         """Run a batch; return the result of each member, or the exception that it raised."""

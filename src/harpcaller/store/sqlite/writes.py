@@ -492,7 +492,7 @@ class Writes:
         return int(pages)
 
 
-def _end_bytes(job_id: str, end: End, *_: object) -> int:
+def _end_bytes(job_id: str, end: End, now: float, **options: object) -> int:
     payload = getattr(end, "result" if isinstance(end, Returned) else "data", None)
     return len(payload) if isinstance(payload, bytes) else 0
 
