@@ -136,6 +136,42 @@ def square(number):
 def put(queue, value):
     queue.put(value)
 
+def children():
+    with open(f"/proc/self/task/{os.getpid()}/children") as file:
+        return list(map(int, file.read().split()))
+
+def wait_until_childless(but=()):
+    while set(children()) - set(but):
+        time.sleep(0.01)
+
+@procedure(max_calls_per_process=2)
+def adopts(many):
+    for _ in range(many):
+        subprocess.run(["sh", "-c", "sleep 0.05 &"], check=True)
+    wait_until_childless()
+    return children()
+
+@procedure
+def own_children():
+    read, write = os.pipe()
+    forked = os.fork()
+    if not forked:
+        os._exit(3)
+    started = subprocess.Popen(["sh", "-c", "exit 4"])
+    spawned = os.posix_spawn("/bin/sh", ["sh", "-c", "exit 5"], os.environ)
+    in_thread = []
+    thread = threading.Thread(target=lambda: in_thread.append(subprocess.Popen(["sh", "-c", "exit 6"])))
+    thread.start()
+    thread.join()
+    subprocess.run(["sh", "-c", "sleep 0.05 & sleep 0.05 &"], check=True)
+    wait_until_childless({forked, started.pid, spawned, in_thread[0].pid})
+    codes = [os.waitpid(forked, 0)[1] >> 8, os.waitpid(spawned, 0)[1] >> 8, started.wait(), in_thread[0].wait()]
+    last = os.fork()
+    if not last:
+        os._exit(7)
+    waited = os.wait()
+    return codes, waited == (last, 7 << 8), os.system("exit 8") >> 8
+
 @procedure
 def endless_thread():
     threading.Thread(target=time.sleep, args=(3600,)).start()
@@ -208,6 +244,15 @@ def test_work_left_is_finished_after_result(
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_multiprocessing_works_with_each_start_method(harpd: Harpd, method: str) -> None:
     assert result(harpd, "spawns", method) == [[0, 1, 4], 1, 0]
+
+
+def test_adopted_children_are_reaped(harpd: Harpd) -> None:
+    assert result(harpd, "adopts", 20) == result(harpd, "adopts", 5) == []
+
+
+def test_own_children_are_left_to_the_procedure(harpd: Harpd) -> None:
+    for _ in range(5):
+        assert result(harpd, "own_children") == [[3, 5, 4, 6], True, 8]
 
 
 def test_exit_handlers_run_in_reverse_order(harpd: Harpd, tmp_path: Path) -> None:

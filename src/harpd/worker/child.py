@@ -170,7 +170,7 @@ class Worker:
             os.setsid()  # its own session and process group, so that they can be stopped as a whole
             become_subreaper()  # processes that fork twice remain descendants
             die_with_parent(self._zygote)
-            for number in (_signal.SIGHUP, _signal.SIGINT, _signal.SIGCHLD):
+            for number in (_signal.SIGHUP, _signal.SIGINT):
                 _signal.signal(number, _signal.SIG_DFL)
             os.dup2(stdout, 1)
             os.dup2(stderr, 2)

@@ -43,6 +43,7 @@ from _socket import CMSG_SPACE, MSG_CMSG_CLOEXEC, socket
 from harp.protocol.json_text import encode_value, loads
 from harpd.processes.cookie import EnvCookie
 from harpd.processes.prctl import become_subreaper, die_with_parent
+from harpd.worker.adopted import AdoptedChildren
 from harpd.worker.child import Worker, flush_output
 from harpd.worker.procedures import ProceduresError, load_procedures
 from harpd.worker.signals import CALL_SIGNALS
@@ -65,6 +66,7 @@ class _Zygote:
     def __init__(self, supervisor: socket) -> None:
         self._supervisor = supervisor
         self._cookie = EnvCookie()
+        self._adopted = AdoptedChildren()
         self._child_deaths, self._wakeup = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
     def load(self) -> Worker:
@@ -102,7 +104,7 @@ class _Zygote:
         """Fork and reap until the supervisor closes the socket."""
         _ignore_signals()  # the file may have set its own handlers
         worker.guard.install()
-        _signal.signal(_signal.SIGCHLD, _do_nothing)
+        self._adopted.install()
         _signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
         _signal.pthread_sigmask(_signal.SIG_SETMASK, CALL_SIGNALS)  # each worker unblocks them when it begins a call
         gc.collect()
@@ -146,6 +148,7 @@ class _Zygote:
             self._supervisor.close()
             os.close(self._child_deaths)
             os.close(self._wakeup)
+            self._adopted.begin()
             worker.run(channel, stdout, stderr)
         except BaseException:  # noqa: BLE001 - no exception may reach the zygote's code
             sys.excepthook(*sys.exc_info())

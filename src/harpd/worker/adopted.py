@@ -1,0 +1,81 @@
+"""Reaping of adopted children: a worker is a subreaper, so orphaned descendants become its children and, dead, zombies.
+
+Only the procedure may wait for its own children. The kernel does not tell them from adopted ones, so the functions of
+Python that create processes record them. A child that a library in C creates is safe as well if its thread is not the
+main one, as adopted children go to that one, or if the library waits for it before it returns.
+"""
+
+from __future__ import annotations
+
+import _posixsubprocess
+import _signal  # type: ignore[import-not-found]
+import os
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import FrameType
+    from typing import Any
+
+#: How many pids are recorded before those of processes that are gone are forgotten.
+_MAX_RECORDED = 1000
+
+
+class AdoptedChildren:
+    """The adopted children of a worker. Create it in the zygote, before the procedures file is loaded."""
+
+    def __init__(self) -> None:
+        self._worker = 0  # its pid
+        self._own: set[int] = set()
+        self._creating: list[None] = []  # an item for each thread that is creating a process
+        self._waiting = False  # whether a child has died meanwhile
+        for name in ("fork", "posix_spawn", "posix_spawnp"):
+            setattr(os, name, self._recording(getattr(os, name), lambda result: result))
+        os.forkpty = self._recording(os.forkpty, lambda result: result[0])
+        _posixsubprocess.fork_exec = self._recording(_posixsubprocess.fork_exec, lambda result: result)
+
+    def install(self) -> None:
+        """Install the handler: in the zygote, so that no worker has to."""
+        _signal.signal(_signal.SIGCHLD, self._on_death)
+        _signal.siginterrupt(_signal.SIGCHLD, False)
+
+    def begin(self) -> None:
+        """Begin to reap in this process, a worker that was just forked."""
+        self._worker = os.getpid()
+        self._own.clear()
+        self._creating.clear()
+
+    def _recording(self, create: Callable[..., Any], pid_of: Callable[[Any], int]) -> Callable[..., Any]:
+        def record(*args: Any, **kwargs: Any) -> Any:
+            self._creating.append(None)  # a child that dies before it is recorded must not be reaped
+            try:
+                result = create(*args, **kwargs)
+                if self._worker:  # the zygote's children are all its own
+                    self._own.add(pid_of(result))
+            finally:
+                if self._creating:  # not in the child
+                    self._creating.pop()
+                if self._waiting:
+                    self._reap()
+            return result
+
+        return record
+
+    def _on_death(self, number: int, frame: FrameType | None) -> None:
+        self._reap()
+
+    def _reap(self) -> None:
+        if os.getpid() != self._worker:  # the zygote, or a child of the procedure
+            return
+        self._waiting = bool(self._creating)
+        if self._waiting:
+            return
+        try:
+            with open(f"/proc/self/task/{self._worker}/children", "rb") as file:
+                children = {int(pid) for pid in file.read().split()}
+            for pid in children - self._own:
+                os.waitpid(pid, os.WNOHANG)
+        except OSError:
+            pass  # the procedure has waited for it, or this kernel has no such file
+        if len(self._own) > _MAX_RECORDED:
+            self._own = {pid for pid in self._own if os.path.exists(f"/proc/{pid}")}
