@@ -78,11 +78,7 @@ class AsyncHarpCaller(AsyncPeer, CallerBase[AsyncJSONConnection, AsyncRemoteServ
     submit_many = method(CallerBase._submit_many)
     request = method(CallerBase._send_plain)
 
-    async def connect(self) -> AsyncJSONConnection:
-        """See `harp.HarpCaller.connect`."""
-        return await self._connection().__aenter__()
-
-    _open = connect
+    connect = method(CallerBase._connect)
 
     def _connection(self) -> AsyncJSONConnection:
         return AsyncJSONConnection(self._endpoint.host, self._endpoint.port)

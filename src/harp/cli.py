@@ -126,7 +126,7 @@ class _Caller(client.HarpCaller):
 
 def _dispatcher(options: Namespace) -> client.HarpCaller:
     if options.dispatcher is None:
-        raise HarpException("no dispatcher: use --dispatcher HOST[:PORT] or set HARP_DISPATCHER")
+        raise HarpException("no dispatcher: use --dispatcher HOST[:PORT] or unix:/PATH, or set HARP_DISPATCHER")
     return _Caller(**options.dispatcher, reconnect=options.reconnect, keep_alive=False)
 
 
@@ -217,6 +217,11 @@ def _parse_named(text: str) -> tuple[str, Any]:
     return name, _parse_value(value)
 
 
+def _parse_dispatcher(text: str) -> dict[str, Any]:
+    """Return an address as `_parse_address` does; ``unix:/PATH`` is the host."""
+    return {"host": text} if text.startswith("unix:/") else _parse_address(text)
+
+
 def _parse_address(text: str) -> dict[str, Any]:
     """Return HOST, HOST:PORT, [ADDRESS]:PORT or an IPv6 address as a dict with `host`, and `port` if there is one."""
     if text.startswith("["):
@@ -246,7 +251,11 @@ def _parse_arguments(arguments: Sequence[str]) -> Namespace:
 _ARGUMENTS: dict[str, dict[str, Any]] = {
     "address": {"metavar": "HOST[:PORT]", "type": _parse_address},
     "arguments": {"metavar": "ARG", "nargs": "*", "type": _parse_value, "help": "positional argument"},
-    "--dispatcher": {"metavar": "HOST[:PORT]", "type": _parse_address, "help": "default: $HARP_DISPATCHER"},
+    "--dispatcher": {
+        "metavar": "HOST[:PORT]",
+        "type": _parse_dispatcher,
+        "help": "or unix:/PATH; default: $HARP_DISPATCHER",
+    },
     "--named": {"metavar": "NAME=ARG", "action": "append", "default": [], "type": _parse_named, "help": "named one"},
     "--wait": {"action": "store_true", "help": "wait for the job to end, and print its result instead of its id"},
     "--follow": {"action": "store_true", "help": "wait for the job to end, and print its records, then its result"},

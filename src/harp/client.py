@@ -67,14 +67,15 @@ class RemoteServer(ServerBase[RemoteProcedure]):
 
 
 class HarpCaller(SyncPeer, CallerBase[JSONConnection, RemoteServer, RemoteCall]):
-    """A dispatcher, by its name or address and its port.
+    """A dispatcher, by its name or address and its port, or as ``unix:/PATH``.
 
     Any attribute is a host: ``rpc.web01`` is ``rpc.host("web01")``, and so is ``rpc("web01")``. For names that begin
     with an underscore, or that are methods of this class, use `host`. `reconnect` is how many seconds an interrupted
     reader (`RemoteCall.follow`, `result` and `get` with `wait`) tries to reach the dispatcher again; 0, None or False:
     it does not. `keep_alive` is whether connections stay open for further requests; None: if the dispatcher supports
-    it. No job is ever submitted twice; with the option `request_id`, the client finds out after a lost reply whether it
-    was submitted.
+    it. `request_timeout` is how many seconds a request may take that does not wait for a job; None: any time. No job is
+    ever submitted twice; with the option `request_id`, the client finds out after a lost reply whether it was
+    submitted.
 
     As a context manager it closes its waiting connections at the end, and can be used afterwards, too. Raises
     `HarpException` if an argument is invalid. Spec: docs/client-api.md, HarpCaller and Keep-alive connections.
@@ -86,8 +87,7 @@ class HarpCaller(SyncPeer, CallerBase[JSONConnection, RemoteServer, RemoteCall])
     submit_many = method(CallerBase._submit_many)
     request = method(CallerBase._send_plain)
 
-    def connect(self) -> JSONConnection:
-        """Return a new connection, for one request. Spec: docs/client-api.md, HarpCaller."""
-        return JSONConnection(self._endpoint.host, self._endpoint.port)
+    connect = method(CallerBase._connect)
 
-    _open = connect
+    def _connection(self) -> JSONConnection:
+        return JSONConnection._unconnected(self._endpoint.host, self._endpoint.port)

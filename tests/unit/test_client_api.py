@@ -23,7 +23,7 @@ JOB = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
 #: to the published interface, and so are `HarpCaller.submit_many`,
 #: `Call`, `RemoteCall.details` and `RemoteCall.why`.
 SIGNATURES = {
-    "HarpCaller": "(host, port=3502, *, reconnect=300.0, keep_alive=None)",
+    "HarpCaller": "(host, port=3502, *, reconnect=300.0, keep_alive=None, request_timeout=30.0)",
     "HarpCaller.__getattr__": "(host)",
     "HarpCaller.__call__": "(host, **kwargs)",
     "HarpCaller.connect": "()",
@@ -51,12 +51,12 @@ SIGNATURES = {
     "RemoteCall.details": "()",
     "RemoteCall.end_time": "()",
     "RemoteCall.follow": "(since=None, recent=None, numbered=False, *, timed=False)",
-    "RemoteCall.get": "(wait=True)",
+    "RemoteCall.get": "(wait=True, *, timeout=None)",
     "RemoteCall.host": "()",
     "RemoteCall.id": "()",
     "RemoteCall.info": "()",
     "RemoteCall.procedure": "()",
-    "RemoteCall.result": "(wait=False)",
+    "RemoteCall.result": "(wait=False, *, timeout=None)",
     "RemoteCall.start_time": "()",
     "RemoteCall.stream": "(since=None, recent=None, numbered=False, *, timed=False)",
     "RemoteCall.submit_time": "()",

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 from harp.errors import CommunicationError, HarpException
 
@@ -33,19 +33,36 @@ _CAPACITY = 32
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A host, by name or address, and a port. Raises `HarpException` if one of them is invalid."""
+    """A host, by name or address, and a port; or ``unix:/PATH``, a Unix socket, whose port has no meaning.
+
+    Raises `HarpException` if one of them is invalid.
+    """
 
     host: str
     port: int
 
     def __post_init__(self) -> None:
         if not isinstance(self.host, str) or not self.host:
-            raise HarpException(f"host: expected a name or an address, got {self.host!r}")
+            raise HarpException(f"host: expected a name, an address or unix:/PATH, got {self.host!r}")
+        if self.host.startswith("unix:") and not self.host.startswith("unix:/"):
+            raise HarpException(f"host: expected the absolute path of a Unix socket, got {self.host!r}")
         if not isinstance(self.port, int) or isinstance(self.port, bool) or not 0 < self.port < 65536:
             raise HarpException(f"port: expected a number from 1 to 65535, got {self.port!r}")
 
     def __str__(self) -> str:
+        if self.path is not None:
+            return self.host
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def path(self) -> str | None:
+        """The path of the Unix socket; None: it is a TCP port."""
+        return self.host.removeprefix("unix:") if self.host.startswith("unix:") else None
+
+    def check_tcp(self) -> None:
+        """Raise `HarpException` for a Unix socket."""
+        if self.path is not None:
+            raise HarpException(f"host: a harpd is called over TLS on a TCP port, got {self.host!r}")
 
     @property
     def server_name(self) -> str:
@@ -57,8 +74,24 @@ class Endpoint:
             return self.host.rstrip(".")
 
 
+class Deadline(NamedTuple):
+    """The time of the monotonic clock until which a peer must have replied, and the seconds from the beginning."""
+
+    at: float
+    seconds: float
+
+
+def earlier(first: Deadline | None, second: Deadline | None) -> Deadline | None:
+    """Return the earlier one of two deadlines; None stands for no deadline."""
+    return min(filter(None, (first, second)), default=None)
+
+
 class Connection:
     """The common interface of both shells' connections. A call that returns `Any` is a step."""
+
+    #: Until when `connect`, `exchange` and `receive_line` must be done; None: `connect` has its usual limit, the others
+    #: have none. After it they raise an error whose cause is a `TimeoutError`.
+    deadline: Deadline | None = None
 
     connect: Callable[[], Any]
     close: Callable[[], Any]
@@ -144,8 +177,6 @@ class Peer(Generic[C]):
     _now: Callable[[], float]
     #: A step that waits for a number of seconds.
     _sleep: Callable[[float], Any]
-    #: A step that returns a new connection, which is connected.
-    _open: Callable[[], Any]
     _endpoint: Endpoint
     _pool: ConnectionPool[C]
 

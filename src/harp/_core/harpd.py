@@ -43,6 +43,8 @@ class DirectServerBase(Peer[C], Generic[C, P]):
     """A harpd that is called without a dispatcher."""
 
     _procedure_class: type[P]
+    #: A step that returns a new connection, which is connected.
+    _open: Callable[[], Any]
 
     def __init__(
         self,
@@ -57,6 +59,7 @@ class DirectServerBase(Peer[C], Generic[C, P]):
         verify_hostname: bool = True,
     ) -> None:
         self._endpoint = Endpoint(host, port)
+        self._endpoint.check_tcp()
         for field, text in (("user", user), ("password", password)):
             if not isinstance(text, str):
                 raise HarpException(f"{field}: expected a string, got {type(text).__name__}")

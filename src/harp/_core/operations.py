@@ -13,11 +13,19 @@ which would take the close for an interruption, has the key only after a grant.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from typing import Any, Generic, Self, TypeVar, Unpack
 
 from harp._core import values
-from harp._core.connections import Connection, ConnectionPool, Endpoint, Peer, Steps, mark_ambiguous
+from harp._core.connections import (
+    Connection,
+    ConnectionPool,
+    Deadline,
+    Endpoint,
+    Peer,
+    Steps,
+    earlier,
+    mark_ambiguous,
+)
 from harp._core.retry import ReconnectPolicy, closed_without_reply, parse_reconnect, unsupported_by_peer
 from harp._core.streams import StreamReader, StreamRequest
 from harp._core.values import Call, JobOptions, refusal_of
@@ -26,7 +34,7 @@ from harp.protocol import dispatcher as protocol
 from harp.protocol.dispatcher import Cancel, FollowStream, GetResult, ReadStream, Refused, Request, SubmitMany
 from harp.protocol.ends import End
 from harp.protocol.json_text import MAX_LINE_DEPTH, loads
-from harp.protocol.schema import check
+from harp.protocol.schema import check, is_seconds
 
 C = TypeVar("C", bound=Connection)
 S = TypeVar("S", bound="ServerBase[Any]")
@@ -47,12 +55,23 @@ class CallerBase(Peer[C], Generic[C, S, J]):
 
     _server_class: type[S]
     _job_class: type[J]
+    #: Returns a new connection, which is not connected.
+    _connection: Callable[[], C]
 
     def __init__(
-        self, host: str, port: int = 3502, *, reconnect: float | None = 300.0, keep_alive: bool | None = None
+        self,
+        host: str,
+        port: int = 3502,
+        *,
+        reconnect: float | None = 300.0,
+        keep_alive: bool | None = None,
+        request_timeout: float | None = 30.0,
     ) -> None:
         self._endpoint = Endpoint(host, port)
         self._reconnect = parse_reconnect(reconnect)
+        if request_timeout is not None and not is_seconds(request_timeout):
+            raise HarpException(f"request_timeout: expected a positive number of seconds, got {request_timeout!r}")
+        self._request_timeout = request_timeout
         self._keep_alive = None if keep_alive is None else bool(keep_alive)
         self._pool = ConnectionPool[C](self._keep_alive is not False)
         #: Whether the dispatcher has replied to the question, so that it supports requests for many jobs.
@@ -130,7 +149,9 @@ class CallerBase(Peer[C], Generic[C, S, J]):
         if not isinstance(req, dict):
             raise HarpException(f"request: expected a dict, got {req!r}")
         line = values.encode_line({"harpcaller": protocol.VERSION, **req}, "the request")
-        conn = yield self._open()
+        conn = yield from self._open(self._deadline())
+        if _waits_for_end(req):
+            conn.deadline = None
         try:
             reply: dict[str, Any] = loads((yield from conn.exchange(line)), MAX_LINE_DEPTH)
             check(isinstance(reply, dict), "expected an object")
@@ -139,6 +160,23 @@ class CallerBase(Peer[C], Generic[C, S, J]):
         finally:
             yield conn.close()
         return reply
+
+    def _connect(self) -> Steps[C]:
+        """Return a new connection, for one request. Spec: docs/client-api.md, HarpCaller."""
+        conn = yield from self._open(self._deadline())
+        conn.deadline = None
+        return conn
+
+    def _open(self, deadline: Deadline | None) -> Steps[C]:
+        conn = self._connection()
+        conn.deadline = deadline
+        yield conn.connect()
+        return conn
+
+    def _deadline(self) -> Deadline | None:
+        """Return until when a request that begins now must be answered."""
+        seconds = self._request_timeout
+        return None if seconds is None else Deadline(self._now() + seconds, seconds)
 
     def _request(self, request: Request, feature: str | None = None) -> Steps[Any]:
         """Send a request and return its reply, which is of the kind that `MAY_FOLLOW` lists; raise a refusal.
@@ -188,31 +226,46 @@ class CallerBase(Peer[C], Generic[C, S, J]):
             asks = not self._supports_many
 
     def _send(
-        self, request: Request, policy: ReconnectPolicy | None = None, is_question: bool = False
+        self,
+        request: Request,
+        policy: ReconnectPolicy | None = None,
+        *,
+        is_question: bool = False,
+        until: Deadline | None = None,
     ) -> Steps[tuple[Any, bytes]]:
-        """Send a request once and return the reply and its line. If the request waits, it has a policy."""
+        """Send a request once and return the reply and its line. If the request waits for a result, it has a policy.
+
+        `until` is an earlier deadline than `request_timeout` sets, and the only one for the reply to a request that
+        waits.
+        """
         pool = self._pool
+        to_connect = earlier(self._deadline(), until)
+        to_reply = until if getattr(request, "wait", False) else to_connect
         if self._keep_alive is None and not pool.granted and not is_question:
             if self._ask_at is not None:
-                yield from self._ask()
+                yield from self._ask(to_connect, policy)
             else:
                 self._ask_at = self._now()
         keep_alive = pool.granted or (self._keep_alive is True and policy is None) or (is_question and pool.enabled)
         encoded = protocol.encode_request(request, keep_alive)
         pooled = pool.get(self._now()) if keep_alive else None
-        conn = pooled or (yield self._open())
+        conn = pooled or (yield from self._open(to_connect))
         granted = None
         try:
+            conn.deadline = to_reply
             if policy is not None:
                 policy.connected(self._now())
             try:
                 line = yield from conn.exchange(encoded)
             except CommunicationError as error:
-                if not keep_alive or (is_question and pooled is None):
+                is_late = to_reply is not None and self._now() >= to_reply.at
+                if is_late or not keep_alive or (is_question and pooled is None):
                     raise
                 if not is_question:
                     self._raise_unless_repeatable(error, request, reused=pooled is not None)
+                conn.deadline = to_connect
                 yield conn.connect()
+                conn.deadline = to_reply
                 line = yield from conn.exchange(encoded)
             try:
                 reply = _parse_reply(request, line)
@@ -225,16 +278,21 @@ class CallerBase(Peer[C], Generic[C, S, J]):
                 yield conn.close()
         return reply, line
 
-    def _ask(self) -> Steps[None]:
+    def _ask(self, until: Deadline | None = None, policy: ReconnectPolicy | None = None) -> Steps[None]:
         """Ask whether the dispatcher is a legacy one, if it is time to. The connection then waits in the pool."""
         now = self._now()
         if self._ask_at is None or now >= self._ask_at:
             self._ask_at = now + _ASK_AGAIN
-            with suppress(CommunicationError):  # if it cannot be reached, the request itself will say so
-                yield from self._send_question()
+            try:
+                yield from self._send_question(policy, until)
+            except CommunicationError:  # usually, the request itself will fail in the same way
+                if until is not None and self._now() >= until.at:
+                    raise
 
-    def _send_question(self, policy: ReconnectPolicy | None = None) -> Steps[None]:
-        yield from self._send(SubmitMany(()), policy, is_question=True)
+    def _send_question(
+        self, policy: ReconnectPolicy | None = None, until: Deadline | None = None
+    ) -> Steps[None]:
+        yield from self._send(SubmitMany(()), policy, is_question=True, until=until)
         self._supports_many = True
 
     def _raise_unless_repeatable(self, error: CommunicationError, request: Request, reused: bool) -> None:
@@ -246,6 +304,12 @@ class CallerBase(Peer[C], Generic[C, S, J]):
                 raise unsupported_by_peer(error, "keep_alive=True") from error.__cause__
             self._pool.granted = self._supports_many = False  # it may have been replaced by a legacy one
         raise mark_ambiguous(error, reused) from error.__cause__
+
+
+def _waits_for_end(req: Mapping[str, Any]) -> bool:
+    """Return whether a dispatcher replies to a request when a job has ended, or its processes have."""
+    waits = req.get("wait", "get_result" in req) is not False
+    return "follow_stream" in req or (waits and ("get_result" in req or "cancel" in req))
 
 
 def _parse_reply(request: Request, line: bytes) -> Any:
@@ -376,13 +440,16 @@ class JobBase(Generic[R]):
         except ValueError as error:
             raise HarpException(str(error)) from error
         dispatcher = self._dispatcher
-        return StreamReader(request, numbered, dispatcher._reconnect, self._store_end, dispatcher._on_outage)
+        reader = StreamReader(request, numbered, dispatcher._reconnect, self._store_end, dispatcher._on_outage)
+        reader.deadline = dispatcher._deadline
+        return reader
 
     def _sent_reader(self, numbered: bool) -> StreamReader:
         """Return the reader of records that the caller has requested."""
         # Its replies include all replies to follow_stream.
         reader = self._reader(ReadStream, None, None, numbered, False)
         reader.has_request = False
+        reader.waits = True
         return reader
 
     def _store_end(self, reply: protocol.Reply, line: bytes) -> None:
@@ -390,38 +457,54 @@ class JobBase(Generic[R]):
         if isinstance(reply, End):
             self._end_line = line
 
-    def _result(self, wait: bool = False) -> Steps[Any]:
+    def _result(self, wait: bool = False, *, timeout: float | None = None) -> Steps[Any]:
         """Return how the job ended; errors are returned, not raised. With `wait`, wait for it, without a time limit.
 
-        The value is the procedure's result, `CALL_NOT_FINISHED` (only without `wait`), `CALL_CANCELLED`, or an instance
-        of `RemoteException`, `RemoteError` or `CommunicationError`. The last, which includes `RequestRefused`, does not
-        describe the job: try again later. Spec: docs/client-api.md, RemoteCall.
+        With `timeout`, wait for at most that many seconds, from 0; then the value is `CALL_NOT_FINISHED`. `wait` has no
+        meaning then. Raises `HarpException` if `timeout` is invalid.
+
+        The value is the procedure's result, `CALL_NOT_FINISHED` (not with `wait` alone), `CALL_CANCELLED`, or an
+        instance of `RemoteException`, `RemoteError` or `CommunicationError`. The last, which includes `RequestRefused`,
+        does not describe the job: try again later. Spec: docs/client-api.md, RemoteCall.
         """
-        dispatcher, request = self._dispatcher, GetResult(self._id, bool(wait))
+        dispatcher, until = self._dispatcher, None
+        if timeout is not None:
+            if not (timeout == 0 or is_seconds(timeout)):
+                raise HarpException(f"timeout: expected seconds of at least 0, got {timeout!r}")
+            wait = timeout > 0
+            until = Deadline(dispatcher._now() + timeout, timeout) if wait else None
+        request = GetResult(self._id, bool(wait))
         policy = ReconnectPolicy(dispatcher._reconnect if wait else 0.0, dispatcher._on_outage)
         reply = None if self._end_line is None else _parse_reply(request, self._end_line)
         try:
             while reply is None:
                 try:
-                    reply, line = yield from dispatcher._send(request, policy if wait else None)
+                    reply, line = yield from dispatcher._send(request, policy if wait else None, until=until)
                     if isinstance(reply, Refused):
                         raise refusal_of(reply)
                     self._store_end(reply, line)
                 except (CommunicationError, RemoteError) as error:
-                    reply, pause = None, policy.next_pause(error, dispatcher._now())
+                    reply, now = None, dispatcher._now()
+                    if until is not None and now >= until.at and policy.is_interruption(error):
+                        return values.CALL_NOT_FINISHED
+                    pause = policy.next_pause(error, now)
+                    if until is not None and now + pause >= until.at:
+                        yield dispatcher._sleep(until.at - now)
+                        return values.CALL_NOT_FINISHED
                     yield dispatcher._sleep(pause)
         except (CommunicationError, RemoteError) as error:
             return error.with_traceback(None)
         return values.CALL_NOT_FINISHED if isinstance(reply, protocol.NoResult) else values.outcome_of(reply)
 
-    def _get(self, wait: bool = True) -> Steps[Any]:
-        """Return the procedure's result, or `CALL_NOT_FINISHED` (only without `wait`); every other end is raised.
+    def _get(self, wait: bool = True, *, timeout: float | None = None) -> Steps[Any]:
+        """Return the procedure's result, or `CALL_NOT_FINISHED` (not with `wait` alone); every other end is raised.
 
-        Raises `RemoteException` if the procedure raised an exception, `RemoteError` if the job failed, was stopped or
-        does not exist, `CancelledException` if the job was cancelled, and `CommunicationError` if there was no valid
-        reply. Spec: docs/client-api.md, RemoteCall.
+        With `timeout`, wait for at most that many seconds, from 0; then return `CALL_NOT_FINISHED`. `wait` has no
+        meaning then. Raises `RemoteException` if the procedure raised an exception, `RemoteError` if the job failed,
+        was stopped or does not exist, `CancelledException` if the job was cancelled, and `CommunicationError` if there
+        was no valid reply. Spec: docs/client-api.md, RemoteCall.
         """
-        outcome = yield from self._result(wait)
+        outcome = yield from self._result(wait, timeout=timeout)
         if isinstance(outcome, HarpException):
             raise outcome
         if outcome is values.CALL_CANCELLED:

@@ -70,14 +70,20 @@ class ReconnectPolicy:
         self._pause = _FIRST_PAUSE
         self.attempts = 0
 
+    def is_interruption(self, error: HarpException) -> bool:
+        """Return whether an error is an interruption, after a connection was established."""
+        transient = isinstance(error, RequestRefused) or isinstance(error.__cause__, (OSError, EOFError))
+        return transient and self._connected_at is not None
+
     def next_pause(self, error: HarpException, now: float) -> float:
         """Return the seconds to wait before the next attempt.
 
         Raise the error if it is not transient, if no connection was ever established, or if the outage has lasted too
         long; then its message says how long and how often the client has tried.
         """
-        if not self or self._connected_at is None or not _is_transient(error):
+        if not self or not self.is_interruption(error):
             raise error
+        assert self._connected_at is not None
         if now - self._connected_at >= min(_STABLE_SECONDS, self._seconds):
             self.end_outage()
         self._connected_at = math.inf
@@ -96,7 +102,3 @@ class ReconnectPolicy:
         pause = min(self._pause * random.uniform(0.5, 1.0), remaining)  # noqa: S311  not a secret
         self._pause = min(self._pause * 2, _LONGEST_PAUSE)
         return pause
-
-
-def _is_transient(error: HarpException) -> bool:
-    return isinstance(error, RequestRefused) or isinstance(error.__cause__, (OSError, EOFError))

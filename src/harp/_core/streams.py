@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeAlias, TypeVar
 
-from harp._core.connections import Connection, ConnectionPool, Steps
+from harp._core.connections import Connection, ConnectionPool, Deadline, Steps
 from harp._core.retry import ReconnectPolicy, closed_without_reply, unsupported_by_peer
 from harp._core.values import refusal_of
 from harp.errors import CommunicationError, HarpException
@@ -37,6 +37,10 @@ class Reader:
 
     #: Whether a request must be sent on a new connection before the next line is read.
     has_request = False
+    #: Whether the peer may wait for an event before it sends the next line.
+    waits = True
+    #: Returns until when a connection that begins now must be established, and a peer that does not wait send a line.
+    deadline: Callable[[], Deadline | None] = staticmethod(lambda: None)
     #: Returns this request, once. The argument is the time when the connection was established.
     pop_request: Callable[[float], bytes]
     #: Whether the last line was read.
@@ -90,6 +94,7 @@ class StreamReader(Reader):
 
     def _set_request(self, request: StreamRequest) -> None:
         self._request = request
+        self.waits = isinstance(request, FollowStream)
         self._replies = ReplyReader(request)
         self.has_request = True
 
@@ -219,13 +224,18 @@ class StreamBase(Generic[C]):
     def _read(self) -> Steps[tuple[Any, ...]]:
         """Return the items of the next line; none after an interruption and its pause."""
         try:
-            if self._reader.has_request:
+            reader, conn = self._reader, self._conn
+            conn.deadline = reader.deadline()
+            if reader.has_request:
                 yield self._connect()
                 if self._closed:  # before there was a connection to close
-                    yield self._conn.close()
-                line = yield from self._conn.exchange(self._reader.pop_request(self._now()))
+                    yield conn.close()
+            if reader.waits:
+                conn.deadline = None
+            if reader.has_request:
+                line = yield from conn.exchange(reader.pop_request(self._now()))
             else:
-                line = yield self._conn.receive_line()
+                line = yield conn.receive_line()
             try:
                 return self._reader.read(line)
             except ValueError as error:

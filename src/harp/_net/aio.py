@@ -183,9 +183,13 @@ class AsyncJSONConnection(BufferedConnection, _Closable):
             self._wake()
 
     def _changed(self) -> asyncio.Future[None]:
-        """Return a future that ends when the socket is ready, lines have arrived, or the connection has ended."""
+        """Return a future that ends when the socket is ready, lines have arrived, or the connection or time is over."""
+        remaining = self._remaining()
         waiter = self._loop.create_future()
         self._waiters.append(waiter)
+        if remaining is not None:
+            timer = self._loop.call_later(remaining, self._wake)
+            waiter.add_done_callback(lambda done: timer.cancel())
         return waiter
 
     def _wake(self) -> None:
@@ -202,9 +206,10 @@ class AsyncJSONConnection(BufferedConnection, _Closable):
         while rest:
             sock = self._connected()
             try:
-                rest = rest[sock.send(rest) :]
-            except _WOULD_BLOCK:
-                await self._until_ready(sock, self._loop.add_writer, self._loop.remove_writer)
+                try:
+                    rest = rest[sock.send(rest) :]
+                except _WOULD_BLOCK:
+                    await self._until_ready(sock, self._loop.add_writer, self._loop.remove_writer)
             except FOREIGN_ERRORS as error:
                 raise self.error("sending", error) from error
 
@@ -215,7 +220,10 @@ class AsyncJSONConnection(BufferedConnection, _Closable):
             if not self._is_watched:
                 self._is_watched = True
                 self._loop.add_reader(sock.fileno(), self._on_readable, sock)
-            await self._changed()
+            try:
+                await self._changed()
+            except TimeoutError as error:
+                raise self.error("reading", error) from error
         return self._lines.popleft()
 
     def is_idle(self) -> bool:

@@ -29,6 +29,8 @@ from harp.protocol.lines import LineBuffer
 
 #: Seconds to connect, TLS handshake included.
 CONNECT_TIMEOUT = 30.0
+#: Seconds between two attempts to connect to a Unix socket whose queue is full.
+_QUEUE_FULL_PAUSE = 0.05
 #: The most bytes in the line of a reply.
 REPLY_LIMIT = 64 * 1024 * 1024
 #: The most bytes read at once; more than the longest record of TLS (16 KiB).
@@ -125,6 +127,10 @@ class BufferedConnection(Connection, Uncopyable):
         """
         self._process = os.getpid()
         deadline = time.monotonic() + CONNECT_TIMEOUT
+        if self.deadline is not None:
+            deadline = min(deadline, self.deadline.at)
+        if self._endpoint.path is not None:
+            return (yield from self._open_path(self._endpoint.path, deadline))
         context = self._tls_context()
         try:
             found = yield self._resolve(deadline)
@@ -151,6 +157,32 @@ class BufferedConnection(Connection, Uncopyable):
                 raise self.error("TLS handshake", error) from error
             raise
         return sock
+
+    def _open_path(self, path: str, deadline: float) -> Steps[socket.socket]:
+        """Return a socket that is connected to the Unix socket `path`, as soon as its queue has room."""
+        while True:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                sock.setblocking(False)
+                sock.connect(path)
+            except BaseException as error:
+                self._close_socket(sock)
+                if not isinstance(error, FOREIGN_ERRORS):
+                    raise
+                if not isinstance(error, BlockingIOError) or time.monotonic() >= deadline:
+                    raise self.error("cannot connect", error) from error
+            else:
+                return sock
+            yield self._wait_connected([], time.monotonic() + _QUEUE_FULL_PAUSE)
+
+    def _remaining(self) -> float | None:
+        """Return the seconds until the deadline; None: there is none. Raise `TimeoutError` if it is over."""
+        if self.deadline is None:
+            return None
+        remaining = self.deadline.at - time.monotonic()
+        if remaining <= 0:
+            raise TimeoutError
+        return remaining
 
     def _send(self, obj: Any) -> Steps[None]:
         """Send any JSON value, typically a dict, as a line.
@@ -215,6 +247,8 @@ class BufferedConnection(Connection, Uncopyable):
 
     def error(self, action: str, cause: Exception) -> CommunicationError:
         """Return the error for an action that failed because of a foreign error."""
+        if self.deadline is not None and isinstance(cause, TimeoutError) and not cause.errno:
+            return self._error(action, f"no reply within {self.deadline.seconds:g} s; see request_timeout")
         return self._error(action, describe_error(cause))
 
     def _closed_here(self) -> CommunicationError:
@@ -234,6 +268,7 @@ class TLSConnection(BufferedConnection):
         self, host: str, port: int, ca_file: CAFile = None, *, tls_minimum: str = "1.2", verify_hostname: bool = True
     ) -> None:
         self._tls = ca_file, tls_minimum, bool(verify_hostname)
+        Endpoint(host, port).check_tcp()
         super().__init__(host, port)
 
     def _tls_context(self) -> ssl.SSLContext:

@@ -64,6 +64,13 @@ class JSONConnection(BufferedConnection, _Closable):
         super().__init__(host, port)
         self.connect()
 
+    @classmethod
+    def _unconnected(cls, host: str, port: int) -> Self:
+        """Return a connection that is not connected; raise `HarpException` if `host` or `port` is invalid."""
+        conn = cls.__new__(cls)
+        BufferedConnection.__init__(conn, host, port)
+        return conn
+
     def connect(self) -> None:
         """Connect, again if need be; raise `CommunicationError` if the server cannot be reached within 30 seconds."""
         self.close()
@@ -124,11 +131,18 @@ class JSONConnection(BufferedConnection, _Closable):
     send = method(BufferedConnection._send)
     receive = method(BufferedConnection._receive)
 
+    def _limit(self, sock: socket.socket) -> None:
+        """Give a socket the time until the deadline. Raise `TimeoutError` if it is over."""
+        remaining = self._remaining()
+        if remaining is not None or sock.gettimeout() is not None:
+            sock.settimeout(remaining)
+
     def _send_line(self, line: bytes) -> None:
         sock = self._socket
         if sock is None:
             raise self._closed_here()
         try:
+            self._limit(sock)
             sent = sock.send(line)
             if sent < len(line):
                 sock.sendall(memoryview(line)[sent:])
@@ -143,6 +157,7 @@ class JSONConnection(BufferedConnection, _Closable):
             if sock is None:
                 raise self._closed_here()
             try:
+                self._limit(sock)
                 data = sock.recv(READ_BYTES)
                 lines += self._partial.feed(data) if data else self._end_of_input()
             except FOREIGN_ERRORS as error:
@@ -194,6 +209,7 @@ class Stream(StreamBase[JSONConnection], Iteration):
     def send_request(self) -> None:
         """Send the reader's first request on the connection, which is open."""
         try:
+            self._conn.deadline = None if self._reader.waits else self._reader.deadline()
             self._conn._send_line(self._reader.pop_request(time.monotonic()))
         except BaseException:
             self.close()
