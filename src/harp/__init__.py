@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from importlib import import_module
 
+from harp import _distributions
+
 TYPE_CHECKING = False  # not from `typing`: the zygote imports this package, too, and stays small without it
 if TYPE_CHECKING:
     from harp import aio as aio
@@ -66,11 +68,14 @@ if not TYPE_CHECKING:  # a type checker uses the imports above, and rejects othe
         if name == "aio":
             return import_module("harp.aio")
         if name in __all__:
-            for module in map(import_module, _HOMES):
-                if hasattr(module, name):
-                    value = globals()[name] = getattr(module, name)
-                    return value
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name)
+            try:
+                for module in map(import_module, _HOMES):
+                    if hasattr(module, name):
+                        value = globals()[name] = getattr(module, name)
+                        return value
+            except ImportError as error:  # a file of another project may have replaced ours
+                raise _distributions.explain_mixture(error) or error from error
+        raise _distributions.missing_name(__name__, __path__, name)
 
 
 def __dir__() -> list[str]:

@@ -4,3 +4,11 @@
 callers, `harp.protocol.ends` the ends of a call, which both share. `harp.protocol.schema` encodes, decodes and
 checks them all. Nothing here uses a network or a clock.
 """
+
+TYPE_CHECKING = False
+if not TYPE_CHECKING:  # a type checker knows the modules
+
+    def __getattr__(name: str) -> object:
+        from harp._distributions import missing_name
+
+        raise missing_name(__name__, __path__, name)
