@@ -4,17 +4,24 @@
 
 curl -X POST localhost:8080/disk-usage/localhost     {"job": "5f0c..."}
 curl localhost:8080/jobs/5f0c...                     {"state": "done", "result": {...}}
+
+The reply to the last request keeps three things apart: the job failed (200), there is no such job (404), and the
+dispatcher could not be asked (503), so that the browser tries again later.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, TypeAlias
 
 import harp
+
+#: A status of HTTP and the body of a reply.
+Reply: TypeAlias = tuple[HTTPStatus, dict[str, Any]]
 
 
 class Application(BaseHTTPRequestHandler):
@@ -27,39 +34,45 @@ class Application(BaseHTTPRequestHandler):
             case ["disk-usage", host]:
                 # The queue runs one such job per host at a time, for any number of requests.
                 server = self.dispatcher.host(host, queue={"disk-usage": host}, info={"from": "webapp"})
-                self.answer(HTTPStatus.ACCEPTED, lambda: {"job": server.disk_usage("/").id()})
+                self.answer(lambda: (HTTPStatus.ACCEPTED, {"job": server.disk_usage("/").id()}))
             case _:
                 self.send_error(HTTPStatus.NOT_FOUND)
 
     def do_GET(self) -> None:
         match self.path.strip("/").split("/"):
             case ["jobs", job_id]:
-                self.answer(HTTPStatus.OK, lambda: report(self.dispatcher.job(job_id)))
+                self.answer(lambda: report(self.dispatcher.job(job_id)))
             case _:
                 self.send_error(HTTPStatus.NOT_FOUND)
 
-    def answer(self, status: HTTPStatus, make_body: Any) -> None:
+    def answer(self, make_reply: Callable[[], Reply]) -> None:
         try:
-            body = make_body()
-        except harp.HarpException as error:
-            status, body = HTTPStatus.BAD_GATEWAY, {"error": str(error)}
+            status, body = make_reply()
+        except harp.CommunicationError as error:  # this is not an answer about a job
+            status, body = HTTPStatus.SERVICE_UNAVAILABLE, {"error": f"cannot ask the dispatcher: {error}"}
+        except harp.RemoteError as error:
+            status, body = HTTPStatus.NOT_FOUND, {"error": str(error)}  # invalid_jobid: there is no such job
         self.send_response(status)
+        if status == HTTPStatus.SERVICE_UNAVAILABLE:
+            self.send_header("Retry-After", "5")
         self.send_header("Content-Type", "application/json")
         self.end_headers()
         self.wfile.write(json.dumps(body).encode() + b"\n")
 
 
-def report(job: harp.RemoteCall) -> dict[str, Any]:
-    """Return the state of a job, and its result or error, for the browser."""
+def report(job: harp.RemoteCall) -> Reply:
+    """Return the state of a job, and its result or error, for the browser. Raise an error that is not the job's end."""
     match job.result():
         case harp.CALL_NOT_FINISHED:
-            return {"state": "waiting" if job.start_time() is None else "running"}
+            return HTTPStatus.OK, {"state": "waiting" if job.start_time() is None else "running"}
         case harp.CALL_CANCELLED:
-            return {"state": "cancelled"}
+            return HTTPStatus.OK, {"state": "cancelled"}
+        case harp.CommunicationError() | harp.RemoteError(type="invalid_jobid") as error:
+            raise error
         case harp.HarpException() as error:
-            return {"state": "failed", "error": str(error)}
+            return HTTPStatus.OK, {"state": "failed", "error": str(error)}
         case result:
-            return {"state": "done", "result": result}
+            return HTTPStatus.OK, {"state": "done", "result": result}
 
 
 def main() -> None:
@@ -68,7 +81,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8080)
     options = parser.parse_args()
     host, _, port = options.dispatcher.rpartition(":")
-    Application.dispatcher = harp.HarpCaller(host, int(port))
+    Application.dispatcher = harp.HarpCaller(host, int(port), request_timeout=5)  # a browser waits for the reply
     with ThreadingHTTPServer(("127.0.0.1", options.port), Application) as server:
         print(f"http://127.0.0.1:{server.server_port}/", flush=True)
         server.serve_forever()
