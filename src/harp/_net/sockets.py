@@ -247,7 +247,8 @@ class BufferedConnection(Connection, Uncopyable):
 
     def error(self, action: str, cause: Exception) -> CommunicationError:
         """Return the error for an action that failed because of a foreign error."""
-        if self.deadline is not None and isinstance(cause, TimeoutError) and not cause.errno:
+        is_late = isinstance(cause, TimeoutError) and not cause.errno and action in ("reading", "sending")
+        if is_late and self.deadline is not None:
             return self._error(action, f"no reply within {self.deadline.seconds:g} s; see request_timeout")
         return self._error(action, describe_error(cause))
 
