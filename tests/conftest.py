@@ -49,11 +49,14 @@ async def _no_task_left_behind() -> AsyncIterator[None]:
 def attempts(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """A growing list of the addresses of all attempts to connect."""
     found: list[Any] = []
-    plain = socket.socket.connect
 
-    def connect(sock: socket.socket, address: Any) -> None:
-        found.append(address)
-        plain(sock, address)
+    def noted(plain: Any) -> Any:
+        def connect(sock: socket.socket, address: Any) -> Any:
+            found.append(address)
+            return plain(sock, address)
 
-    monkeypatch.setattr(socket.socket, "connect", connect)
+        return connect
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, noted(getattr(socket.socket, name)))
     return found

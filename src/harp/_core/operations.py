@@ -289,9 +289,7 @@ class CallerBase(Peer[C], Generic[C, S, J]):
                 if until is not None and self._now() >= until.at:
                     raise
 
-    def _send_question(
-        self, policy: ReconnectPolicy | None = None, until: Deadline | None = None
-    ) -> Steps[None]:
+    def _send_question(self, policy: ReconnectPolicy | None = None, until: Deadline | None = None) -> Steps[None]:
         yield from self._send(SubmitMany(()), policy, is_question=True, until=until)
         self._supports_many = True
 
