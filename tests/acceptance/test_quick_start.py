@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import secrets
 import shutil
 import socket
@@ -164,6 +165,43 @@ def running(machine: Machine, program: str) -> list[psutil.Process]:
             if program in " ".join(process.cmdline()):
                 found.append(process)
     return found
+
+
+def follow_operations(quick_start: QuickStart, machines: Machines) -> None:
+    """Run every command of docs/operations.md after the quick start, in the order of the page."""
+    page = (ROOT / "docs" / "operations.md").read_text()
+    blocks = re.findall(r"^```sh\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    environment, *lines = [line for block in blocks for line in block.splitlines()]
+    assert len(lines) > 40
+    for line in lines:
+        command, _, comment = line.partition("  # ")
+        machine = machines[quick_start.server if f"on {quick_start.server}" in comment else "dispatcher"]
+        machine.run(environment, command)
+        if " renew " in line:
+            copy_certificate(quick_start, machines)
+        if "pki2/ca.pem > " in line:  # the page asks to copy the new certificate now
+            for name, target in (("web01.pem", "server.pem"), ("web01.key", "server.key")):
+                content = machines["dispatcher"].read(f"/etc/harpcaller/pki2/{name}")
+                machines[quick_start.server].write(f"/etc/harpd/{target}", content, "0600")
+            machines[quick_start.server].run(quick_start.reload)
+
+
+def check_operations(quick_start: QuickStart, machines: Machines) -> None:
+    follow(quick_start, machines)
+    follow_operations(quick_start, machines)
+    machines[quick_start.server].run("systemctl stop harpd-supervisor harpd")
+    for machine in machines.values():
+        wait_until(partial(stopped, machine), 60, f"the end of all services of {machine.name}")
+
+
+@pytest.mark.timeout(900)
+def test_operations_page_in_namespaces(quick_start: QuickStart, namespaces: Machines) -> None:
+    check_operations(quick_start, namespaces)
+
+
+@pytest.mark.timeout(900)
+def test_operations_page_on_loopback(quick_start: QuickStart, loopback: Machines) -> None:
+    check_operations(quick_start, loopback)
 
 
 @pytest.mark.timeout(600)

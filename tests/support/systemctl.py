@@ -1,6 +1,7 @@
 """A stand-in for `systemctl` where systemd does not run: it starts, reloads and stops HARP's units.
 
-A program: `systemctl.py [--root DIRECTORY] [--same-user] enable --now UNIT... | reload UNIT... | stop UNIT...`
+A program: `systemctl.py [--root DIRECTORY] [--same-user] ACTION UNIT...`; ACTION is `enable --now`, `disable --now`,
+`start`, `restart`, `reload` or `stop`.
 
 It implements the part of a service manager that HARP's units need: order, directories, user, environment, ExecStartPre,
 readiness, ExecReload and KillSignal. It does not restart a service, and it does not confine one (ProtectSystem= and
@@ -154,12 +155,12 @@ class Manager:
             sys.exit(f"systemctl: {unit.name}: not running")
         subprocess.run(shlex.split(unit.one("ExecReload").replace("$MAINPID", str(pid))), check=True)
 
-    def stop(self, unit: Unit) -> None:
-        """Stop a unit; return once its main process has ended."""
+    def stop(self, unit: Unit, number: str = "") -> None:
+        """Stop a unit, by another signal than its own on request; return once its main process has ended."""
         pid = self._pid(unit)
         if pid is None:
             return
-        os.kill(pid, signal.Signals[unit.one("KillSignal", "SIGTERM")])
+        os.kill(pid, signal.Signals[number or unit.one("KillSignal", "SIGTERM")])
         last = time.monotonic() + DEADLINE
         while self._pid(unit) is not None:
             if time.monotonic() > last:
@@ -182,26 +183,34 @@ def main() -> None:
     command.add_argument("--root", type=Path, default=Path("/"))
     command.add_argument("--same-user", action="store_true")
     actions = command.add_subparsers(dest="action", required=True)
-    for action in ("enable", "reload", "stop"):
+    for action in ("enable", "disable", "start", "restart", "reload", "stop"):
         adding = actions.add_parser(action)
         adding.add_argument("units", nargs="+")
-        if action == "enable":
+        if action.endswith("able"):
             adding.add_argument("--now", action="store_true", required=True)
     parsed = command.parse_args()
     manager = Manager(parsed.root, parsed.same_user)
     units = manager.units(parsed.units)
+    named = {f"{name.removesuffix('.service')}.service" for name in parsed.units}
     match parsed.action:
         case "enable":
             for unit in units:
                 if not unit.words("WantedBy"):
                     sys.exit(f"systemctl: {unit.name}: no WantedBy=, it cannot be enabled")
                 manager.start(unit)
+        case "start":
+            for unit in units:
+                manager.start(unit)
+        case "restart":
+            for unit in units:
+                if unit.name in named:
+                    manager.stop(unit, unit.one("RestartKillSignal"))
+                    manager.start(unit)
         case "reload":
-            named = {f"{name.removesuffix('.service')}.service" for name in parsed.units}
             for unit in units:
                 if unit.name in named:
                     manager.reload(unit)
-        case "stop":
+        case "stop" | "disable":
             for unit in reversed(units):
                 manager.stop(unit)
 
