@@ -40,6 +40,7 @@ authentication:
   module: harpd.auth.inconfig
   users:
     {user}: "plain:{password}"
+runtime_directory: {directory}/run
 """
 
 HARPCALLER_TOML = """\

@@ -17,7 +17,12 @@ from harp_daemon.settings import ConfigError
 from harpd.config.loaded import CommandLine, check, load_config, load_supervisor_config
 from harpd.config.settings import load
 from harpd.control import launcher
-from harpd.control.supervisor_client import SupervisorClient, SupervisorError, SupervisorNotRunning
+from harpd.control.supervisor_client import (
+    SupervisorClient,
+    SupervisorError,
+    SupervisorNotRunning,
+    find_runtime_directory,
+)
 from harpd.frontend import server
 
 #: Seconds between two status requests while the last calls end.
@@ -75,7 +80,7 @@ def _run_command(options: CommandLine) -> int:
         print("config OK")
         return 0
     if options.command in ("drain", "resume", "status"):
-        with SupervisorClient(_runtime_directory(options)) as client:
+        with SupervisorClient(_runtime_directory(options), create=False) as client:
             return asyncio.run(_control(client, options.command, options.timeout))
     if options.command is not None:
         _runtime_directory(options)
@@ -115,12 +120,8 @@ async def _control(client: SupervisorClient, command: str, deadline: float | Non
 
 
 def _runtime_directory(options: CommandLine) -> Path:
-    """Return the configured runtime directory, by which separate programs find each other. Raises `ConfigError`."""
-    configured = load(options.config).runtime_directory
-    if configured is None:
-        hint = "frontend and supervisor find each other by it"
-        raise ConfigError(f"{options.config}: runtime_directory: missing; {hint}")
-    return Path(configured).absolute()
+    """Return the runtime directory, by which separate programs find each other. Raises `ConfigError`."""
+    return find_runtime_directory(load(options.config).runtime_directory, options.config)
 
 
 def _path(text: str) -> Path:

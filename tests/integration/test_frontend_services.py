@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from harpd.supervisor.runtime_directory import default_runtime_directory
 from support.daemonlog import DEADLINE
 from support.deadline import wait_until
 from support.harpd import Harpd, LineClient, is_dead
@@ -250,13 +251,20 @@ def test_commands_without_supervisor_report_it(tmp_path: Path) -> None:
         assert (outcome.returncode, outcome.stderr) == (1, "harpd: the supervisor does not run\n")
 
 
+needs_temporary = pytest.mark.skipif(
+    default_runtime_directory() is not None, reason="this user has a default runtime directory"
+)
+
+
+@needs_temporary
 @pytest.mark.parametrize("command", ["frontend", "supervisor", "status", "drain", "resume"])
 def test_commands_without_runtime_directory_report_it(tmp_path: Path, command: str) -> None:
     harpd = Harpd(tmp_path / "harpd", PROCEDURES, {"runtime_directory": None})
     outcome = run(harpd, command)
     assert outcome.returncode == 1
     (line,) = outcome.stderr.splitlines()
-    assert line.endswith("harpd.conf: runtime_directory: missing; frontend and supervisor find each other by it")
+    hint = "frontend and supervisor find each other by it, and XDG_RUNTIME_DIR is not set"
+    assert line.endswith(f"harpd.conf: runtime_directory: missing; {hint}")
 
 
 @pytest.mark.parametrize("command", ["frontend", "supervisor", None])
@@ -279,6 +287,7 @@ def test_calls_survive_sigkill_of_the_single_program(tmp_path: Path) -> None:
         wait_until(lambda: len(harpd.statuses()) == 1, DEADLINE, "the end of the older supervisor")
 
 
+@needs_temporary
 def test_temporary_runtime_directory_ends_calls_with_harpd(tmp_path: Path) -> None:
     harpd = Harpd(tmp_path / "harpd", PROCEDURES, {"runtime_directory": None})
     harpd.start()

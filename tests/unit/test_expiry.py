@@ -109,7 +109,7 @@ def test_dispatcher_with_expired_authority_fails_the_test_and_warns(tmp_path: Pa
     expired, valid = certificate(NOW - 2 * DAY, NOW - DAY), certificate(NOW - DAY, NOW + 90 * DAY)
     authorities.write_text(expired)
     hosts.write_text(expired)
-    files = {"ca_file": str(authorities), "known_certs_file": str(hosts)}
+    files = {"ca_file": str(authorities), "known_certs_file": str(hosts), "max_age": 720}
     dispatcher = Harpcallerd(tmp_path / "d", settings=files)
     test = [*dispatcher.command()[:-1], "--test", f"--config={dispatcher.config_file}"]
     status, errors = run_test(test)

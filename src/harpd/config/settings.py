@@ -109,7 +109,7 @@ class Configuration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     python: Python = Python()
     limits: Limits = Limits()
     exit_info: ExitInfo = ExitInfo()
-    #: The directory of sockets and state files; None: a private temporary directory.
+    #: The directory of sockets and state files; None: see `harpd.supervisor.runtime_directory`.
     runtime_directory: str | None = None
     #: The directory of the parent cgroup of the calls' cgroups; None: the service's own, if it was delegated.
     cgroup: str | None = None

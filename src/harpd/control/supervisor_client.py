@@ -17,7 +17,6 @@ import os
 import shutil
 import signal
 import socket
-import stat
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -32,6 +31,7 @@ from harp_daemon.settings import ConfigError
 from harp_daemon.sockets import peer_process
 from harpd.config.loaded import SupervisorConfig
 from harpd.supervisor.listener import ACTIVE_SOCKET, SOCKET_PREFIX
+from harpd.supervisor.runtime_directory import default_runtime_directory, is_open, open_runtime_directory
 
 T = TypeVar("T")
 
@@ -59,13 +59,18 @@ class SupervisorNotRunning(SupervisorError):
 
 
 class SupervisorClient:
-    """The client of one runtime directory; a context manager that closes it. Raises `SupervisorError`."""
+    """The client of one runtime directory; a context manager that closes it. Raises `SupervisorError`.
 
-    def __init__(self, directory: Path) -> None:
+    The directory is created if `create` is set.
+    """
+
+    def __init__(self, directory: Path, create: bool = True) -> None:
         self.directory = directory
         # Sockets are opened through this descriptor, because the address of a Unix socket has at most 107 bytes.
         try:
-            self._descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            if not create:
+                os.stat(directory)
+            self._descriptor = open_runtime_directory(directory)
         except OSError as error:
             raise SupervisorError(f"runtime_directory: {directory}: {error.strerror}") from error
 
@@ -75,8 +80,17 @@ class SupervisorClient:
     def __exit__(self, *_: object) -> None:
         os.close(self._descriptor)
 
+    def _follow_directory(self) -> None:
+        """Use the directory that has the path now, if the supervisor had to create it again."""
+        if not is_open(self.directory, self._descriptor):
+            with suppress(OSError):
+                descriptor = open_runtime_directory(self.directory)
+                os.dup2(descriptor, self._descriptor, inheritable=False)
+                os.close(descriptor)
+
     def socket_names(self) -> list[str]:
         """Return the names of all supervisors' own sockets, including those of dead supervisors."""
+        self._follow_directory()
         names = os.listdir(self._descriptor)
         return sorted(name for name in names if name.startswith(SOCKET_PREFIX) and "." not in name)
 
@@ -104,6 +118,7 @@ class SupervisorClient:
             except TimeoutError as error:
                 raise SupervisorError("cannot connect to the supervisor: too many connections are waiting") from error
             if number in (errno.ENOENT, errno.ECONNREFUSED):
+                self._follow_directory()
                 raise SupervisorNotRunning("the supervisor does not run")
             if number:
                 raise SupervisorError(f"cannot connect to the supervisor: {os.strerror(number)}")
@@ -212,7 +227,8 @@ async def retry_until_active(attempt: Callable[[], Awaitable[T]]) -> T:
                     return await attempt()
                 await asyncio.sleep(_RETRY_INTERVAL)
     except TimeoutError as error:
-        raise SupervisorError("the supervisor does not run; it is being restarted") from error
+        hint = "the log of harpd shows why"
+        raise SupervisorError(f"no supervisor has accepted the call within {_START_TIMEOUT:g} s; {hint}") from error
 
 
 async def _wait_for_exit(pidfd: int) -> None:
@@ -226,34 +242,41 @@ async def _wait_for_exit(pidfd: int) -> None:
         loop.remove_reader(pidfd)
 
 
+def find_runtime_directory(configured: str | None, file: Path) -> Path:
+    """Return the configured or default directory, by which programs find each other. Raises `ConfigError`."""
+    found = default_runtime_directory() if configured is None else Path(configured)
+    if found is None:
+        hint = "frontend and supervisor find each other by it, and XDG_RUNTIME_DIR is not set"
+        raise ConfigError(f"{file}: runtime_directory: missing; {hint}")
+    return found.absolute()
+
+
 @contextmanager
 def runtime_directory(config: SupervisorConfig, *roles: str) -> Iterator[SupervisorClient]:
     """Create the directory of sockets and state files if it is missing, and lock it; yield the client for it.
 
-    If none is configured, it is a temporary directory, which is removed at the end. `roles`: ``frontend``, ``launcher``
-    or both: those of this program. Each has a lock file. Raises `ConfigError`, also if a running program has the role.
+    If none is configured, and this user has no default one, it is a temporary directory, which is removed at the end.
+    `roles`: ``frontend``, ``launcher`` or both: those of this program. Each has a lock file. Raises `ConfigError`, also
+    if a running program has the role.
     """
     configured = config.configuration.runtime_directory
-    path = Path(tempfile.mkdtemp(prefix="harpd-") if configured is None else configured).absolute()
     with ExitStack() as closing:
-        if configured is None:
-            closing.callback(shutil.rmtree, path, ignore_errors=True)
+        if configured is None and default_runtime_directory() is None:
+            configured = tempfile.mkdtemp(prefix="harpd-")
+            closing.callback(shutil.rmtree, configured, ignore_errors=True)
+        path = find_runtime_directory(configured, config.options.config)
         where = f"{config.options.config}: runtime_directory: {path}"
         try:
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            status = path.stat()
-            # A user who can write there can impersonate the supervisor.
-            if status.st_uid not in (0, os.geteuid()):
-                hint = "change the owner to the user that harpd runs as"
-                raise ConfigError(f"{where}: owned by user {status.st_uid}; {hint}")
-            if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-                raise ConfigError(f"{where}: other users can write there; run chmod go-w")
+            client = closing.enter_context(SupervisorClient(path))
             for role in roles:
                 descriptor = os.open(path / f"{role}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
                 closing.callback(os.close, descriptor)
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ConfigError(f"{where}: used by another running harpd") from error
+            hint = "set another runtime_directory for a second one"
+            raise ConfigError(f"{where}: used by another running harpd; {hint}") from error
+        except SupervisorError as error:
+            raise ConfigError(f"{config.options.config}: {error}") from error
         except OSError as error:
             raise ConfigError(f"{where}: {error.strerror}") from error
-        yield closing.enter_context(SupervisorClient(path))
+        yield client

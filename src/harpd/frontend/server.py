@@ -27,6 +27,7 @@ from harpd.control.supervisor_client import SupervisorClient, runtime_directory
 from harpd.frontend.authenticator import Authenticator, BoundedThreadPool, TaskFailed
 from harpd.frontend.connection import ArrivalClock, Connection, ConnectionContext
 from harpd.frontend.link import SupervisorLinks
+from harpd.supervisor.runtime_directory import default_runtime_directory
 
 log = logging.getLogger("harpd.frontend")
 
@@ -94,7 +95,8 @@ class FrontendServer:
         self._log_problems()
 
     def _settings(self, config: LoadedConfig) -> dict[str, Any]:
-        outlive = self._initial_config.configuration.runtime_directory is not None
+        configured = self._initial_config.configuration.runtime_directory
+        outlive = configured is not None or default_runtime_directory() is not None
         return config.supervisor_settings(self._client.directory, outlive)
 
     def _apply_config(self, config: LoadedConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -13,6 +14,7 @@ from harp.protocol.schema import ProtocolError
 from harp_daemon.sliced_json import decode_slices
 from harp_daemon.sockets import peer_process
 from harpd.supervisor.event_loop import READ, WRITE, EventLoop
+from harpd.supervisor.runtime_directory import is_open, open_runtime_directory
 
 log = logging.getLogger("harpd.supervisor")
 
@@ -44,17 +46,52 @@ class Listener:
     ) -> None:
         self._loop = loop
         self._on_request = on_request
-        # Bound through a descriptor: a socket's address has at most 107 bytes.
-        self._directory = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._path = directory
         self._name = SOCKET_PREFIX + instance
+        self._is_active = False
+        self._directory = open_runtime_directory(directory)
+        self._listen()
+
+    def _listen(self) -> None:
+        # Bound through a descriptor: a socket's address has at most 107 bytes.
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         self._listener.bind(f"/proc/self/fd/{self._directory}/{self._name}")
         os.chmod(self._name, 0o600, dir_fd=self._directory)
+        self._inode = os.stat(self._name, dir_fd=self._directory).st_ino
         self._listener.listen(_BACKLOG)
         self._watch()
 
+    def restore(self) -> bool:
+        """Create the sockets again if they, or their directory, have been removed; return whether. Raises OSError."""
+        if self._listener.fileno() < 0:
+            return False
+        if not is_open(self._path, self._directory):
+            directory = open_runtime_directory(self._path)
+            os.close(self._directory)
+            self._directory = directory
+        has_name = self._find(self._name) == self._inode
+        if has_name and (not self._is_active or self._find(ACTIVE_SOCKET) is not None):
+            return False
+        if not has_name:
+            self._loop.unwatch(self._listener.fileno())
+            self._listener.close()
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._name, dir_fd=self._directory)
+            self._listen()
+        if self._is_active:
+            self.become_active()
+        return True
+
+    def _find(self, name: str) -> int | None:
+        """Return the inode of a socket; None: it is missing."""
+        try:
+            return os.stat(name, dir_fd=self._directory).st_ino
+        except OSError:
+            return None
+
     def become_active(self) -> None:
         """Receive all new calls from now on. The socket's name is replaced in one step, so that it always exists."""
+        self._is_active = True
         new_name = self._name + ".new"
         os.link(self._name, new_name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
         os.rename(new_name, ACTIVE_SOCKET, src_dir_fd=self._directory, dst_dir_fd=self._directory)
@@ -64,10 +101,9 @@ class Listener:
         self._loop.unwatch(self._listener.fileno())
         self._listener.close()
         try:
-            own = os.stat(self._name, dir_fd=self._directory).st_ino
-            os.unlink(self._name, dir_fd=self._directory)
-            if os.stat(ACTIVE_SOCKET, dir_fd=self._directory).st_ino == own:
-                os.unlink(ACTIVE_SOCKET, dir_fd=self._directory)
+            for name in (self._name, ACTIVE_SOCKET):
+                if self._find(name) == self._inode:
+                    os.unlink(name, dir_fd=self._directory)
         except OSError:
             pass  # the directory or the socket has been removed
 

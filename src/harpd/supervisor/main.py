@@ -110,16 +110,33 @@ class Supervisor:
         self._idle_exit_at = math.inf  # the time from which on this process exits if it has no calls
         self._kill_at = self._exit_at = self._flush_until = 0.0  # during the shutdown: the latest times of its end
         self._shutdown_replies: list[Callable[[], None]] = []
-        self._check_repeatedly()
+        self._files_are_missing = False
         loop.watch(lifeline.fileno(), READ, self._on_lifeline)
         self._listener = Listener(loop, settings["runtime_directory"], self._instance, self._handle_request)
+        self._check_repeatedly()
         self._load(settings, self._on_first_load)
 
     def _check_repeatedly(self) -> None:
         """Clean up orphans, because another supervisor may die at any time; exit if that is due."""
-        soon = self._registry.clean_up_orphans() or self._retired
+        soon = self._retired
+        if self._restore_files():
+            soon |= self._registry.clean_up_orphans()
         self._exit_if_idle()
         self._loop.call_later(_BUSY_CHECK_INTERVAL if soon else _CHECK_INTERVAL, self._check_repeatedly)
+
+    def _restore_files(self) -> bool:
+        """Create sockets and state file again if they have been removed; return whether they exist."""
+        try:
+            restored = [self._listener.restore(), self._context.state_files.restore()]
+        except OSError as error:
+            if not self._files_are_missing:
+                log.error("cannot create sockets and state file", extra={"reason": str(error)})
+            self._files_are_missing = True
+            return False
+        if any(restored):
+            log.warning("runtime directory was cleaned; files created again")
+        self._files_are_missing = False
+        return True
 
     # The zygote.
 

@@ -36,6 +36,7 @@ from harpd.processes.cgroup import Cgroup
 from harpd.processes.cookie import cookie_for
 from harpd.processes.orphans import OrphanedCall, kill_orphans
 from harpd.processes.process_tree import CallTree
+from harpd.supervisor.runtime_directory import is_open
 
 log = logging.getLogger("harpd.supervisor")
 
@@ -196,6 +197,12 @@ class _OpenFile:
         except OSError:
             pass
 
+    def exists(self) -> bool:
+        return is_open(self.path, self._descriptor)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
     def delete(self) -> None:
         self.path.unlink(missing_ok=True)
         os.close(self._descriptor)
@@ -228,6 +235,8 @@ class StateFiles:
 
     def __init__(self, runtime_directory: Path, instance: str) -> None:
         self._directory = runtime_directory / "calls"
+        self._instance = instance
+        self._closed = False
         self._directory.mkdir(mode=0o700, exist_ok=True)
         self._file = _OpenFile.create(self._directory, instance)
         self._boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -236,6 +245,21 @@ class StateFiles:
         self._dead: dict[str, _OpenFile] = {}  # files of dead supervisors, by name
         self._orphans: list[_Orphan] = []
         self._last_round = 0.0
+
+    def restore(self) -> bool:
+        """Create the file again, with all entries, if it has been removed; return whether. Raises OSError."""
+        if self._closed or self._file.exists():
+            return False
+        self._directory.mkdir(mode=0o700, exist_ok=True)
+        file, free = _OpenFile.create(self._directory, self._instance), list[int]()
+        for entry in self._entries.values():
+            free = free or file.grow()
+            entry.number = free.pop()
+            if entry.purpose is not None:
+                file.write(entry)
+        self._file.close()
+        self._file, self._free = file, free
+        return True
 
     # The calls of this supervisor.
 
@@ -290,6 +314,7 @@ class StateFiles:
         for call_id, entry in [*self._entries.items()]:
             if entry.purpose in (Purpose.ONLY_REPORT, None):
                 self.remove(call_id)
+        self._closed = True
         if not self._entries:
             self._file.delete()
 
