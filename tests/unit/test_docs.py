@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from harpcaller.model.jobs import TRANSITIONS
+from support import log_events
 from support.line_references import references, wrong_references
 
 ROOT = Path(__file__).parents[2]
@@ -44,6 +45,17 @@ def test_docstring_pages_exist() -> None:
     named = {name for text in SOURCES.values() for name in re.findall(r"docs/([\w/.-]+\.md)", text)}
     assert named
     assert {name for name in named if not (ROOT / "docs" / name).exists()} == set()
+
+
+def test_page_of_log_events_is_generated_from_the_source() -> None:
+    text = log_events.PAGE.read_text()
+    assert text == log_events.render(text), "write it with: ./dev run python tests/support/log_events.py"
+
+
+def test_page_of_log_events_explains_each() -> None:
+    meanings = log_events.read_meanings(log_events.PAGE.read_text())
+    assert len(meanings) > 100
+    assert [event for event, meaning in meanings.items() if not meaning.strip()] == []
 
 
 def test_source_paths_in_pages_exist() -> None:
