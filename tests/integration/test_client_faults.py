@@ -573,3 +573,30 @@ def test_async_connection_is_used_in_a_second_loop() -> None:
         for _ in range(3):  # the connection is still open when its loop ends
             assert asyncio.run(asyncio.wait_for(exchange(), 20)) == {"reply": True}
         asyncio.run(conn.close())
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_close_ends_connection_that_a_fork_holds(shell: Shell, files: Certificates, tls: bool) -> None:
+    """A forked child has the descriptor, too; the peer is notified all the same, so that a direct call is cancelled."""
+
+    def script(conn: PeerConnection) -> None:
+        conn.expect()
+        conn.reply(*([{"harp": 1, "stream_result": True}, {"stream": 1}] if tls else [{"packet": 0, "data": 1}]))
+        conn.until_closed()
+
+    with Peer(script, tls=server_context(files) if tls else None) as peer:
+        iterator = shell.server(peer).p() if tls else shell.caller(peer).job(JOB).follow(since=0)
+        assert next(iterator) == 1
+        parent_is_done, done = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(done)
+            os.read(parent_is_done, 1)
+            os._exit(0)
+        try:
+            iterator.close()
+            assert peer.connections[0].closed.wait(30)
+        finally:
+            os.close(done)
+            os.close(parent_is_done)
+            os.waitpid(child, 0)
