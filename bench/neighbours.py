@@ -23,6 +23,7 @@ from typing import Any, TypeAlias
 import harp
 from bench.harp_client import connect_server
 from bench.load import SETTINGS, Figures, payload, quantiles
+from harpcaller.api.control_client import ControlClient
 from support.certificates import Certificates
 from support.harpcallerd import Harpcallerd
 from support.peers import Peer, PeerConnection, server_context
@@ -34,7 +35,7 @@ _PERIODS, _RATE = 2, 50
 _BEGIN, _END = 0.3, 10.0
 #: A value of about 2.7 MB, and one that has as many bytes in few parts.
 _LONG = [[number, {"key": "x" * 20, "more": [1.5, None, True]}] for number in range(40_000)]
-_OWNER = "neighbour"
+_OWNER, _QUEUE = "neighbour", {"neighbour": 1}
 
 _fork = multiprocessing.get_context("fork")
 
@@ -110,7 +111,7 @@ def _long_call(rpc: harp.HarpCaller) -> Callable[[], object]:
 
 
 def _many_jobs(rpc: harp.HarpCaller) -> Callable[[], object]:
-    jobs = [harp.Call("nowhere", "p", [number]) for number in range(10_000)]
+    jobs = [harp.Call("web01", "wait", [1], queue=_QUEUE) for _ in range(10_000)]
     return lambda: rpc.submit_many(jobs)
 
 
@@ -173,7 +174,7 @@ def _others(call: Callable[[Any], Any], seconds: float) -> list[float]:
     """Call at a modest rate; return the seconds that each call took."""
     took = []
     begin = time.monotonic()
-    for number in range(round(seconds * _RATE)):
+    for number in range(max(1, round(seconds * _RATE))):
         time.sleep(max(0.0, begin + number / _RATE - time.monotonic()))
         value = payload(number)
         began = time.monotonic()
@@ -238,7 +239,10 @@ def neighbours(peer: str, seconds: float) -> Figures:
             with _background(serve), misbehaving:
                 for kind, times in measure(seconds / 2 / _PERIODS).items():
                     took.setdefault(f"{when} {kind}", []).extend(times)
-            while any(dispatcher.listed("list", "--newest=1", f"--host={host}") for host in ("web01", "nowhere")):
+            if peer == "many-jobs":
+                dispatcher.control("queue-cancel", json.dumps(_QUEUE))
+            control = ControlClient(dispatcher.socket)
+            while any(control.send_command("list", newest=1, host="web01")):
                 time.sleep(0.1)
     figures: Figures = {}
     for name, times in took.items():
