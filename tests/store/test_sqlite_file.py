@@ -212,7 +212,8 @@ def test_schema_allows_exactly_the_transitions(database: sqlite3.Connection, bef
     job_id = insert(database, before)
     ended = 4.0 if not TRANSITIONS[after] else None
     started = 2.0 if after is State.RUNNING else None
-    change = "UPDATE jobs SET state = ?, started = coalesce(?, started), ended = ?, holds_slot = ? WHERE id = ?"
+    kept = "NULL" if after is State.QUEUED else "started"
+    change = f"UPDATE jobs SET state = ?, started = coalesce(?, {kept}), ended = ?, holds_slot = ? WHERE id = ?"
     changed = (after, started, ended, after is State.RUNNING, job_id)
     if after in TRANSITIONS[before]:
         database.execute(change, changed)

@@ -261,7 +261,8 @@ SELECT count(*) FROM jobs INDEXED BY jobs_queued_of_lane WHERE state = 'queued';
 UPDATE jobs SET state = 'cancelled', ended = max(:now, submitted) WHERE state = 'queued';
 
 -- name: delete_empty_queues
-DELETE FROM queues WHERE lane NOT IN (SELECT lane FROM jobs WHERE state = 'queued' OR holds_slot = 1);
+DELETE FROM queues WHERE lane NOT IN (
+    SELECT lane FROM jobs WHERE state = 'queued' UNION ALL SELECT lane FROM jobs WHERE holds_slot = 1);
 
 -- name: newest_end
 SELECT max(ended) FROM jobs INDEXED BY jobs_ended WHERE ended IS NOT NULL;

@@ -269,11 +269,12 @@ class Writes:
         self.flush()
         key = _host_lane(host)
         times = {"lane": key, "now": now, "since": since, "failed": failed, "limit": limit}
-        ended = [ActiveJob(id_, seq, self._active.lanes[key]) for seq, id_ in self._all("expired", times)]
+        expired = self.db.execute(QUERIES["expired"], times).fetchall()
+        ended = [ActiveJob(id_, seq, self._active.lanes[key]) for seq, id_ in expired]
         for job in ended:
             self._end(job, end, now, None, False, NO_METADATA)
         self.flush()
-        deadlines = [at for (at,) in self._all("next_deadline", times) if at is not None]
+        deadlines = [at for (at,) in self.db.execute(QUERIES["next_deadline"], times) if at is not None]
         for lane in self._active.list_waiting_queues(host):
             while lane.head is not None and (head := self._head(lane.head, lane)).host == host:
                 deadline = max(head.submitted, since) + head.start_within
@@ -284,9 +285,6 @@ class Writes:
                 self._end(job, end, now, None, False, NO_METADATA)
                 ended.append(job)
         return [job.id for job in sorted(ended, key=attrgetter("seq"))], min(deadlines, default=None)
-
-    def _all(self, query: str, parameters: dict[str, Any]) -> list[Any]:
-        return self.db.execute(QUERIES[query], parameters).fetchall()
 
     # Records.
 
