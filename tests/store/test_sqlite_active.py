@@ -1,15 +1,18 @@
-"""The lanes and slots in memory: how much a claim looks at."""
+"""The lanes and slots in memory: how much a claim, and a failed attempt, look at."""
 
 from __future__ import annotations
 
 from contextlib import closing
 from pathlib import Path
+from uuid import UUID
 
+from harp.protocol.ends import Failed
 from harp.protocol.json_text import Raw
-from harpcaller.model.jobs import Job, State
+from harpcaller.model.jobs import Job, NewJob, State
 from harpcaller.store.sqlite import FILE_NAME, open_store
 from harpcaller.store.sqlite.active import ActiveJob, ActiveJobs, Lane
 from harpcaller.store.sqlite.file import connect
+from harpcaller.store.sqlite.writes import Writes
 
 
 async def test_claim_does_not_look_at_lanes_of_a_full_host_again(tmp_path: Path) -> None:
@@ -54,3 +57,39 @@ async def test_claim_does_not_look_at_lanes_of_a_full_host_again(tmp_path: Path)
         assert claim(5) == (3, [7, 8, 9])
         assert claim(9, new=1) == (1, [10])
         assert claim(9, new=0) == (0, [])
+
+
+async def test_failed_attempt_does_not_read_all_waiting_jobs_again(tmp_path: Path) -> None:
+    """SQLite's work at a failed attempt does not depend on how many jobs wait longer; a shorter one is still found."""
+    await (await open_store(tmp_path)).close()
+    with closing(connect(tmp_path / FILE_NAME)) as db:
+        writes, error = Writes(db), Failed("network_error", "no route")
+        writes.begin()
+
+        def add(number: int, seconds: float, now: float) -> None:
+            call = "web01", "p", Raw(b"[]"), 600.0, 600.0
+            writes.add_job(NewJob(str(UUID(int=number)), *call, start_within=seconds), now)
+
+        def fail(now: float) -> tuple[int, list[int], float | None]:
+            """Let an attempt fail; return how much SQLite did for it, which jobs have ended, and the next deadline."""
+            writes.flush()
+            done = list[None]()
+            db.set_progress_handler(lambda: done.append(None), 100)
+            ended, deadline = writes.fail_waiting("web01", error, now, 1000.0, now)
+            db.set_progress_handler(None, 100)
+            return len(done), [UUID(job_id).int for job_id in ended], deadline
+
+        for number in range(2000):
+            add(number, 3600.0, 1000.0)
+        much, ended, deadline = fail(1001.0)
+        assert (ended, deadline) == ([], 4600.0)
+        assert much > 100
+        assert fail(1006.0) == (0, [], 4600.0)
+        add(2000, 5.0, 1007.0)
+        assert fail(1011.0) == (0, [], 1012.0)
+        assert fail(1012.0)[1:] == ([2000], 4600.0)
+        assert fail(1017.0) == (0, [], 4600.0)
+        [job] = writes.claim_jobs(1018.0, limit=1, max_calls_per_host=9, max_new=lambda host: None)
+        assert fail(4600.0)[1:] == (list(range(1, 501)), 4600.0)
+        assert writes.requeue_job(job.id, 4601.0)
+        assert fail(4602.0)[1][0] == 0

@@ -21,7 +21,7 @@ from harpcaller.store.sqlite.rows import decode_name
 class Lane:
     """A lane that has a job."""
 
-    __slots__ = ("_later", "_removed", "concurrency", "head", "head_job", "key", "parked", "slots_held")
+    __slots__ = ("_later", "_removed", "concurrency", "head", "head_job", "key", "parked", "slots_held", "waits_until")
 
     def __init__(self, key: str, concurrency: int | None) -> None:
         self.key = key
@@ -30,6 +30,7 @@ class Lane:
         self.head: int | None = None  # sequence number of the first queued job
         self.head_job: Job | None = None  # this job, if a claim has read it
         self.parked: int | None = None  # the head that waits for its host, see `ActiveJobs`
+        self.waits_until = 0.0  # Unix time before which no queued job has waited long enough for a start
         self._later: deque[int] = deque()  # the queued jobs after the head
         self._removed: set[int] = set()  # of these, because deleting within a deque would be slow
 

@@ -156,6 +156,7 @@ class Writes:
             call = job.host, job.procedure, job.arguments, *limits, job.queue, job.info
             queued = Job(job.id, State.QUEUED, *call, now, None, None, None, 0, start_within=job.start_within)
             seq = self._active.add_queued(lane)
+            lane.waits_until = min(lane.waits_until, now + job.start_within)
             self._added[seq] = lane, queued
             if job.request_id is not None:
                 request_ids.append((encode_name(job.request_id), seq, job.call_digest, now))
@@ -252,6 +253,7 @@ class Writes:
             raise ValueError(f"job {job_id} has records: it has started")
         self.flush()
         self._execute_guarded(QUERIES["requeue_job"], [(tried, job.seq)])
+        job.lane.waits_until = 0.0
         self._active.put_back(job)
         return True
 
@@ -268,13 +270,19 @@ class Writes:
         """
         self.flush()
         key = _host_lane(host)
+        ended: list[ActiveJob] = []
         times = {"lane": key, "now": now, "since": since, "failed": failed, "limit": limit}
-        expired = self.db.execute(QUERIES["expired"], times).fetchall()
-        ended = [ActiveJob(id_, seq, self._active.lanes[key]) for seq, id_ in expired]
-        for job in ended:
-            self._end(job, end, now, None, False, NO_METADATA)
-        self.flush()
-        deadlines = [at for (at,) in self.db.execute(QUERIES["next_deadline"], times) if at is not None]
+        of_host = self._active.lanes.get(key)
+        if of_host is not None and of_host.waits_until <= now:  # else there is none, however many jobs wait
+            expired = self.db.execute(QUERIES["expired"], times).fetchall()
+            ended = [ActiveJob(id_, seq, of_host) for seq, id_ in expired]
+            for job in ended:
+                self._end(job, end, now, None, False, NO_METADATA)
+            self.flush()
+            if len(ended) < limit:
+                [(deadline,)] = self.db.execute(QUERIES["next_deadline"], times).fetchall()
+                of_host.waits_until = deadline or 0.0
+        deadlines = [] if of_host is None or of_host.head is None else [of_host.waits_until]
         for lane in self._active.list_waiting_queues(host):
             while lane.head is not None and (head := self._head(lane.head, lane)).host == host:
                 deadline = max(head.submitted, since) + head.start_within
