@@ -166,6 +166,15 @@ def test_connection_of_the_caller_has_no_time_limit(shell: Shell) -> None:
         assert conn.receive() == {"result": 5}
 
 
+def test_dispatcher_that_never_replies_ends_the_repetitions(shell: Shell) -> None:
+    with Peer(always=silent) as peer, taking_at_most(LONG):
+        rpc = shell.caller(peer, request_timeout=SHORT, reconnect=SHORT / 2)
+        with pytest.raises(harp.CommunicationError, match=r"no reply within 0.3 s.*; gave up after "):
+            rpc.web01(request_id="order 1").p()
+        with pytest.raises(harp.CommunicationError, match=r"no reply within 0.3 s.*; gave up after "):
+            rpc.job(JOB).follow().all()
+
+
 def test_request_timeout_none_is_no_limit(shell: Shell) -> None:
     def script(conn: PeerConnection) -> None:
         conn.expect()

@@ -124,6 +124,16 @@ def test_policy_gives_up_if_dispatcher_only_accepts() -> None:
     assert now <= 10.1
 
 
+def test_policy_gives_up_if_dispatcher_never_replies_in_time() -> None:
+    policy, now = policy_of(300), 0.0
+    with pytest.raises(CommunicationError, match="in 300 s"):
+        for _ in range(100):
+            now += 30.0
+            now += policy.next_pause(error_of(TimeoutError()), now)
+            policy.connected(now)
+    assert now <= 361
+
+
 @pytest.mark.parametrize(
     ("option", "seconds"), [(None, 0), (False, 0), (0, 0), (2.5, 2.5), (math.inf, math.inf), (10**400, math.inf)]
 )

@@ -16,7 +16,7 @@ from harp.errors import CommunicationError, HarpException, RequestRefused
 #: Seconds before the first attempt; each further pause is twice as long, up to the longest.
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 2.0
-#: A connection that stays open for this many seconds ends the outage.
+#: A connection that stays open for this many seconds ends the outage, unless the peer has not replied in time.
 _STABLE_SECONDS = 15.0
 #: From this many seconds on, there is no limit; not every integer beyond has a float.
 _UNLIMITED = 2**53
@@ -34,6 +34,11 @@ def parse_reconnect(reconnect: object) -> float:
 def closed_without_reply(error: HarpException) -> bool:
     """Return whether the peer closed the connection where a line was expected."""
     return isinstance(error.__cause__, EOFError)
+
+
+def _is_late(error: HarpException) -> bool:
+    """Return whether the peer has not replied in time; the system's own time-outs have an error number."""
+    return isinstance(error.__cause__, TimeoutError) and not error.__cause__.errno
 
 
 def unsupported_by_peer(error: CommunicationError, feature: str) -> CommunicationError:
@@ -84,7 +89,7 @@ class ReconnectPolicy:
         if not self or not self.is_interruption(error):
             raise error
         assert self._connected_at is not None
-        if now - self._connected_at >= min(_STABLE_SECONDS, self._seconds):
+        if now - self._connected_at >= min(_STABLE_SECONDS, self._seconds) and not _is_late(error):
             self.end_outage()
         self._connected_at = math.inf
         if self._outage_since is None:
