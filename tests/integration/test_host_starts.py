@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import socket
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -259,6 +261,34 @@ async def test_stop_while_connecting_queues_the_job_again(tmp_path: Path) -> Non
             job_id = await submitted(dispatcher)
             await until(dispatcher, job_id, lambda job: job.state is State.RUNNING, "the start")
     with playing(tmp_path, call_list(), returning(7)) as host:
+        async with running(tmp_path, host_line(host.port), resumable_calls=True) as dispatcher:
+            assert await dispatcher.result(job_id) == Returned(b"7")
+
+
+@pytest.mark.parametrize("type_", ["too_many_calls", "shutdown"])
+async def test_start_refused_during_the_stop_queues_the_job_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, type_: str
+) -> None:
+    sent, stopping = threading.Event(), threading.Event()
+
+    def refusing_late(conn: PeerConnection) -> None:
+        assert "procedure" in conn.expect()
+        sent.set()
+        assert stopping.wait(DEADLINE)
+        conn.reply({"harp": 1, "error": {"type": type_, "message": "not now"}})
+
+    def on_log(record: logging.LogRecord) -> bool:
+        if record.getMessage() == "dispatcher stops":  # the calls are detached in the same turn of the event loop
+            stopping.set()
+        return True
+
+    log = logging.getLogger("harpcaller.dispatcher")
+    monkeypatch.setattr(log, "filters", [on_log])
+    caplog.set_level(logging.INFO, log.name)
+    with playing(tmp_path, call_list(), refusing_late, call_list(), returning(7)) as host:
+        async with running(tmp_path, host_line(host.port), resumable_calls=True, start_within=LONG) as dispatcher:
+            job_id = await submitted(dispatcher)
+            await eventually(sent.is_set, what="the start")
         async with running(tmp_path, host_line(host.port), resumable_calls=True) as dispatcher:
             assert await dispatcher.result(job_id) == Returned(b"7")
 

@@ -155,8 +155,9 @@ class HostStarts:
     def close(self) -> None:
         """Try no host any more."""
         self._closed = True
-        for host in list(self._failing):
-            self._forget(host)
+        for failing in self._failing.values():
+            if failing.timer is not None:
+                failing.timer.cancel()
         for probe in self._probes:
             probe.cancel()
 
@@ -177,8 +178,6 @@ class HostStarts:
             failing.timer.cancel()
 
     def _record_failure(self, host: str, error: Failed, began: float, since: float | None = None) -> None:
-        if self._closed:
-            return
         now = time.monotonic()
         failing = self._failing.get(host)
         if failing is None:
@@ -196,11 +195,13 @@ class HostStarts:
         failing.may_try = False
         failing.backoff.record_attempt()
         self._try_at(host, failing, now + failing.backoff.next_delay())
-        if not failing.is_checking:
+        if not failing.is_checking and not self._closed:
             failing.is_checking = True
             asyncio.get_running_loop().call_soon(self._end_jobs, host, failing)  # after the write of the caller
 
     def _try_at(self, host: str, failing: FailingStarts, when: float) -> None:
+        if self._closed:
+            return
         if failing.timer is not None:
             failing.timer.cancel()
         failing.next_at = when
