@@ -56,6 +56,17 @@ class Exit(IntEnum):
     INTERRUPTED = 130
 
 
+#: What to do about an error, by its type: a second line on stderr. docs/protocol.md has every type.
+_ADVICE = {
+    "auth_error": "the users file of harpd on the host must have this user and password; "
+    "the dispatcher takes both from its hosts registry",
+    "no_such_procedure": "`harpd status` on the host prints its procedures; reload harpd after a change of its file",
+    "procedure_loading_error": "`harpd --test` on the host prints the error",
+    "unknown_host": "`harpcallerd hosts-refresh` reads the registry again and prints rejected lines; "
+    "`harpcallerd hosts-list` prints the hosts",
+    "network_error": "check that harpd runs on the host, and its address, port and firewall",
+}
+
 _EXITS = (
     (RemoteException, Exit.RAISED),
     (RemoteError, Exit.FAILED),
@@ -80,6 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except HarpException as error:
         data = getattr(error, "data", None)
         _report(f"{error}" if data is None else f"{error} {json.dumps(data)}")
+        if advice := _advice(error):
+            _report(advice)
         return next(code for kind, code in _EXITS if isinstance(error, kind))
     except KeyboardInterrupt:
         return Exit.INTERRUPTED
@@ -89,6 +102,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return Exit.OK
         _report(f"cannot write the output: {error.strerror}")
         return Exit.NOT_WRITTEN
+
+
+def _advice(error: HarpException) -> str | None:
+    """Return what to do about an error, if its message does not have that."""
+    if isinstance(error, RemoteError):
+        return _ADVICE.get(error.type)
+    if isinstance(error, CommunicationError) and ": cannot connect: " in str(error):
+        return "check that the daemon runs there and listens on this address (settings `listen`, `network.address`)"
+    return None
 
 
 def _report(message: str) -> None:
@@ -243,20 +265,26 @@ def _parse_arguments(arguments: Sequence[str]) -> Namespace:
     if rest and (not hasattr(options, "arguments") or any(each.startswith("-") for each in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        options.arguments += map(_parse_value, rest)
+        options.arguments = [*options.arguments, *map(_parse_value, rest)]
     return options
 
 
 #: Settings of arguments by name; ``COMMAND NAME`` for an argument with another meaning in this command.
 _ARGUMENTS: dict[str, dict[str, Any]] = {
     "address": {"metavar": "HOST[:PORT]", "type": _parse_address},
-    "arguments": {"metavar": "ARG", "nargs": "*", "type": _parse_value, "help": "positional argument"},
+    "arguments": {"metavar": "ARG", "nargs": "*", "default": (), "type": _parse_value, "help": "positional argument"},
     "--dispatcher": {
         "metavar": "HOST[:PORT]",
         "type": _parse_dispatcher,
         "help": "or unix:/PATH; default: $HARP_DISPATCHER",
     },
-    "--named": {"metavar": "NAME=ARG", "action": "append", "default": [], "type": _parse_named, "help": "named one"},
+    "--named": {
+        "metavar": "NAME=ARG",
+        "action": "append",
+        "default": [],
+        "type": _parse_named,
+        "help": "named argument",
+    },
     "--wait": {"action": "store_true", "help": "wait for the job to end, and print its result instead of its id"},
     "--follow": {"action": "store_true", "help": "wait for the job to end, and print its records, then its result"},
     "cancel --wait": {"action": "store_true", "help": "wait until the host confirms that the processes have ended"},

@@ -134,7 +134,8 @@ def read_certificate(path: Path) -> x509.Certificate:
     try:
         return x509.load_pem_x509_certificate(path.read_bytes())
     except OSError as error:
-        raise CertificateError(f"cannot read {path}: {error.strerror}") from None
+        hint = "; `harp-cert ca` makes an authority" if path.name == "ca.pem" else ""
+        raise CertificateError(f"cannot read {path}: {error.strerror}{hint}") from None
     except ValueError:
         raise CertificateError(f"cannot read {path}: it has no certificate in PEM format") from None
 
@@ -173,7 +174,8 @@ def _general_name(name: str) -> x509.GeneralName:
         return x509.IPAddress(ipaddress.ip_address(name))
     except ValueError:
         pass
-    if not _DNS_NAME.fullmatch(name):
+    is_mistyped_address = "." in name and name.replace(".", "").isdecimal()
+    if is_mistyped_address or not _DNS_NAME.fullmatch(name):
         raise CertificateError(
             f"invalid name {name!r}: expected a DNS name in ASCII (xn--... for others) or an IP address"
         )
@@ -242,7 +244,9 @@ def _write_new(stem: Path, key: ec.EllipticCurvePrivateKey, certificate: x509.Ce
     except OSError as error:
         for written in created:
             written.unlink()
-        hint = "; `harp-cert renew` replaces a certificate" if isinstance(error, FileExistsError) else ""
+        hint = ""
+        if isinstance(error, FileExistsError):
+            hint = "; choose another directory" if stem.name == "ca" else "; `harp-cert renew` replaces a certificate"
         raise CertificateError(f"cannot write {path}: {error.strerror}{hint}") from None
 
 

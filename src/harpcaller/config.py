@@ -141,7 +141,8 @@ def load(file: Path = DEFAULT_FILE) -> Config:
     try:
         members = tomllib.loads(file.read_bytes().decode())
     except OSError as error:
-        raise ConfigError(f"{file}: {error.strerror}") from error
+        hint = "; copy examples/harpcaller.toml, or use --config" if isinstance(error, FileNotFoundError) else ""
+        raise ConfigError(f"{file}: {error.strerror}{hint}") from error
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{file}: expected TOML: {error}") from error
     for key in members:

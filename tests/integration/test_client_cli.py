@@ -201,6 +201,38 @@ def test_command_prints_output_and_exits(line: str, scripts: list[Script], outpu
     assert bool(reports) == has_error
 
 
+@pytest.mark.parametrize(
+    ("type", "advice"),
+    [
+        ("auth_error", "users file"),
+        ("no_such_procedure", "harpd status"),
+        ("procedure_loading_error", "harpd --test"),
+        ("unknown_host", "harpcallerd hosts-refresh"),
+        ("network_error", "firewall"),
+    ],
+)
+def test_error_of_the_setup_says_what_to_do(type: str, advice: str) -> None:
+    with Peer(answering({"error": {"type": type, "message": "m"}})) as peer:
+        done = harp("result", JOB, HARP_DISPATCHER=f"{peer.host}:{peer.port}")
+    error, second = done.stderr.splitlines()
+    assert (error, done.returncode) == (f"harp: {type}: m", Exit.FAILED)
+    assert advice in second
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "unix:/nowhere/socket"])
+def test_unreachable_dispatcher_says_what_to_do(address: str) -> None:
+    done = harp("--reconnect", "0", "result", JOB, HARP_DISPATCHER=address)
+    error, second = done.stderr.splitlines()
+    assert "cannot connect" in error
+    assert "the daemon runs there" in second
+
+
+def test_call_without_procedure_names_the_missing_argument() -> None:
+    done = harp("call", "web01", HARP_DISPATCHER="127.0.0.1:1")
+    assert done.returncode == Exit.USAGE
+    assert done.stderr.endswith("the following arguments are required: PROCEDURE\n")
+
+
 @pytest.mark.parametrize("before", [True, False])
 def test_dispatcher_option_before_or_after_command(before: bool) -> None:
     with Peer(answering({"result": 1})) as peer:

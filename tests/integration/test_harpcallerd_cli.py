@@ -214,7 +214,7 @@ def test_invalid_configuration_prints_one_line(dispatcher: Harpcallerd, settings
 
 def test_missing_configuration_prints_one_line(dispatcher: Harpcallerd) -> None:
     assert fails(dispatcher, "start", "--config=/nowhere.toml") == (
-        "harpcallerd: /nowhere.toml: No such file or directory"
+        "harpcallerd: /nowhere.toml: No such file or directory; copy examples/harpcaller.toml, or use --config"
     )
 
 

@@ -162,7 +162,8 @@ def test_file_that_is_not_utf_8_is_an_error(file: Path) -> None:
 
 
 def test_missing_file_is_an_error(file: Path) -> None:
-    with pytest.raises(ConfigError, match=re.escape(f"{file}: No such file or directory")):
+    message = f"{file}: No such file or directory; copy examples/harpd.conf, or use --config"
+    with pytest.raises(ConfigError, match=re.escape(message)):
         load(file)
 
 

@@ -7,6 +7,7 @@ import ssl
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,10 @@ class Issued:
         return self.files.certfile.read_bytes()
 
 
-def issue(directory: Path, *names: str, ca: trustme.CA | None = None) -> Issued:
+def issue(directory: Path, *names: str, ca: trustme.CA | None = None, **validity: Any) -> Issued:
     directory.mkdir()
     ca = ca or authority()
-    leaf = ca.issue_cert(*names)
+    leaf = ca.issue_cert(*names, **validity)
     files = Certificates(directory / "ca.pem", directory / "server.pem", directory / "server.key")
     ca.cert_pem.write_to_path(str(files.ca_file))
     leaf.cert_chain_pems[0].write_to_path(str(files.certfile))
@@ -95,6 +96,17 @@ async def test_ca_file_requires_chain_and_name(tmp_path: Path) -> None:
             assert message is not None
             assert str(named.files.ca_file) in message
             assert "self-signed" in message or "unable to get" in message
+
+
+async def test_certificate_that_is_invalid_now_says_so(tmp_path: Path) -> None:
+    day, now = timedelta(days=1), datetime.now()
+    expired = issue(tmp_path / "expired", "web01", not_before=now - 9 * day, not_after=now - 2 * day)
+    future = issue(tmp_path / "future", "web01", not_before=now + 2 * day, not_after=now + 9 * day)
+    for issued, reason in ((expired, "it has expired, "), (future, "it is not valid yet; compare the clocks")):
+        with host(issued) as found:
+            message = await outcome(HostTLS(Config(ca_file=issued.files.ca_file)), found)
+        assert message is not None
+        assert f"certificate refused: {reason}" in message
 
 
 async def test_known_certs_are_compared_byte_for_byte(tmp_path: Path) -> None:

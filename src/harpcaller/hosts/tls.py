@@ -97,7 +97,16 @@ class HostTLS:
         """Return the error for a certificate whose chain no handshake accepted."""
         authorities = self._authorities.file if self._authorities else None
         unknown = f", nor is it in {_name_file(self._known_certs)}" if self._known_certs else ""
+        if chain_error in _INVALID_NOW:
+            return CertificateRefused(_INVALID_NOW[chain_error] + unknown)
         return CertificateRefused(f"it has no chain to an authority of ca_file {authorities}: {chain_error}{unknown}")
+
+
+#: Reasons for errors of OpenSSL that are not about the chain, although they end its verification.
+_INVALID_NOW = {
+    "certificate has expired": "it has expired, or its authority's has; renew it, copy it to the host and reload harpd",
+    "certificate is not yet valid": "it is not valid yet; compare the clocks of the host and of the dispatcher",
+}
 
 
 def _name_file(known: WatchedFile[frozenset[bytes]]) -> str:

@@ -126,16 +126,17 @@ class Configuration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
 def load(path: Path) -> Configuration:
     """Read and check a configuration file, YAML. Raises `ConfigError`."""
-    return convert(path, load_yaml(path), Configuration)
+    return convert(path, load_yaml(path, "; copy examples/harpd.conf, or use --config"), Configuration)
 
 
-def load_yaml(path: Path) -> Any:
-    """Read a YAML file. Raises `ConfigError`, also for a duplicate key."""
+def load_yaml(path: Path, if_missing: str = "") -> Any:
+    """Read a YAML file. Raises `ConfigError`, also for a duplicate key; `if_missing` is a hint for a missing file."""
     try:
         with path.open("rb") as file:
             return yaml.load(file, _Loader)  # noqa: S506 - _Loader is a SafeLoader
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from error
+        hint = if_missing if isinstance(error, FileNotFoundError) else ""
+        raise ConfigError(f"{path}: {error.strerror}{hint}") from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""

@@ -24,6 +24,8 @@ def back_up(store: Path, target: Path) -> None:
     """
     partial = target.with_name(target.name + ".partial")
     with storage_errors(target):
+        if not target.parent.is_dir():
+            raise StorageError(f"{target}: its directory does not exist; make it, or choose another file")
         if target.exists() and not is_copy(target):
             raise StorageError(f"{target}: exists, and is not a backup; choose another file")
         partial.unlink(missing_ok=True)
