@@ -22,6 +22,7 @@ from harpcaller.model.jobs import State, StopState
 from harpcaller.notifier import RecordBatch
 from harpcaller.store import UnknownJob
 from harpcaller.store.sqlite import open_store
+from support.daemonlog import DEADLINE
 from support.deadline import eventually
 from support.dispatcher import CREDENTIALS, Switched, call, followed, host_line, read, running, until
 from support.harpd import Harpd
@@ -318,6 +319,31 @@ async def test_reattach_continues_at_the_next_record(tmp_path: Path) -> None:
             assert times[:2] == [10.0, 10.0]
     assert requests[0] == (2, job_id)
     assert requests[1][0] in (2, 3)  # a reset may discard data in transit
+
+
+async def test_reattach_acknowledges_the_records_again(tmp_path: Path) -> None:
+    """Acknowledgements may be lost with a connection, and the call waits while its spool is full."""
+    stored = threading.Event()
+
+    def begin(conn: PeerConnection) -> None:
+        started(conn, stream=True)
+        conn.reply({"at": 10.0}, {"stream": 0}, {"stream": 1})
+
+    def rest(conn: PeerConnection) -> None:
+        assert conn.expect()["since"] == 2
+        assert stored.wait(DEADLINE)  # an acknowledgement of records that are stored later would be sent anyway
+        conn.reply(acknowledgement(stream=True, records=2))
+        assert next(commands(conn)) == {"ack": 2}
+        conn.reply({"at": 11.0}, {"stream": 2})
+        ends(conn, EXIT_INFO, {"result": "end"})
+
+    with playing(tmp_path, call_list(), begin, call_list(), rest) as peer:
+        async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
+            job_id = await dispatcher.submit(call(), "test")
+            await until(dispatcher, job_id, lambda job: job.records == 2, "the stored records")
+            stored.set()
+            records, _ = await followed(dispatcher, job_id, since=0)
+            assert records == [(number, number) for number in range(3)]
 
 
 async def test_outage_lasts_until_the_host_has_stopped_the_call(tmp_path: Path) -> None:

@@ -420,6 +420,9 @@ class Run:
                 self._job_began_at = time.monotonic() - terms.elapsed
                 log.info("outage ended", extra={**self._log_fields, "attempts": self.outage.attempts})
                 self.outage = None
+            if self._records.count and not self._records.closed:
+                # The last acknowledgements may be lost, and the call waits while its spool is full.
+                conn.send_command(harpd.Ack(self._records.count))
         elif self._resumable:  # the host was downgraded to a legacy harpd
             self._resumable = False
             self._context.capabilities.set_legacy(self._known_host)
