@@ -127,7 +127,7 @@ def test_restore_asks_what_to_do_with_queued_jobs(tmp_path: Path, peer: Peer) ->
     status, message = restored(dispatcher, backup)
     assert status == 1
     assert "1 jobs are queued in it; those that ran after the backup would run again; choose --queued=" in message
-    assert os.listdir(dispatcher.store_directory) == []
+    assert os.listdir(dispatcher.store_directory) == ["harpcaller.reserve"]
     assert restored(dispatcher, backup, "--queued=cancel") == (0, "harpcallerd: 1 queued jobs: cancelled\n")
     with dispatcher:
         assert dispatcher.ask(get_result=queued) == [{"cancelled": True}]

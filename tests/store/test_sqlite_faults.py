@@ -34,6 +34,14 @@ def test_full_file_system_fails_writes_until_there_is_room(tmp_path: Path) -> No
     run(["unshare", "-m", sys.executable, "-P", full_disk.__file__, "mount"], tmp_path)
 
 
+@pytest.mark.root
+@pytest.mark.parametrize("size", [5_000, 50_000, 2_000_000])
+def test_prune_on_full_disk_frees_space_first(tmp_path: Path, size: int) -> None:
+    if subprocess.run(["unshare", "-m", "true"], check=False, capture_output=True).returncode:
+        pytest.skip("needs to be root, with the right to mount")
+    run(["unshare", "-m", sys.executable, "-P", full_disk.__file__, "prune-mount", str(size)], tmp_path)
+
+
 def test_file_size_limit_fails_writes_until_it_is_raised(tmp_path: Path) -> None:
     run([sys.executable, "-P", full_disk.__file__, "limit"], tmp_path)
 

@@ -21,6 +21,7 @@ from harpcaller.model.jobs import TRANSITIONS, JobMetadata, Records, State, Stop
 from harpcaller.store import StorageError
 from harpcaller.store.sqlite import FILE_NAME, Store, file, open_store, reads
 from harpcaller.store.sqlite.file import MIGRATIONS, QUERIES, connect
+from harpcaller.store.sqlite.reserve import RESERVE_NAME
 from harpcaller.store.sqlite.writes import Writes
 from support.jobs import ENDS, claimed, job_in, new_id, new_job, records
 
@@ -58,7 +59,7 @@ async def test_store_file_new_is_private_to_its_user(tmp_path: Path, umask: int)
     finally:
         os.umask(before)
     assert mode(tmp_path / "made" / "store") == 0o700
-    assert files == {FILE_NAME: 0o600, FILE_NAME + "-wal": 0o600, FILE_NAME + "-shm": 0o600}
+    assert files == dict.fromkeys((FILE_NAME, FILE_NAME + "-wal", FILE_NAME + "-shm", RESERVE_NAME), 0o600)
 
 
 async def test_existing_directory_keeps_its_mode(tmp_path: Path) -> None:
@@ -86,7 +87,7 @@ async def test_close_leaves_one_file_no_thread_no_descriptor(tmp_path: Path) -> 
     await store.close()
     assert set(os.listdir("/proc/self/fd")) <= before
     assert [thread.name for thread in threading.enumerate() if thread.name.startswith("store")] == []
-    assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
+    assert {path.name for path in tmp_path.iterdir()} == {FILE_NAME, RESERVE_NAME}
 
 
 FOREIGN = {
@@ -134,7 +135,7 @@ async def test_empty_file_and_files_of_a_crash_are_replaced(tmp_path: Path) -> N
     store = await open_store(tmp_path)
     await store.add_job(new_job(), 1.0)
     await store.close()
-    assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
+    assert {path.name for path in tmp_path.iterdir()} == {FILE_NAME, RESERVE_NAME}
 
 
 async def test_unusable_directory_raises_storage_error(tmp_path: Path) -> None:

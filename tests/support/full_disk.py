@@ -2,6 +2,7 @@
 
     full_disk.py mount DIRECTORY   the store on a small file system of its own, mounted there
     full_disk.py limit DIRECTORY   the store with a limit on the size of files
+    full_disk.py prune-mount SIZE DIRECTORY   deletion of old jobs on a full disk; each has SIZE bytes of arguments
     full_disk.py states-mount DIRECTORY, full_disk.py states-limit DIRECTORY   the same for a state file
 
 Mount in a private mount namespace. Run by tests/store/test_sqlite_faults.py and tests/unit/test_harpd_state_files.py.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import resource
 import subprocess
@@ -24,6 +26,7 @@ from typing import TypeAlias
 from harp.protocol.ends import Returned
 from harp.protocol.json_text import Raw, dumps
 from harpcaller.model.jobs import NO_METADATA, JobMetadata, NewJob, State
+from harpcaller.pruner import Pruner
 from harpcaller.store import StorageError
 from harpcaller.store.sqlite import Store, open_store
 from harpd.processes.cookie import cookie_for
@@ -101,6 +104,41 @@ def store_scenario(directory: Path, take_room: Callable[[], None], make_room: Ca
     asyncio.run(scenario(directory, take_room, make_room))
 
 
+async def prune_scenario(directory: Path, size: int) -> None:
+    """Delete old jobs on a full disk, alone, and while others try to store jobs. Nothing else frees space."""
+    store = await open_store(directory)
+    pruner = Pruner(store, lambda: 5000.0, lambda: None)
+
+    async def add(start: int, arguments: Raw, now: float) -> int:
+        """Add jobs that end at once, until the disk is full; return how many have ended."""
+        together = max(1, min(200, 100_000 // len(arguments)))
+        for first in range(start, start + 1_000_000, together):
+            jobs = [job(number, arguments) for number in range(first, first + together)]
+            try:
+                await store.add_jobs(jobs, now)
+                await asyncio.gather(*(store.cancel_job(new.id, now) for new in jobs))
+            except StorageError:
+                return first - start
+        raise AssertionError("there was always room")
+
+    async def compete() -> None:
+        for number in itertools.count(100_000_000):
+            await add(number * 10, LARGE, 4900.0)
+            await asyncio.sleep(0)
+
+    for start, are_competing in ((10_000_000, False), (20_000_000, False), (30_000_000, True)):
+        added = await add(start, Raw(b'["' + b"x" * size + b'"]'), 1.0)
+        added += await add(start + 1_000_000, SMALL, 1.0)
+        assert added > 5, added
+        competing = asyncio.create_task(compete() if are_competing else asyncio.sleep(0))
+        deleted = await pruner.prune(min_age=1000.0, trust_clock=True)
+        competing.cancel()
+        await asyncio.gather(competing, return_exceptions=True)
+        assert deleted >= added, (deleted, added)
+        assert not [found for _, found in await store.list_jobs(ended=True) if found.ended == 1.0]
+    await store.close()
+
+
 def fill_states(directory: Path, take_room: Callable[[], None], make_room: Callable[[], None]) -> list[str]:
     """Write states until the disk is full; return the ids of the calls that have an entry at the end."""
 
@@ -161,7 +199,15 @@ def limit(directory: Path, scenario: Scenario) -> None:
     scenario(directory / "store", lambda: set_limit(1_500_000), lambda: set_limit(50_000_000))
 
 
+def mount_and_prune(directory: Path, size: int) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(directory)], check=True)
+    asyncio.run(prune_scenario(directory / "store", size))
+
+
 if __name__ == "__main__":
     subject, _, how = sys.argv[1].rpartition("-")
-    {"mount": mount, "limit": limit}[how](Path(sys.argv[2]), state_scenario if subject else store_scenario)
+    if subject == "prune":
+        mount_and_prune(Path(sys.argv[3]), int(sys.argv[2]))
+    else:
+        {"mount": mount, "limit": limit}[how](Path(sys.argv[2]), state_scenario if subject else store_scenario)
     print("ok")

@@ -9,6 +9,7 @@ One thread writes, a few read:
 
 - `file` creates, recognizes, locks and migrates the file, and maps the errors of SQLite.
 - `writer` is the thread that writes: everything that arrives during a commit goes into the next one.
+- `reserve` is disk space for pruning on a full disk.
 - `writes` and `reads` are the verbs on a connection; their SQL is in ``queries.sql``.
 - `active` has the lanes and slots of the active jobs in memory, so that writes read nothing back.
 - `rows` converts jobs, metadata and records to columns and back.
@@ -22,7 +23,7 @@ import os
 import sqlite3
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from functools import wraps
 from pathlib import Path
 from queue import SimpleQueue
@@ -130,17 +131,19 @@ class Store:
     async def prune_jobs(self, ended_before: float, limit: int) -> int:
         """Delete up to `limit` jobs that ended before a time, with their records; return how many were deleted.
 
-        A job that holds a slot stays. Each step is a short transaction, so that other verbs do not wait for all steps.
+        On a full disk more may be deleted. A job that holds a slot stays. Each step is a short transaction, so that
+        other verbs do not wait for all steps.
         """
         pruned = 0
-        while deleted := await self._delete_jobs(ended_before, limit - pruned):
+        while pruned < limit and (deleted := await self._delete_jobs(ended_before, limit - pruned)):
             pruned += deleted
         while await self._delete_orphaned_records():
             pass
         while await self._release_free_pages():
             pass
         if pruned:
-            await self._checkpoint()
+            with suppress(StorageError):  # on a full disk it may fail; a later write checkpoints again
+                await self._checkpoint()
         return pruned
 
     async def forget_request_ids(self, submitted_before: float) -> None:

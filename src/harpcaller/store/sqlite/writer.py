@@ -11,6 +11,9 @@ Long payloads are written apart: verbs with more than `_LONG_BYTES` of them, suc
 with all others, about `_BATCH_BYTES` at a time. So a short verb waits for at most one such batch, however many jobs
 send records.
 
+A step of pruning that failed, as on a full disk, is repeated at once with the space of the reserve. Pages are freed and
+the reserve is filled again before the next batch, so that no other write takes the space.
+
 The outcome of a member is published after the commit, never before. A member whose awaiter was cancelled runs all the
 same, and its outcome is ignored.
 """
@@ -28,9 +31,10 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple, TypeVar
 
-from harpcaller.store import RequestIDReused
+from harpcaller.store import RequestIDReused, StorageError
 from harpcaller.store.sqlite.file import storage_errors
-from harpcaller.store.sqlite.writes import PAYLOAD_BYTES, Writes
+from harpcaller.store.sqlite.reserve import Reserve
+from harpcaller.store.sqlite.writes import PAYLOAD_BYTES, PRUNING, Writes
 
 T = TypeVar("T")
 
@@ -51,12 +55,14 @@ class _Member(NamedTuple):
 class Writer:
     """The thread that runs the verbs that write, batch by batch.
 
-    `connection` is the only one that writes; the thread closes it at its end. `path` is the file, for messages, and
-    `loop` the event loop in which outcomes are awaited.
+    `connection` is the only one that writes; the thread closes it at its end. `path` is the file, for messages and
+    the reserve beside it, and `loop` the event loop in which outcomes are awaited.
     """
 
     def __init__(self, path: Path, connection: sqlite3.Connection, loop: asyncio.AbstractEventLoop) -> None:
         self._path = path
+        self._reserve = Reserve(path.parent)
+        self._reserve.fill()
         self._connection = connection
         self._writes = Writes(connection)
         self._loop = loop
@@ -107,6 +113,9 @@ class Writer:
             while batch := self._next_batch():
                 batch.sort(key=attrgetter("last"))
                 outcomes = self._commit(batch)
+                for index, (member, outcome) in enumerate(zip(batch, outcomes, strict=True)):
+                    if isinstance(outcome, StorageError) and member.verb in PRUNING:
+                        outcomes[index] = self._commit_with_reserve(member)
                 # The loop may be closed when the program ends without closing the store.
                 with suppress(RuntimeError):
                     self._loop.call_soon_threadsafe(_resolve_futures, batch, outcomes)
@@ -166,6 +175,33 @@ class Writer:
                 return [error] * len(batch)
             return [outcome for member in batch for outcome in self._commit([member])]
         return outcomes
+
+    def _commit_with_reserve(self, member: _Member) -> Any:
+        """Run a step of pruning with the space of the reserve; return its outcome.
+
+        A deletion of jobs is repeated until it has freed the space of the reserve again, and returns the total number.
+        """
+        deleted = 0
+        while True:
+            self._reserve.release()
+            self._checkpoint()  # the log is then overwritten from its start, and does not grow
+            [outcome] = self._commit([member])
+            for verb in (Writes.delete_orphaned_records, Writes.release_free_pages):
+                while self._commit([member._replace(verb=verb, args=(), options={})]) == [True]:
+                    pass
+            self._checkpoint()
+            is_full = self._reserve.fill()
+            if member.verb is not Writes.delete_jobs:
+                return outcome
+            if isinstance(outcome, Exception):
+                return deleted or outcome
+            deleted += outcome
+            if is_full or not outcome:
+                return deleted
+
+    def _checkpoint(self) -> None:
+        with suppress(sqlite3.Error):  # the disk is full
+            self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
     def _run_verb(self, verb: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any], *_: object) -> Any:
         try:

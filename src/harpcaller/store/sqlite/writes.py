@@ -511,6 +511,17 @@ PAYLOAD_BYTES: dict[Callable[..., Any], Callable[..., int]] = {
     Writes.finish_job: _end_bytes,
 }
 
+#: The verbs of pruning. On a full disk they may use the reserve.
+PRUNING: frozenset[Callable[..., Any]] = frozenset(
+    {
+        Writes.delete_jobs,
+        Writes.delete_orphaned_records,
+        Writes.delete_request_ids,
+        Writes.release_free_pages,
+        Writes.set_prune_time,
+    }
+)
+
 
 @cache
 def _insert_many(statement: str) -> str:

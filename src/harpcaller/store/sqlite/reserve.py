@@ -1,0 +1,36 @@
+"""Disk space that is reserved for the deletion of old jobs: on a full disk, that needs some before it frees any."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+RESERVE_NAME = "harpcaller.reserve"  #: The name of the file in the store's directory.
+#: A step of the deletion writes up to about 4 MiB to the log, and a checkpoint as much to the store's file.
+RESERVE_BYTES = 8 * 1024 * 1024
+
+
+class Reserve:
+    """A file without content that occupies `RESERVE_BYTES`, or less if the disk has no more."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / RESERVE_NAME
+
+    def fill(self) -> bool:
+        """Occupy the space, or the largest half, quarter or eighth of it that is free; return whether it is all."""
+        with suppress(OSError):
+            descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                for part in (1, 2, 4, 8):
+                    with suppress(OSError):
+                        os.posix_fallocate(descriptor, 0, RESERVE_BYTES // part)
+                        return part == 1
+            finally:
+                os.close(descriptor)
+        return False
+
+    def release(self) -> None:
+        """Free the space."""
+        with suppress(OSError):  # nothing was reserved
+            os.truncate(self._path, 0)
