@@ -230,10 +230,13 @@ class OutputQueue(EventQueue):
             os.close(own)
 
     def _prepare(self, record: logging.LogRecord) -> tuple[int, bytes]:
-        found: Any = self.filter(record) if self.filters else record
-        if not found:
-            return 0, b""
-        line = self._format(found if isinstance(found, logging.LogRecord) else record)
+        try:
+            found: Any = self.filter(record) if self.filters else record
+            if not found:
+                return 0, b""
+            line = self._format(found if isinstance(found, logging.LogRecord) else record)
+        except Exception as error:  # noqa: BLE001 - a filter or format of the operator may raise anything
+            line = f"{record.levelname} {record.name}: {record.msg} (cannot format this event: {error})"
         data = f"{line}\n".encode("utf-8", "backslashreplace")
         return len(data), data
 

@@ -344,6 +344,25 @@ sys.exit(3)
     assert "the hanging handler is replaced" in text
 
 
+@pytest.mark.parametrize("in_loop", [False, True])
+def test_event_that_an_operators_format_rejects_is_logged_plainly(in_loop: bool) -> None:
+    """The format has a field that few events have. Neither is an event lost nor does a log call raise."""
+    stderr = {"class": "logging.StreamHandler", "formatter": "call"}
+    config = {"formatters": {"call": {"format": "%(call)s %(message)s"}}, "handlers": {"stderr": stderr}}
+    config["root"] = {"level": "INFO", "handlers": ["stderr"]}
+    text = run_configured(f"""
+logs.configure(config={config!r})
+async def log_all():
+    for _ in range(2):
+        log.info("without")
+        log.info("with", extra={{"call": "1"}})
+        await asyncio.sleep(0)
+{"run" if in_loop else "asyncio.run"}(log_all())
+""")
+    plain = "INFO test: without (cannot format this event: Formatting field not found in record: 'call')"
+    assert text.splitlines() == [plain, "1 with call=1"] * 2
+
+
 def test_log_directory_that_is_gone_loses_counted_events_only(tmp_path: Path) -> None:
     directory = tmp_path / "log"
     directory.mkdir()
