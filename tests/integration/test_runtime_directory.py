@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import time
+import uuid
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from harpd.supervisor.event_loop import EventLoop
+from harpd.supervisor.listener import Listener
 from harpd.supervisor.runtime_directory import default_runtime_directory
+from harpd.supervisor.state_files import StateFiles
 from support.daemonlog import DEADLINE
 from support.deadline import wait_until
 from support.harpd import Harpd
@@ -71,6 +77,71 @@ def test_cleaned_runtime_directory_costs_no_call(tmp_path: Path, clean: Callable
         (tmp_path / "go").touch()
         with harpd.attach(call) as again:
             assert any("result" in line for line in again.lines())
+
+
+@pytest.mark.parametrize("clean", [remove_directory, remove_active_socket])
+def test_retired_supervisor_does_not_take_the_new_calls(tmp_path: Path, clean: Callable[[Path], None]) -> None:
+    """It creates its own socket again, but not the one of new calls, which it would reject until its last call ends."""
+    with Harpd(tmp_path / "harpd", PROCEDURES, services=True) as harpd:
+        with harpd.start_resumable("wait_for", str(tmp_path / "go")) as running:
+            running.line()
+            call, retired = running.call, harpd.supervisor
+            harpd.reload(launcher=True)
+            assert harpd.supervisor != retired
+            for _ in range(3):
+                clean(harpd.runtime_directory)
+                time.sleep(1.2)  # until both supervisors have looked at their files; the order is not known
+                wait_until((harpd.runtime_directory / "supervisor").exists, DEADLINE, "the socket")
+                assert harpd.supervisor != retired
+            assert harpd.call("echo", 1)[-1] == {"result": [1]}
+        (tmp_path / "go").touch()
+        with harpd.attach(call) as again:
+            while (line := again.message()) != {"result": "there"}:
+                assert "error" not in line
+            again.send({"release": True})
+
+
+def test_restore_that_fails_is_repeated(tmp_path: Path) -> None:
+    """A failed attempt, for want of a descriptor or of space, neither ends the listener nor leaves descriptors open."""
+    loop = EventLoop()
+    listener = Listener(loop, str(tmp_path), "one", lambda *_: None)
+    (tmp_path / "calls").mkdir()
+    files = StateFiles(tmp_path, "one")
+    try:
+        files.reserve(str(uuid.uuid4()))
+        remove_files(tmp_path)
+        before = len(os.listdir("/proc/self/fd"))
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with ExitStack() as taken:
+            taken.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 1, hard))
+            while (descriptor := _free_descriptor()) is not None:
+                taken.callback(os.close, descriptor)
+            for restore in (listener.restore, files.restore) * 2:
+                with pytest.raises(OSError, match="Too many open files"):
+                    restore()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+        try:
+            for _ in range(3):
+                with pytest.raises(OSError, match="File too large"):
+                    files.restore()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        assert len(os.listdir("/proc/self/fd")) == before
+        assert listener.restore()
+        assert files.restore()
+        assert not listener.restore()
+        assert sorted(path.name for path in tmp_path.rglob("*one*")) == ["one.1", "supervisor-one"]
+    finally:
+        listener.close()
+        files.close()
+
+
+def _free_descriptor() -> int | None:
+    try:
+        return os.open(os.devnull, os.O_RDONLY)
+    except OSError:
+        return None
 
 
 def test_state_file_of_a_cleaned_directory_has_the_calls(tmp_path: Path) -> None:

@@ -348,7 +348,10 @@ sys.exit(3)
 def test_event_that_an_operators_format_rejects_is_logged_plainly(in_loop: bool) -> None:
     """The format has a field that few events have. Neither is an event lost nor does a log call raise."""
     stderr = {"class": "logging.StreamHandler", "formatter": "call"}
-    config = {"formatters": {"call": {"format": "%(call)s %(message)s"}}, "handlers": {"stderr": stderr}}
+    config: dict[str, Any] = {
+        "formatters": {"call": {"format": "%(call)s %(message)s"}},
+        "handlers": {"stderr": stderr},
+    }
     config["root"] = {"level": "INFO", "handlers": ["stderr"]}
     text = run_configured(f"""
 logs.configure(config={config!r})

@@ -53,12 +53,18 @@ class Listener:
         self._listen()
 
     def _listen(self) -> None:
-        # Bound through a descriptor: a socket's address has at most 107 bytes.
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        self._listener.bind(f"/proc/self/fd/{self._directory}/{self._name}")
-        os.chmod(self._name, 0o600, dir_fd=self._directory)
-        self._inode = os.stat(self._name, dir_fd=self._directory).st_ino
-        self._listener.listen(_BACKLOG)
+        """Create the socket. Raises OSError; nothing is changed then, apart from files."""
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            # Bound through a descriptor: a socket's address has at most 107 bytes.
+            listener.bind(f"/proc/self/fd/{self._directory}/{self._name}")
+            os.chmod(self._name, 0o600, dir_fd=self._directory)
+            listener.listen(_BACKLOG)
+            inode = os.stat(self._name, dir_fd=self._directory).st_ino
+        except OSError:
+            listener.close()
+            raise
+        self._listener, self._inode = listener, inode
         self._watch()
 
     def restore(self) -> bool:
@@ -73,11 +79,12 @@ class Listener:
         if has_name and (not self._is_active or self._find(ACTIVE_SOCKET) is not None):
             return False
         if not has_name:
-            self._loop.unwatch(self._listener.fileno())
-            self._listener.close()
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._name, dir_fd=self._directory)
+            removed = self._listener
             self._listen()
+            self._loop.unwatch(removed.fileno())
+            removed.close()
         if self._is_active:
             self.become_active()
         return True
@@ -96,6 +103,10 @@ class Listener:
         os.link(self._name, new_name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
         os.rename(new_name, ACTIVE_SOCKET, src_dir_fd=self._directory, dst_dir_fd=self._directory)
 
+    def retire(self) -> None:
+        """Leave the new calls to another supervisor: `restore` creates only this one's own socket from now on."""
+        self._is_active = False
+
     def close(self) -> None:
         """Stop accepting; remove the socket, and the other name if it still refers to this socket."""
         self._loop.unwatch(self._listener.fileno())
@@ -106,6 +117,7 @@ class Listener:
                     os.unlink(name, dir_fd=self._directory)
         except OSError:
             pass  # the directory or the socket has been removed
+        os.close(self._directory)
 
     def _watch(self) -> None:
         if self._listener.fileno() >= 0:

@@ -297,6 +297,7 @@ class Supervisor:
                 counts = {"calls": len(self._context.calls), "resumable": len(self._registry)}
                 log.info("supervisor retires", extra=counts)
                 self._retired, self._accepting = True, False
+                self._listener.retire()
                 if self._zygote is not None:
                     self._zygote.retire()
                     self._zygote = None

@@ -252,11 +252,15 @@ class StateFiles:
             return False
         self._directory.mkdir(mode=0o700, exist_ok=True)
         file, free = _OpenFile.create(self._directory, self._instance), list[int]()
-        for entry in self._entries.values():
-            free = free or file.grow()
-            entry.number = free.pop()
-            if entry.purpose is not None:
-                file.write(entry)
+        try:
+            for entry in self._entries.values():
+                free = free or file.grow()
+                entry.number = free.pop()
+                if entry.purpose is not None:
+                    file.write(entry)
+        except OSError:  # the numbers do not matter: the present file is gone
+            file.delete()
+            raise
         self._file.close()
         self._file, self._free = file, free
         return True
