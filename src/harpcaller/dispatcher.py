@@ -86,7 +86,7 @@ class Dispatcher:
         self._wall = wall
         self._notifier = Notifier()
         self._tls = HostTLS(config)
-        self._runner = Runner(lambda: self.registry.is_ready)
+        self._runner = Runner(lambda: self.registry.is_ready, wall())
         self.registry = HostsRegistry(config, self._runner.request_claim)
         self._pruner = Pruner(store, wall, lambda: self.config.max_age_seconds)
         self._group = asyncio.TaskGroup()

@@ -26,13 +26,14 @@ _RETRY_INTERVAL = 1.0  #: Seconds between two attempts after the store failed.
 class Runner:
     """Claims jobs from `begin_claiming` to `detach`, and runs their calls.
 
-    `can_start` returns whether calls can be started; `request_claim` is called when that becomes true.
+    `can_start` returns whether calls can be started; `request_claim` is called when that becomes true. `began` is the
+    Unix time when the dispatcher began.
     """
 
-    def __init__(self, can_start: Callable[[], bool]) -> None:
+    def __init__(self, can_start: Callable[[], bool], began: float) -> None:
         self.context: RunContext  #: The environment of new runs.
         self.runs: dict[str, Run] = {}  #: The runs of the active calls, by job id.
-        self.starts = HostStarts(lambda: self.context)  #: Which hosts accept starts.
+        self.starts = HostStarts(lambda: self.context, began)  #: Which hosts accept starts.
         self._can_start = can_start
         self._no_runs = asyncio.Event()  # set when the last run has closed
         self._cancelled_before_start: set[str] = set()  # after the store has claimed them, before their run exists

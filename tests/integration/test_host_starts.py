@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
 import threading
@@ -14,8 +15,11 @@ from typing import Any
 import pytest
 
 from harp.protocol.ends import Cancelled, Failed, Returned
+from harp.protocol.json_text import Raw
 from harpcaller.dispatcher import Dispatcher
-from harpcaller.model.jobs import State
+from harpcaller.model.ids import new_job_id
+from harpcaller.model.jobs import NewJob, State
+from harpcaller.store.sqlite import open_store
 from support.certificates import server_files
 from support.daemonlog import DEADLINE
 from support.deadline import eventually, wait_until
@@ -175,11 +179,48 @@ async def test_job_waits_over_a_restart_of_the_dispatcher(tmp_path: Path, port: 
     async with running(tmp_path, host_line(port), resumable_calls=True) as dispatcher:
         job_id = await submitted(dispatcher, start_within=LONG)
         await waiting(dispatcher, job_id)
+        tried = (await dispatcher.get_job(job_id)).tried
     async with running(tmp_path, host_line(port), resumable_calls=True) as dispatcher:
-        since = (await waiting(dispatcher, job_id))["failed_starts"]["since"]
-        assert since <= (await dispatcher.get_job(job_id)).tried
+        await waiting(dispatcher, job_id)
+        assert (await dispatcher.get_job(job_id)).tried == tried, "its time continues"
         with playing(tmp_path, call_list(), returning(7), port=port):
             assert await dispatcher.result(job_id) == Returned(b"7")
+
+
+async def test_only_tried_jobs_count_the_time_before_a_restart(tmp_path: Path, port: int) -> None:
+    now = time.time()
+    tried, expired, untried = (
+        NewJob(new_job_id(now), "web01", "p", Raw(b"[]"), 60.0, 60.0, start_within=seconds)
+        for seconds in (3600.0, 900.0, 300.0)
+    )
+    store = await open_store(tmp_path / "store")
+    await store.add_jobs([tried, expired, untried], now - 2000)
+    for job in await store.claim_jobs(now - 2000, 2, 2):
+        assert await store.requeue_job(job.id, now - 1000)
+    await store.close()
+    async with running(tmp_path, host_line(port)) as dispatcher:
+        assert isinstance(await dispatcher.result(expired.id), Failed)
+        assert (await waiting(dispatcher, untried.id, attempts=2))["failed_starts"]["since"] >= now
+        assert (await dispatcher.get_job(tried.id)).state is State.QUEUED
+
+
+async def test_time_behind_others_of_the_queue_does_not_count(tmp_path: Path, port: int) -> None:
+    queue = {"queue": {"q": 1}}
+    with reserved_port() as other:
+        lines = host_line(port), host_line(other, "web02")
+        async with running(tmp_path, *lines, resumable_calls=True, connect_timeout=5) as dispatcher:
+            first = await submitted(dispatcher, host="web02", start_within=LONG, concurrency=2, **queue)
+            behind = await submitted(dispatcher, start_within=2, **queue)
+            await until(dispatcher, behind, lambda job: job.tried is not None, "the first attempt")
+            await waiting(dispatcher, first)
+            await asyncio.sleep(2.0)  # longer than it may wait for its host
+            began = time.time()
+            with playing(tmp_path, call_list(), returning(7), port=other):
+                assert await dispatcher.result(first) == Returned(b"7")
+            assert isinstance(await dispatcher.result(behind), Failed)
+            ended = (await dispatcher.get_job(behind)).ended
+            assert ended is not None
+            assert ended - began >= 2.0
 
 
 @contextmanager

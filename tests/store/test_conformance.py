@@ -310,6 +310,24 @@ async def test_requeue_job_of_a_queue_waits_for_its_host(store: Store) -> None:
     assert await store.fail_waiting("web01", end, 7.0, 2.0, 2.0) == ([job_id], None)
 
 
+@pytest.mark.parametrize("queue", [None, {"q": 1}])
+@pytest.mark.parametrize("restarted", [40.0, 0.0])
+async def test_fail_waiting_counts_the_time_of_tried_jobs_only(store: Store, queue: Any, restarted: float) -> None:
+    end = ENDS[State.FAILED]
+    assert isinstance(end, Failed)
+    tried, untried = new_job("a", queue, start_within=50.0), new_job("a", start_within=50.0)
+    await store.add_jobs([tried, untried], 1.0)
+    [claimed] = await store.claim_jobs(2.0, 1, 1)
+    assert claimed.id == tried.id
+    assert await store.requeue_job(tried.id, 3.0)
+    assert await store.claim_jobs(60.0, MANY, 0) == []
+    assert await store.fail_waiting("a", end, 50.0, 45.0, 45.0, 40.0) == ([], 53.0)
+    if restarted == 40.0:
+        assert await store.fail_waiting("a", end, 60.0, 45.0, 45.0, restarted) == ([tried.id], 95.0)
+    else:  # the host was open meanwhile
+        assert (await store.fail_waiting("a", end, 60.0, 55.0, 55.0, restarted))[0] == []
+
+
 async def test_requeue_job_with_records_is_refused(store: Store) -> None:
     job_id = await job_in(store, State.RUNNING)
     assert await store.append_records(job_id, 0, records([b"1"]))

@@ -115,14 +115,15 @@ class ModelStore:
         return True
 
     def fail_waiting(
-        self, host: str, end: Failed, now: float, since: float, failed: float, *, limit: int = 500
+        self, host: str, end: Failed, now: float, since: float, failed: float, restarted: float = 0.0, limit: int = 500
     ) -> tuple[list[str], float | None]:
         ended, deadlines, waiting_lanes = [], [], set()
         for _, job in list(self.jobs.values()):
             lane = self._lane(job)
             if job.state is not State.QUEUED or lane in waiting_lanes:
                 continue
-            deadline = max(job.submitted, since) + job.start_within
+            waits_since = since if job.tried is None or job.tried >= restarted else job.tried
+            deadline = max(job.submitted, waits_since) + job.start_within
             if job.host != host or not self._has_room(job):
                 waiting_lanes.add(lane)
             elif deadline <= now and job.submitted <= failed:

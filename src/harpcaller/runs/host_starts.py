@@ -78,11 +78,17 @@ class FailingStarts:
 
 
 class HostStarts:
-    """The states of all hosts, by name. `get_context` returns the present environment of runs."""
+    """The states of all hosts, by name. `get_context` returns the present environment of runs.
 
-    def __init__(self, get_context: Callable[[], RunContext]) -> None:
+    `restarted` is the Unix time when the dispatcher began. A job that was tried before it has waited for its host since
+    then, unless the host has been open meanwhile.
+    """
+
+    def __init__(self, get_context: Callable[[], RunContext], restarted: float) -> None:
         self._get_context = get_context
+        self._restarted = restarted
         self._open: set[str] = set()
+        self._ever_open: set[str] = set()
         self._failing: dict[str, FailingStarts] = {}
         self._trying: dict[str, str] = {}  # the job that is started alone, of hosts that are not open
         self._probes: set[asyncio.Task[None]] = set()
@@ -141,16 +147,18 @@ class HostStarts:
         The caller queues the job again, or ends it, in the same turn of the event loop.
         """
         self._stop_trying(job)
-        since = began
-        if job.tried is not None and job.host not in self._open:  # by an earlier dispatcher
-            since = min(began, time.monotonic() - (self._get_context().wall() - job.tried))
-        self._record_failure(job.host, error, began, since)
+        self._record_failure(job.host, error, began)
 
     def has_waited(self, job: Job) -> bool:
         """Return whether a job whose start has just failed has waited for `start_within` seconds."""
-        since = self._failing[job.host].since
-        waited = min(time.monotonic() - since, self._get_context().wall() - job.submitted)
-        return max(0.0, waited) >= job.start_within
+        wall, waited = self._get_context().wall(), time.monotonic() - self._failing[job.host].since
+        if job.tried is not None and job.tried < self._waits_from(job.host):
+            waited = wall - job.tried
+        return max(0.0, min(waited, wall - job.submitted)) >= job.start_within
+
+    def _waits_from(self, host: str) -> float:
+        """Return the Unix time before which the first attempt of a job must have been, if the job waits since it."""
+        return 0.0 if host in self._ever_open else self._restarted
 
     def close(self) -> None:
         """Try no host any more."""
@@ -165,6 +173,7 @@ class HostStarts:
 
     def _set_open(self, host: str) -> None:
         self._open.add(host)
+        self._ever_open.add(host)
         self._trying.pop(host, None)
         self._get_context().request_claim()
 
@@ -177,11 +186,11 @@ class HostStarts:
         if failing.timer is not None:
             failing.timer.cancel()
 
-    def _record_failure(self, host: str, error: Failed, began: float, since: float | None = None) -> None:
+    def _record_failure(self, host: str, error: Failed, began: float) -> None:
         now = time.monotonic()
         failing = self._failing.get(host)
         if failing is None:
-            failing = self._failing[host] = FailingStarts(began if since is None else since, began, now, error)
+            failing = self._failing[host] = FailingStarts(began, began, now, error)
             reason = {"error": error.type[:_MAX_LOGGED], "reason": error.message[:_MAX_LOGGED]}
             log.warning("host accepts no starts; jobs wait", extra={"host": host, **reason})
         elif began < failing.failed_at:  # another one of the same attempt
@@ -214,7 +223,7 @@ class HostStarts:
         """End the jobs that have waited long enough. The wall clock may step, so times are given by their age."""
         context, now = self._get_context(), time.monotonic()
         wall = context.wall()
-        times = wall, wall - (now - failing.since), wall - (now - failing.began)
+        times = wall, wall - (now - failing.since), wall - (now - failing.began), self._waits_from(host)
         context.request_claim()  # other jobs of their queues may start
         write = asyncio.ensure_future(context.store.fail_waiting(host, failing.error, *times, limit=_LIMIT))
         write.add_done_callback(partial(self._on_jobs_ended, host, failing, failing.failed_at, failing.error, wall))

@@ -51,16 +51,16 @@ UPDATE jobs SET state = 'queued', started = NULL, holds_slot = 0, tried = coales
 WHERE seq = ? AND state = 'running';
 
 -- name: expired
--- The jobs of a host's lane that have waited long enough for a start. Starts have failed since :since; the latest attempt
--- began at :failed.
+-- The jobs of a host's lane that have waited long enough for a start. Starts have failed since :since, but a job that was
+-- tried before :restarted waits since then; the latest attempt began at :failed.
 SELECT jobs.seq, jobs.id
 FROM jobs INDEXED BY jobs_queued_of_lane JOIN calls ON calls.job = jobs.seq
-WHERE jobs.lane = :lane AND jobs.state = 'queued'
-    AND jobs.submitted <= :failed AND max(jobs.submitted, :since) + calls.start_within <= :now
+WHERE jobs.lane = :lane AND jobs.state = 'queued' AND jobs.submitted <= :failed
+    AND max(jobs.submitted, iif(jobs.tried < :restarted, jobs.tried, :since)) + calls.start_within <= :now
 ORDER BY jobs.seq LIMIT :limit;
 
 -- name: next_deadline
-SELECT min(max(jobs.submitted, :since) + calls.start_within)
+SELECT min(max(jobs.submitted, iif(jobs.tried < :restarted, jobs.tried, :since)) + calls.start_within)
 FROM jobs INDEXED BY jobs_queued_of_lane JOIN calls ON calls.job = jobs.seq
 WHERE jobs.lane = :lane AND jobs.state = 'queued';
 

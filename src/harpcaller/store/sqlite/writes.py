@@ -258,20 +258,21 @@ class Writes:
         return True
 
     def fail_waiting(
-        self, host: str, end: Failed, now: float, since: float, failed: float, *, limit: int = 500
+        self, host: str, end: Failed, now: float, since: float, failed: float, restarted: float = 0.0, limit: int = 500
     ) -> tuple[list[str], float | None]:
         """Store this end for at most `limit` jobs that wait for a start on a host and have waited long enough.
 
-        Starts on the host have failed `since` a time; the latest attempt began at the time `failed`, and only jobs that
-        were submitted before it can end. Jobs that wait for others of their queue do not wait for the host; those in
-        front do after the first claim that finds the host without room.
+        Starts on the host have failed `since` a time, but a job that was tried before the time `restarted` waits since
+        then. The latest attempt began at the time `failed`; only jobs that were submitted before it can end. Jobs that
+        wait for others of their queue do not wait for the host; those in front do after the first claim that finds the
+        host without room.
 
         Returns the ids of these jobs, and the time when the next one has waited long enough; None: no job waits.
         """
         self.flush()
         key = _host_lane(host)
         ended: list[ActiveJob] = []
-        times = {"lane": key, "now": now, "since": since, "failed": failed, "limit": limit}
+        times = {"lane": key, "now": now, "since": since, "failed": failed, "restarted": restarted, "limit": limit}
         of_host = self._active.lanes.get(key)
         if of_host is not None and of_host.waits_until <= now:  # else there is none, however many jobs wait
             expired = self.db.execute(QUERIES["expired"], times).fetchall()
@@ -285,7 +286,8 @@ class Writes:
         deadlines = [] if of_host is None or of_host.head is None else [of_host.waits_until]
         for lane in self._active.list_waiting_queues(host):
             while lane.head is not None and (head := self._head(lane.head, lane)).host == host:
-                deadline = max(head.submitted, since) + head.start_within
+                waits_since = head.tried if head.tried is not None and head.tried < restarted else since
+                deadline = max(head.submitted, waits_since) + head.start_within
                 if deadline > now or head.submitted > failed or len(ended) >= limit:
                     deadlines.append(deadline)
                     break
