@@ -395,9 +395,10 @@ async def test_compare_shows_changes_and_makes_none(tmp_path: Path, script: Scri
             await registry.compare()
 
 
-async def test_registry_waits_for_a_file_that_was_just_emptied(tmp_path: Path) -> None:
-    """A start in the empty moment of a rewrite: jobs wait instead of ending as unknown."""
-    file = hosts_file(tmp_path)
+@pytest.mark.parametrize("part", [0, 20, 150], ids=["emptied", "cut in the first line", "cut in the second line"])
+async def test_registry_waits_for_a_file_that_is_written(tmp_path: Path, part: int) -> None:
+    """A start in the middle of a rewrite: jobs wait instead of ending as unknown."""
+    file = hosts_file(tmp_path, (host_line(1, "h1") + host_line(2, "h2"))[:part])
     changed = asyncio.Event()
     registry = HostsRegistry(Config(host_db=tmp_path / "hosts.db", hosts_file=file), changed.set)
     ready = [registry.is_ready]

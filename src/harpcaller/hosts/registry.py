@@ -126,12 +126,16 @@ class HostsRegistry:
     def is_ready(self) -> bool:
         """Whether calls may start. If no host is known, they wait for the script's first run, or for a new hosts file.
 
-        A hosts file that has just changed and is empty may be incomplete.
+        A hosts file that has just changed, and is empty or ends in the middle of a line, may be incomplete. Only the
+        first contents can be so: later ones are refused.
         """
+        file = self._watched_file
+        if file is not None and file.value.is_cut and not file.is_settled:
+            return False
         if self._cached.hosts or self._hosts_of_file():
             return True
         script_has_run = self._refresh_attempted or self._config.host_db_script is None
-        return script_has_run and (self._watched_file is None or self._watched_file.is_settled)
+        return script_has_run and (file is None or file.is_settled)
 
     def find_host(self, hostname: str) -> Host | None:
         """Return a host; None if it is not in the registry. A host that was just added to the file is found, too."""
