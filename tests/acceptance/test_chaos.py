@@ -5,6 +5,7 @@ Each has a fixed seed and a random one, which is printed with the rest of a fail
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -14,8 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from chaos.disturbances import rewrite_in_pieces
 from chaos.kills import kills
-from chaos.schedule import schedule
+from chaos.proxy import Mode
+from chaos.schedule import Kind, schedule
 
 TESTS = Path(__file__).parents[1]
 HOSTS = ("web1", "web2", "web3")
@@ -84,6 +87,22 @@ def test_chaos_sabotage_is_detected(tmp_path: Path, sabotage: str, promise: str)
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
+    ("sabotage", "seed", "fact"),
+    [
+        # Each seed has the fault, long enough and alone, within its first seconds.
+        ("half-hosts", "105", "but its host is known"),
+        ("block-on-log", "324", "dispatcher does not reply while nobody reads its log"),
+    ],
+)
+def test_chaos_sabotage_under_its_fault_is_detected(tmp_path: Path, sabotage: str, seed: str, fact: str) -> None:
+    options = ("--minutes", "0.2", "--seed", seed, "--keep-logs", str(tmp_path / "run"))
+    status, printed = chaos("--sabotage", sabotage, *options)
+    assert status == 1, printed
+    assert fact in printed, printed
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
     ("sabotage", "fact"),
     [
         ("start-twice", "5. a call starts"),
@@ -113,5 +132,26 @@ def test_chaos_schedule_same_seed_gives_same_schedule() -> None:
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_chaos_schedule_of_ten_minutes_has_200_faults(seed: int) -> None:
-    assert len(schedule(seed, 600, HOSTS)) >= 250
+def test_chaos_schedule_of_ten_minutes_has_all_kinds(seed: int) -> None:
+    faults = schedule(seed, 600, HOSTS)
+    assert len(faults) >= 250
+    assert {fault.kind for fault in faults} == {*Kind, *Mode} - {Mode.PASS}
+    assert all(fault.seconds <= 32 for fault in faults)
+
+
+@pytest.mark.parametrize("choice", [number / 20 for number in range(20)])
+async def test_chaos_rewritten_file_is_cut_in_a_line_until_the_end(tmp_path: Path, choice: float) -> None:
+    """A file that ends after a line is not certainly incomplete: the dispatcher may use it."""
+    lines = [f'{{"hostname": "web{number}"}}\n' for number in range(3)]
+    text = "".join(lines).encode()
+    file = tmp_path / "hosts"
+    file.write_bytes(text)
+    seen = set()
+    task = asyncio.create_task(rewrite_in_pieces(file, text, 0.1, choice))
+    while not task.done():
+        seen.add(file.read_bytes())
+        await asyncio.sleep(0.001)
+    assert file.read_bytes() == text
+    whole = [text.startswith(part) and not part.endswith((b"\n", b"}")) for part in seen - {text}]
+    assert all(whole), seen
+    assert len(task.result()) >= 2

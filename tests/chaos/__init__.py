@@ -5,7 +5,8 @@
 Theory of operation. One asyncio program runs everything. `system` keeps the real daemons running as a service manager
 would: one dispatcher, and three hosts, each with a frontend and a launcher. Between the dispatcher and each host is a
 `proxy`. `clients` submit, follow and cancel jobs with the real client library, and store what they receive in
-`observations`. `schedule` makes the faults from the seed: kind, target, time and duration; `faults` injects them. The
+`observations`. `schedule` makes the faults from the seed: kind, target, time and duration; `faults` injects them, with
+`disturbances`, the `dispatcher`'s injected clock and name service, and the pipes of the daemons' logs (`service`). The
 same seed gives the same schedule. Its effects may differ.
 
 The facts do not come from HARP. The procedures write `marks`: one line each at their start, for each record that they

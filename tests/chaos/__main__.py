@@ -27,6 +27,9 @@ examples:
   ./dev chaos --minutes 0.2 --sabotage drop-record a dispatcher that breaks a promise: must exit with 1
 
 The same seed gives the same schedule of faults; the effects depend on the speed of the machine, too.
+Faults: killed, restarted, suspended and reloaded daemons; killed calls; a cut, slow or refusing network; hanging
+lookups of hosts' names; steps of the clock; logs that nobody reads; a crowd of connections to the dispatcher; a hosts
+file that is rewritten in place; a cleaned runtime directory. In ten minutes each kind occurs at least once.
 As root, the dispatcher's store is on a separate small file system, which is full from time to time, and unrelated
 processes get the pids of killed ones.
 

@@ -20,14 +20,27 @@ _NOT_STARTED = frozenset(
 #: Of these, the replies of a host after which a start is always tried again. `network_error` may also be the end of a
 #: connection-bound call.
 _TRIED_AGAIN = frozenset({"too_many_calls", "procedure_loading_error"})
-#: The default limit of a job in seconds; a little less, because marks are later than starts.
+#: The default limit of a job in seconds; a little less, because marks are later than starts. No job without an own
+#: limit works for so long: it reaches the limit only if outages have held it up for half of this time.
 _LIMIT = 50.0
 #: Seconds before its death in which a process may have been stopping: records of this time may be dropped.
 _STOP_TIME = 3 * KILL_GRACE
 #: Seconds after a fault in which contact may still be lost: a daemon starts, attempts time out, pauses end.
 _AFTER_EFFECTS = 5.0
 #: Faults that do not interrupt contact.
-_WITHOUT_OUTAGE = frozenset({Kind.STEP_CLOCK, Kind.RELOAD_DISPATCHER, Kind.RELOAD_FRONTEND, Kind.KILL_CALL})
+_WITHOUT_OUTAGE = frozenset(
+    {
+        Kind.STEP_CLOCK,
+        Kind.RELOAD_DISPATCHER,
+        Kind.RELOAD_FRONTEND,
+        Kind.KILL_CALL,
+        Kind.LEAVE_DISPATCHER_LOG,
+        Kind.LEAVE_HOST_LOGS,
+        Kind.REWRITE_HOSTS_FILE,
+        Kind.CROWD,
+        Kind.CLEAN_RUNTIME_DIRECTORY,
+    }
+)
 
 
 class Checker:
@@ -131,10 +144,15 @@ class Checker:
         spec = job.spec
         match type_:
             case "unknown_host":
-                return None if spec.host == UNKNOWN_HOST else "its host is known"
+                known = spec.host != UNKNOWN_HOST and not self._had_half_hosts(job)
+                return "its host is known" if known else None
             case "timeout":
-                fits = spec.limits or spec.procedure == "late" or self._lasted(job, marked) > _LIMIT
-                return None if fits else f"it had no limit and took {self._lasted(job, marked):.1f} s"
+                if spec.limits or spec.procedure == "late":
+                    return None
+                took = self._lasted(job, marked)
+                if took <= _LIMIT:
+                    return f"it had no limit and took {took:.1f} s"
+                return None if spec.endless else self._missing_outage(job, _LIMIT / 2)
             case "call_died":
                 fits = spec.procedure == "die" or self._killed(job, marked)
                 return None if fits else "no fault killed it"
@@ -159,6 +177,11 @@ class Checker:
             case _ if type_ in _NOT_STARTED:
                 return None
         return "no fault explains this error"
+
+    def _had_half_hosts(self, job: ObservedJob) -> bool:
+        """Return whether a dispatcher may have started with an incomplete hosts file before the job ended."""
+        assert job.ended is not None
+        return any(begin <= job.ended and job.submitted <= end for begin, end in self._history.half_hosts)
 
     def _ended_early(self, job: ObservedJob) -> bool:
         """Return whether a job ended before `START_WITHIN`, by a clock that was not changed meanwhile."""

@@ -1,19 +1,24 @@
-"""Program: the real dispatcher with an injected wall clock, and on request with a store that breaks a promise.
+"""Program: the real dispatcher with an injected wall clock and name service, and on request with a broken promise.
 
-    python -m chaos.dispatcher CLOCK SABOTAGE ARGUMENTS-OF-HARPCALLERD...
+    python -m chaos.dispatcher CLOCK LOOKUPS SABOTAGE ARGUMENTS-OF-HARPCALLERD...
 
-CLOCK is a file whose first eight bytes are added to the wall clock, in seconds. SABOTAGE is ``none`` or a name of
-`SABOTAGES`. The product has no code for this: its store is wrapped from outside.
+CLOCK is a file whose first eight bytes are added to the wall clock, in seconds. The names under `DOMAIN` have the
+address 127.0.0.1; the lookup of a name hangs while the directory LOOKUPS has a file of this name. SABOTAGE is ``none``
+or a name of `SABOTAGES`. The product has no code for this: it is changed from outside.
 """
 
 from __future__ import annotations
 
+import logging
 import mmap
+import os
+import socket
 import struct
 import sys
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import replace as replace_fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,14 +26,20 @@ from typing import Any
 from msgspec.structs import replace
 
 from harpcaller import cli
+from harpcaller.hosts import registry, watched_file
 from harpcaller.model.jobs import NewJob, Records
 from harpcaller.store import sqlite
 from harpcaller.store.sqlite import Store
 
-__all__ = ["CLOCK", "SABOTAGES"]
+__all__ = ["CLOCK", "DOMAIN", "SABOTAGES"]
 
 #: The format of the file CLOCK.
 CLOCK = struct.Struct("d")
+
+#: The domain of the hosts' names, without a name service.
+DOMAIN = ".chaos.test"
+#: Seconds between two checks of a lookup that hangs.
+_LOOKUP_PAUSE = 0.02
 
 #: One append in this many loses a record; the maximum number of lost records.
 _DROP_EVERY, _DROPS = 5, 3
@@ -90,11 +101,40 @@ class ForgetRequest(_Sabotaged):
         return await self._store.add_job(replace(job, request_id=None), now)
 
 
-SABOTAGES: dict[str, Callable[[Store], _Sabotaged]] = {
-    "drop-record": DropRecord,
-    "start-twice": StartTwice,
-    "leak-slot": LeakSlot,
-    "forget-request": ForgetRequest,
+def _sabotage_store(wrap: Callable[[Store], _Sabotaged]) -> None:
+    real = sqlite.open_store
+
+    async def open_store(directory: Path) -> Any:
+        return wrap(await real(directory))
+
+    sqlite.open_store = open_store
+
+
+def _use_half_hosts() -> None:
+    """Have a hosts file used at once, also if it ends in the middle of a line."""
+    real = registry.parse_hosts
+    watched_file.SETTLE_SECONDS = 0.0
+    registry.parse_hosts = lambda *arguments: replace_fields(real(*arguments), is_cut=False)
+
+
+def _block_on_log() -> None:
+    """Have each log call wait until stderr has accepted its event."""
+    real = logging.Logger.handle
+
+    def handle(self: logging.Logger, record: logging.LogRecord) -> None:
+        os.write(2, b"\n")
+        real(self, record)
+
+    logging.Logger.handle = handle  # type: ignore[method-assign]
+
+
+SABOTAGES: dict[str, Callable[[], None]] = {
+    "drop-record": partial(_sabotage_store, DropRecord),
+    "start-twice": partial(_sabotage_store, StartTwice),
+    "leak-slot": partial(_sabotage_store, LeakSlot),
+    "forget-request": partial(_sabotage_store, ForgetRequest),
+    "half-hosts": _use_half_hosts,
+    "block-on-log": _block_on_log,
 }
 
 
@@ -109,15 +149,24 @@ def _clock(file: Path) -> Callable[[], float]:
     return wall
 
 
-def main(clock: str, sabotage: str, *arguments: str) -> int:
+def _name_service(lookups: Path) -> Callable[..., Any]:
+    real = socket.getaddrinfo
+
+    def getaddrinfo(name: Any, *arguments: Any, **options: Any) -> Any:
+        if isinstance(name, str) and name.endswith(DOMAIN):
+            while (lookups / name).exists():
+                time.sleep(_LOOKUP_PAUSE)
+            name = "127.0.0.1"
+        return real(name, *arguments, **options)
+
+    return getaddrinfo
+
+
+def main(clock: str, lookups: str, sabotage: str, *arguments: str) -> int:
     """Run harpcallerd."""
     if sabotage != "none":
-        real = sqlite.open_store
-
-        async def open_store(directory: Path) -> Any:
-            return SABOTAGES[sabotage](await real(directory))
-
-        sqlite.open_store = open_store
+        SABOTAGES[sabotage]()
+    socket.getaddrinfo = _name_service(Path(lookups))
     from harpcaller import daemon as program  # not before: it takes `open_store` when it is imported
 
     program.run = partial(program.run, wall=_clock(Path(clock)))

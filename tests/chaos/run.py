@@ -89,6 +89,8 @@ class Run:
             for problem in await self._system.stop():
                 self.observations.add_violation(0, None, problem)
             self._check_exits()
+            for problem in self.history.problems:
+                self.observations.add_violation(0, None, problem)
             await self._check_processes_left()
             await self._bystanders.stop()
             for killed in self._bystanders.killed:

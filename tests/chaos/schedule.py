@@ -1,9 +1,13 @@
-"""The schedule of faults: kind, target, time and duration. Pure: the same seed gives the same schedule."""
+"""The schedule of faults: kind, target, time and duration. Pure: the same seed gives the same schedule.
+
+The kinds come from a shuffled deck with each kind as often as its weight, then from the next deck. So each kind occurs
+in every run that is longer than two decks, which last about nine minutes.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -25,6 +29,8 @@ _LENGTHS: Sequence[tuple[int, tuple[float, float]]] = (
 _MAX_SUPERVISOR_SUSPENSION = 6.0
 #: Maximum duration of a fault of the dispatcher in seconds: without it there is nothing to test.
 _MAX_DISPATCHER_FAULT = 12.0
+#: Maximum seconds of a crowd: the library tries again for 10 s.
+_MAX_CROWD = 6.0
 #: Seconds without a new fault at the start, for the first jobs, and before the end; and seconds that a fault may last
 #: after the end.
 _LEAD, _TAIL, _OVER = 2.0, 1.0, 3.0
@@ -53,9 +59,15 @@ class Kind(StrEnum):
     KILL_CALL = "kill call"
     FULL_DISK = "full disk"
     STEP_CLOCK = "step clock"
+    HANG_LOOKUPS = "hang lookups"  # of a host's name
+    LEAVE_DISPATCHER_LOG = "leave dispatcher log unread"  # its stderr is a full pipe
+    LEAVE_HOST_LOGS = "leave host logs unread"
+    REWRITE_HOSTS_FILE = "rewrite hosts file"  # in place, in pieces, with pauses
+    CROWD = "crowd"  # of connections to the dispatcher, more than it accepts
+    CLEAN_RUNTIME_DIRECTORY = "clean runtime directory"
 
 
-#: Weights of the kinds.
+#: Weights of the kinds: how often each occurs in a deck.
 _WEIGHTS: Mapping[Kind | Mode, int] = {
     Kind.KILL_DISPATCHER: 8,
     Kind.RESTART_DISPATCHER: 5,
@@ -75,6 +87,12 @@ _WEIGHTS: Mapping[Kind | Mode, int] = {
     Kind.KILL_CALL: 8,
     Kind.FULL_DISK: 3,
     Kind.STEP_CLOCK: 4,
+    Kind.HANG_LOOKUPS: 5,
+    Kind.LEAVE_DISPATCHER_LOG: 3,
+    Kind.LEAVE_HOST_LOGS: 3,
+    Kind.REWRITE_HOSTS_FILE: 4,
+    Kind.CROWD: 4,
+    Kind.CLEAN_RUNTIME_DIRECTORY: 3,
     Mode.CUT: 7,
     Mode.HALF_OPEN: 6,
     Mode.STALLED: 6,
@@ -92,6 +110,9 @@ _DISPATCHER_KINDS = frozenset(
         Kind.RELOAD_DISPATCHER,
         Kind.FULL_DISK,
         Kind.STEP_CLOCK,
+        Kind.LEAVE_DISPATCHER_LOG,
+        Kind.REWRITE_HOSTS_FILE,
+        Kind.CROWD,
     }
 )
 
@@ -106,7 +127,7 @@ class Fault:
         host: its target; None: the dispatcher.
         seconds: its duration, or the time until a daemon that it has ended starts again.
         step: the change of the clock in seconds.
-        choice: a number from 0 to 1 that selects one of several targets.
+        choice: a number from 0 to 1 that selects one of several targets or ways.
     """
 
     at: float
@@ -126,23 +147,34 @@ def schedule(seed: int, seconds: float, hosts: Sequence[str]) -> list[Fault]:
         hosts: the names of the hosts.
     """
     rng = random.Random(seed)
+    kinds = _kinds(rng)
     faults: list[Fault] = []
     at = _LEAD
     while at < seconds - _TAIL:
         several = not rng.randrange(_BURST_EVERY)
         faults += [
-            _fault(rng, at, seconds + _OVER - at, hosts) for _ in range(rng.randrange(*_BURST) if several else 1)
+            _fault(rng, next(kinds), at, seconds + _OVER - at, hosts)
+            for _ in range(rng.randrange(*_BURST) if several else 1)
         ]
         at += rng.uniform(0.2, 1.8) * 60.0 / _RATE
     return faults
 
 
-def _fault(rng: random.Random, at: float, longest: float, hosts: Sequence[str]) -> Fault:
-    kind: Kind | Mode = rng.choices(list(_WEIGHTS), list(_WEIGHTS.values()))[0]
+def _kinds(rng: random.Random) -> Iterator[Kind | Mode]:
+    """Yield the kinds of one deck after the other."""
+    while True:
+        deck = [kind for kind, weight in _WEIGHTS.items() for _ in range(weight)]
+        rng.shuffle(deck)
+        yield from deck
+
+
+def _fault(rng: random.Random, kind: Kind | Mode, at: float, longest: float, hosts: Sequence[str]) -> Fault:
     ((_, bounds),) = rng.choices(_LENGTHS, [weight for weight, _ in _LENGTHS])
     length = min(rng.uniform(*bounds), longest)
     if kind is Kind.SUSPEND_SUPERVISOR:
         length = min(length, _MAX_SUPERVISOR_SUSPENSION)
+    elif kind is Kind.CROWD:
+        length = min(length, _MAX_CROWD)
     elif kind in _DISPATCHER_KINDS:
         length = min(length, _MAX_DISPATCHER_FAULT)
     host = rng.choice(hosts)

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import socket
+import ssl
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import harp
-from chaos.dispatcher import CLOCK, SABOTAGES
+from chaos.dispatcher import CLOCK, DOMAIN, SABOTAGES
 from chaos.marks import SABOTAGE_FILE, VARIABLE
 from chaos.proxy import Proxy, reserve_port
 from chaos.service import Service
 from harp import aio
+from support.certificates import server_files
 from support.harpcallerd import Harpcallerd
 from support.harpd import Harpd
 
@@ -31,10 +33,14 @@ START_WITHIN = 5.0
 #: Maximum number of jobs that hold a slot on a host.
 MAX_CALLS_PER_HOST = 10
 
+#: Maximum number of the dispatcher's client connections: more than the clients of a run need.
+MAX_CONNECTIONS = 400
+
 _DISPATCHER = {
     "disconnect_timeout": DISCONNECT_TIMEOUT,
     "result_ttl": 300,
     "host_timeout": HOST_TIMEOUT,
+    "max_connections": MAX_CONNECTIONS,
     "max_calls_per_host": MAX_CALLS_PER_HOST,
     "start_within": START_WITHIN,
     "connect_timeout": 3,
@@ -55,8 +61,8 @@ HOSTS = tuple(_HOSTS)
 
 #: Promises that a procedure breaks on request.
 PROCEDURE_SABOTAGES = ("orphan", "wrong-kill")
-#: Seconds for a reply of a supervisor.
-_ANSWER = 1.0
+#: Seconds for a reply of a supervisor, and for a TLS handshake.
+_ANSWER, _HANDSHAKE = 1.0, 5.0
 
 
 @dataclass
@@ -79,6 +85,23 @@ class Host:
     ca_file: Path
     runtime_directory: Path
 
+    def state_file(self, instance: str) -> Path:
+        """Return the state file of a supervisor."""
+        return self.runtime_directory / "calls" / f"{instance}.1"
+
+    async def serves(self) -> bool:
+        """Return whether the frontend does a TLS handshake."""
+        context = ssl.create_default_context(cafile=str(self.ca_file))
+        try:
+            async with asyncio.timeout(_HANDSHAKE):
+                _, writer = await asyncio.open_connection(
+                    "127.0.0.1", self.port, ssl=context, server_hostname="localhost"
+                )
+        except (OSError, TimeoutError):
+            return False
+        writer.close()
+        return True
+
     async def supervisors(self) -> list[int]:
         """Return the pids of the supervisors that reply, also of retired ones."""
         return sorted({int(status["supervisor"]) for status in await self.statuses()})
@@ -89,7 +112,10 @@ class Host:
         return [status for status in found if status is not None]
 
     async def _status(self, name: str) -> dict[str, Any] | None:
-        directory = os.open(self.runtime_directory, os.O_PATH)  # the address of a socket is limited to 107 bytes
+        try:
+            directory = os.open(self.runtime_directory, os.O_PATH)  # the address of a socket is limited to 107 bytes
+        except OSError:
+            return None  # it was removed
         try:
             async with asyncio.timeout(_ANSWER):
                 reader, writer = await asyncio.open_unix_connection(f"/proc/self/fd/{directory}/{name}")
@@ -104,7 +130,10 @@ class Host:
 
 
 def _sockets(directory: Path) -> list[str]:
-    return [name for name in os.listdir(directory) if name.startswith("supervisor-")] if directory.exists() else []
+    try:
+        return [name for name in os.listdir(directory) if name.startswith("supervisor-")]
+    except OSError:
+        return []  # it does not exist yet, or it was removed
 
 
 def _marked(file: Path) -> dict[str, str]:
@@ -119,6 +148,10 @@ class System:
         run: the directory of everything; `store` in it is where the dispatcher keeps its jobs.
         seed: for random choices of the proxies.
         sabotage: the promise that the dispatcher breaks, or ``none``.
+
+    Attributes:
+        hosts: the hosts by name.
+        hosts_text: the contents of the hosts file.
     """
 
     def __init__(self, run: Path, seed: int, sabotage: str) -> None:
@@ -130,10 +163,11 @@ class System:
         self._clock = run / "clock"
         self._clock.write_bytes(CLOCK.pack(0.0))
         self._clock_offset = 0.0
+        self._lookups = run / "lookups"
+        self._lookups.mkdir()
         (run / "marks").mkdir()
         for name in HOSTS:
             self._add_host(name, seed)
-        ports = {name: host.proxy.port for name, host in self.hosts.items()}
         self.port = self._port()
         settings = {
             **_DISPATCHER,
@@ -141,24 +175,34 @@ class System:
             "ca_file": str(run / HOSTS[0] / "ca.pem"),
             "stream_directory": str(run / "store" / "jobs"),
         }
-        self.files = Harpcallerd(
-            run / "dispatcher", hosts=ports, credentials=(Harpd.user, Harpd.password), settings=settings
-        )
+        self.files = Harpcallerd(run / "dispatcher", settings=settings)
+        text = "".join(self._line(host) for host in self.hosts.values())
+        self.hosts_text = text.encode()
+        self.files.hosts_file.write_bytes(self.hosts_text)
         start = self.files.command("start", f"--config={self.files.config_file}")
         options = start[start.index("harpcaller.cli") + 1 :]
         broken = sabotage if sabotage in SABOTAGES else "none"
-        own = [sys.executable, "-P", "-m", "chaos.dispatcher", str(self._clock), broken]
+        own = [sys.executable, "-P", "-m", "chaos.dispatcher", str(self._clock), str(self._lookups), broken]
         self.dispatcher = Service("dispatcher", [*own, *options], _marked(run / "marks" / "none"), self.files.log_file)
 
     def _port(self) -> int:
         self._reservations.append(reserve_port())
         return int(self._reservations[-1].getsockname()[1])
 
+    @staticmethod
+    def _line(host: Host) -> str:
+        """Return the line of a host in the hosts file: its address is a name."""
+        credentials = {"user": Harpd.user, "password": Harpd.password}
+        address = host.name + DOMAIN
+        line = {"hostname": host.name, "address": address, "port": host.proxy.port, "credentials": credentials}
+        return json.dumps(line) + "\n"
+
     def _add_host(self, name: str, seed: int) -> None:
         procedures = Path(__file__).with_name("procedures.py").read_text()
         limits = {"kill_grace": KILL_GRACE, **_HOSTS[name]}
         port = self._port()
         files = Harpd(self.run / name, procedures, {"network": {"port": port}, "limits": limits})
+        server_files(files.directory, ("127.0.0.1", "localhost", name + DOMAIN))
         environment = _marked(self.marks[name])
         frontend = Service(f"{name} frontend", files.command("frontend"), environment, files.log_file)
         log = files.directory / "supervisor.log"
@@ -212,6 +256,14 @@ class System:
         for reservation in self._reservations:
             reservation.close()
         return problems
+
+    def hang_lookups(self, host: str, hang: bool) -> None:
+        """Have the lookups of a host's name hang, or end."""
+        file = self._lookups / (host + DOMAIN)
+        if hang:
+            file.touch()
+        else:
+            file.unlink(missing_ok=True)
 
     def step_clock(self, seconds: float) -> None:
         """Change the dispatcher's wall clock by some seconds."""
