@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 import threading
 from collections.abc import Iterator
@@ -85,6 +86,21 @@ async def test_lookup_has_a_deadline_and_one_thread_per_name(names: NameService)
     assert names.asked == ["hang"]
     found = await resolver.resolve("localhost", 7, 30.0)
     assert {address[4][1] for address in found} == {7}
+
+
+async def test_lookup_without_a_thread_fails_and_can_be_repeated(names: NameService) -> None:
+    def no_thread(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    resolver = Resolver()
+    with pytest.MonkeyPatch.context() as full:
+        full.setattr(threading.Thread, "start", no_thread)
+        for outcome in await asyncio.gather(
+            *(resolver.resolve(name, 1, 60) for name in ("localhost", "other", "localhost")), return_exceptions=True
+        ):
+            assert isinstance(outcome, OSError)
+            assert outcome.errno == errno.ENOMEM
+    assert await resolver.resolve("localhost", 1, 60)
 
 
 async def test_lookups_of_slow_names_have_a_share(names: NameService, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ were slow before have a share of the threads, so that the others never wait for 
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 import threading
 from collections import deque
@@ -74,8 +75,14 @@ class Resolver:
             self._running += 1
             self._slow_running += lookup.slow
             # A thread of its own: a daemon that stops does not wait for it.
-            arguments = lookup, asyncio.get_running_loop()
-            threading.Thread(target=self._look_up, args=arguments, name="harpcaller resolver", daemon=True).start()
+            loop = asyncio.get_running_loop()
+            thread = threading.Thread(
+                target=self._look_up, args=(lookup, loop), name="harpcaller resolver", daemon=True
+            )
+            try:
+                thread.start()
+            except RuntimeError as error:  # no memory, or too many threads: the name can be looked up later
+                loop.call_soon(self._on_found, lookup, (), OSError(errno.ENOMEM, str(error)))
 
     def _look_up(self, lookup: _Lookup, loop: asyncio.AbstractEventLoop) -> None:
         """Look up the name; runs in the thread."""
