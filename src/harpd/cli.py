@@ -48,7 +48,7 @@ signals:
               (supervisor: start a new supervisor; the old one exits after its last call)
   TERM, INT   stop, see above; the calls that it ends have the error shutdown
 
-exit status: 0 success; 1 an error (one line on stderr), no supervisor runs (status), calls remain (drain);
+exit status: 0 success; 1 an error (one line on stderr; status: no supervisor runs), calls remain (drain);
 2 wrong usage; 3 the output cannot be written
 """
 
@@ -102,12 +102,12 @@ def _run_command(options: CommandLine) -> int:
 async def _control(client: SupervisorClient, command: str, deadline: float | None) -> int:
     """Send a command to the running supervisors; return the exit status."""
     replies = await client.request_all(command)
+    if not replies:
+        raise SupervisorNotRunning("the supervisor does not run")
     if command == "status":
         for reply in replies:
             print(json.dumps(reply))
-        return 0 if replies else 1
-    if not replies:
-        raise SupervisorNotRunning("the supervisor does not run")
+        return 0
     try:
         async with asyncio.timeout(deadline):
             while command == "drain":

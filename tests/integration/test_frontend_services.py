@@ -244,11 +244,9 @@ def test_commands_without_supervisor_report_it(tmp_path: Path) -> None:
     assert outcome.returncode == 1
     assert "runtime_directory: " in outcome.stderr
     harpd.runtime_directory.mkdir()
-    outcome = run(harpd, "status")
-    assert (outcome.returncode, outcome.stdout, outcome.stderr) == (1, "", "")
-    for command in ("drain", "resume"):
+    for command in ("status", "drain", "resume"):
         outcome = run(harpd, command)
-        assert (outcome.returncode, outcome.stderr) == (1, "harpd: the supervisor does not run\n")
+        assert (outcome.returncode, outcome.stdout, outcome.stderr) == (1, "", "harpd: the supervisor does not run\n")
 
 
 needs_temporary = pytest.mark.skipif(

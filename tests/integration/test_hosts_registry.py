@@ -379,6 +379,27 @@ async def test_script_much_shorter_output_is_refused(tmp_path: Path, script: Scr
         assert len(read_cache(tmp_path / "hosts.db").hosts) == len(valid)
 
 
+async def test_typing_error_removes_no_host(tmp_path: Path, script: Script) -> None:
+    """Only a list with as many mistakes as before may lack a host; a host may be added beside a mistake."""
+    lines = [host_line(1, f"h{number}") for number in range(4)]
+    script.does(*lines, "odd\n")
+    in_file = [host_line(1, f"f{number}") for number in range(4)]
+    file = hosts_file(tmp_path, *in_file, "odd\n")
+    async with refreshed(tmp_path, host_db_script=script.file, hosts_file=file) as registry:
+        assert await registry.refresh() == 8
+        for _ in range(2):
+            script.does(*lines[:3], lines[3].replace(",", "", 1), "odd\n")
+            with pytest.raises(RefreshFailed, match=r"refused: it has 3 hosts, 2 rejected lines .*:4: "):
+                await registry.refresh()
+        script.does(*lines[:3], "odd\n")
+        hosts_file(tmp_path, *in_file[:3], in_file[3].replace(",", "", 1), "odd\n", host_line(1, "f9"))
+        with pytest.raises(RefreshFailed, match=r"refused: it has 4 hosts, 2 rejected lines .*:4: "):
+            await registry.refresh()
+        assert names(registry) == ["f0", "f1", "f2", "f3", "h0", "h1", "h2"]
+        hosts_file(tmp_path, *in_file, "odd\n", "odd\n", host_line(1, "f9"))
+        assert await registry.refresh() == 8
+
+
 async def test_compare_shows_changes_and_makes_none(tmp_path: Path, script: Script) -> None:
     script.does(host_line(1, "a"), host_line(1, "b"))
     file = hosts_file(tmp_path, host_line(2, "c"))
@@ -419,10 +440,10 @@ async def test_registry_refuses_a_shorter_file_of_a_new_configuration(tmp_path: 
         await registry.read_changed_file()
         assert len(registry.list_hosts()) == 8
         assert str(second) in registry.problems()[0]
-        second.write_text(host_line(1, "x") * 5 + "".join(host_line(2, f"y{number}") for number in range(5)))
+        second.write_text(host_line(1, "x") + "".join(host_line(2, f"y{number}") for number in range(5)))
         await registry.read_changed_file()
         assert names(registry) == ["x", *(f"y{number}" for number in range(5))]
-        assert len(registry.problems()) == 4  # the repeated lines
+        assert registry.problems() == []
 
 
 async def test_registry_with_another_script_refreshes_at_once(tmp_path: Path, script: Script) -> None:

@@ -4,8 +4,9 @@ A host of `hosts_file` replaces a host with the same name from the script. The c
 line. It contains passwords, so only the daemon's user can read it. Passwords, invalid lines, and the stderr of a
 successful script are never logged.
 
-A job of a host that is missing ends as ``unknown_host``. A new list of hosts is therefore refused if it is empty or
-much shorter than the one in use, unless an administrator forces it. Spec: docs/settings-dispatcher.md, Hosts registry.
+A job of a host that is missing ends as ``unknown_host``. A new list of hosts is therefore refused if it is empty, much
+shorter than the one in use, or lacks a host and has more rejected lines, unless an administrator forces it. Spec:
+docs/settings-dispatcher.md, Hosts registry.
 """
 
 from __future__ import annotations
@@ -92,6 +93,7 @@ class CachedHosts:
 
     hosts: Mapping[str, Host] = field(default_factory=dict)  # by name
     refreshed_at: float = 0.0  # Unix time of the script's run; 0 makes a refresh due
+    rejected: Sequence[RejectedLine] = ()  # by the script's run; not in the file
 
 
 class HostChange(NamedTuple):
@@ -213,7 +215,7 @@ class HostsRegistry:
     async def refresh(self, force: bool = False) -> int:
         """Run the script, or wait for its current run, and read a changed file; return the number of hosts.
 
-        With `force`, lists are used even if they are empty or much shorter. Raises `RefreshFailed`.
+        With `force`, lists are used even if they are empty, shorter or have mistakes. Raises `RefreshFailed`.
         """
         task = self._refresh_task
         if task is None or force:
@@ -290,7 +292,7 @@ class HostsRegistry:
             self._script_rejected = printed.rejected
             if not force:
                 try:
-                    _check_size(self._cached.hosts, printed)
+                    _check_size(HostList(self._cached.hosts, self._cached.rejected), printed)
                 except ValueError as error:
                     raise RefreshFailed(f"{script}: {error}") from error
         except RefreshFailed as error:
@@ -298,7 +300,7 @@ class HostsRegistry:
             log.error("cannot refresh hosts registry", extra={"error": str(error)})
             raise
         self._script_error = None
-        self._cached = CachedHosts(printed.hosts, time.time())
+        self._cached = CachedHosts(printed.hosts, time.time(), printed.rejected)
         log.info("hosts registry refreshed", extra={"hosts": len(printed.hosts)})
         file = config.host_db
         try:
@@ -346,9 +348,11 @@ def _describe_source(
     }
 
 
-def _check_size(old: Mapping[str, Host], new: HostList) -> None:
-    """Raise ValueError if a list of hosts is empty or much shorter than the one in use."""
-    if old and len(new.hosts) < max(1, len(old) * _MIN_SHARE):
+def _check_size(in_use: HostList, new: HostList) -> None:
+    """Raise ValueError if a list of hosts is empty, much shorter than the one in use, or shorter by new mistakes."""
+    old = in_use.hosts
+    has_lost_host = len(new.rejected) > len(in_use.rejected) and not old.keys() <= new.hosts.keys()
+    if old and (has_lost_host or len(new.hosts) < max(1, len(old) * _MIN_SHARE)):
         rejected = f", {len(new.rejected)} rejected lines (the first: {new.rejected[0]})" if new.rejected else ""
         raise ValueError(
             f"refused: it has {len(new.hosts)} hosts{rejected}, and {len(old)} are in use; correct it, or accept it "
@@ -359,7 +363,7 @@ def _check_size(old: Mapping[str, Host], new: HostList) -> None:
 def _accept_file(old: HostList, new: HostList) -> None:
     if new.is_cut:
         raise ValueError("refused: it ends in the middle of a line; it may be incomplete")
-    _check_size(old.hosts, new)
+    _check_size(old, new)
 
 
 def _watch_hosts_file(config: Config, in_use: HostList | None = None) -> WatchedFile[HostList] | None:
