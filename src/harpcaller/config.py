@@ -8,6 +8,7 @@ Spec: docs/settings-dispatcher.md.
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from collections.abc import Iterator
@@ -177,5 +178,7 @@ def file_errors(config: Config, key: str) -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        if isinstance(error, PermissionError):
+            reason += f"; the user of this process (uid {os.geteuid()}) needs access"
         expected = f"expected a file that can be used, got {getattr(config, key)}"
         raise ConfigError(f"{config.file}: {key}: {expected}: {reason}") from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import msgspec
 import pytest
 
 from harp_daemon.settings import ConfigError
-from harpcaller.config import IGNORED_KEYS, KEYS, Address, Config, load
+from harpcaller.config import IGNORED_KEYS, KEYS, Address, Config, file_errors, load
 
 PAGE = Path(__file__).parents[2] / "docs" / "settings-dispatcher.md"
 
@@ -175,6 +177,14 @@ def _shown(value: Any) -> str:
         case Path():
             return f'"{value}"'
     return str(value)
+
+
+def test_missing_permission_names_the_user(tmp_path: Path) -> None:
+    """A daemon reads files as another user than the administrator who runs `--test`."""
+    config = Config(file=tmp_path / "toml", hosts_file=tmp_path / "hosts")
+    with pytest.raises(ConfigError, match=rf"hosts: Permission denied; .* \(uid {os.geteuid()}\) needs access$"):
+        with file_errors(config, "hosts_file"):
+            raise PermissionError(errno.EACCES, "Permission denied")
 
 
 def test_config_docs_list_every_key_and_default() -> None:
