@@ -29,8 +29,8 @@ _LENGTHS: Sequence[tuple[int, tuple[float, float]]] = (
 _MAX_SUPERVISOR_SUSPENSION = 6.0
 #: Maximum duration of a fault of the dispatcher in seconds: without it there is nothing to test.
 _MAX_DISPATCHER_FAULT = 12.0
-#: Maximum seconds of a crowd: the library tries again for 10 s.
-_MAX_CROWD = 6.0
+#: Seconds of a crowd, at least, because it needs time to arrive; and at most: the library tries again for 10 s.
+_MIN_CROWD, _MAX_CROWD = 2.0, 6.0
 #: Seconds without a new fault at the start, for the first jobs, and before the end; and seconds that a fault may last
 #: after the end.
 _LEAD, _TAIL, _OVER = 2.0, 1.0, 3.0
@@ -174,7 +174,7 @@ def _fault(rng: random.Random, kind: Kind | Mode, at: float, longest: float, hos
     if kind is Kind.SUSPEND_SUPERVISOR:
         length = min(length, _MAX_SUPERVISOR_SUSPENSION)
     elif kind is Kind.CROWD:
-        length = min(length, _MAX_CROWD)
+        length = min(max(length, _MIN_CROWD), _MAX_CROWD)
     elif kind in _DISPATCHER_KINDS:
         length = min(length, _MAX_DISPATCHER_FAULT)
     host = rng.choice(hosts)
