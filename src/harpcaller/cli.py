@@ -161,7 +161,8 @@ def _warn_of_hosts(status: Raw) -> None:
     for source in loads(status)["hosts_registry"].values():
         if isinstance(source, dict) and source["error"] is not None:
             age = "no hosts yet" if source["age"] is None else f"hosts are {source['age']:.0f} s old"
-            print(f"harpcallerd: warning: {source['error']} ({age})", file=sys.stderr)
+            name = "" if source["source"] in source["error"] else f"{source['source']}: "  # errors of a script have it
+            print(f"harpcallerd: warning: {name}{source['error']} ({age})", file=sys.stderr)
 
 
 def _print_problems(problems: list[str]) -> int:

@@ -252,6 +252,8 @@ def test_hosts_refresh_refuses_an_empty_file_until_forced(dispatcher: Harpcaller
         done = dispatcher.control(command)
         assert done.returncode == 1
         assert f"{dispatcher.hosts_file}: refused: it has 0 hosts, and 1 are in use; " in done.stderr
+        start = f"harpcallerd: warning: {dispatcher.hosts_file}: refused: "
+        assert dispatcher.control("status").stderr.startswith(start)
     assert dispatcher.listed("hosts-list") == before
     assert failure(dispatcher, "hosts-refresh", "--force", "--diff") == "force, diff: expected one of them, got both"
     assert dispatcher.listed("hosts-refresh", "--force") == []
