@@ -255,6 +255,17 @@ def test_own_children_are_left_to_the_procedure(harpd: Harpd) -> None:
         assert result(harpd, "own_children") == [[3, 5, 4, 6], True, 8]
 
 
+def test_own_children_are_left_if_python_loads_subprocess_at_its_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As a `.pth` file of a package or a ``sitecustomize`` may do."""
+    (tmp_path / "sitecustomize.py").write_text("import subprocess\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    with Harpd(tmp_path / "harpd", PROCEDURES + OWN) as other:
+        for _ in range(3):
+            assert result(other, "own_children") == [[3, 5, 4, 6], True, 8]
+
+
 def test_exit_handlers_run_in_reverse_order(harpd: Harpd, tmp_path: Path) -> None:
     assert result(harpd, "exit_handler", str(tmp_path / "path")) is None
     assert (tmp_path / "path").read_text() == "last registered\nfirst registered\n"

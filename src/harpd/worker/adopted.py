@@ -10,6 +10,7 @@ from __future__ import annotations
 import _posixsubprocess
 import _signal  # type: ignore[import-not-found]
 import os
+import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ class AdoptedChildren:
             setattr(os, name, self._recording(getattr(os, name), lambda result: result))
         os.forkpty = self._recording(os.forkpty, lambda result: result[0])
         _posixsubprocess.fork_exec = self._recording(_posixsubprocess.fork_exec, lambda result: result)
+        if subprocess := sys.modules.get("subprocess"):  # loaded at Python's start: it has the function itself
+            vars(subprocess)["_fork_exec"] = _posixsubprocess.fork_exec
 
     def install(self) -> None:
         """Install the handler: in the zygote, so that no worker has to."""
@@ -67,12 +70,13 @@ class AdoptedChildren:
     def _reap(self) -> None:
         if os.getpid() != self._worker:  # the zygote, or a child of the procedure
             return
-        self._waiting = bool(self._creating)
-        if self._waiting:
-            return
         try:
             with open(f"/proc/self/task/{self._worker}/children", "rb") as file:
                 children = {int(pid) for pid in file.read().split()}
+            # After the read: another thread may begin to create a process meanwhile.
+            self._waiting = bool(self._creating)
+            if self._waiting:
+                return
             for pid in children - self._own:
                 os.waitpid(pid, os.WNOHANG)
         except OSError:
