@@ -36,8 +36,8 @@ _MAX_MESSAGE_BYTES = 1 << 18
 #: How many pre-forked workers there are, unless calls have just used them up. With 2, more calls of 4 and 16 clients
 #: wait for a fork; with 8, they are not faster. Each uses 0.7 MB.
 _PREFORKED = 4
-#: Seconds for a fork or another reply, until an idle worker is shut down, and for the death of a zygote. The first two
-#: are checked every `_CHECK_INTERVAL` seconds.
+#: Seconds without a message while a fork or another reply is due, until an idle worker is shut down, and for the death
+#: of a zygote. The first two are checked every `_CHECK_INTERVAL` seconds.
 _FORK_TIMEOUT, _IDLE_TIMEOUT, _DEATH_TIMEOUT = 10.0, 10.0, 5.0
 _CHECK_INTERVAL = 2.0
 #: Signals that the supervisor ignores. They have their default effect in the zygote and in programs that it executes.
@@ -79,7 +79,8 @@ class ZygoteClient:
         self._idle_since: dict[WorkerProcess, float] = {}  # idle workers, the longest idle one first
         self._children: dict[int, WorkerProcess] = {}
         self._retired = self._stuck = False
-        self._pinged_at: float | None = None  # the time of the ping without a reply
+        self._pinged = False  # whether a ping has no reply yet
+        self._silent_checks = 0  # how many checks ago the zygote last sent a message, while a reply is due
         self._pidfds: dict[int, int] = {}  # of workers, by pid, if the zygote is stuck
         self.procedures: dict[str, ProcedureInfo] = {}  # by name; complete once it has loaded
         self._socket, zygote_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -177,11 +178,14 @@ class ZygoteClient:
         self.limit_idle(sum(since > now - _IDLE_TIMEOUT for since in self._idle_since.values()))
         if self._on_loaded is not None and now - self._created_at > LOAD_TIMEOUT:
             self.abort_load(f"loading took longer than {LOAD_TIMEOUT:g} s")
-        waiting_since = self._forking[0].created_at if self._forking else self._pinged_at
-        if waiting_since is not None and not self._stuck and now - waiting_since > _FORK_TIMEOUT:
+        # Checks are counted, not seconds: after a suspension of the system, the zygote has had no time to reply.
+        self._silent_checks += 1 if self._forking or self._pinged else -self._silent_checks
+        if self._stuck:
+            self._watch_workers()
+        elif self._silent_checks > _FORK_TIMEOUT / _CHECK_INTERVAL:
             self._on_stuck()
-        elif self._pinged_at is None and any(worker.served for worker in self._children.values()):
-            self._pinged_at = now
+        elif not self._pinged and any(worker.served for worker in self._children.values()):
+            self._pinged = True
             self._send({"ping": True})
         if self._socket.fileno() >= 0:
             self._loop.call_later(_CHECK_INTERVAL, self._check_repeatedly)
@@ -196,15 +200,24 @@ class ZygoteClient:
         log.error("zygote does not respond", extra={"zygote": self.pid, "seconds": _FORK_TIMEOUT})
         for worker in [*self._forking]:
             worker.on_fork_failed(f"cannot create a process: the zygote did not answer within {_FORK_TIMEOUT:g} s")
-        for pid in self._children:
-            with contextlib.suppress(ProcessLookupError):
-                self._pidfds[pid] = os.pidfd_open(pid)
-                self._loop.watch(self._pidfds[pid], READ, partial(self._on_unreported_death, pid))
-        for pid in self._children.keys() - self._pidfds.keys():
-            self._loop.call_soon(partial(self._on_unreported_death, pid))
         if not self._retired:
             self.retire()
             self._on_lost()
+        self._watch_workers()
+
+    def _watch_workers(self) -> None:
+        """Watch the workers of a zygote that is stuck; kill it if it has none."""
+        for pid in self._children.keys() - self._pidfds.keys():
+            try:
+                self._pidfds[pid] = os.pidfd_open(pid)
+            except ProcessLookupError:
+                self._loop.call_soon(partial(self._on_unreported_death, pid))
+            except OSError:
+                pass  # no descriptor is free; the next check tries again
+            else:
+                self._loop.watch(self._pidfds[pid], READ, partial(self._on_unreported_death, pid))
+        if not self._children:
+            self.kill()
 
     def _on_unreported_death(self, pid: int) -> None:
         """Report the death of a worker whose zygote is stuck."""
@@ -302,6 +315,7 @@ class ZygoteClient:
             self._on_message(loads(data))
 
     def _on_message(self, message: dict[str, Any]) -> None:
+        self._silent_checks = 0
         match message:
             case {"forked": pid}:
                 worker = self._children[pid] = self._forking.popleft()
@@ -312,7 +326,7 @@ class ZygoteClient:
                     dead_worker.on_reaped(status, cpu, memory)
                 self._close_if_done()
             case {"pong": _}:
-                self._pinged_at = None
+                self._pinged = False
             case {"failed": reason}:
                 self._forking.popleft().on_fork_failed(reason)
                 self._close_if_done()
