@@ -17,7 +17,7 @@ import pytest
 
 from harpd.supervisor.event_loop import EventLoop
 from harpd.supervisor.listener import Listener
-from harpd.supervisor.runtime_directory import default_runtime_directory
+from harpd.supervisor.runtime_directory import default_runtime_directory, open_runtime_directory
 from harpd.supervisor.state_files import StateFiles
 from support.daemonlog import DEADLINE
 from support.deadline import wait_until
@@ -44,6 +44,18 @@ def test_default_runtime_directory_is_not_cleaned(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert default_runtime_directory() == (None if expected is None else Path(expected))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_link_of_another_user_is_refused(tmp_path: Path) -> None:
+    """Its owner could have it refer to another directory later, with state files that name processes to kill."""
+    (tmp_path / "own").mkdir(mode=0o700)
+    link = tmp_path / "link"
+    link.symlink_to("own")
+    os.close(open_runtime_directory(link))
+    os.lchown(link, 1, 1)
+    with pytest.raises(PermissionError, match="link of user 1"):
+        open_runtime_directory(link)
 
 
 def remove_directory(directory: Path) -> None:

@@ -416,10 +416,10 @@ class Call:
     def _end_worker(self, number: signal.Signals = signal.SIGTERM) -> None:
         """Signal a worker that has written its closing line but does not exit: threads or exit handlers still run."""
         log.warning("process does not exit; sending signal", extra={**self._fields, "signal": number.name})
-        send_signal(number, self._worker.identity)
-        if number is not signal.SIGKILL:
+        if number is not signal.SIGKILL:  # first, because the signal may fail for want of a descriptor
             kill_worker = partial(self._end_worker, signal.SIGKILL)
             self._deadline = self._loop.call_later(self._settings["kill_grace"], kill_worker)
+        send_signal(number, self._worker.identity)
 
     # The end.
 

@@ -29,13 +29,20 @@ def open_runtime_directory(path: str | os.PathLike[str]) -> int:
     """Create the directory if it is missing; return a descriptor of it.
 
     The descriptor has a lock for which systemd-tmpfiles does not remove old files. Raises OSError, PermissionError also
-    if another user can write there: that user could impersonate the supervisor.
+    if another user can write there, or owns the symbolic link: that user could impersonate the supervisor.
     """
     Path(path).mkdir(mode=0o700, parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     status = os.fstat(descriptor)
+    try:  # after the open: its owner could have replaced a directory by the link
+        owner = Path(path).lstat().st_uid
+    except OSError:
+        os.close(descriptor)
+        raise
     reason = ""
-    if status.st_uid not in (0, os.geteuid()):
+    if owner not in (0, os.geteuid(), status.st_uid):
+        reason = f"link of user {owner}; that user could replace it"
+    elif status.st_uid not in (0, os.geteuid()):
         reason = f"owned by user {status.st_uid}; change the owner to the user that harpd runs as"
     elif status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         reason = "other users can write there; run chmod go-w"
