@@ -97,7 +97,7 @@ class FaultInjector:
         self._network: dict[str, Fault] = {}
         self._hanging: Counter[str] = Counter()
         self._rewriting = asyncio.Lock()
-        #: Each is held while the runtime directory of a host has state that exists nowhere else.
+        #: Each is held while the supervisors of a host need the files of their runtime directory, or have none there.
         self._state_files: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def run(self, faults: Iterable[Fault], begin: float) -> None:
@@ -161,8 +161,12 @@ class FaultInjector:
             case Kind.RELOAD_FRONTEND:
                 return host.frontend.send(signal.SIGHUP)
             case Kind.END_ALL_CALLS:
-                self.history.call_stops.append((host.name, now()))
-                return await _end(host.launcher, signal.SIGTERM, fault)
+                async with self._state_files[host.name]:  # the launcher finds the supervisors by their sockets
+                    pid = host.launcher.pid
+                    self.history.call_stops.append((host.name, now()))
+                    ended = await _end(host.launcher, signal.SIGTERM, fault)
+                    await self._wait_until(lambda: host.launcher.pid != pid)
+                    return ended
             case Kind.KILL_LAUNCHER:
                 return host.launcher.send(signal.SIGKILL)
             case Kind.RESTART_LAUNCHER:
