@@ -110,7 +110,8 @@ class Manager:
         with log.open("ab") as output:
             how |= {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output, "cwd": "/"}
             for command in unit.values.get("ExecStartPre", []):
-                if status := subprocess.run(shlex.split(command), **how, check=False).returncode:
+                status = subprocess.run(shlex.split(command.removeprefix("-")), **how, check=False).returncode
+                if status and not command.startswith("-"):
                     sys.exit(f"systemctl: {unit.name}: {command}: exit status {status}\n{log.read_text()}")
             ready = self._state / f"{unit.name}.ready"
             ready.unlink(missing_ok=True)
