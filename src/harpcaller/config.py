@@ -73,6 +73,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_connections: Count = 10_000  #: Maximum number of client connections.
     request_line: Bytes = 16 * 1024 * 1024  #: Maximum length of a request line in bytes.
     request_memory: Bytes = 256 * 1024 * 1024  #: Maximum total bytes of long requests that are being read or stored.
+    reply_memory: Bytes = 256 * 1024 * 1024  #: Maximum total bytes of long replies that clients have not read.
+    write_timeout: Seconds = 300.0  #: Seconds to read some of a long reply while others wait for `reply_memory`.
     idle_timeout: Seconds = 30.0  #: Maximum seconds to receive a request.
 
     stream_directory: Path = Path("/var/lib/harpcaller/stream")  #: Directory of jobs and records.

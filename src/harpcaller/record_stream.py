@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from harp.protocol.dispatcher import Continue
 from harp.protocol.ends import End
@@ -20,6 +20,14 @@ from harpcaller.store.sqlite import Store
 
 T = TypeVar("T")
 _BATCH_BYTES = 64 * 1024  #: Approximate number of bytes of records in one read from the store.
+
+
+class _JobState(NamedTuple):
+    """What a stream needs of a job. Its payloads would be in memory as long as the client reads records."""
+
+    records: int
+    has_ended: bool
+    end: End | None  # only when all records were returned
 
 
 class RecordStream:
@@ -47,7 +55,7 @@ class RecordStream:
         self._store = store
         self._notifier = notifier
         self._on_ready = on_ready
-        self._job: Job | None = None
+        self._job: _JobState | None = None
         self._batch: RecordBatch | None = None  # was read from the store, and is the next item
         self._error: BaseException | None = None
         self._reads = 0
@@ -73,7 +81,17 @@ class RecordStream:
             return None
         if job.end is not None:
             return job.end
+        if job.has_ended:
+            self._read_job()  # now with its end
+            return None
         return None if self._wait else Continue()
+
+    def put_back(self, item: RecordBatch | End | Continue) -> None:
+        """Discard the item that `next_item` has returned last: it is read from the store when it is requested again."""
+        if isinstance(item, RecordBatch):
+            self._next = item.first
+        elif self._job is not None:
+            self._job = self._job._replace(end=None)
 
     def stop_waiting(self) -> None:
         """End with the records and the end that are stored now."""
@@ -84,6 +102,9 @@ class RecordStream:
     def close(self) -> None:
         """End the subscription; no further item is requested."""
         self._wait = False
+        self._batch = None
+        if self._job is not None:
+            self._job = self._job._replace(end=None)
         if self._subscription is not None:
             self._subscription = None
             self._notifier.unsubscribe(self._job_id, self._on_published)
@@ -102,8 +123,9 @@ class RecordStream:
         if known is None and self._recent is not None:
             self._next = max(0, job.records - self._recent)
         # Reads may be completed in another order.
-        if known is None or job.end is not None or (known.end is None and job.records >= known.records):
-            self._job = job
+        if known is None or job.end is not None or (not known.has_ended and job.records >= known.records):
+            end = None if self._next < job.records else job.end
+            self._job = _JobState(job.records, job.end is not None, end)
 
     def _on_batch(self, records: Records) -> None:
         if records:

@@ -54,7 +54,9 @@ class ClientServer(Server):
         self._dispatcher = dispatcher
         refusal = protocol.Refused("too_many_connections", "more clients are connected than max_connections allows")
         rejection, memory = protocol.encode_reply(refusal), dispatcher.config.request_memory
-        super().__init__(lambda: dispatcher.config.max_connections, rejection, memory)
+        super().__init__(
+            lambda: dispatcher.config.max_connections, rejection, memory, lambda: dispatcher.config.reply_memory
+        )
         self._loopback_logged = False
 
     def serve(self, listeners: Sequence[Listener]) -> None:
@@ -75,6 +77,9 @@ class ClientServer(Server):
         config = self._dispatcher.config
         return config.request_line, config.idle_timeout
 
+    def _write_timeout(self) -> float:
+        return self._dispatcher.config.write_timeout
+
     # Requests. Those of the usual path need no task.
 
     def _on_request(self, connection: Connection, line: bytes) -> None:
@@ -94,7 +99,7 @@ class ClientServer(Server):
                 case protocol.Call():
                     self._submit(connection, request)
                 case protocol.GetResult(wait=True):
-                    self._wait_for_result(connection, request.job)
+                    self._wait_for_result(connection, request)
                 case protocol.FollowStream() | protocol.ReadStream():
                     self._send_records(connection, request)
                 case _:
@@ -112,27 +117,29 @@ class ClientServer(Server):
         submitted = self._dispatcher.submit(request, connection.client, connection.received_at)
         submitted.add_done_callback(on_submitted)
 
-    def _wait_for_result(self, connection: Connection, job: str) -> None:
+    def _wait_for_result(self, connection: Connection, request: protocol.GetResult) -> None:
         """Reply with the end of a job when it has ended. A client that disconnects gets an end that is stored."""
+        job = request.job
 
         def on_end(waiting: asyncio.Future[End]) -> None:
+            connection.forget_disconnect()  # it has the end in its memory
             if waiting.cancelled():
-                connection.run(self._send_stored_end(connection, job))
+                connection.run(self._send_stored_end(connection, request))
             elif (error := waiting.exception()) is not None:
                 self._on_failed(connection, error)
             else:
-                self._reply(connection, waiting.result())
-                self._dispatcher.record_delivery(job, connection.received_at)
+                if self._reply_if_room(connection, waiting.result(), request):
+                    self._dispatcher.record_delivery(job, connection.received_at)
 
         waiting = self._dispatcher.result(job)
         waiting.add_done_callback(on_end)
         connection.on_disconnect(waiting.cancel)
 
-    async def _send_stored_end(self, connection: Connection, job: str) -> None:
-        end = (await self._dispatcher.get_job(job)).end
+    async def _send_stored_end(self, connection: Connection, request: protocol.GetResult) -> None:
+        end = (await self._dispatcher.get_job(request.job)).end
         if end is None:
             raise ClientDisconnected
-        self._reply(connection, end)
+        self._reply_if_room(connection, end, request)
 
     async def _send_reply(self, connection: Connection, request: protocol.Request) -> None:
         dispatcher = self._dispatcher
@@ -150,7 +157,10 @@ class ClientServer(Server):
                 reply = _status(await dispatcher.get_job(job))
             case protocol.GetDetails(job):
                 reply = protocol.Details(await dispatcher.details(job))
-        self._reply(connection, reply)
+        if isinstance(request, (protocol.GetResult, protocol.GetStatus, protocol.GetDetails)):
+            self._reply_if_room(connection, reply, request)
+        else:
+            self._reply(connection, reply)
 
     async def _wait_stopped(self, connection: Connection, job: str) -> Envelope | None:
         """Return the state of a job's stop when it is final; None if the job was not stopped."""
@@ -170,12 +180,18 @@ class ClientServer(Server):
         """Send the records of a job as fast as the client reads them, then its end."""
 
         def send_more() -> None:
+            if connection.is_waiting_for_memory:
+                return
             try:
                 while connection.is_sent and not connection.is_closing:
                     item = stream.next_item()
                     if item is None:
                         return
-                    send(item)
+                    line = item.lines(request.timed) if isinstance(item, RecordBatch) else protocol.encode_reply(item)
+                    if not connection.reserve(len(line), send_more):
+                        stream.put_back(item)
+                        return
+                    send(item, line)
             except Exception as error:  # noqa: BLE001 - the client gets it
                 self._on_failed(connection, error)
             if connection.is_closing:
@@ -183,29 +199,42 @@ class ClientServer(Server):
             else:
                 connection.on_sent = send_more
 
-        def send(item: RecordBatch | End | protocol.Continue) -> None:
-            if isinstance(item, RecordBatch):
-                connection.write(item.lines(request.timed))
-            elif isinstance(item, protocol.Continue) and follow:
+        def send(item: RecordBatch | End | protocol.Continue, line: bytes) -> None:
+            if isinstance(item, protocol.Continue) and follow:
                 connection.abort()  # the client disconnected before the end
-            else:
-                connection.write(protocol.encode_reply(item))
+                return
+            connection.write(line)
+            if not isinstance(item, RecordBatch):
+                stream.close()
                 connection.close()
 
         follow = isinstance(request, protocol.FollowStream)
         stream = self._dispatcher.stream(request.job, request.since, request.recent, follow, send_more)
-        connection.on_disconnect(stream.stop_waiting)
+        connection.on_disconnect(lambda: stream.close() if connection.is_closing else stream.stop_waiting())
 
     # Replies.
 
-    def _reply(self, connection: Connection, reply: protocol.Reply) -> None:
-        """Send the only reply to a request, and wait for the next request if the client has asked for that."""
+    def _reply_if_room(self, connection: Connection, reply: protocol.Reply, request: protocol.Request) -> bool:
+        """Send the only reply to a request that reads; without memory for it, answer the request again later."""
+        return self._reply(
+            connection, reply, lambda: self._execute(connection, lambda: (request, connection.keep_alive))
+        )
+
+    def _reply(self, connection: Connection, reply: protocol.Reply, retry: Callable[[], object] | None = None) -> bool:
+        """Send the only reply to a request, and wait for the next request if the client has asked for that.
+
+        With `retry`, return False if there is no memory for the reply; it is called when there is some.
+        """
         keep_alive = connection.keep_alive and not connection.has_extra_input and not self.acceptor.near_capacity
-        connection.write(protocol.encode_reply(reply, self._dispatcher.config.idle_timeout if keep_alive else None))
+        line = protocol.encode_reply(reply, self._dispatcher.config.idle_timeout if keep_alive else None)
+        if retry is not None and not connection.reserve(len(line), retry):
+            return False
+        connection.write(line)
         if keep_alive:
             connection.read_request()
         else:
             connection.close()
+        return True
 
     def _on_failed(self, connection: Connection, error: BaseException) -> None:
         client = connection.client

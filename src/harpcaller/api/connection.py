@@ -4,7 +4,8 @@ A connection reads a request line, then its server answers it, then it reads the
 
 - A reply is written at once. The bytes that do not fit in the kernel's buffer are sent when they do, and a server that
   sends a long reply waits for that after each piece (`Connection.on_sent`). A client that does not read therefore
-  costs one piece of a reply and delays only itself.
+  costs one piece of a reply and delays only itself. Long pieces of all clients share a limited memory: see
+  `reply_memory`. A client that has one and reads nothing for some time is disconnected if others wait for memory.
 - Data that a client sends between its request and the reply is discarded, and the connection then serves no further
   request.
 - A client that closes its side counts as disconnected: nothing is waited for on its behalf, but data that is available
@@ -14,6 +15,7 @@ A connection reads a request line, then its server answers it, then it reads the
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import time
 from abc import ABC, abstractmethod
@@ -26,6 +28,9 @@ from harp_daemon.acceptor import Acceptor
 from harp_daemon.memory_quota import MemoryQuota, Reservation
 from harp_daemon.sockets import Listener
 from harp_daemon.timer_wheel import Timer, TimerWheel
+from harpcaller.api.reply_memory import ReplyMemory, ReplyShare
+
+log = logging.getLogger(__name__)
 
 _READ_BYTES = 64 * 1024
 _CLOSE_TIMEOUT = 2.0  #: Maximum seconds for a client to read the last reply and close.
@@ -41,11 +46,18 @@ class Server(ABC):
     """A server of client connections: it answers each request, then calls `Connection.read_request` or `close`.
 
     A connection over `max_connections` receives the line `rejection`. `request_memory` is the maximum total bytes of
-    long requests that are being received or answered.
+    long requests that are being received or answered, `reply_memory` returns that of long replies.
     """
 
-    def __init__(self, max_connections: Callable[[], int], rejection: bytes, request_memory: int) -> None:
+    def __init__(
+        self,
+        max_connections: Callable[[], int],
+        rejection: bytes,
+        request_memory: int,
+        reply_memory: Callable[[], int],
+    ) -> None:
         self.memory = MemoryQuota(request_memory)
+        self.reply_memory = ReplyMemory(reply_memory)
         self.timers = TimerWheel()
         self._rejection = rejection
         self.acceptor = Acceptor(self._connect, self._serve, self._reject, max_connections, rejection)
@@ -53,6 +65,10 @@ class Server(ABC):
     @abstractmethod
     def _request_limits(self) -> tuple[int, float]:
         """Return the maximum length of a request line in bytes, and the maximum seconds to receive it."""
+
+    @abstractmethod
+    def _write_timeout(self) -> float:
+        """Return for how many seconds a client may read nothing of a long reply while others wait for memory."""
 
     @abstractmethod
     def _on_request(self, connection: Connection, line: bytes) -> None:
@@ -107,6 +123,7 @@ class Connection:
         self._socket = accepted
         self._server = server
         self._memory = Reservation(server.memory)
+        self._reply_share = ReplyShare(server.reply_memory)
         self._timer: Timer | None = None
         self._loop = asyncio.get_running_loop()
         self._is_reading = False
@@ -126,10 +143,11 @@ class Connection:
     def read_request(self) -> None:
         """Wait for the next request, after all of the last reply was sent."""
         self._on_disconnect = None
-        self.release_memory()
         if self._unsent is not None:
             self.on_sent = self.read_request
-        elif self.disconnected:
+            return
+        self.release_memory()
+        if self.disconnected:
             self.abort()
         else:
             self._is_reading = True
@@ -146,6 +164,10 @@ class Connection:
         self._on_disconnect = notify
         if self.disconnected:
             self._notify_disconnected()
+
+    def forget_disconnect(self) -> None:
+        """Do not call the function of `on_disconnect` any more."""
+        self._on_disconnect = None
 
     def _notify_disconnected(self) -> None:
         notify, self._on_disconnect = self._on_disconnect, None
@@ -223,11 +245,32 @@ class Connection:
     def _end_reading(self) -> None:
         self._is_reading = False
         self._lines = None
+        self._cancel_timer()
+
+    def _cancel_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
     # Replies.
+
+    def reserve(self, length: int, retry: Callable[[], object]) -> bool:
+        """Reserve memory for data of `length` bytes that is written next; return False if there is none now.
+
+        Then the caller discards the data, and `retry` is called when it is to be built again, unless the connection is
+        closed before.
+        """
+
+        def retry_if_open() -> None:
+            if not self.closed.done():
+                retry()
+
+        return self.closed.done() or self._reply_share.reserve(length, retry_if_open)
+
+    @property
+    def is_waiting_for_memory(self) -> bool:
+        """Whether the `retry` of `reserve` will be called."""
+        return self._reply_share.is_waiting
 
     def write(self, data: bytes | memoryview) -> None:
         """Send data. All of the data before must have been sent: see `on_sent`."""
@@ -244,6 +287,22 @@ class Connection:
         if sent < len(data):
             self._unsent = memoryview(data)[sent:]
             self._loop.add_writer(self._socket.fileno(), self._on_writable)
+            if self._reply_share.size and self._timer is None:
+                self._watch_reader(None)
+        elif self._reply_share.size:
+            self._cancel_timer()
+            self._reply_share.release()
+
+    def _watch_reader(self, unsent_before: int | None) -> None:
+        """Disconnect a client that has read nothing since the last check, if others wait for memory."""
+        assert self._unsent is not None
+        unsent = len(self._unsent)
+        if unsent == unsent_before and self._server.reply_memory.is_short:
+            log.info("client does not read", extra={"peer": self.client, "unsent": unsent})
+            self.abort()
+        else:
+            seconds = self._server._write_timeout()
+            self._timer = self._server.timers.call_later(seconds, lambda: self._watch_reader(unsent))
 
     @property
     def is_sent(self) -> bool:
@@ -333,6 +392,7 @@ class Connection:
         self._socket.close()
         self.release_memory()
         self._unsent = None
+        self._reply_share.release()
         if self._task is not None and self._task is not asyncio.current_task():
             self._task.cancel()
         self._notify_sent()

@@ -46,13 +46,17 @@ class ControlServer(Server):
         self, dispatcher: Dispatcher, stop: Callable[[], None], reload: Callable[[], Awaitable[list[str]]]
     ) -> None:
         rejection = _line(error="too many connections to the control socket")
-        super().__init__(lambda: _MAX_CONNECTIONS, rejection, _MAX_CONNECTIONS * _MAX_REQUEST)
+        memory = _MAX_CONNECTIONS * _MAX_REQUEST
+        super().__init__(lambda: _MAX_CONNECTIONS, rejection, memory, lambda: memory)
         self._dispatcher = dispatcher
         self._stop_daemon = stop
         self._reload_daemon = reload
 
     def _request_limits(self) -> tuple[int, float]:
         return _MAX_REQUEST, _IDLE_TIMEOUT
+
+    def _write_timeout(self) -> float:
+        return _IDLE_TIMEOUT
 
     def _on_request(self, connection: Connection, line: bytes) -> None:
         connection.run(self._run_command(connection, line))

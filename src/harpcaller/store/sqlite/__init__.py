@@ -78,7 +78,7 @@ def _reads(
         if self._closed:
             return self._closed_error()
         loop = asyncio.get_running_loop()
-        return loop.run_in_executor(self._threads, self._read, lambda db: verb(db, *args, **kwargs))
+        return loop.run_in_executor(self._threads, self._read, loop, lambda db: verb(db, *args, **kwargs))
 
     return method
 
@@ -168,10 +168,14 @@ class Store:
         failed.set_exception(StorageError(f"{self.path}: the store is closed"))
         return failed
 
-    def _read(self, verb: Callable[[sqlite3.Connection], T]) -> T:
+    def _read(self, loop: asyncio.AbstractEventLoop, verb: Callable[[sqlite3.Connection], T]) -> T:
         connection = self._idle_readers.get()
         try:
             with storage_errors(self.path):
                 return verb(connection)
         finally:
-            self._idle_readers.put(connection)
+            try:
+                # In the loop's turn that uses the result, so that a busy loop has few results, which may be long.
+                loop.call_soon_threadsafe(self._idle_readers.put, connection)
+            except RuntimeError:  # the loop is closed
+                self._idle_readers.put(connection)
