@@ -238,7 +238,7 @@ def test_start_with_unloadable_file_exits(tmp_path: Path) -> None:
 @pytest.mark.root
 def test_full_runtime_directory_refuses_calls_until_space_is_free(tmp_path: Path) -> None:
     supervisor = Supervisor(tmp_path, PROCEDURES)
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(supervisor.runtime_directory)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k,mode=0700", "tmpfs", str(supervisor.runtime_directory)]
     if subprocess.run(mount, check=False, capture_output=True).returncode:
         pytest.skip("needs to be root, with the right to mount")
     try:
