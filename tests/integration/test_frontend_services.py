@@ -43,15 +43,6 @@ def records(client: LineClient, most: int | None = None) -> list[Any]:
     return found
 
 
-def closing_line(client: LineClient) -> Any:
-    """Return the closing line; release the call, after which the connection closes."""
-    while not (line := client.message()).keys() & {"result", "exception", "error"}:
-        pass
-    client.send({"release": True})
-    assert client.lines() == []
-    return line
-
-
 def pid_of(path: Path) -> int:
     return int(wait_until(lambda: path.exists() and path.read_text(), DEADLINE, "the call's process"))
 
@@ -68,7 +59,7 @@ def finish(harpd: Harpd, call: str, path: Path) -> Any:
     with harpd.attach(call) as client:
         client.message()
         path.with_name(f"{path.name}.go").touch()
-        return closing_line(client)
+        return client.closing_line()
 
 
 def run(harpd: Harpd, *options: str) -> subprocess.CompletedProcess[str]:
@@ -89,7 +80,7 @@ def test_stream_survives_sigkill_of_the_frontend(harpd: Harpd, tmp_path: Path) -
     with client:
         client.message()
         seen += records(client)
-        assert closing_line(client) == {"result": len(seen)}
+        assert client.closing_line() == {"result": len(seen)}
     assert seen == list(range(len(seen)))
 
 
@@ -187,7 +178,7 @@ def test_frontend_reload_reaches_the_supervisor(harpd: Harpd) -> None:
     assert harpd.status()["supervisor"] == before
     with harpd.start_resumable("version") as client:
         assert client.message()["call"]["kill_grace"] == 7
-        closing_line(client)
+        client.closing_line()
 
 
 def test_dead_supervisor_is_replaced_with_current_settings(harpd: Harpd) -> None:
@@ -198,7 +189,7 @@ def test_dead_supervisor_is_replaced_with_current_settings(harpd: Harpd) -> None
     assert version(harpd) == {"result": 1}
     with harpd.start_resumable("version") as client:
         assert client.message()["call"]["kill_grace"] == 7
-        closing_line(client)
+        client.closing_line()
 
 
 def test_frontend_without_supervisor_waits_then_replies_error(harpd: Harpd) -> None:

@@ -88,7 +88,7 @@ def test_cleaned_runtime_directory_costs_no_call(tmp_path: Path, clean: Callable
         assert call in harpd.list_calls()["calls"]
         (tmp_path / "go").touch()
         with harpd.attach(call) as again:
-            assert any("result" in line for line in again.lines())
+            assert again.closing_line() == {"result": "there"}
 
 
 @pytest.mark.parametrize("clean", [remove_directory, remove_active_socket])
@@ -168,7 +168,7 @@ def test_state_file_of_a_cleaned_directory_has_the_calls(tmp_path: Path) -> None
         os.kill(supervisor, signal.SIGKILL)
         wait_until(lambda: any(harpd.statuses()), DEADLINE, "the next supervisor")
         with harpd.attach(call) as again:
-            assert again.lines()[-1]["error"]["type"] == "call_died"
+            assert again.closing_line()["error"]["type"] == "call_died"
 
 
 @pytest.mark.skipif(not shutil.which("systemd-tmpfiles"), reason="systemd-tmpfiles is not installed")

@@ -415,6 +415,14 @@ class LineClient:
         """Return all lines until harpd closes, decoded."""
         return [json.loads(line) for line in self.raw_lines()]
 
+    def closing_line(self) -> Any:
+        """Return the closing line of its resumable call; release the call, after which harpd closes."""
+        while not (line := self.message()).keys() & {"result", "exception", "error"}:
+            pass
+        self.send({"release": True})
+        assert self.lines() == []
+        return line
+
     def close(self) -> None:
         """Close the connection."""
         self.socket.close()
