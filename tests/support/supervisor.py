@@ -117,7 +117,7 @@ class Supervisor:
         # Through a descriptor, because a socket's address has at most 107 bytes.
         self._directory = os.open(self.runtime_directory, os.O_PATH | os.O_DIRECTORY)
         self._address = f"/proc/self/fd/{self._directory}/{ACTIVE_SOCKET}"
-        (self.runtime_directory / ACTIVE_SOCKET).unlink(missing_ok=True)
+        self._earlier_socket = self._find_socket()
         self._lifeline, inherited_end = socket.socketpair()
         limit = [] if descriptors is None else ["prlimit", f"--nofile={descriptors[0]}:{descriptors[1]}"]
         limit += [] if self.user is None else as_user(self.user)
@@ -148,7 +148,14 @@ class Supervisor:
         return self
 
     def _accepts_calls(self) -> bool:
-        return (self.runtime_directory / ACTIVE_SOCKET).exists()
+        return self._find_socket() not in (None, self._earlier_socket)
+
+    def _find_socket(self) -> int | None:
+        """Return the inode of the socket of new calls, which may be that of an earlier supervisor."""
+        try:
+            return (self.runtime_directory / ACTIVE_SOCKET).stat().st_ino
+        except FileNotFoundError:
+            return None
 
     def wait(self) -> int:
         """Wait until it and its zygotes have ended; return its exit status."""
