@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from harpd.supervisor.runtime_directory import default_runtime_directory
 from support.daemonlog import DEADLINE
 from support.deadline import wait_until
 from support.harpd import Harpd, LineClient, is_dead
@@ -240,15 +239,9 @@ def test_commands_without_supervisor_report_it(tmp_path: Path) -> None:
         assert (outcome.returncode, outcome.stdout, outcome.stderr) == (1, "", "harpd: the supervisor does not run\n")
 
 
-needs_temporary = pytest.mark.skipif(
-    default_runtime_directory() is not None, reason="this user has a default runtime directory"
-)
-
-
-@needs_temporary
 @pytest.mark.parametrize("command", ["frontend", "supervisor", "status", "drain", "resume"])
 def test_commands_without_runtime_directory_report_it(tmp_path: Path, command: str) -> None:
-    harpd = Harpd(tmp_path / "harpd", PROCEDURES, {"runtime_directory": None})
+    harpd = Harpd(tmp_path / "harpd", PROCEDURES).without_runtime_directory()
     outcome = run(harpd, command)
     assert outcome.returncode == 1
     (line,) = outcome.stderr.splitlines()
@@ -276,9 +269,8 @@ def test_calls_survive_sigkill_of_the_single_program(tmp_path: Path) -> None:
         wait_until(lambda: len(harpd.statuses()) == 1, DEADLINE, "the end of the older supervisor")
 
 
-@needs_temporary
 def test_temporary_runtime_directory_ends_calls_with_harpd(tmp_path: Path) -> None:
-    harpd = Harpd(tmp_path / "harpd", PROCEDURES, {"runtime_directory": None})
+    harpd = Harpd(tmp_path / "harpd", PROCEDURES).without_runtime_directory()
     harpd.start()
     with harpd.connect() as client:
         client.send(harpd.request("pid_then_wait", [str(tmp_path / "call")]))

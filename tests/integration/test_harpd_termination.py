@@ -20,7 +20,6 @@ import psutil
 import pytest
 
 from harpd.supervisor.frames import CLOSED, HANG_UP, PREFACE, START, Frame, FrameBuffer, encode_frame
-from harpd.supervisor.runtime_directory import default_runtime_directory
 from harpd.supervisor.state_files import ENTRY_SIZE, Purpose, encode_entry
 from support.calls import nothing_is_left
 from support.daemonlog import DEADLINE
@@ -484,10 +483,8 @@ def test_frontend_death_stops_bound_calls(own: Harpd, notes: Path) -> None:
     assert len(own.events("launcher exited; resumable calls continue")) == 1
 
 
-@pytest.mark.skipif(default_runtime_directory() is not None, reason="this user has a default runtime directory")
 def test_frontend_death_without_directory_stops_all(own: Harpd, notes: Path) -> None:
-    own.configure({"runtime_directory": None})
-    own.start()
+    own.without_runtime_directory().start()
     with own.connect() as client:
         client.send(own.request("resists", [str(notes)]))
         wait_word(notes, "ready")

@@ -26,6 +26,7 @@ import yaml
 from support.certificates import server_files
 from support.daemonlog import DEADLINE, DaemonLog
 from support.deadline import wait_until
+from support.other_user import as_user
 
 _LOGGING: dict[str, Any] = {
     "version": 1,
@@ -82,6 +83,7 @@ class Harpd(DaemonLog):
         self._frontend: subprocess.Popen[bytes] | None = None
         self._services = services
         self._launcher: subprocess.Popen[bytes] | None = None
+        self._prefix: list[str] = []
         self.procedures_file.write_text(procedures)
         self._stderr = stderr
         logging: dict[str, Any] = _LOGGING
@@ -117,9 +119,19 @@ class Harpd(DaemonLog):
             configuration[name] = {**usual, **section} if merged and usual is not None else section
         self.config_file.write_text(yaml.safe_dump(configuration))
 
+    def without_runtime_directory(self) -> Harpd:
+        """Configure no runtime directory, for a user without a default one: another user if the test's is root."""
+        self.configure({"runtime_directory": None})
+        self._prefix = ["env", "-u", "XDG_RUNTIME_DIR", "-u", "RUNTIME_DIRECTORY"]
+        if os.geteuid() == 0:
+            self._prefix += as_user(4242)
+            self.directory.parent.chmod(0o777)  # for the files that its calls write
+        return self
+
     def command(self, *options: str) -> list[str]:
         """Return the program's command line."""
         return [
+            *self._prefix,
             *(sys.executable, "-P", "-m", "harpd.cli"),
             *("--config", str(self.config_file), "--procedures", str(self.procedures_file)),
             *("--logging", str(self.logging_file), *self._options, *options),

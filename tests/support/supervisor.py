@@ -37,6 +37,7 @@ from harpd.supervisor.frames import (
 )
 from harpd.supervisor.listener import ACTIVE_SOCKET
 from support.deadline import wait_until
+from support.other_user import as_user
 from support.state_entries import read_entries
 
 #: Seconds within which everything must happen; a test that succeeds does not wait for them.
@@ -416,13 +417,6 @@ class Channel(Connection):
         self.hang_up()
         while self._receive():
             pass
-
-
-def as_user(user: int) -> list[str]:
-    """Return a command prefix that runs a command as this user, who may read every file, for example this Python."""
-    reading = "+dac_read_search"
-    ids = ["--reuid", str(user), "--regid", str(user), "--clear-groups"]
-    return ["setpriv", *ids, "--inh-caps", reading, "--ambient-caps", reading]
 
 
 def is_running(process: psutil.Process) -> bool:
