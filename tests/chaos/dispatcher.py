@@ -111,10 +111,10 @@ def _sabotage_store(wrap: Callable[[Store], _Sabotaged]) -> None:
 
 
 def _use_half_hosts() -> None:
-    """Have a hosts file used at once, also if it ends in the middle of a line."""
+    """Have a hosts file used at once, also if it ends in the middle of a line, which counts as no mistake."""
     real = registry.parse_hosts
     watched_file.SETTLE_SECONDS = 0.0
-    registry.parse_hosts = lambda *arguments: replace_fields(real(*arguments), is_cut=False)
+    registry.parse_hosts = lambda *arguments: replace_fields(real(*arguments), is_cut=False, rejected=())
 
 
 def _block_on_log() -> None:
