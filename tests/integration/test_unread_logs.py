@@ -138,5 +138,5 @@ def fail(count):
     configuration = {"limits": {"output_lines": 5}, "exit_info": {"stderr": True}}
     with Harpd(tmp_path, PROCEDURES + own, configuration) as harpd:
         with harpd.start_resumable("fail", 5000) as client:
-            line = next(line for line in client.lines() if "exit_info" in line)
+            line = next(line for line in iter(client.message, None) if "exit_info" in line)
         assert line["exit_info"]["stderr"] == [str(number) for number in range(4980, 5000)]
