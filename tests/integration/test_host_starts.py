@@ -205,12 +205,13 @@ async def test_only_tried_jobs_count_the_time_before_a_restart(tmp_path: Path, p
 
 
 async def test_time_behind_others_of_the_queue_does_not_count(tmp_path: Path, port: int) -> None:
-    queue = {"queue": {"q": 1}}
+    queue = {"q": 1}
     with reserved_port() as other:
         lines = host_line(port), host_line(other, "web02")
         async with running(tmp_path, *lines, resumable_calls=True, connect_timeout=5) as dispatcher:
-            first = await submitted(dispatcher, host="web02", start_within=LONG, concurrency=2, **queue)
-            behind = await submitted(dispatcher, start_within=2, **queue)
+            # In one request, so that both get a slot before the first start fails.
+            long = call(host="web02", start_within=LONG, concurrency=2, queue=queue)
+            first, behind = await dispatcher.submit_many([long, call(start_within=2, queue=queue)], "test")
             await until(dispatcher, behind, lambda job: job.tried is not None, "the first attempt")
             await waiting(dispatcher, first)
             await asyncio.sleep(2.0)  # longer than it may wait for its host
