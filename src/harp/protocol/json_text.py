@@ -270,12 +270,16 @@ def encode_value(value: JSON) -> bytes:
     return text
 
 
+#: The type of keys that cannot become equal.
+_TEXT = frozenset({str})
 #: The ends of the keys that a number, a boolean or None becomes.
 _KEY_ENDS = [b'%b":' % end for end in (*(b"%d" % digit for digit in range(10)), b"true", b"false", b"null")]
 
 
 def _may_repeat_key(value: JSON, text: bytes) -> bool:
     """Return whether two keys of an object may have become equal; rarely true, and fast."""
+    if type(value) is dict and text.find(b"{", 1) < 0 and _TEXT.issuperset(map(type, value)):
+        return False  # the usual record: a single object, whose keys are strings
     if not any(end in text for end in _KEY_ENDS):
         return False
     try:  # only a string and another type can become equal; these cannot be sorted
