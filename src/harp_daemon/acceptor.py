@@ -32,7 +32,7 @@ _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
 class Acceptor(Generic[C]):
-    """Accepts connections. `connect` makes one of an accepted socket and the name of its peer.
+    """Accepts connections. `connect` makes one of an accepted socket, the name of its peer, and the listener.
 
     `serve` serves and closes a connection: a coroutine, or a future that is done when the connection is closed, and
     whose cancellation closes it. `reject` sends the reply to a connection over the limit and closes it; while too many
@@ -41,7 +41,7 @@ class Acceptor(Generic[C]):
 
     def __init__(
         self,
-        connect: Callable[[socket.socket, str], C],
+        connect: Callable[[socket.socket, str, Listener], C],
         serve: Callable[[C], Awaitable[None]],
         reject: Callable[[C], Awaitable[None]],
         max_connections: Callable[[], int],
@@ -110,7 +110,7 @@ class Acceptor(Generic[C]):
                 return
             try:
                 configure_socket(accepted)
-                self._admit(accepted, peer_name(accepted, address))
+                self._admit(accepted, peer_name(accepted, address), listener)
             except OSError:  # the peer has closed it already
                 accepted.close()
 
@@ -118,16 +118,16 @@ class Acceptor(Generic[C]):
         if listener in self._listeners:
             asyncio.get_running_loop().add_reader(listener.socket, self._accept, listener)
 
-    def _admit(self, accepted: socket.socket, peer: str) -> None:
+    def _admit(self, accepted: socket.socket, peer: str, listener: Listener) -> None:
         count, limit = len(self._serving), self._max_connections()
         over = count >= limit
         if over and not self._crowded:
             log.warning("too many connections", extra={"connections": count})
         self._crowded = over or (self._crowded and count > _CALM_SHARE * limit)
         if not over:
-            self._start(self._serving, self._serve, self._connect(accepted, peer))
+            self._start(self._serving, self._serve, self._connect(accepted, peer, listener))
         elif len(self._rejecting) < _MAX_REJECTING:
-            self._start(self._rejecting, self._reject, self._connect(accepted, peer))
+            self._start(self._rejecting, self._reject, self._connect(accepted, peer, listener))
         else:
             with accepted:
                 accepted.send(self._rejection)

@@ -30,11 +30,12 @@ class ResolveError(ListenError):
 
 
 class Listener:
-    """A listening socket, non-blocking; a Unix socket has a file."""
+    """A listening socket, non-blocking; a Unix socket has a file. `name` is its address as configured."""
 
-    def __init__(self, listening: socket.socket, path: Path | None = None) -> None:
+    def __init__(self, listening: socket.socket, path: Path | None = None, name: str = "") -> None:
         self.socket = listening
         self.path = path
+        self.name = name
         self._identity = _file_identity(path) if path is not None else None
 
     @property
@@ -55,14 +56,14 @@ class Listener:
         self.socket.close()
 
 
-def listen_tcp(address: str | None, port: int) -> list[Listener]:
+def listen_tcp(address: str | None, port: int, name: str = "") -> list[Listener]:
     """Listen on all addresses of `resolve`, or raise `ListenError`; port 0 is a free port, the same for all."""
     opened: list[Listener] = []
     try:
         for family, host in resolve(address):
             dual_stack = address in (None, "*") and family == socket.AF_INET6
             listening = socket.create_server((host, port), family=family, backlog=_BACKLOG, dualstack_ipv6=dual_stack)
-            opened.append(Listener(listening))
+            opened.append(Listener(listening, name=name))
             listening.setblocking(False)
             port = listening.getsockname()[1]
     except OSError as error:
@@ -101,7 +102,7 @@ def _can_bind(family: socket.AddressFamily, address: str) -> bool:
     return False
 
 
-def listen_unix(path: Path, mode: int) -> Listener:
+def listen_unix(path: Path, mode: int, name: str = "") -> Listener:
     """Listen on a Unix socket, whose file has these permissions from its creation on; replace that of a dead process.
 
     The directory is created if it is missing. Raises `ListenError`.
@@ -122,7 +123,7 @@ def listen_unix(path: Path, mode: int) -> Listener:
     except OSError as error:
         listening.close()
         raise _to_listen_error(error) from error
-    return Listener(listening, path)
+    return Listener(listening, path, name)
 
 
 def _to_listen_error(error: OSError) -> ListenError:

@@ -25,8 +25,9 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from harp_daemon import watched_file
 from harpcaller import cli
-from harpcaller.hosts import registry, watched_file
+from harpcaller.hosts import registry
 from harpcaller.model.jobs import NewJob, Records
 from harpcaller.store import sqlite
 from harpcaller.store.sqlite import Store

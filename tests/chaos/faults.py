@@ -20,7 +20,7 @@ from chaos.proxy import Mode
 from chaos.schedule import Fault, Kind
 from chaos.service import Service
 from chaos.system import MAX_CONNECTIONS, Host, System
-from harpcaller.hosts.watched_file import SETTLE_SECONDS
+from harp_daemon.watched_file import SETTLE_SECONDS
 from harpd.processes.process_tree import send_signal
 
 _MEBIBYTE = bytes(1 << 20)

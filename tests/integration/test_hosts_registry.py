@@ -20,8 +20,8 @@ import psutil
 import pytest
 
 from harp.protocol.ends import Returned
+from harp_daemon import watched_file
 from harpcaller.config import Config
-from harpcaller.hosts import watched_file
 from harpcaller.hosts.registry import CachedHosts, Host, HostsRegistry, RefreshFailed, read_cache, write_cache
 from harpcaller.hosts.script import ScriptFailed, run_script
 from harpcaller.model.jobs import State

@@ -170,6 +170,54 @@ def test_table_lists_every_request_and_reply() -> None:
     assert set().union(*MAY_FOLLOW.values()) == set(get_args(Reply))
 
 
+SECRET = "harp_shop_0123456789abcdef"
+
+
+def test_request_with_token_is_encoded_and_decoded() -> None:
+    line = encode_request(Cancel(JOB), keep_alive=True, token=SECRET)
+    assert line == f'{{"harpcaller":1,"cancel":"{JOB}","auth":{{"token":"{SECRET}"}},"keep_alive":true}}\n'.encode()
+    for decoder in (decode_values, decode_slices):
+        received = decode_request_line(line, decoder)
+        assert received == (Cancel(JOB), True, SECRET)
+        assert SECRET not in f"{received!r} {received}"
+    assert decode_request_line(encode_request(CALL)) == (CALL, False, None)
+    assert decode_request_line(f'{{"harpcaller":1,"cancel":"{JOB}","auth":null}}'.encode()).token is None
+
+
+@pytest.mark.parametrize("decoder", [decode_values, decode_slices])
+@pytest.mark.parametrize(
+    ("auth", "message"),
+    [
+        ("1", "auth: expected an object with a token"),
+        (f'["{SECRET}"]', "auth: expected an object with a token"),
+        ("{}", "auth.token: expected 1 to 200 characters"),
+        ('{"token":""}', "auth.token: expected"),
+        (f'{{"token":["{SECRET}"]}}', "auth.token: expected"),
+        (f'{{"token":"{SECRET * 10}"}}', "auth.token: expected"),
+        (f'{{"token":"{SECRET}","user":"u"}}', "unknown key user"),
+    ],
+)
+def test_request_with_invalid_auth_raises_without_the_token(auth: str, message: str, decoder: Any) -> None:
+    with pytest.raises(ProtocolError, match=message) as caught:
+        decode_request_line(f'{{"harpcaller":1,"cancel":"{JOB}","auth":{auth}}}'.encode(), decoder)
+    assert SECRET not in str(caught.value)
+
+
+ASKED = [CALL, MANY, Cancel(JOB), GetResult(JOB), GetStatus(JOB), FOLLOW, READ]
+
+
+@pytest.mark.parametrize("kind", ["auth_error", "access_denied", "rate_limited"])
+@pytest.mark.parametrize("request_", ASKED)
+def test_access_refusal_is_told_from_an_end_by_its_mark(kind: str, request_: Request) -> None:
+    refused = Refused(kind, "m", retry_after=2, refused=True)
+    line = encode_reply(refused)
+    assert line == b'{"error":{"type":"%b","message":"m","retry_after":2,"refused":true}}\n' % kind.encode()
+    assert decode_reply(line, request_) == refused
+    if request_ in (GetResult(JOB), FOLLOW, READ):  # as from a legacy dispatcher, and from an older one
+        assert encode_reply(Failed(kind, "m")) == b'{"error":{"type":"%b","message":"m"}}\n' % kind.encode()
+        assert decode_reply(encode_reply(Failed(kind, "m")), request_) == Failed(kind, "m")
+
+
 BAD_REQUESTS = [
     ("{}", "harpcaller: expected 1, got None"),
     ('{"harpcaller":true,"cancel":"x"}', "harpcaller: expected 1, got True"),
@@ -229,6 +277,8 @@ def test_request_with_repeated_inner_key_raises(decoder: Any) -> None:
     many = b'{"harpcaller":1,"submit_many":[{"host":"h","procedure":"p","arguments":[],"host":"h"}]}'
     with pytest.raises(ProtocolError, match=r"submit_many\[0\]: repeated key"):
         decode_request(many, decoder)
+    with pytest.raises(ProtocolError, match="auth: repeated key"):
+        decode_request(b'{"harpcaller":1,"cancel":"x","auth":{"token":"t","token":"t"}}', decoder)
     queue = b'{"harpcaller":1,"host":"h","procedure":"p","arguments":[],"queue":{"name":{},"name":{}}}'
     with pytest.raises(ProtocolError, match="queue: repeated key"):
         decode_request(queue, decoder)
@@ -311,7 +361,7 @@ messages = st.recursive(
                 "harpcaller job_id cancelled no_result result exception error call time info packet data continue type "
                 "message host procedure arguments queue name concurrency timeout max_exec_time cancel get_result wait "
                 "get_status get_details details stop timed follow_stream read_stream since recent submit start "
-                "end".split()
+                "end auth token refused retry_after".split()
             ),
             inner,
             max_size=8,

@@ -25,7 +25,7 @@ class ExhaustedSocket(socket.socket):
 class Client:
     """A connection whose task ends only when it is cancelled."""
 
-    def __init__(self, accepted: socket.socket, name: str) -> None:
+    def __init__(self, accepted: socket.socket, name: str, listener: Listener) -> None:
         self.accepted = accepted
         self.cancelled = False
 

@@ -4,8 +4,8 @@ Sans-IO: this module uses no socket. Each message is a frozen value that is vali
 give a message or a `ProtocolError`.
 
 Additions to version 1 are opt-in: a request is a `SubmitMany`, or has ``start_within``, ``request_id``, ``wait`` (of a
-cancel), ``timed`` or ``keep_alive``, only if its caller uses the feature. Only the replies to such a request have
-``job_ids``, ``stop``, ``time`` or ``keep_alive``.
+cancel), ``timed``, ``auth`` or ``keep_alive``, only if its caller uses the feature. Only the replies to such a request
+have ``job_ids``, ``stop``, ``time``, ``refused``, ``retry_after`` or ``keep_alive``.
 
 Spec: docs/protocol.md, Client and dispatcher.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count
-from typing import Annotated, Any, ClassVar, TypeAlias
+from typing import Annotated, Any, ClassVar, NamedTuple, TypeAlias
 
 from harp.protocol.ends import CALL_ENDS, Cancelled, End, Failed, Raised, Returned
 from harp.protocol.json_text import InvalidJSON, JSONObject, Raw, decode_enclosed, decode_values, dumps
@@ -41,6 +41,7 @@ from harp.protocol.schema import (
     is_count,
     member_value,
     only_kind,
+    reject_unknown_keys,
     required_object,
 )
 
@@ -51,6 +52,8 @@ MAX_CALLS = 10_000
 MAX_LINE = 16 * 1024 * 1024
 #: Maximum length of a request id in characters.
 MAX_REQUEST_ID = 200
+#: Maximum length of a token in characters.
+MAX_TOKEN = 200
 
 
 def is_request_id(value: object) -> bool:
@@ -216,13 +219,28 @@ _REQUESTS: Mapping[str, type[Request]] = {
 }
 
 
-def encode_request(request: Request, keep_alive: bool = False) -> bytes:
-    """Return the request's line; `keep_alive` requests that the connection stays open. Raises `NotJSON`."""
-    return b'{"harpcaller":1,%b%b}\n' % (encode_members(request), b',"keep_alive":true' if keep_alive else b"")
+def encode_request(request: Request, keep_alive: bool = False, token: str | None = None) -> bytes:
+    """Return the request's line; `keep_alive` requests that the connection stays open. Raises `NotJSON`.
+
+    `token` proves who the client is.
+    """
+    auth = b"" if token is None else b',"auth":{"token":%b}' % dumps(token)
+    return b'{"harpcaller":1,%b%b%b}\n' % (encode_members(request), auth, b',"keep_alive":true' if keep_alive else b"")
 
 
-def decode_request(line: bytes, decoder: Decoder = decode_values) -> tuple[Request, bool]:
-    """Return the request of a line, and whether the client requests keep-alive. Raises `ProtocolError`."""
+class Received(NamedTuple):
+    """A request, and the members of its line that are about the connection."""
+
+    request: Request
+    keep_alive: bool  #: Whether the client requests keep-alive.
+    token: str | None  #: The token of the client; None: the request has no `auth`.
+
+    def __repr__(self) -> str:
+        return f"Received({self.request!r}, keep_alive={self.keep_alive}, ...)"  # a token must not reach a log
+
+
+def decode_request(line: bytes, decoder: Decoder = decode_values) -> Received:
+    """Return the request of a line. Raises `ProtocolError`."""
     members = decode_object(line, decoder)
     version = member_value(members, "harpcaller")
     check(type(version) is int and version == VERSION, f"harpcaller: expected {VERSION}, got {version!r}")
@@ -230,7 +248,19 @@ def decode_request(line: bytes, decoder: Decoder = decode_values) -> tuple[Reque
     kind = _REQUESTS[only_kind(_REQUESTS, members, expected, expected)]
     keep_alive = member_value(members, "keep_alive")
     check(keep_alive is None or isinstance(keep_alive, bool), "keep_alive: expected true or false")
-    return decode_as(kind, members, other_keys=("harpcaller", "keep_alive")), bool(keep_alive)
+    token = _decode_token(members) if "auth" in members and not members.is_null("auth") else None
+    request = decode_as(kind, members, other_keys=("harpcaller", "keep_alive", "auth"))
+    return Received(request, bool(keep_alive), token)
+
+
+def _decode_token(members: JSONObject) -> str:
+    """Return the token in `auth`. The errors do not quote it."""
+    auth = required_object(members, "auth", "an object with a token", values_only=True)
+    reject_unknown_keys(auth, ("token",))
+    token = member_value(auth, "token")
+    if not isinstance(token, str) or not 0 < len(token) <= MAX_TOKEN:
+        raise ProtocolError(f"auth.token: expected 1 to {MAX_TOKEN} characters")
+    return token
 
 
 # Replies.
@@ -314,14 +344,23 @@ class Continue(WireObject):
 #: The types of errors with which a dispatcher refuses a request. A job's end may have one of them, too, because harpd
 #: chooses the types of its errors. `data` tells them apart: a refusal has no such member, an end has it, maybe null.
 REFUSALS = frozenset({"too_many_connections", "internal_error", "invalid_request", "storage_error", "invalid_jobid"})
+#: The types of errors with which a dispatcher refuses what the client may not do. Ends of jobs have such types, too,
+#: also from a legacy dispatcher, without `data`: the member `refused` tells them apart. Only a client that has sent
+#: `auth`, or has a certificate, gets it.
+ACCESS_REFUSALS = frozenset({"auth_error", "access_denied", "rate_limited"})
 
 
 class Refused(WireObject):
-    """The dispatcher refuses the request. This does not describe the job."""
+    """The dispatcher refuses the request. This does not describe the job.
+
+    `retry_after` is the number of seconds until another attempt can succeed; `refused` marks `ACCESS_REFUSALS`.
+    """
 
     type: Annotated[str, "error.type"]
     message: Annotated[str, "error.message"]
     data: Annotated[Payload, "error.data"] = None
+    retry_after: Annotated[SecondsOrZero | None, "error.retry_after"] = None
+    refused: Annotated[bool, "error.refused"] = False
 
 
 Reply: TypeAlias = (
@@ -412,6 +451,8 @@ def _is_refusal(members: JSONObject, request: Request) -> bool:
     if Failed not in MAY_FOLLOW[type(request)]:
         return True
     error = required_object(members, "error")
+    if member_value(error, "refused") is True:
+        return True
     return "data" not in error and member_value(error, "type") in REFUSALS
 
 

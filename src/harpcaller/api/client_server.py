@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import socket
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -18,6 +19,8 @@ from harp.protocol.schema import ProtocolError
 from harp_daemon.event_loop import LONG_LINE, decode_in_thread
 from harp_daemon.settings import ConfigError
 from harp_daemon.sockets import Listener, ListenError, listen_tcp, listen_unix
+from harpcaller.access import AuthError, RateLimited
+from harpcaller.access.client import Client
 from harpcaller.api.connection import ClientDisconnected, Connection, Server
 from harpcaller.api.fast_decoder import decode_request
 from harpcaller.config import Config
@@ -37,9 +40,9 @@ def listen(config: Config) -> list[Listener]:
     for entry in dict.fromkeys(config.listen):
         try:
             if entry.path is None:
-                opened += listen_tcp(entry.host, entry.port)
+                opened += listen_tcp(entry.host, entry.port, str(entry))
             else:
-                opened.append(listen_unix(entry.path, 0o660))  # for its owner and its group
+                opened.append(listen_unix(entry.path, 0o660, str(entry)))  # for its owner and its group
         except ListenError as error:
             for listener in opened:
                 listener.close()
@@ -73,6 +76,9 @@ class ClientServer(Server):
                 self._loopback_logged = True
                 log.info("every local user can call procedures")
 
+    def _identify(self, accepted: socket.socket, peer: str, listener: Listener) -> Client:
+        return Client((f"anonymous@{listener.name}",), listener.name, peer)
+
     def _request_limits(self) -> tuple[int, float]:
         config = self._dispatcher.config
         return config.request_line, config.idle_timeout
@@ -89,10 +95,12 @@ class ClientServer(Server):
             decoding = decode_in_thread(decode_request, line)
             decoding.add_done_callback(lambda decoded: self._execute(connection, decoded.result))
 
-    def _execute(self, connection: Connection, decoded: Callable[[], tuple[protocol.Request, bool]]) -> None:
-        """Answer a request; `decoded` returns it and whether the client requests keep-alive."""
+    def _execute(self, connection: Connection, decoded: Callable[[], protocol.Received]) -> None:
+        """Answer the request that `decoded` returns."""
         try:
-            request, connection.keep_alive = decoded()
+            request, connection.keep_alive, token = decoded()
+            if token is not None:
+                raise AuthError("this dispatcher has no tokens: tokens_file is not set")
             if not isinstance(request, (protocol.Call, protocol.SubmitMany)):
                 connection.release_memory()
             match request:
@@ -114,7 +122,7 @@ class ClientServer(Server):
             else:
                 self._on_failed(connection, error)
 
-        submitted = self._dispatcher.submit(request, connection.client, connection.received_at)
+        submitted = self._dispatcher.submit(request, connection.client.peer, connection.received_at)
         submitted.add_done_callback(on_submitted)
 
     def _wait_for_result(self, connection: Connection, request: protocol.GetResult) -> None:
@@ -147,9 +155,9 @@ class ClientServer(Server):
         match request:
             case protocol.SubmitMany(calls):
                 received = cast(Sequence[protocol.Call], calls)  # only a client encodes calls before
-                reply = protocol.SubmittedMany(await dispatcher.submit_many(received, connection.client))
+                reply = protocol.SubmittedMany(await dispatcher.submit_many(received, connection.client.peer))
             case protocol.Cancel(job, wait):
-                cancelled = await dispatcher.cancel(job, connection.client)
+                cancelled = await dispatcher.cancel(job, connection.client.peer)
                 reply = protocol.WasCancelled(cancelled, await self._wait_stopped(connection, job) if wait else None)
             case protocol.GetResult(job):
                 reply = (await dispatcher.get_job(job)).end or protocol.NoResult()
@@ -217,7 +225,9 @@ class ClientServer(Server):
     def _reply_if_room(self, connection: Connection, reply: protocol.Reply, request: protocol.Request) -> bool:
         """Send the only reply to a request that reads; without memory for it, answer the request again later."""
         return self._reply(
-            connection, reply, lambda: self._execute(connection, lambda: (request, connection.keep_alive))
+            connection,
+            reply,
+            lambda: self._execute(connection, lambda: protocol.Received(request, connection.keep_alive, None)),
         )
 
     def _reply(self, connection: Connection, reply: protocol.Reply, retry: Callable[[], object] | None = None) -> bool:
@@ -237,13 +247,19 @@ class ClientServer(Server):
         return True
 
     def _on_failed(self, connection: Connection, error: BaseException) -> None:
-        client = connection.client
+        client = connection.client.peer
         match error:
             case ProtocolError():
                 # Every invalid request has the type invalid_request; an exhausted limit keeps its own.
                 kind = error.type if error.type == "too_many_connections" else "invalid_request"
                 failure = protocol.Refused(kind, _shorten(error.message))
                 log.info("request refused", extra={"client": client, "reason": failure.message})
+            case AuthError():
+                failure = protocol.Refused("auth_error", str(error), refused=True)
+                log.info("client not authenticated", extra={"client": client, "reason": failure.message})
+            case RateLimited():
+                retry_after = error.retry_after if (known := connection.client.authenticated) else None
+                failure = protocol.Refused("rate_limited", str(error), retry_after=retry_after, refused=known)
             case UnknownJob():
                 failure = protocol.Refused("invalid_jobid", _shorten(f"there is no job {error}"))
             case RequestIDReused():

@@ -28,6 +28,7 @@ from harp_daemon.acceptor import Acceptor
 from harp_daemon.memory_quota import MemoryQuota, Reservation
 from harp_daemon.sockets import Listener
 from harp_daemon.timer_wheel import Timer, TimerWheel
+from harpcaller.access.client import Client
 from harpcaller.api.reply_memory import ReplyMemory, ReplyShare
 
 log = logging.getLogger(__name__)
@@ -93,10 +94,14 @@ class Server(ABC):
             connection.mark_disconnected()
         await self.acceptor.drain(_DRAIN_TIMEOUT)
 
-    def _connect(self, accepted: socket.socket, client: str) -> Connection:
+    @abstractmethod
+    def _identify(self, accepted: socket.socket, peer: str, listener: Listener) -> Client:
+        """Return the client of a connection, before its first request. `peer` is its address or user."""
+
+    def _connect(self, accepted: socket.socket, peer: str, listener: Listener) -> Connection:
         if accepted.family != socket.AF_UNIX:
             accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
-        return Connection(accepted, client, self)
+        return Connection(accepted, self._identify(accepted, peer, listener), self)
 
     def _serve(self, connection: Connection) -> asyncio.Future[None]:
         connection.read_request()
@@ -109,10 +114,10 @@ class Server(ABC):
 
 
 class Connection:
-    """An accepted connection, which closes its non-blocking socket. `client` is an address or a user, for the log."""
+    """An accepted connection, which closes its non-blocking socket."""
 
-    def __init__(self, accepted: socket.socket, client: str, server: Server) -> None:
-        self.client = client
+    def __init__(self, accepted: socket.socket, client: Client, server: Server) -> None:
+        self.client = client  #: The identity that the client has proven so far.
         self.is_closing = False  #: Whether nothing more can be sent.
         self.disconnected = False  #: Whether the client has closed its side, or the server is closing.
         self.has_extra_input = False  #: Whether the client has sent data after its request, which is discarded.
@@ -298,7 +303,7 @@ class Connection:
         assert self._unsent is not None
         unsent = len(self._unsent)
         if unsent == unsent_before and self._server.reply_memory.is_short:
-            log.info("client does not read", extra={"peer": self.client, "unsent": unsent})
+            log.info("client does not read", extra={"peer": self.client.peer, "unsent": unsent})
             self.abort()
         else:
             seconds = self._server._write_timeout()

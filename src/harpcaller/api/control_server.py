@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import Any, NamedTuple, TypeAlias
@@ -17,6 +18,8 @@ from harp.protocol.schema import ProtocolError, check, encode_object, member_val
 from harp_daemon import logs
 from harp_daemon.settings import ConfigError
 from harp_daemon.sliced_json import decode_slices
+from harp_daemon.sockets import Listener
+from harpcaller.access.client import LOCAL_ADMINISTRATOR, Client
 from harpcaller.api.connection import Connection, Server
 from harpcaller.dispatcher import Dispatcher
 from harpcaller.hosts.registry import RefreshFailed
@@ -29,7 +32,6 @@ log = logging.getLogger(__name__)
 _MAX_CONNECTIONS = 64
 _MAX_REQUEST = 16 * 1024 * 1024
 _IDLE_TIMEOUT = 30.0
-_ADMINISTRATOR = "administrator"  # the `by` of a job that was cancelled over this socket
 _SEND_BYTES = 64 * 1024  # bytes of a list that are sent together
 
 Items: TypeAlias = AsyncGenerator[Envelope, None]
@@ -51,6 +53,9 @@ class ControlServer(Server):
         self._dispatcher = dispatcher
         self._stop_daemon = stop
         self._reload_daemon = reload
+
+    def _identify(self, accepted: socket.socket, peer: str, listener: Listener) -> Client:
+        return LOCAL_ADMINISTRATOR
 
     def _request_limits(self) -> tuple[int, float]:
         return _MAX_REQUEST, _IDLE_TIMEOUT
@@ -81,7 +86,7 @@ class ControlServer(Server):
         schema.reject_unknown_keys(members, ("command", *required, *optional))
         options = {key: read(members, key) for key, read in required.items()}
         options |= {key: read(members, key) for key, read in optional.items() if key in members}
-        log.debug("command", extra={"command": name, "client": connection.client})
+        log.debug("command", extra={"command": name, "client": connection.client.peer})
         piece = bytearray()  # of bounded size, so that a long list needs few sends and little memory
         async with aclosing(run(self, **options)) as items:
             async for item in items:
@@ -145,7 +150,7 @@ class ControlServer(Server):
         )
 
     async def _cancel(self, job: str) -> Items:
-        yield Envelope(cancelled=await self._dispatcher.cancel(job, _ADMINISTRATOR))
+        yield Envelope(cancelled=await self._dispatcher.cancel(job, LOCAL_ADMINISTRATOR.peer))
 
     async def _release_slot(self, job: str) -> Items:
         yield Envelope(released=await self._dispatcher.release_slot(job))
@@ -159,7 +164,7 @@ class ControlServer(Server):
             yield Envelope(_job_item(job), running=job.state is State.RUNNING)
 
     async def _queue_cancel(self, queue: Raw) -> Items:
-        yield Envelope(cancelled=await self._dispatcher.cancel_queue(queue, _ADMINISTRATOR))
+        yield Envelope(cancelled=await self._dispatcher.cancel_queue(queue, LOCAL_ADMINISTRATOR.peer))
 
     async def _hosts_list(self, full: bool = False) -> Items:
         registry = self._dispatcher.registry

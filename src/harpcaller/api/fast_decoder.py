@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from harp.protocol.dispatcher import MAX_CALLS, Call, GetResult, Queue, Request, SubmitMany
+from harp.protocol.dispatcher import MAX_CALLS, MAX_TOKEN, Call, GetResult, Queue, Received, SubmitMany
 from harp.protocol.dispatcher import decode_request as decode_any_request
 from harp.protocol.json_text import InvalidJSON, Raw, decode_checked
 from harp.protocol.schema import ProtocolError
@@ -47,15 +47,21 @@ class _Call(_Members):
         return Call(*call, queue, info, self.start_within, self.request_id)
 
 
+class _Auth(_Members):
+    token: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_TOKEN)]
+
+
 class _Submit(_Call, kw_only=True):
     harpcaller: Literal[1]
     keep_alive: bool | None = None
+    auth: _Auth | None = None
 
 
 class _SubmitMany(_Members):
     harpcaller: Literal[1]
     submit_many: Annotated[list[_Call], msgspec.Meta(max_length=MAX_CALLS)]
     keep_alive: bool | None = None
+    auth: _Auth | None = None
 
     def to_request(self) -> SubmitMany:
         return SubmitMany([call.to_request() for call in self.submit_many])
@@ -66,6 +72,7 @@ class _GetResult(_Members):
     get_result: str
     wait: bool | None = None
     keep_alive: bool | None = None
+    auth: _Auth | None = None
 
     def to_request(self) -> GetResult:
         return GetResult(self.get_result, self.wait is not False)
@@ -76,12 +83,12 @@ _submit_many = msgspec.json.Decoder(_SubmitMany)
 _get_result = msgspec.json.Decoder(_GetResult)
 
 
-def decode_request(line: bytes) -> tuple[Request, bool]:
-    """Return the request of a line and whether the client requests keep-alive. Raises `ProtocolError`."""
+def decode_request(line: bytes) -> Received:
+    """Return the request of a line. Raises `ProtocolError`."""
     return decode_usual_request(line) or decode_any_request(line, decode_slices)
 
 
-def decode_usual_request(line: bytes) -> tuple[Request, bool] | None:
+def decode_usual_request(line: bytes) -> Received | None:
     """Return what `decode_request` returns, or None if the line is unusual or invalid."""
     try:
         decode_checked(line)
@@ -96,6 +103,7 @@ def decode_usual_request(line: bytes) -> tuple[Request, bool] | None:
         written = msgspec.json.encode(members)
         if len(written) - written.count(b" ") != len(line) - line.count(b" "):
             return None
-        return members.to_request(), bool(members.keep_alive)
+        token = None if members.auth is None else members.auth.token
+        return Received(members.to_request(), bool(members.keep_alive), token)
     except (msgspec.MsgspecError, InvalidJSON, ProtocolError, RecursionError):
         return None

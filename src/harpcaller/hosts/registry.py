@@ -25,9 +25,9 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 
 from harp.protocol.json_text import decode_values, dumps
 from harp.protocol.schema import Kind, Null, ProtocolError, WireObject, decode_as, decode_object, encode_object
+from harp_daemon.watched_file import WatchedFile
 from harpcaller.config import Config, file_errors
 from harpcaller.hosts.script import ScriptFailed, run_script
-from harpcaller.hosts.watched_file import WatchedFile
 
 log = logging.getLogger(__name__)
 

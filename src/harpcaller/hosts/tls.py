@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from harp_daemon.settings import set_minimum_version
+from harp_daemon.watched_file import WatchedFile
 from harpcaller.config import Config, file_errors
 from harpcaller.hosts.registry import Host
-from harpcaller.hosts.watched_file import WatchedFile
 
 #: Names that may be sent to the server. Other addresses are resolved, but not sent.
 _SERVER_NAME = re.compile(r"(?=.{1,253}\Z)\w([\w-]{0,62})(\.\w[\w-]{0,62})*", re.ASCII)

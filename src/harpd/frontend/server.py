@@ -78,7 +78,7 @@ class FrontendServer:
         self._initial_config = config
         self._apply_config(config)
         self._acceptor = Acceptor(
-            lambda accepted, peer: Connection(accepted, peer, self._context),
+            lambda accepted, peer, _: Connection(accepted, peer, self._context),
             serve=Connection.serve,
             reject=partial(Connection.serve, rejected=True),
             max_connections=lambda: self._config.configuration.limits.max_connections,
