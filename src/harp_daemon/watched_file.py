@@ -1,7 +1,7 @@
 """A small file that is read again after a change.
 
 A writer may truncate a file before it writes, and write in pieces. A changed file is therefore used only when it has
-been unchanged for `SETTLE_SECONDS`, and the previous contents stay in use until then.
+been unchanged for `SETTLE_SECONDS`; until then the previous contents are used.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SETTLE_SECONDS = 1.0  #: Seconds for which a changed file must be unchanged before it is used.
-_MAX_WAIT = 10.0  #: Maximum seconds that `settle` waits for a file that changes again and again.
+_MAX_WAIT = 10.0  #: Maximum seconds that `settle` waits for a file that changes repeatedly.
 
 
 class _Identity(NamedTuple):
@@ -32,12 +32,11 @@ class _Identity(NamedTuple):
 
 
 class WatchedFile(Generic[T]):
-    """The parsed contents of a file; the previous ones while the file changes, is invalid or is refused.
+    """The parsed contents of a file; the previous contents while the file changes, is invalid or is refused.
 
-    `parse` returns the value of a file's contents, or raises ValueError. `accept` is called with the value in use and a
-    new one, and raises ValueError to refuse the new one. `in_use` is the value until the file was accepted, and
-    `if_missing` the value while the file does not exist yet. Raises OSError or ValueError if the first contents are
-    invalid.
+    `parse` returns the value of a file's contents, or raises ValueError. `accept` is called with the value in use and
+    the new value, and raises ValueError to refuse the new value. `in_use` is the value until the file is accepted,
+    `if_missing` the value until the file exists. Raises OSError or ValueError if the first contents are invalid.
     """
 
     def __init__(
@@ -49,14 +48,14 @@ class WatchedFile(Generic[T]):
         if_missing: T | None = None,
     ) -> None:
         self.file = file
-        self.error: str | None = None  #: Why the file's present contents are not in use; None: they are.
+        self.error: str | None = None  #: Why the file's current contents are not in use; None: they are in use.
         self.read_at = time.time()  #: Unix time at which the contents in use were read.
         self.version = 0  #: A number that changes with the contents in use.
         self._parse = parse
         self._accept = accept
         self._identity: _Identity | None  # of the latest contents that were used or refused
-        self._pending = _identify_if_exists(file)  # the latest identity that was found
-        self._newest = self._pending, if_missing  # the latest contents that were parsed, perhaps not in use
+        self._pending = _identify_if_exists(file)  # at the last check
+        self._newest = self._pending, if_missing  # the latest parsed contents, which may not be in use
         if self._pending is not None or if_missing is None:
             self._newest = _identify(file), parse(file.read_bytes())
         first = self._newest[1]
@@ -78,7 +77,7 @@ class WatchedFile(Generic[T]):
 
     @property
     def newest_value(self) -> T:
-        """The contents, also if the file has just changed; `value` if they are invalid or were refused."""
+        """The current contents, even if the file has just changed; `value` if they are invalid or were refused."""
         value = self.value
         if self.is_settled:
             return value
@@ -93,8 +92,8 @@ class WatchedFile(Generic[T]):
     async def settle(self, force: bool = False) -> None:
         """Wait until a file that has just changed can be used, and use it; with `force`, also if `accept` refuses it.
 
-        The property `error` has the reason if the present contents cannot be used. A file that changes again and again
-        for `_MAX_WAIT` s is an error, too, until it is unchanged.
+        The property `error` has the reason if the current contents cannot be used, for example because the file has
+        changed repeatedly for `_MAX_WAIT` s.
         """
         end = time.monotonic() + _MAX_WAIT
         self._check(force)
@@ -105,24 +104,24 @@ class WatchedFile(Generic[T]):
             self.error = f"it has changed again and again for {_MAX_WAIT:g} s"
 
     def _check(self, force: bool) -> None:
-        found = _identify_if_exists(self.file)
-        if found != self._pending:
-            self._pending, self._pending_since = found, time.monotonic()
-        if found == self._identity and self.is_settled and not (force and self.error):
+        identity = _identify_if_exists(self.file)
+        if identity != self._pending:
+            self._pending, self._pending_since = identity, time.monotonic()
+        if identity == self._identity and self.is_settled and not (force and self.error):
             return
         self.is_settled = self._has_settled()
-        if self.is_settled and (found != self._identity or (force and self.error)):
-            self._read(found, force)
+        if self.is_settled and (identity != self._identity or (force and self.error)):
+            self._read(identity, force)
 
     def _has_settled(self) -> bool:
-        # The clock of the file's time may differ from this one's; then only the time since the first check counts.
+        # The clock of the file system may differ from this clock; then only the time since the first check counts.
         changed_at = self._pending.changed / 1e9 if self._pending else time.time()
         return max(time.time() - changed_at, time.monotonic() - self._pending_since) >= SETTLE_SECONDS
 
     def _read(self, identity: _Identity | None, force: bool) -> None:
         try:
             value = self._parse(self.file.read_bytes())
-            if _identify(self.file) != identity:  # it has changed while it was read
+            if _identify(self.file) != identity:  # it has changed during the read
                 self.is_settled = False
                 return
             if not force:

@@ -43,7 +43,7 @@ signals:
   USR1        reopen the log files
   TERM, INT   stop; running calls continue on their hosts until the next start, queued jobs stay queued
 
-Options may stand before or after the command.
+Options may be given before or after the command.
 
 exit status: 0 success, 1 failure (one line on stderr says why; status: stopped), 2 wrong usage,
 3 the output cannot be written
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     occupy_standard_descriptors()
     sys.setrecursionlimit(10_000)  # values may be nested as deeply as the protocol allows
     program = parser()
-    with written_output("harpcallerd"):  # of --help and --version
+    with written_output("harpcallerd"):  # for --help and --version
         parsed = program.parse_args(_command_first(program, sys.argv[1:] if arguments is None else arguments))
     if parsed.command is None and not parsed.test:
         program.error("the following arguments are required: COMMAND")
@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _start(parsed: Namespace) -> None:
-    # Only the daemon needs the event loop, TLS and SQLite; commands should not wait for these imports.
+    # Only the daemon needs the event loop, TLS and SQLite: other commands do not wait for these imports.
     from harp_daemon.event_loop import run as run_loop
     from harpcaller.daemon import configure_log, run
 
@@ -104,7 +104,7 @@ def _stop(parsed: Namespace) -> None:
     try:
         pid = ControlClient(parsed.socket).stop(parsed.timeout)
     except NotRunning as error:
-        print(f"harpcallerd: {error}", file=sys.stderr)  # stopped is what the caller wants
+        print(f"harpcallerd: {error}", file=sys.stderr)  # not a failure: the dispatcher is stopped
         return
     if parsed.print_pid:
         print(pid)
@@ -123,8 +123,8 @@ def _restore(parsed: Namespace) -> None:
     def run() -> None:
         jobs = restore(parsed.file, load(parsed.config).stream_directory, parsed.queued, time.time())
         if jobs:
-            done = "cancelled" if parsed.queued == "cancel" else "run when harpcallerd starts"
-            print(f"harpcallerd: {jobs} queued jobs: {done}", file=sys.stderr)
+            outcome = "cancelled" if parsed.queued == "cancel" else "run when harpcallerd starts"
+            print(f"harpcallerd: {jobs} queued jobs: {outcome}", file=sys.stderr)
 
     _run_on_store(run)
 
@@ -157,7 +157,7 @@ def _hosts_refresh(parsed: Namespace) -> int:
 
 
 def _warn_of_hosts(status: Raw) -> None:
-    """Print a warning on stderr for each source of hosts whose latest contents are not in use."""
+    """Print a warning on stderr for each source of hosts with latest contents that are not in use."""
     for source in loads(status)["hosts_registry"].values():
         if isinstance(source, dict) and source["error"] is not None:
             age = "no hosts yet" if source["age"] is None else f"hosts are {source['age']:.0f} s old"
@@ -192,7 +192,7 @@ def _test(parsed: Namespace) -> int:
 
 
 def _send_silently(parsed: Namespace) -> None:
-    """Send a command that is also run by cron, which mails all output."""
+    """Send a command and print no reply: cron, which may run the command, mails all output."""
     _single_reply(parsed)
 
 
@@ -233,7 +233,7 @@ def _print_lines(lines: Iterable[Raw]) -> None:
 
 
 def _send(parsed: Namespace) -> Iterator[Raw]:
-    """Send the command with its own arguments; yield the items of the reply."""
+    """Send the command with its arguments; yield the items of the reply."""
     options = {name: value for name, value in vars(parsed).items() if name not in _COMMON}
     return ControlClient(parsed.socket).send_command(parsed.command, **options)
 
@@ -285,7 +285,7 @@ def parser() -> argparse.ArgumentParser:
     add("reload", _reload, "reload the configuration, all or nothing")
     option = add("backup", _backup, "copy the jobs to a file while the dispatcher runs")
     option("file", metavar="FILE", type=_absolute_path, help="a new file, or an earlier backup, which is replaced")
-    option = add("restore", _restore, "make a backup the jobs of a stopped dispatcher that has none")
+    option = add("restore", _restore, "copy the jobs of a backup to a stopped dispatcher without jobs")
     option("file", metavar="FILE", type=_absolute_path)
     option("--config", metavar="FILE", type=_absolute_path, default=DEFAULT_FILE, help="TOML (%(default)s)")
     queued = "what to do with queued jobs; those that ran after the backup would run again"
@@ -311,11 +311,11 @@ def parser() -> argparse.ArgumentParser:
     option = add("hosts-list", _hosts_list, "list the hosts of the registry, without credentials")
     option("--full", action="store_true", help="show the source of each host, its age in seconds and its last error")
     option = add("hosts-refresh", _hosts_refresh, "run host_db_script and read hosts_file now")
-    option("--force", action="store_true", help="use the hosts even if they are none, or much fewer than before")
-    option("--diff", action="store_true", help="show what would change, and change nothing")
+    option("--force", action="store_true", help="use the hosts even if the list is empty or much shorter than before")
+    option("--diff", action="store_true", help="only show what would change")
     option = add("prune-jobs", _send_silently, "delete old ended jobs with their records")
     option("--age", metavar="DAYS", type=_days, help="delete jobs that ended more than DAYS ago (default: max_age)")
-    option("--trust-clock", action="store_true", help="also after a leap of the clock; it is right")
+    option("--trust-clock", action="store_true", help="also after a leap of the clock: its present time is right")
     add("reopen-logs", _send_silently, "reopen the log files, after a rotation")
     return program
 

@@ -74,7 +74,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     request_line: Bytes = 16 * 1024 * 1024  #: Maximum length of a request line in bytes.
     request_memory: Bytes = 256 * 1024 * 1024  #: Maximum total bytes of long requests that are being read or stored.
     reply_memory: Bytes = 256 * 1024 * 1024  #: Maximum total bytes of long replies that clients have not read.
-    write_timeout: Seconds = 300.0  #: Seconds to read some of a long reply while others wait for `reply_memory`.
+    write_timeout: Seconds = 300.0  #: Seconds to read part of a long reply while others wait for `reply_memory`.
     idle_timeout: Seconds = 30.0  #: Maximum seconds to receive a request.
 
     stream_directory: Path = Path("/var/lib/harpcaller/stream")  #: Directory of jobs and records.
@@ -91,7 +91,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     resumable_calls: bool = True  #: Whether calls outlive connection and dispatcher, on hosts that support it.
     disconnect_timeout: Seconds = 240.0  #: Seconds without contact after which a host stops a running call.
     result_ttl: Seconds = 3600.0  #: Seconds for which a host stores the end of a call until it is fetched.
-    host_timeout: Seconds = 300.0  #: Seconds of an outage after which a host counts as lost.
+    host_timeout: Seconds = 300.0  #: Seconds of an outage after which a host is declared lost.
     record_line: Bytes = 64 * 1024 * 1024  #: Maximum length of a line from a host in bytes.
 
     ca_file: Path | None = None  #: PEM file with certificates of authorities.
@@ -134,7 +134,7 @@ KEYS = frozenset(Config.__struct_fields__) - {"file", "ignored"}
 
 
 def load(file: Path = DEFAULT_FILE) -> Config:
-    """Load and check a file, to whose directory the relative paths in it are relative. Raises `ConfigError`."""
+    """Load and check a file. Paths in it are relative to its directory. Raises `ConfigError`."""
 
     def to_path(_: type, value: Any) -> Path:
         if not isinstance(value, str) or not value or "\0" in value:
@@ -154,7 +154,7 @@ def load(file: Path = DEFAULT_FILE) -> Config:
             raise ConfigError(f"{file}: {key}: expected a key of the dispatcher, got an unknown one{near}")
     config = convert(file, {key: members[key] for key in members if key in KEYS - {"listen"}}, Config, to_path)
     changed: dict[str, Any] = {"file": file, "ignored": tuple(key for key in members if key in IGNORED_KEYS)}
-    if changed["ignored"] and "max_age" not in members:  # the legacy dispatcher deletes nothing by default
+    if changed["ignored"] and "max_age" not in members:  # the legacy dispatcher deletes no jobs by default
         changed["max_age"] = None
     if "listen" in members:
         changed["listen"] = _parse_addresses(file, members["listen"])

@@ -1,8 +1,8 @@
 """The daemon: opens the sockets and the store, starts the dispatcher and the APIs, handles signals.
 
-Steps that can fail because of the configuration come first: the sockets are opened before the store, and the store
-before the dispatcher, which recovers running calls and starts queued jobs. The shutdown has the reverse order: the APIs
-close, then the dispatcher stops (see its module), then the store is closed.
+Steps that can fail because of the configuration are first: the sockets are opened, then the store. Then the dispatcher
+recovers running calls and starts queued jobs. The shutdown has the reverse order: the APIs close, then the dispatcher
+stops (see its module), then the store is closed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from harpcaller.store.sqlite import open_store
 log = logging.getLogger(__name__)
 
 _NEEDING_RESTART = ("listen", "stream_directory", "request_memory")  #: The settings that a reload does not change.
-_OWN_DESCRIPTORS = 64  #: Descriptors of the program beside those of its connections.
+_OWN_DESCRIPTORS = 64  #: Descriptors of the program without those of its connections.
 
 
 def configure_log(config: Config, debug: bool) -> None:
@@ -47,7 +47,7 @@ def configure_log(config: Config, debug: bool) -> None:
 
 
 def check(config: Config) -> tuple[list[str], list[str]]:
-    """Check certificates, hosts file and script, which is run; return errors and warnings.
+    """Check the certificates and the hosts file, and run the script; return errors and warnings.
 
     Each rejected line of the hosts is an error.
     """
@@ -59,7 +59,7 @@ def check(config: Config) -> tuple[list[str], list[str]]:
         now = datetime.now(UTC)
         authorities = [each for each in _validities(config) if each.file == config.ca_file]
         expired = [*filter(None, [each.describe_error(now) for each in authorities])]
-        if expired and len(expired) == len(authorities):  # a collection of authorities often contains old ones
+        if expired and len(expired) == len(authorities):  # collections of authorities often contain old certificates
             errors += [f"{config.file}: ca_file: {reason}" for reason in expired]
     except ConfigError as error:
         errors.append(str(error))
@@ -74,16 +74,16 @@ def check(config: Config) -> tuple[list[str], list[str]]:
             lists.append(asyncio.run(run_hosts_script(config.host_db_script, config.host_db_timeout)))
     except (ScriptFailed, OSError) as error:
         errors.append(f"{config.file}: host_db_script: {error}")
-    return [*errors, *(str(line) for found in lists for line in found.rejected)], warnings
+    return [*errors, *(str(line) for hosts in lists for line in hosts.rejected)], warnings
 
 
 def _validities(config: Config) -> list[Validity]:
     """Return the validity of the certificates by which hosts are accepted. May block."""
-    found = []
+    validities = []
     for file in (config.ca_file, config.known_certs_file):
-        with suppress(OSError):  # the use of the file reports it
-            found += [] if file is None else read_validities(file)
-    return found
+        with suppress(OSError):  # `HostTLS` reports it
+            validities += [] if file is None else read_validities(file)
+    return validities
 
 
 async def run(
@@ -128,12 +128,12 @@ async def run(
                 task.cancel()
             await asyncio.wait([reloading, reporting])
     finally:
-        # Closing the loop restores the default actions: a second signal would change the exit status.
+        # Closing the loop restores the default actions; then a second signal would change the exit status.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1})
 
 
 class _Reloader:
-    """Reloads the configuration file, one time after the other; `debug` as in `configure_log`."""
+    """Reloads the configuration file, one reload at a time; `debug` as in `configure_log`."""
 
     def __init__(self, dispatcher: Dispatcher, debug: bool) -> None:
         self._dispatcher = dispatcher
@@ -153,9 +153,9 @@ class _Reloader:
                 log.exception("reload failed; nothing is changed")
 
     async def reload(self) -> list[str]:
-        """Reload; return the changed keys that need a restart, whose old values remain in use.
+        """Reload; return the changed keys that need a restart. Until then, their old values remain in use.
 
-        Raises `ConfigError` if the file cannot be used; then nothing has changed.
+        Raises `ConfigError` without a change if the file cannot be used.
         """
         async with self._lock:
             notify_service_manager(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")

@@ -1,14 +1,14 @@
 """The application: submit, cancel, read results and streams, list.
 
 The APIs (client protocol, control socket) call `Dispatcher`, and its store and registry for lists. Payloads are `Raw`
-in both directions. The state is in the store; only the active calls are in memory, in `Runner`.
+in both directions. The state is in the store; only the active calls are in memory (`Runner`).
 
 Leaving the context shuts the dispatcher down in this order:
 
-1. No job is claimed any more; queued jobs stay queued.
-2. Resumable calls continue on their hosts, for the next dispatcher. Connection-bound calls are stopped by closing their
-   connections, and their jobs end as ``missing_result``.
-3. Pending writes are stored for a limited time; the next start recovers the jobs of the others.
+1. No further job is claimed; queued jobs stay queued.
+2. Resumable calls continue on their hosts, for the next dispatcher. The connections of connection-bound calls are
+   closed, which stops these calls; their jobs end as ``missing_result``.
+3. Pending writes are completed for a limited time; after that, the next start recovers the jobs.
 4. Pruning and the refresh of the hosts registry stop.
 """
 
@@ -76,7 +76,7 @@ def _shielded(
 class Dispatcher:
     """The dispatcher: an asynchronous context manager that runs while its context lasts.
 
-    Every method may raise `StorageError`; then it changed nothing. `wall` returns the wall clock in Unix seconds, for
+    Every method may raise `StorageError`; then it had no effect. `wall` returns the wall clock in Unix seconds, for
     times that are stored and shown. Raises `ConfigError` if a certificate file or the hosts file is invalid.
     """
 
@@ -90,10 +90,10 @@ class Dispatcher:
         self.registry = HostsRegistry(config, self._runner.request_claim)
         self._pruner = Pruner(store, wall, lambda: self.config.max_age_seconds)
         self._group = asyncio.TaskGroup()
-        # Calls of a host without a run here are orphans.
+        # A call that a host lists, and that has no run, is an orphan.
         self._orphan_reaper = OrphanReaper(self._group, self._runner.runs.__contains__)
         self._requests: set[asyncio.Task[Any]] = set()
-        self._bulk = asyncio.Lock()  # held by the request with many jobs that is in the store
+        self._bulk = asyncio.Lock()  # locked while the store writes a request with many jobs
 
     async def __aenter__(self) -> Self:
         identity = await self.store.get_identity()
@@ -123,7 +123,7 @@ class Dispatcher:
         await self._group.__aenter__()
         recovered = await runner.recover()
         self._maintenance = [
-            self._group.create_task(runner.begin_claiming(recovered)),
+            self._group.create_task(runner.start_claiming(recovered)),
             self._group.create_task(self.registry.refresh_regularly()),
             self._group.create_task(self._pruner.run_regularly()),
         ]
@@ -170,12 +170,12 @@ class Dispatcher:
     def submit(self, call: Call, client: str, received_at: float | None = None) -> asyncio.Future[str]:
         """Store a job; return a future of its id, which is set when the job is on stable storage.
 
-        An unknown host is accepted; the job then ends as ``unknown_host``. Limits above the configured ones are lowered
-        to these. A call with the request id of a stored job is that job; raises `RequestIDReused` if it is another
-        call. `client` is its address, for the log; `received_at` the monotonic time of the request, if known.
+        An unknown host is accepted; the job then ends as ``unknown_host``. Limits are lowered to the configured limits.
+        A call with the request id of a stored job is that job; raises `RequestIDReused` if the call differs. `client`
+        is the client's address, for the log; `received_at` is the monotonic time of the request, or None.
         """
         job = self._new_job(new_job_id(self._wall()), call)
-        store_began = time.monotonic()
+        write_started_at = time.monotonic()
         job_id: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
         def on_stored(stored: asyncio.Future[str]) -> None:
@@ -184,7 +184,7 @@ class Dispatcher:
                     job_id.set_exception(error)
                 return
             if stored.result() == job.id:
-                self._runner.context.timings.record_stored(job.id, received_at, store_began)
+                self._runner.context.timings.record_stored(job.id, received_at, write_started_at)
                 log.info("job submitted", extra={**log_fields(job), "client": client})
                 if log.isEnabledFor(logging.DEBUG):
                     _log_arguments(job)
@@ -194,7 +194,7 @@ class Dispatcher:
             if not job_id.done():
                 job_id.set_result(stored.result())
 
-        self._runner.request_claim()  # before the store's own turn, so that it shares the commit
+        self._runner.request_claim()  # before `add_job`, so that both share a commit
         asyncio.ensure_future(self.store.add_job(job, self._wall())).add_done_callback(on_stored)
         return job_id
 
@@ -235,7 +235,7 @@ class Dispatcher:
     async def cancel_queue(self, queue: Raw, client: str | None = None) -> int:
         """Cancel all jobs of a queue, as `cancel` does; return how many were cancelled.
 
-        Each step is a transaction of its own, so that other writes do not wait for all of them.
+        Each step is a separate transaction, so that other writes do not wait for all steps.
         """
         stop_request, cancelled = self._cancelled_by(client), 0
         while True:
@@ -265,12 +265,12 @@ class Dispatcher:
 
     @_shielded
     async def release_slot(self, job_id: str) -> bool:
-        """Release the slot of a job that has ended, whatever its host reports; return False if it holds none."""
+        """Release the slot of a job that has ended, without a report of its host; return False if it holds no slot."""
         try:
             job = await self.store.get_job(job_id)
         except UnknownJob:
             return False
-        # An ended job that holds its slot has a pending stop, or one that failed: then the host's report stays.
+        # The stop of an ended job that holds its slot is pending or has failed. After a failed stop, the report stays.
         report = dumps({"released": self._wall()}) if job.stop is StopState.PENDING else None
         released = await self.store.finalize_stop(job_id, StopState.FAILED, metadata=JobMetadata(stop_report=report))
         if released:
@@ -304,22 +304,22 @@ class Dispatcher:
         return await self.store.get_job(job_id)
 
     def result(self, job_id: str) -> asyncio.Future[End]:
-        """Return a future as `wait_for_end` does. It raises `UnknownJob` if the job is unknown, or is pruned."""
+        """Return a future of the job's end, as `wait_for_end`. It raises `UnknownJob`, also if the job is pruned."""
         run = self._runner.runs.get(job_id)
         is_active = run is not None and not run.has_ended
         return wait_for_end(job_id, is_active, self.store, self._notifier)
 
     def record_delivery(self, job_id: str, received_at: float) -> None:
-        """Record that the end of a job was sent to a client whose request was received at this monotonic time."""
+        """Record that the end of a job was sent to a client; `received_at` is the monotonic time of its request."""
         self._runner.context.timings.record_delivery(job_id, received_at)
 
     def stream(
         self, job_id: str, since: int | None, recent: int | None, wait: bool, on_ready: Callable[[], None]
     ) -> RecordStream:
-        """Return the records of a job; with `wait`, also the future ones. The caller closes the stream.
+        """Return the records of a job; with `wait`, also future records. The caller closes the stream.
 
-        See `RecordStream` for the arguments. Without `since` and `recent`, a stream that waits begins with the next
-        record, another one with record 0. The stream raises `UnknownJob`.
+        See `RecordStream` for the arguments. Without `since` and `recent`, a stream with `wait` starts with the next
+        record, any other stream with record 0. The stream raises `UnknownJob`.
         """
         if wait and since is None and recent is None:
             recent = 0
@@ -328,13 +328,13 @@ class Dispatcher:
     async def list_jobs(
         self, ended: bool = False, host: str | None = None, queue: Raw | None = None, newest: int | None = None
     ) -> AsyncGenerator[Job, None]:
-        """Yield the jobs of `Store.list_jobs`; only the last `newest` ones, in reverse order, unless it is None."""
+        """Yield the jobs of `Store.list_jobs`; with `newest`, only the last `newest` jobs in reverse order."""
         after = None
         remaining = sys.maxsize if newest is None else newest
         next_page = partial(self.store.list_jobs, ended=ended, host=host, queue=queue, newest_first=newest is not None)
         while remaining > 0 and (page := await next_page(after=after, limit=min(remaining, _PAGE_SIZE))):
             remaining -= len(page)
-            for after, job in page:  # noqa: B007 - the next page begins after the last one
+            for after, job in page:  # noqa: B007 - the next page starts after the last job
                 yield job
 
     async def prune(self, min_age: float | None = None, trust_clock: bool = False) -> int:
@@ -344,8 +344,8 @@ class Dispatcher:
     async def reload(self, config: Config) -> None:
         """Apply a new configuration to later calls, to the hosts registry and to pruning.
 
-        The APIs apply their part (limits of requests) themselves, and the program applies the log settings. Raises
-        `ConfigError` if a certificate file or the hosts file is invalid; then nothing has changed.
+        The APIs apply the limits of requests, and the program applies the log settings. Raises `ConfigError` without a
+        change if a certificate file or the hosts file is invalid.
         """
         tls = HostTLS(config)
         self.registry.update_config(config)
@@ -377,7 +377,7 @@ class Dispatcher:
         return dumps({"why": "cancelled", "by": client, "at": self._wall()})
 
     async def _stop_cancelled(self, job_id: str, before: State, client: str | None) -> None:
-        """Stop the call of a job whose end `Cancelled` is committed."""
+        """Stop the call of a cancelled job, after the commit of its end."""
         log.info("job cancelled", extra={"job": job_id, "was": before.value, "client": client})
         self._notifier.publish_end(job_id, Cancelled())
         await self._runner.cancel_call(job_id, before, client)
@@ -398,7 +398,7 @@ class Dispatcher:
 
 
 def _digest(call: Call) -> bytes:
-    """Return the same bytes for calls with the same text and the same request id."""
+    """Return a digest of a call's text, which includes the request id."""
     return blake2b(encode_object(call), digest_size=16).digest()
 
 

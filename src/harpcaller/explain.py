@@ -32,7 +32,7 @@ class ExplainContext:
     config: Config
     active_calls: int
     store_failing: bool  # whether the store currently rejects data of active calls
-    timings: Mapping[str, float]  # the measured phases of the dispatcher's own steps, in seconds
+    timings: Mapping[str, float]  # the phases that the dispatcher has measured, in seconds
     now: float  # Unix seconds
     failing: FailingStarts | None = None  # the failed starts on the job's host
 
@@ -62,12 +62,12 @@ def describe_job(details: JobDetails, context: ExplainContext) -> Envelope:
     )
 
 
-def _phases(job: Job, metadata: JobMetadata, own: Mapping[str, float]) -> Envelope:
+def _phases(job: Job, metadata: JobMetadata, timings: Mapping[str, float]) -> Envelope:
     """Return the duration of each phase of the job in seconds; None: unknown, or not completed.
 
-    The host measures its phases by its own clock. `other` is the remaining time between the job's start and end:
-    transfers, and the storing of the last records. The dispatcher's `own` phases are before and after that time, except
-    `store` of a job that got its slot in the same commit.
+    The host measures its phases with its clock. `other` is the remaining time between the job's start and end, for
+    transfers and the storage of the last records. The `timings` are outside of that time, except `store` of a job that
+    got its slot in the same commit.
     """
     call, exit_info = (_object(column) for column in (metadata.call, metadata.exit_info))
     started, ended = (_seconds(exit_info, key) for key in ("started", "ended"))
@@ -82,7 +82,7 @@ def _phases(job: Job, metadata: JobMetadata, own: Mapping[str, float]) -> Envelo
     measured = sum(seconds for name, seconds in phases.items() if name != "wait" and seconds is not None)
     total = _between(job.started, job.ended)
     phases["other"] = None if total is None or phases["run"] is None else _between(measured, total)
-    get = {name: round(seconds, 6) for name, seconds in own.items()}.get
+    get = {name: round(seconds, 6) for name, seconds in timings.items()}.get
     before, after = ({name: get(name) for name in names} for names in (("accept", "store"), ("store_end", "deliver")))
     return Envelope(before, **phases, **after)
 
@@ -90,13 +90,13 @@ def _phases(job: Job, metadata: JobMetadata, own: Mapping[str, float]) -> Envelo
 def _object(text: Raw | None) -> dict[str, Any]:
     try:
         value = None if text is None else loads(text)
-    except InvalidJSON:  # data from a host is stored without a check; it may contain a number that is too long
+    except InvalidJSON:  # data from a host is stored unchecked, and may contain a number that is too long
         value = None
     return value if isinstance(value, dict) else {}
 
 
 def _seconds(values: dict[str, Any], key: str) -> float | None:
-    """Return a number of seconds from a host, or None if it is not a plausible number."""
+    """Return a number of seconds from a host, or None if it is not plausible."""
     value = values.get(key)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < _MAX_SECONDS:
         return None
@@ -206,14 +206,14 @@ def _stop(details: JobDetails, context: ExplainContext) -> str:
                 return f"; its stop is pending: {_unreachable(details.job, context.run)}"
             return "; its stop is pending: the host has not confirmed it yet"
         case StopState.CONFIRMED:
-            found = report.get("found")
-            return f"; its stop is confirmed{f' ({found} processes)' if found else ''}"
+            count = report.get("found")
+            return f"; its stop is confirmed{f' ({count} processes)' if count else ''}"
         case StopState.FAILED:
             pids = ", ".join(str(process["pid"]) for process in report.get("survivors", ()))
             reason = f"processes survive on its host: {pids}" if pids else "the host is lost"
             return f"; its stop failed: {reason}"
         case StopState.UNKNOWN:
-            return "; it is unknown whether its processes are gone: the legacy harpd on its host cannot report it"
+            return "; it is unknown whether its processes have ended: the legacy harpd on its host cannot report it"
         case None:
             return ""
 

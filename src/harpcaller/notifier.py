@@ -1,8 +1,8 @@
 """Notification of clients that wait for a job: in memory, after the commit, without polling.
 
-A notification only wakes; the state is in the store. A subscriber subscribes, then reads the store: what is committed
-after its read is notified, so nothing is missed. A notification carries the newest records, so that followers that are
-up to date neither read them from the store nor encode them again, and it carries the end, which never changes.
+A notification only wakes subscribers; the state is in the store. A subscriber subscribes, then reads the store: later
+commits are notified, so it misses no change. A notification carries the newest records, so that followers that are up
+to date neither read them from the store nor encode them again. It also carries the end, which never changes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from harpcaller.model.jobs import Records
 
 log = logging.getLogger(__name__)
 
-#: A function that is called at each notification, with True if it is of an end.
+#: A function that is called at each notification, with True if the job has ended.
 Subscriber: TypeAlias = Callable[[bool], None]
 
 
@@ -35,7 +35,7 @@ class RecordBatch:
         return self.first + len(self.records)
 
     def part(self, first: int, end: int) -> RecordBatch | None:
-        """Return the records from number `first` to before number `end`; None if it has not the first of them."""
+        """Return the records from number `first` to before number `end`; None if the batch does not have the first."""
         if not self.first <= first < min(end, self.next):
             return None
         if first == self.first and end >= self.next:
@@ -70,7 +70,7 @@ class Subscription:
 
 
 class Notifier:
-    """The jobs with subscribers. A job without a subscriber costs nothing."""
+    """The jobs with subscribers. A job without subscribers needs no memory."""
 
     def __init__(self) -> None:
         self._subscriptions: dict[str, Subscription] = {}
@@ -82,7 +82,7 @@ class Notifier:
         return subscription
 
     def unsubscribe(self, job_id: str, subscriber: Subscriber) -> None:
-        """Do not call a subscriber any more."""
+        """Remove a subscriber."""
         subscribers = self._subscriptions[job_id].subscribers
         subscribers.remove(subscriber)
         if not subscribers:
@@ -97,7 +97,7 @@ class Notifier:
     def publish_end(self, job_id: str, end: End | None = None) -> None:
         """Notify the subscribers that the job's end or the outcome of its stop is committed.
 
-        Without `end` they read it from the store.
+        Without `end`, the subscribers read it from the store.
         """
         if subscription := self._subscriptions.get(job_id):
             subscription.end = end or subscription.end

@@ -1,9 +1,9 @@
 """Deletion of jobs that ended long ago, with their records, and of old request ids.
 
-Theory of operation: a wrong clock must not delete jobs. So the age of a job is not counted to the wall clock, but to
-the prune time, which follows the wall clock while both agree. If the wall clock is much later, then either it leapt or
-the dispatcher did not run for long. In both cases the prune time only advances by the time that the dispatcher runs,
-four times as fast, until it has reached the wall clock. The store has the prune time over restarts.
+Theory of operation: a wrong clock must not delete jobs. The age of a job is therefore not measured to the wall clock,
+but to the prune time, which follows the wall clock while both agree. If the wall clock is much later, either the clock
+leapt or the dispatcher did not run for a long time. In both cases the prune time advances only while the dispatcher
+runs, four times as fast, until it has reached the wall clock. The prune time is stored, and survives restarts.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ REQUEST_ID_TTL = 86400.0  #: Seconds for which a request id is stored, at least.
 _STEP = 200  #: Number of jobs in a step.
 _PAUSE = 0.05  #: Seconds between two steps, so that other writes come first.
 _CATCH_UP = 4.0  #: Seconds by which the prune time advances in a second, after a leap of the clock.
-_MAX_LEAP = 86_400.0  #: Maximum seconds by which the clock may be later than the prune time without being a leap ...
-_MAX_LEAP_OF_AGE = 0.1  #: ... and the same as a part of `max_age`.
+_MAX_LEAP = 86_400.0  #: Seconds that the clock is later than the prune time, above which this is a leap.
+_MAX_LEAP_OF_AGE = 0.1  #: The same as a part of `max_age`, if that is less.
 
 
 class PruneRefused(Exception):
@@ -100,16 +100,16 @@ class Pruner:
             log.error("cannot delete old jobs; retrying later", extra={"error": str(error)})
 
     async def _delete(self, age: float | None) -> int:
-        """Delete old request ids, and the jobs that ended `age` seconds before the prune time; store this time."""
+        """Delete old request ids, and the jobs that ended `age` seconds before the prune time; store the prune time."""
         assert self._prune_time is not None
         now = min(self._prune_time, self._wall())  # the clock may have been set back
         pruned = 0 if age is None else await prune(self._store, now - age)
         await self._store.forget_request_ids(now - REQUEST_ID_TTL)
-        await self._store.set_prune_time(self._prune_time)  # afterwards: on a full disk it needs the space
+        await self._store.set_prune_time(self._prune_time)  # last: on a full disk it needs the freed space
         return pruned
 
     async def _advance(self) -> float:
-        """Advance the prune time; return by how many seconds the wall clock has leapt, as far as not caught up."""
+        """Advance the prune time; return how many seconds it is behind a wall clock that has leapt, otherwise 0."""
         if self._prune_time is None:
             self._prune_time = await self._store.get_prune_time() or self._wall()
             self._advanced_at = self._monotonic()

@@ -1,7 +1,7 @@
-"""The records of a job for one client, then its end; and the end alone. Both wait without a task.
+"""The records of a job for one client, then its end; or the end alone. Both wait without a task.
 
-The owner requests items as fast as the client reads them, and is notified when there may be another one. So a client
-that does not read costs only a number here, and the records that all followers share.
+The owner requests items as fast as the client reads them, and is notified when there may be a further item. A client
+that does not read therefore needs only the memory of a number, and of the records that all followers share.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _BATCH_BYTES = 64 * 1024  #: Approximate number of bytes of records in one read 
 
 
 class _JobState(NamedTuple):
-    """What a stream needs of a job. Its payloads would be in memory as long as the client reads records."""
+    """The part of a job that a stream needs, so that its payloads are not in memory while the client reads."""
 
     records: int
     has_ended: bool
@@ -33,9 +33,9 @@ class _JobState(NamedTuple):
 class RecordStream:
     """The stored and, while it waits, the future records of a job, in batches of limited size, then its end.
 
-    It begins with record `since`, which may be in the future, or with the `recent` newest stored records. With `wait`
-    it waits until the job has ended; otherwise its last item is `Continue` if the job has not. `on_ready` is called
-    when `next_item` may return an item or raise, never within it.
+    It starts with record `since`, which may be in the future, or with the `recent` newest stored records. With `wait`
+    it waits until the job has ended; otherwise the last item for a job that has not ended is `Continue`. `on_ready` is
+    called when `next_item` may return an item or raise, never within `next_item`.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class RecordStream:
         self._notifier = notifier
         self._on_ready = on_ready
         self._job: _JobState | None = None
-        self._batch: RecordBatch | None = None  # was read from the store, and is the next item
+        self._batch: RecordBatch | None = None  # the next item, if it was read from the store
         self._error: BaseException | None = None
         self._reads = 0
         self._subscription = notifier.subscribe(job_id, self._on_published) if wait else None
@@ -70,9 +70,9 @@ class RecordStream:
         if job is None or self._reads:
             return None
         newest = None if self._subscription is None else self._subscription.newest
-        known, self._batch = self._batch or newest, None
-        # Without waiting, it ends with the records that were stored when the job was read.
-        batch = known.part(self._next, sys.maxsize if self._wait else job.records) if known else None
+        in_memory, self._batch = self._batch or newest, None
+        # Without `wait`, the stream ends with the records that were stored when the job was read.
+        batch = in_memory.part(self._next, sys.maxsize if self._wait else job.records) if in_memory else None
         if batch is not None:
             self._next = batch.next
             return batch
@@ -82,19 +82,19 @@ class RecordStream:
         if job.end is not None:
             return job.end
         if job.has_ended:
-            self._read_job()  # now with its end
+            self._read_job()  # to get its end
             return None
         return None if self._wait else Continue()
 
     def put_back(self, item: RecordBatch | End | Continue) -> None:
-        """Discard the item that `next_item` has returned last: it is read from the store when it is requested again."""
+        """Discard the last item of `next_item`; the next call reads it from the store and returns it again."""
         if isinstance(item, RecordBatch):
             self._next = item.first
         elif self._job is not None:
             self._job = self._job._replace(end=None)
 
     def stop_waiting(self) -> None:
-        """End with the records and the end that are stored now."""
+        """End the stream after the records, and the end, that are stored now."""
         if self._wait:
             self.close()
             self._read_job()
@@ -119,11 +119,11 @@ class RecordStream:
         self._read(self._store.get_job(self._job_id), self._on_job)
 
     def _on_job(self, job: Job) -> None:
-        known = self._job
-        if known is None and self._recent is not None:
+        previous = self._job
+        if previous is None and self._recent is not None:
             self._next = max(0, job.records - self._recent)
-        # Reads may be completed in another order.
-        if known is None or job.end is not None or (not known.has_ended and job.records >= known.records):
+        # Reads may complete in another order.
+        if previous is None or job.end is not None or (not previous.has_ended and job.records >= previous.records):
             end = None if self._next < job.records else job.end
             self._job = _JobState(job.records, job.end is not None, end)
 
@@ -152,7 +152,7 @@ class RecordStream:
 
 
 def wait_for_end(job_id: str, is_active: bool, store: Store, notifier: Notifier) -> asyncio.Future[End]:
-    """Return a future of the end of a job. Cancelling it ends the wait.
+    """Return a future of the end of a job. Cancelling the future ends the wait.
 
     The store is not read for a job that `is_active`: its end will be published.
     """

@@ -1,7 +1,7 @@
-"""The active calls: claims queued jobs when one may have become able to start, and runs them.
+"""The active calls: claims queued jobs when they may be able to start, and runs them.
 
-A claim runs after the other writes of its transaction. So one claim for all requests of a turn of the event loop is
-enough, and a job that is stored in this turn is claimed with the same commit. Several claims may be in the store: each
+A claim runs after the other writes of its transaction. One claim is therefore enough for all requests in a turn of the
+event loop, and it can claim a job that is stored in the same transaction. Several claims may be in progress: each
 reserves the calls that it may start.
 """
 
@@ -24,27 +24,27 @@ _RETRY_INTERVAL = 1.0  #: Seconds between two attempts after the store failed.
 
 
 class Runner:
-    """Claims jobs from `begin_claiming` to `detach`, and runs their calls.
+    """Claims jobs from `start_claiming` to `detach`, and runs their calls.
 
-    `can_start` returns whether calls can be started; `request_claim` is called when that becomes true. `began` is the
-    Unix time when the dispatcher began.
+    `can_start` returns whether calls can be started; `request_claim` is called when that becomes true. `started_at` is
+    the Unix time at which the dispatcher started.
     """
 
-    def __init__(self, can_start: Callable[[], bool], began: float) -> None:
+    def __init__(self, can_start: Callable[[], bool], started_at: float) -> None:
         self.context: RunContext  #: The environment of new runs.
         self.runs: dict[str, Run] = {}  #: The runs of the active calls, by job id.
-        self.starts = HostStarts(lambda: self.context, began)  #: Which hosts accept starts.
+        self.starts = HostStarts(lambda: self.context, started_at)  #: Which hosts accept starts.
         self._can_start = can_start
         self._no_runs = asyncio.Event()  # set when the last run has closed
-        self._cancelled_before_start: set[str] = set()  # after the store has claimed them, before their run exists
+        self._cancelled_before_start: set[str] = set()  # jobs that the store has claimed and that have no run yet
         self._is_claiming = False
         self._claim_requested = False
         self._claim_postponed = False  # until a call has ended, or a claim has returned
-        self._claims: dict[asyncio.Future[list[Job]], int] = {}  # those in the store, with their limits
+        self._claims: dict[asyncio.Future[list[Job]], int] = {}  # the claims in progress, with their limits
         self._retry: asyncio.TimerHandle | None = None
 
     async def recover(self) -> bool:
-        """Create runs for the jobs that hold a slot since the last dispatcher; return False if the store failed."""
+        """Create runs for the jobs to which an earlier dispatcher gave a slot; return False if the store failed."""
         try:
             jobs = await self.context.store.list_slot_holders()
         except StorageError as error:
@@ -55,8 +55,8 @@ class Runner:
             log.info("jobs recovered", extra={"jobs": len(jobs)})
         return True
 
-    async def begin_claiming(self, recovered: bool) -> None:
-        """Claim jobs from now on, but not before the jobs that hold a slot have a run."""
+    async def start_claiming(self, recovered: bool) -> None:
+        """Start to claim jobs when the jobs that hold a slot have a run; `recovered`: whether they have."""
         while not recovered:
             await asyncio.sleep(_RETRY_INTERVAL)
             recovered = await self.recover()
@@ -64,13 +64,13 @@ class Runner:
         self.request_claim()
 
     def request_claim(self) -> None:
-        """Claim jobs in the next turn of the event loop, because a job may have become able to start."""
+        """Claim jobs in the next turn of the event loop, because another job may be able to start."""
         if not self._claim_requested:
             self._claim_requested = True
             asyncio.get_running_loop().call_soon(self._claim)
 
     async def cancel_call(self, job_id: str, before: State, client: str | None) -> None:
-        """Stop the call of a job whose end `Cancelled` is committed. It is not started after this function returns."""
+        """Stop the call of a cancelled job, after the commit of its end. It is not started after this returns."""
         if run := self.runs.get(job_id):
             await run.cancel_call(client)
         elif before is State.RUNNING:
@@ -123,7 +123,7 @@ class Runner:
             return
         self._start_runs(jobs)
         if len(jobs) == limit or self._claim_postponed:
-            self.request_claim()  # there may be more
+            self.request_claim()  # more jobs may be able to start
 
     def _retry_claim(self) -> None:
         if self._retry is None:
@@ -136,7 +136,7 @@ class Runner:
     def _start_runs(self, jobs: Sequence[Job], recovered: bool = False) -> None:
         """Start a run for each of these jobs, which hold a slot.
 
-        A job that was cancelled meanwhile also needs a run, which releases its slot.
+        A job that was cancelled after its claim also needs a run, which releases its slot.
         """
         for job in jobs:
             run = self.runs[job.id] = Run(job, self.context, self.starts, self._on_run_closed)

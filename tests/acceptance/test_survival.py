@@ -288,7 +288,7 @@ def test_job_with_call_unknown_to_host_ends_missing_result(tmp_path: Path) -> No
         error = job.result(wait=True)
         assert isinstance(error, harp.RemoteError)
         assert error.type == "missing_result"
-        assert "does not hold the job's call" in error.message
+        assert "does not have the job's call" in error.message
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])

@@ -227,7 +227,7 @@ async def test_start_without_reply_is_never_repeated(tmp_path: Path) -> None:
             job_id, end = await result_of(dispatcher)
             assert isinstance(end, Failed)
             assert end.type == "missing_result"
-            assert "does not hold the job's call" in end.message
+            assert "does not have the job's call" in end.message
             assert not (await dispatcher.get_job(job_id)).holds_slot
 
 

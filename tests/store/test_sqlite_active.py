@@ -64,7 +64,7 @@ async def test_failed_attempt_does_not_read_all_waiting_jobs_again(tmp_path: Pat
     await (await open_store(tmp_path)).close()
     with closing(connect(tmp_path / FILE_NAME)) as db:
         writes, error = Writes(db), Failed("network_error", "no route")
-        writes.begin()
+        writes.begin_transaction()
 
         def add(number: int, seconds: float, now: float) -> None:
             call = "web01", "p", Raw(b"[]"), 600.0, 600.0

@@ -405,7 +405,7 @@ async def instructions_of_a_claim(directory: Path, waiting: int) -> int:
 
     with closing(connect(directory / FILE_NAME)) as connection:
         writes = Writes(connection)
-        writes.begin()  # reads the queued jobs
+        writes.begin_transaction()  # reads the queued jobs
         connection.set_progress_handler(step, 1)
         assert len(writes.claim_jobs(1.0, 1, 3)) == 1
         connection.set_progress_handler(None, 0)

@@ -35,7 +35,7 @@ _MAX_MESSAGE = 1000  #: Maximum length of an error message in characters: it may
 
 
 def listen(config: Config) -> list[Listener]:
-    """Open the addresses of `listen`, each once. Raises `ConfigError` if one cannot be opened; then none is open."""
+    """Open the addresses of `listen`, each once, or none: raises `ConfigError` if an address cannot be opened."""
     opened: list[Listener] = []
     for entry in dict.fromkeys(config.listen):
         try:
@@ -86,7 +86,7 @@ class ClientServer(Server):
     def _write_timeout(self) -> float:
         return self._dispatcher.config.write_timeout
 
-    # Requests. Those of the usual path need no task.
+    # Requests. The usual requests need no task.
 
     def _on_request(self, connection: Connection, line: bytes) -> None:
         if len(line) < LONG_LINE:
@@ -96,7 +96,7 @@ class ClientServer(Server):
             decoding.add_done_callback(lambda decoded: self._execute(connection, decoded.result))
 
     def _execute(self, connection: Connection, decoded: Callable[[], protocol.Received]) -> None:
-        """Answer the request that `decoded` returns."""
+        """Execute the request that `decoded` returns."""
         try:
             request, connection.keep_alive, token = decoded()
             if token is not None:
@@ -126,11 +126,11 @@ class ClientServer(Server):
         submitted.add_done_callback(on_submitted)
 
     def _wait_for_result(self, connection: Connection, request: protocol.GetResult) -> None:
-        """Reply with the end of a job when it has ended. A client that disconnects gets an end that is stored."""
+        """Reply with the end of a job when it has ended; to a client that disconnects, only if it has ended now."""
         job = request.job
 
         def on_end(waiting: asyncio.Future[End]) -> None:
-            connection.forget_disconnect()  # it has the end in its memory
+            connection.remove_disconnect_handler()  # it would keep the end in memory
             if waiting.cancelled():
                 connection.run(self._send_stored_end(connection, request))
             elif (error := waiting.exception()) is not None:
@@ -154,7 +154,7 @@ class ClientServer(Server):
         reply: protocol.Reply
         match request:
             case protocol.SubmitMany(calls):
-                received = cast(Sequence[protocol.Call], calls)  # only a client encodes calls before
+                received = cast(Sequence[protocol.Call], calls)  # encoded calls occur only in clients
                 reply = protocol.SubmittedMany(await dispatcher.submit_many(received, connection.client.peer))
             case protocol.Cancel(job, wait):
                 cancelled = await dispatcher.cancel(job, connection.client.peer)
@@ -223,7 +223,7 @@ class ClientServer(Server):
     # Replies.
 
     def _reply_if_room(self, connection: Connection, reply: protocol.Reply, request: protocol.Request) -> bool:
-        """Send the only reply to a request that reads; without memory for it, answer the request again later."""
+        """Send the reply to a request without side effects; without memory for it, execute the request again later."""
         return self._reply(
             connection,
             reply,
@@ -231,9 +231,9 @@ class ClientServer(Server):
         )
 
     def _reply(self, connection: Connection, reply: protocol.Reply, retry: Callable[[], object] | None = None) -> bool:
-        """Send the only reply to a request, and wait for the next request if the client has asked for that.
+        """Send the reply to a request, then wait for the next request or close, as the client has requested.
 
-        With `retry`, return False if there is no memory for the reply; it is called when there is some.
+        With `retry`, return False if there is no memory for the reply; `retry` is called when there is memory.
         """
         keep_alive = connection.keep_alive and not connection.has_extra_input and not self.acceptor.near_capacity
         line = protocol.encode_reply(reply, self._dispatcher.config.idle_timeout if keep_alive else None)
@@ -250,7 +250,7 @@ class ClientServer(Server):
         client = connection.client.peer
         match error:
             case ProtocolError():
-                # Every invalid request has the type invalid_request; an exhausted limit keeps its own.
+                # Every invalid request has the type invalid_request; an exhausted limit has a separate type.
                 kind = error.type if error.type == "too_many_connections" else "invalid_request"
                 failure = protocol.Refused(kind, _shorten(error.message))
                 log.info("request refused", extra={"client": client, "reason": failure.message})

@@ -1,15 +1,15 @@
 """A client's connection: its requests, the replies, its end. It is driven by events of its socket and needs no task.
 
-A connection reads a request line, then its server answers it, then it reads the next one or is closed.
+A connection reads a request line, its server answers it, and then it reads the next request line or is closed.
 
-- A reply is written at once. The bytes that do not fit in the kernel's buffer are sent when they do, and a server that
-  sends a long reply waits for that after each piece (`Connection.on_sent`). A client that does not read therefore
-  costs one piece of a reply and delays only itself. Long pieces of all clients share a limited memory: see
-  `reply_memory`. A client that has one and reads nothing for some time is disconnected if others wait for memory.
+- A reply is written immediately. Bytes that do not fit in the kernel's buffer are sent later. A server that sends a
+  long reply waits after each piece until it is sent (`Connection.on_sent`), so a client that does not read occupies
+  the memory of one piece and delays no other client. Long pieces of all clients share a limited memory: see
+  `reply_memory`. If others wait for memory, a client that does not read its long piece for some time is disconnected.
 - Data that a client sends between its request and the reply is discarded, and the connection then serves no further
   request.
-- A client that closes its side counts as disconnected: nothing is waited for on its behalf, but data that is available
-  at once is still sent, because it may be reading.
+- A client that closes its side counts as disconnected, although it may still read: available data is sent, but the
+  server does not wait for further data.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ log = logging.getLogger(__name__)
 
 _READ_BYTES = 64 * 1024
 _CLOSE_TIMEOUT = 2.0  #: Maximum seconds for a client to read the last reply and close.
-_UNSENT_BYTES = 64 * 1024  #: Bytes in the kernel's buffer for a client beyond those on their way to it.
-_DRAIN_TIMEOUT = 5.0  #: Seconds that a closing server gives to requests that are being answered.
+_UNSENT_BYTES = 64 * 1024  #: Maximum unsent bytes in the kernel's buffer for a client.
+_DRAIN_TIMEOUT = 5.0  #: Maximum seconds that a closing server waits for the requests in progress.
 
 
 class ClientDisconnected(Exception):
@@ -46,8 +46,8 @@ class ClientDisconnected(Exception):
 class Server(ABC):
     """A server of client connections: it answers each request, then calls `Connection.read_request` or `close`.
 
-    A connection over `max_connections` receives the line `rejection`. `request_memory` is the maximum total bytes of
-    long requests that are being received or answered, `reply_memory` returns that of long replies.
+    A connection over `max_connections` receives the line `rejection`. `request_memory` is the maximum number of bytes
+    of all long requests that are being received or answered; `reply_memory` returns the maximum for all long replies.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Server(ABC):
 
     @abstractmethod
     def _write_timeout(self) -> float:
-        """Return for how many seconds a client may read nothing of a long reply while others wait for memory."""
+        """Return the maximum seconds for which a client may not read a long reply while others wait for memory."""
 
     @abstractmethod
     def _on_request(self, connection: Connection, line: bytes) -> None:
@@ -79,8 +79,8 @@ class Server(ABC):
     def _on_failed(self, connection: Connection, error: BaseException) -> None:
         """Send the error of a request and close the connection.
 
-        It is a `ProtocolError` if the line is too long, late or incomplete; one of the type ``too_many_connections`` if
-        the memory for all requests is exhausted.
+        It is a `ProtocolError` if the line is too long, late or incomplete. Its type is ``too_many_connections`` if the
+        memory for all requests is exhausted.
         """
 
     def serve(self, listeners: Sequence[Listener]) -> None:
@@ -88,7 +88,7 @@ class Server(ABC):
         self.acceptor.open(listeners)
 
     async def aclose(self) -> None:
-        """Stop accepting, end all waits, and give requests that are being answered some time."""
+        """Stop accepting connections, end all waits, and wait a limited time for the requests in progress."""
         self.acceptor.close_listeners()
         for connection in self.acceptor.connections.values():
             connection.mark_disconnected()
@@ -118,12 +118,12 @@ class Connection:
 
     def __init__(self, accepted: socket.socket, client: Client, server: Server) -> None:
         self.client = client  #: The identity that the client has proven so far.
-        self.is_closing = False  #: Whether nothing more can be sent.
+        self.is_closing = False  #: Whether no further data can be sent.
         self.disconnected = False  #: Whether the client has closed its side, or the server is closing.
         self.has_extra_input = False  #: Whether the client has sent data after its request, which is discarded.
         self.received_at = 0.0  #: Time at which the last request was complete, on the monotonic clock.
-        self.keep_alive = False  #: Whether the last request asked for another one; set by the server.
-        #: Called once when all data is in the kernel's buffer, or never will be.
+        self.keep_alive = False  #: Whether the last request requested keep-alive; set by the server.
+        #: Called once when all data is in the kernel's buffer, or the connection is closed.
         self.on_sent: Callable[[], object] | None = None
         self._socket = accepted
         self._server = server
@@ -133,10 +133,10 @@ class Connection:
         self._loop = asyncio.get_running_loop()
         self._is_reading = False
         self._line_limit = 0
-        self._lines: LineBuffer | None = None  # of a request that arrives in parts
+        self._lines: LineBuffer | None = None  # the buffer of a request that arrives in parts
         self._request_received = False
         self._unsent: memoryview | None = None
-        self._task: asyncio.Task[None] | None = None  # answers a request that needs one
+        self._task: asyncio.Task[None] | None = None  # executes a request that needs a task
         self._on_disconnect: Callable[[], object] | None = None
         #: Done when the connection is closed; cancelling it closes the connection.
         self.closed: asyncio.Future[None] = self._loop.create_future()
@@ -165,13 +165,13 @@ class Connection:
             self._memory.release()
 
     def on_disconnect(self, notify: Callable[[], object]) -> None:
-        """Call a function once if the client has disconnected, or disconnects before it sends another request."""
+        """Call a function once if the client has disconnected, or disconnects before its next request."""
         self._on_disconnect = notify
         if self.disconnected:
             self._notify_disconnected()
 
-    def forget_disconnect(self) -> None:
-        """Do not call the function of `on_disconnect` any more."""
+    def remove_disconnect_handler(self) -> None:
+        """Remove the function of `on_disconnect`."""
         self._on_disconnect = None
 
     def _notify_disconnected(self) -> None:
@@ -201,13 +201,13 @@ class Connection:
             return
         lines = self._lines = self._lines or LineBuffer(self._line_limit)
         try:
-            found = lines.feed(data)
+            complete_lines = lines.feed(data)
         except LineTooLong:
             self._refuse(f"the request line is longer than {self._line_limit} bytes")
             return
-        if found:
-            self.has_extra_input = len(found) > 1 or bool(lines.pending)
-            self._on_line(found[0])
+        if complete_lines:
+            self.has_extra_input = len(complete_lines) > 1 or bool(lines.pending)
+            self._on_line(complete_lines[0])
 
     def _on_line(self, line: bytes) -> None:
         self._request_received = True
@@ -260,10 +260,9 @@ class Connection:
     # Replies.
 
     def reserve(self, length: int, retry: Callable[[], object]) -> bool:
-        """Reserve memory for data of `length` bytes that is written next; return False if there is none now.
+        """Reserve memory for the next data, of `length` bytes; return False if the memory is exhausted.
 
-        Then the caller discards the data, and `retry` is called when it is to be built again, unless the connection is
-        closed before.
+        Then the caller discards the data. `retry` is called to build it again, unless the connection is closed before.
         """
 
         def retry_if_open() -> None:
@@ -299,7 +298,7 @@ class Connection:
             self._reply_share.release()
 
     def _watch_reader(self, unsent_before: int | None) -> None:
-        """Disconnect a client that has read nothing since the last check, if others wait for memory."""
+        """Disconnect a client that has not read since the last check, if others wait for memory."""
         assert self._unsent is not None
         unsent = len(self._unsent)
         if unsent == unsent_before and self._server.reply_memory.is_short:
@@ -340,9 +339,9 @@ class Connection:
     # Work for a request that needs a task.
 
     def run(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run a coroutine that answers a request. It is cancelled if the connection is closed meanwhile.
+        """Run a coroutine that answers a request, until the connection is closed.
 
-        It may raise `ClientDisconnected`; another exception is passed to `Server._on_failed`.
+        It may raise `ClientDisconnected`; any other exception is passed to `Server._on_failed`.
         """
         self._task = self._loop.create_task(self._run(work))
 
@@ -361,8 +360,8 @@ class Connection:
     def close(self) -> None:
         """Close the connection so that the sent data arrives.
 
-        Closing a socket with unread data resets the connection, and the client may lose the reply. A client that still
-        sends therefore gets some time to read and close.
+        Closing a socket with unread data resets the connection, and the client may not receive the reply. A client that
+        still sends therefore gets some time to read and close.
         """
         if self.closed.done():
             return
@@ -376,11 +375,11 @@ class Connection:
                 self._timer = self._server.timers.call_later(_CLOSE_TIMEOUT, self.abort)
                 return
         except OSError:
-            pass  # nothing is unread, or the connection is closed already
+            pass  # no data is unread, or the connection is closed already
         self.abort()
 
     def abort(self) -> None:
-        """Close the connection at once; the task of its request is cancelled."""
+        """Close the connection immediately, and cancel the task of its request."""
         if not self.closed.done():
             self.closed.set_result(None)
             self._release()

@@ -1,8 +1,8 @@
 """The client of the control socket: sends a command to a running harpcallerd and returns the reply.
 
 A request is one line, ``{"command": NAME, ...}``. The reply is any number of lines ``{"item": OBJECT}``, then
-``{"done": true}`` or ``{"error": MESSAGE}``; without one of these, the reply is incomplete. This module imports
-no event loop and no TLS, so that the program starts quickly.
+``{"done": true}`` or ``{"error": MESSAGE}``; without such a last line, the reply is incomplete. This module imports no
+event loop and no TLS, so that the program starts quickly.
 """
 
 from __future__ import annotations

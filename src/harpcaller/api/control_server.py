@@ -137,16 +137,16 @@ class ControlServer(Server):
         if full:
             yield Envelope(await self._dispatcher.details(job))
             return
-        found = await self._dispatcher.get_job(job)
+        stored = await self._dispatcher.get_job(job)
         yield Envelope(
-            _job_item(found),
-            queue=found.queue,
-            info=found.info,
-            state=found.state.value,
-            timeout=found.timeout,
-            max_exec_time=found.max_exec_time,
-            records=found.records,
-            end=None if found.end is None else encode_object(found.end),
+            _job_item(stored),
+            queue=stored.queue,
+            info=stored.info,
+            state=stored.state.value,
+            timeout=stored.timeout,
+            max_exec_time=stored.max_exec_time,
+            records=stored.records,
+            end=None if stored.end is None else encode_object(stored.end),
         )
 
     async def _cancel(self, job: str) -> Items:
@@ -233,7 +233,7 @@ def _queue(members: JSONObject, key: str) -> Raw:
 
 
 class Command(NamedTuple):
-    """A command: its function, and the functions that read its keys beside ``command``."""
+    """A command: its function, and the functions that read its keys other than ``command``."""
 
     run: Callable[..., Items]
     required: Mapping[str, Callable[[JSONObject, str], Any]] = {}

@@ -1,7 +1,7 @@
 """The fast decoder of the usual requests: calls, many calls, and waiting for a result.
 
-`harp.protocol.dispatcher` alone defines what a request is. This decoder returns the same values in about half of the
-time, or None for a line that is unusual or invalid; `decode_request` then gives that to the other one.
+`harp.protocol.dispatcher` defines the requests. This decoder returns the same values in about half of the time. For an
+unusual or invalid line it returns None, and `decode_request` uses the decoder of `harp.protocol.dispatcher`.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def decode_usual_request(line: bytes) -> Received | None:
             members = _submit_many.decode(line)
         else:
             members = _submit.decode(line)
-        # msgspec keeps the last of repeated members. It has read the line exactly if it writes as much, without spaces.
+        # Of repeated members, msgspec returns only the last. Equal lengths without spaces prove that none is missing.
         written = msgspec.json.encode(members)
         if len(written) - written.count(b" ") != len(line) - line.count(b" "):
             return None

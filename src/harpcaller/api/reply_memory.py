@@ -1,10 +1,10 @@
 """The memory of long replies to all clients together.
 
-Theory of operation: a client may leave a long reply unread, so each such reply needs a share of a limited memory until
-it is sent. Without one, the reply is discarded, and its request waits; when there is a share, the reply is built again.
-A waiting request so costs no memory. A client that waits has no share, so that no client waits for a waiting one. A
-reply that is longer than the limit gets its share when no other client has one. Shares are given in the order of the
-requests; short replies need none.
+Theory of operation: a client may not read its long reply, so each long reply needs a share of a limited memory until it
+is sent. Without a share, the reply is discarded, and its request waits; later the reply is built again. A waiting
+request therefore needs no memory, and it has no share, so that waiting clients do not block each other. A reply that is
+longer than the limit gets a share when no other client has one. Shares are given in the order of the requests. Short
+replies need no share.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-_FREE = 64 * 1024  #: Bytes of each reply that are not counted, so that short replies never wait.
+_UNCOUNTED = 64 * 1024  #: Bytes of each reply that are not counted, so that short replies never wait.
 
 
 class ReplyMemory:
-    """The memory of all clients. `limit` returns its bytes, without the free ones of each reply."""
+    """The memory of all clients. `limit` returns its bytes, without the uncounted bytes of each reply."""
 
     def __init__(self, limit: Callable[[], int]) -> None:
         self._limit = limit
         self._used = 0
-        self._waiting: dict[ReplyShare, tuple[int, Callable[[], object]]] = {}  # in order
+        self._waiting: dict[ReplyShare, tuple[int, Callable[[], object]]] = {}  # the first request first
 
     @property
     def is_short(self) -> bool:
@@ -32,7 +32,7 @@ class ReplyMemory:
         return not self._used or self._used + size <= self._limit()
 
     def _give_shares(self) -> None:
-        """Give shares to those that wait, in order."""
+        """Give shares to the waiting clients, in order."""
         while self._waiting:
             share, (size, retry) = next(iter(self._waiting.items()))
             if not self._has_room(size):
@@ -51,11 +51,11 @@ class ReplyShare:
         self.size = 0  #: Counted bytes.
 
     def reserve(self, length: int, retry: Callable[[], object]) -> bool:
-        """Reserve memory for a reply of `length` bytes; return False if there is none now.
+        """Reserve memory for a reply of `length` bytes; return False if the memory is exhausted.
 
-        Then the caller discards the reply. `retry` is called when there is memory, which is then reserved already.
+        Then the caller discards the reply. `retry` is called when the memory is reserved.
         """
-        memory, size = self._memory, max(0, length - _FREE)
+        memory, size = self._memory, max(0, length - _UNCOUNTED)
         if size > self.size:
             self.release()
             if memory.is_short or not memory._has_room(size):
@@ -73,7 +73,7 @@ class ReplyShare:
         return self in self._memory._waiting
 
     def release(self) -> None:
-        """Return the share, or wait no longer for one."""
+        """Return the share, or stop waiting for a share."""
         memory = self._memory
         memory._used -= self.size
         self.size = 0

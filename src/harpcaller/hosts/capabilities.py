@@ -1,7 +1,7 @@
 """What each host supports: its supervisor's instance id, resumable calls and keep-alive.
 
-The first request to a host lists the calls that it has for this dispatcher; the reply also has the instance id. A
-legacy harpd rejects the request; it is sent again after 300 s. Spec: docs/protocol.md, Resumable calls.
+The first request to a host lists its calls of this dispatcher; the reply also has the instance id. A legacy harpd
+rejects the request; it is sent again after 300 s. Spec: docs/protocol.md, Resumable calls.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from harpcaller.model.jobs import Identity
 log = logging.getLogger(__name__)
 
 _LEGACY_RETRY_SECONDS = 300.0  #: Seconds after which a legacy harpd is queried again.
-#: Errors that a current harpd replies, too.
+#: Errors that do not prove a legacy harpd.
 _TEMPORARY_ERRORS = frozenset(
     {"auth_error", "too_many_connections", "shutdown", "procedure_loading_error", "system_error", "call_died"}
 )
@@ -37,7 +37,7 @@ _MAX_LIST_BYTES = 8 * 1024 * 1024  #: Maximum length of a list of calls in bytes
 class HostSupport(NamedTuple):
     """What a host supports; the default is a legacy harpd."""
 
-    instance: str | None = None  # the supervisor's instance id, which a start has to name; None: a legacy harpd
+    instance: str | None = None  # the supervisor's instance id, which a start must name; None: a legacy harpd
     keep_alive: bool = False
 
 
@@ -45,7 +45,7 @@ LEGACY = HostSupport()
 
 
 class HostCapabilities:
-    """A cache of what hosts support; `on_call_list` is called with the ids of the calls that a host has."""
+    """A cache of the capabilities of hosts; `on_call_list` is called with the call ids that a host lists."""
 
     def __init__(
         self,
@@ -58,17 +58,17 @@ class HostCapabilities:
         self._timers = timers
         self._resolver = resolver
         self._on_call_list = on_call_list
-        self._known: dict[Host, HostSupport] = {}
+        self._cached: dict[Host, HostSupport] = {}
         self._queries: dict[Host, asyncio.Task[HostSupport]] = {}
 
-    def get_known(self, host: Host) -> HostSupport | None:
-        """Return what a host supports; None if it has to be queried."""
-        return self._known.get(host)
+    def get_cached(self, host: Host) -> HostSupport | None:
+        """Return what a host supports; None if it must be queried."""
+        return self._cached.get(host)
 
     async def get(self, host: Host, tls: HostTLS, config: Config) -> HostSupport:
-        """Return what a host supports; query it if that is not known. Raises one of `CONNECTION_ERRORS`."""
-        if (known := self.get_known(host)) is not None:
-            return known
+        """Return what a host supports; query it if that is not cached. Raises one of `CONNECTION_ERRORS`."""
+        if (cached := self.get_cached(host)) is not None:
+            return cached
         query = self._queries.get(host)
         if query is None:
             query = self._queries[host] = asyncio.create_task(self._query(host, tls, config))
@@ -78,16 +78,16 @@ class HostCapabilities:
     def _on_queried(self, host: Host, query: asyncio.Task[HostSupport]) -> None:
         del self._queries[host]
         if not query.cancelled():
-            query.exception()  # marks it as retrieved: perhaps no run waits for it any more
+            query.exception()  # marks it as retrieved, in case no run waits for it
 
     def set_legacy(self, host: Host) -> None:
         """Store that a host runs a legacy harpd, as its acknowledgement has shown."""
-        self._known[host] = LEGACY
+        self._cached[host] = LEGACY
         self._timers.call_later(_LEGACY_RETRY_SECONDS, partial(self.invalidate, host))
 
     def invalidate(self, host: Host) -> None:
         """Query the host again before the next start."""
-        self._known.pop(host, None)
+        self._cached.pop(host, None)
 
     async def close(self) -> None:
         """Cancel all queries."""
@@ -98,15 +98,15 @@ class HostCapabilities:
     async def _query(self, host: Host, tls: HostTLS, config: Config) -> HostSupport:
         reply = await self._request_call_list(host, tls, config)
         if isinstance(reply, Failed) and reply.type == "invalid_request":
-            # A current harpd replies so to a request that arrived too slowly: a second one may succeed.
+            # A current harpd sends this reply if the request arrived too slowly; a second request may succeed.
             reply = await self._request_call_list(host, tls, config)
         match reply:
             case CallList(calls, instance, keep_alive):
                 support = HostSupport(instance, keep_alive is not None)
-                self._known[host] = support
+                self._cached[host] = support
                 self._on_call_list(host, calls)
                 return support
-            case Failed(kind) if kind in _TEMPORARY_ERRORS:  # a start would receive it too
+            case Failed(kind) if kind in _TEMPORARY_ERRORS:  # a start would receive the same error
                 raise HostUnreachable(reply)
             case _:  # the host does not support the request
                 log.info("host runs a legacy harpd", extra={"host": host.hostname})
@@ -114,7 +114,7 @@ class HostCapabilities:
                 return LEGACY
 
     async def _request_call_list(self, host: Host, tls: HostTLS, config: Config) -> Message | None:
-        """Return the host's reply; None if the reply is not part of the protocol, as from another program."""
+        """Return the host's reply; None if it violates the protocol, for example because it is another program's."""
         conn = await open_connection(host, tls, config, self._timers, self._resolver, _MAX_LIST_BYTES)
         try:
             request = ListCalls(self._identity.owner_at(host.hostname), host.user, host.password, keep_alive=True)
@@ -127,5 +127,5 @@ class HostCapabilities:
         finally:
             conn.abort()
         if reply is None:  # this does not prove a legacy harpd: a middlebox may have closed the connection
-            raise ConnectionAbortedError("it closed the connection without an answer")
+            raise ConnectionAbortedError("it closed the connection without a reply")
         return reply

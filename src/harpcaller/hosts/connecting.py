@@ -26,17 +26,17 @@ from harpcaller.hosts.registry import Host
 from harpcaller.hosts.resolving import AddressInfo, Resolver
 from harpcaller.hosts.tls import CertificateRefused, HostTLS, parse_ip, server_name
 
-#: Errors of this machine; all others are errors of the network.
+#: Errors of this machine; all other errors are errors of the network.
 _LOCAL_ERRORS = ("EMFILE", "ENFILE", "ENOBUFS", "ENOMEM", "EACCES", "EPERM", "EADDRNOTAVAIL")
 #: OpenSSL's reasons if the peer's first bytes are not TLS.
 _NOT_TLS_REASONS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "HTTPS_PROXY_REQUEST", "RECORD_LAYER_FAILURE")
-#: Error numbers for errors that the event loop raises without one.
+#: Error numbers for errors that the event loop raises without a number.
 _ERRNO_BY_CLASS = {
     type(OSError(number, "")): number for number in (errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE)
 }
 _RESOLVER_ERRORS = {getattr(socket, name): name for name in dir(socket) if name.startswith("EAI_")}
 
-_ATTEMPT_DELAY = 0.25  #: Seconds after which the next address of a host is tried, too.
+_ATTEMPT_DELAY = 0.25  #: Seconds after which the next address of a host is also tried.
 
 
 class HostUnreachable(Exception):
@@ -47,7 +47,7 @@ class HostUnreachable(Exception):
         self.error = error
 
 
-#: The errors of opening a connection and of the exchange on it. UnicodeError: an address that is not a valid name.
+#: Errors of opening a connection and of the exchange on it. UnicodeError: the address is not a valid name.
 CONNECTION_ERRORS = (OSError, CertificateRefused, UnicodeError, ProtocolError, LineTooLong, HostUnreachable)
 
 
@@ -64,8 +64,8 @@ async def open_connection(
         async with asyncio.timeout_at(end):
             connection = await connect_first(addresses)
         try:
-            # From here the transport owns the socket and closes it, also after a cancellation. If it were closed here
-            # too, the loop could still watch its number, which may belong to the next connection.
+            # From here the transport owns the socket and closes it, also after a cancellation. After a second close
+            # here, the loop could still watch the descriptor, which may belong to the next connection.
             async with asyncio.timeout(seconds):
                 transport, conn = await asyncio.get_running_loop().create_connection(
                     partial(HarpdConnection, timers, min(max_line, config.record_line)),
@@ -98,8 +98,8 @@ async def _resolve(host: Host, resolver: Resolver, seconds: float) -> Sequence[A
 async def connect_first(addresses: Sequence[AddressInfo]) -> socket.socket:
     """Return a socket that is connected to the first address that answers ("Happy Eyeballs", RFC 8305).
 
-    An attempt begins when an earlier one has failed, or `_ATTEMPT_DELAY` s after the latest one. If all fail, the last
-    error is raised, an OSError.
+    An attempt starts when an earlier attempt has failed, or `_ATTEMPT_DELAY` s after the latest attempt. If all fail,
+    the last error is raised, an OSError.
     """
     if len(addresses) == 1:
         return await _connect_address(addresses[0])
@@ -123,12 +123,12 @@ async def connect_first(addresses: Sequence[AddressInfo]) -> socket.socket:
         for attempt in attempts:
             attempt.cancel()
         for result in await asyncio.gather(*attempts, return_exceptions=True):
-            if isinstance(result, socket.socket):  # it was connected in the same moment
+            if isinstance(result, socket.socket):  # it was connected at the same time
                 result.close()
 
 
 def _interleave(addresses: Sequence[AddressInfo]) -> list[AddressInfo]:
-    """Return addresses ordered so that the families alternate, beginning with that of the first one."""
+    """Return the addresses in an order that alternates the families, starting with the first address."""
     first = [info for info in addresses if info[0] == addresses[0][0]]
     others = [info for info in addresses if info[0] != addresses[0][0]]
     return [info for pair in zip_longest(first, others) for info in pair if info is not None]
@@ -168,7 +168,7 @@ def describe_host(host: Host) -> str:
 
 
 def _describe_error(error: BaseException) -> tuple[str | None, str]:
-    """Return the name of the errno, if there is one, and a text. `ssl` and the resolver use numbers of their own."""
+    """Return the name of the errno, or None, and a text. The errors of `ssl` and the resolver have no errno."""
     if isinstance(error, socket.gaierror):
         return _RESOLVER_ERRORS.get(error.errno), error.strerror or str(error)
     if isinstance(error, ssl.SSLError):

@@ -1,12 +1,12 @@
 """A connection to a host's harpd: one request at a time, the messages that answer it, commands to a running call.
 
-No task reads a connection: `HarpdConnection.data_received` calls the request's `Receiver` for each message, for
-adjacent records once together. A line of more than 64 KiB is decoded in a thread; until then the host is not read.
+No task reads a connection: `HarpdConnection.data_received` calls the request's `Receiver` for each message, and once
+for adjacent records. A line of more than 64 KiB is decoded in a thread; until then, no data is read from the host.
 
 Heartbeats run in both directions, because an open connection does not prove that the peer is alive. Each heartbeat
 echoes the host's latest timestamp. The host measures contact from that timestamp, so it can never count contact that
-the dispatcher did not have. If nothing was received for too long, the connection is aborted, as if the host had closed
-it. Time in which the dispatcher itself does not read, because the store is slow, is not counted.
+the dispatcher did not have. A connection without data for too long is aborted, as if the host had closed it. Time in
+which the dispatcher does not read, because the store is slow, is not counted.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from harp_daemon.event_loop import LONG_LINE, decode_in_thread
 from harp_daemon.sliced_json import decode_slices, slice_records
 from harp_daemon.timer_wheel import Timer, TimerWheel
 
-PAST_END = 2**53  #: A record number that does not exist. Attaching at it is refused with the number of the next record.
+PAST_END = 2**53  #: A record number above all others. An attach with it is refused with the number of the next record.
 
 _MAX_TURN_LINES = 1000  #: Maximum number of records that are delivered in one turn of the event loop.
-_SINGLE_LINE_COST = 30  #: The number of records that need as much time as a line that is decoded by itself.
+_SINGLE_LINE_COST = 30  #: The number of adjacent records that need as much time as one line that is decoded singly.
 _MAX_STORED_LINE = 1000  #: Maximum bytes of a stored acknowledgement.
 _HEARTBEAT_INTERVAL = 15.0  #: Seconds between two heartbeats.
-_MAX_MISSED_HEARTBEATS = 3  #: Number of unanswered ones after which the connection is aborted.
+_MAX_MISSED_HEARTBEATS = 3  #: Number of unanswered heartbeats after which the connection is aborted.
 _MIN_HEARTBEAT_INTERVAL = 0.1  #: Minimum seconds between two heartbeats, whatever timeout a host sets.
 _is_record = methodcaller("startswith", RECORD_PREFIX)
 _is_heartbeat = methodcaller("startswith", b'{"heartbeat":')
@@ -63,10 +63,10 @@ class HarpdConnection(asyncio.Protocol):
         self._timers = timers
         self._transport: asyncio.Transport
         self._lines = LineBuffer(max_line)
-        self._unread: list[bytes] = []  # complete lines; they wait before the first request, or behind a long one
+        self._unread: list[bytes] = []  # complete lines that wait for the first request, or for a long line before them
         self._exchange: ReplyReader | None = None
         self._receiver: Receiver | None = None
-        self._suspended = False  # the next lines wait: a thread decodes a line, or other peers have their turn
+        self._suspended = False  # the next lines wait for a thread that decodes a line, or for the next turn
         self._is_reading = True
         self._resuming = False
         self._unwritten: deque[memoryview] = deque()  # pieces of long data
@@ -78,7 +78,7 @@ class HarpdConnection(asyncio.Protocol):
         self._command_timer: Timer | None = None
         self._peer_time = 0.0  # the latest time of the host, which the next heartbeat echoes
         self._reused_unanswered = False
-        self._acknowledgement: tuple[bytes, Message] | None = None  # of the last call; most calls get the same line
+        self._acknowledgement: tuple[bytes, Message] | None = None  # of the last call; most calls receive the same line
         self.is_paused = False  #: Whether the receiver has paused reading.
         self.opened_at = time.monotonic()  #: Monotonic time of the opening.
         self.tls_version: tuple[int, ...] = ()  #: `HostTLS.version` when the host's certificate was accepted.
@@ -100,7 +100,7 @@ class HarpdConnection(asyncio.Protocol):
             self._deliver()
 
     def eof_received(self) -> None:
-        """See `asyncio.Protocol`. The transport closes itself."""
+        """See `asyncio.Protocol`. asyncio closes the transport."""
         self._ended = True
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -110,7 +110,7 @@ class HarpdConnection(asyncio.Protocol):
     # The request.
 
     def send_request(self, line: bytes, phase: Phase, receiver: Receiver) -> None:
-        """Write an encoded request; its exchange begins in `phase`. The receiver is called from the next turn on."""
+        """Write an encoded request; its exchange starts in `phase`. The receiver is called from the next turn on."""
         self._reused_unanswered = self._exchange is not None
         self.last_received_at = self._reading_since = time.monotonic()
         self._exchange = ReplyReader(decode_slices, phase)
@@ -148,7 +148,7 @@ class HarpdConnection(asyncio.Protocol):
             asyncio.get_running_loop().call_soon(self._write_piece)
 
     def finish_request(self, last_command: Command | None = None) -> None:
-        """Deliver no further message. The last command is sent with the next request, which halves the writes."""
+        """End the request: no message is delivered. The last command is sent with the next request, to save a write."""
         self._stop_heartbeat()
         self._receiver = None
         if self._unread:
@@ -165,7 +165,7 @@ class HarpdConnection(asyncio.Protocol):
             self._last_command = b""
 
     def pause_reading(self) -> None:
-        """Read no further data; data that was read before is still delivered."""
+        """Stop reading; data that was read before is still delivered."""
         self.is_paused = True
         self._update_reading()
 
@@ -192,7 +192,7 @@ class HarpdConnection(asyncio.Protocol):
         return self._exchange.phase.value
 
     def describe_state(self) -> str:
-        """Return the state of the exchange, for the message that the connection ended in it."""
+        """Return the state of the exchange, for an error message."""
         return "in the middle of a line" if self._lines.pending else f"while {self.phase_text}"
 
     def close(self) -> None:
@@ -204,7 +204,7 @@ class HarpdConnection(asyncio.Protocol):
         self._transport.close()
 
     def abort(self) -> None:
-        """Close the connection at once."""
+        """Close the connection immediately."""
         self._unread.clear()
         self._last_command = b""
         self.finish_request()
@@ -213,7 +213,7 @@ class HarpdConnection(asyncio.Protocol):
     # Received lines.
 
     def _deliver(self) -> None:
-        """Pass the complete lines to the receiver, as far as it can receive them now."""
+        """Pass the complete lines to the receiver, as many as it can receive now."""
         lines, self._unread = self._unread, []
         at = decode_singly_to = 0
         room = _MAX_TURN_LINES
@@ -262,7 +262,7 @@ class HarpdConnection(asyncio.Protocol):
             self._transport.abort()
 
     def _continue(self) -> None:
-        """Deliver the lines that waited, then the end of the connection if it was received."""
+        """Deliver the waiting lines, then the end of the connection if it was received."""
         self._deliver()
         if self._ended and not self._suspended:
             self._end(self._end_error)
@@ -329,7 +329,7 @@ class HarpdConnection(asyncio.Protocol):
             self._receiver.on_message(message)
 
     def _end(self, error: Exception | None) -> None:
-        """Notify the receiver that the connection has ended, after the lines before."""
+        """Notify the receiver of the end of the connection, after the lines before it."""
         self._ended = True
         self._end_error = self._end_error or error
         if self._suspended:
@@ -342,7 +342,7 @@ class HarpdConnection(asyncio.Protocol):
             receiver.on_disconnect(self._end_error)
 
     def start_heartbeat(self, peer_time: float, timeout: float, at_once: bool) -> None:
-        """Send heartbeats until the request is finished; the host ends the call after `timeout` s without one."""
+        """Send heartbeats until the request is finished; without them, the host ends the call after `timeout` s."""
         self._peer_time = peer_time
         interval = min(_HEARTBEAT_INTERVAL, timeout / (_MAX_MISSED_HEARTBEATS + 2))
         self._heartbeat_interval = max(_MIN_HEARTBEAT_INTERVAL, interval)
@@ -412,7 +412,7 @@ def parse_end_of_records(error: Failed) -> int:
 
 
 def get_error_detail(error: Failed, key: str) -> Any:
-    """Return a member of an error's data; None if there is none, or the data cannot be decoded."""
+    """Return a member of an error's data; None if it is missing, or the data cannot be decoded."""
     try:
         data = loads(error.data) if isinstance(error.data, Raw) else None
     except InvalidJSON:

@@ -1,8 +1,8 @@
 """A pool of idle connections to hosts, for the next call: a TLS handshake costs as much as the rest of a small call.
 
-A connection is stored only for a short time: the connection to a host that disappears seems open, and a start written
-to it is delayed until the outage is detected. It is not used again if it is old, or if the files that accepted the
-host's certificate have changed: the certificate may have expired or been removed. If a reused connection breaks before
+A connection is stored only for a short time. If its host disappears, it seems open, and a start written to it is
+delayed until the outage is detected. An old connection is not used again: the certificate may have expired. Nor is a
+connection used after a change of the files that accepted the host's certificate. If a reused connection breaks before
 the acknowledgement, the run attaches to the call; it never writes the start twice. Spec: docs/protocol.md, Keep-alive.
 """
 
@@ -33,7 +33,7 @@ class ConnectionPool:
         self._cleanup_timer: Timer | None = None
 
     def get(self, host: Host, tls: HostTLS) -> HarpdConnection | None:
-        """Remove and return the connection to this host that was used last; None if there is none."""
+        """Remove and return the most recently used connection to this host, or return None."""
         idle = self._connections.get((host, tls))
         while idle:
             expires_at, conn = idle.pop()
@@ -44,7 +44,7 @@ class ConnectionPool:
         return None
 
     def put(self, host: Host, tls: HostTLS, conn: HarpdConnection) -> None:
-        """Add a connection whose request is finished, or close it if it cannot be reused; all data is still sent."""
+        """Add a connection after its request, or close it if it cannot be reused; all data is still sent."""
         idle = self._connections.setdefault((host, tls), deque())
         full = len(idle) >= _MAX_PER_HOST or self._count >= _MAX_TOTAL
         now = time.monotonic()

@@ -1,11 +1,11 @@
 """The hosts registry: the last successful output of `host_db_script`, its cache in `host_db`, and `hosts_file`.
 
 A host of `hosts_file` replaces a host with the same name from the script. The cache is a header line, then one host per
-line. It contains passwords, so only the daemon's user can read it. Passwords, invalid lines, and the stderr of a
-successful script are never logged.
+line. It contains passwords, so only the daemon's user can read it. Passwords, the text of invalid lines, and the stderr
+of a successful script are never logged.
 
-A job of a host that is missing ends as ``unknown_host``. A new list of hosts is therefore refused if it is empty, much
-shorter than the one in use, or lacks a host and has more rejected lines, unless an administrator forces it. Spec:
+A job for a missing host ends as ``unknown_host``. A new list of hosts is therefore refused if it is empty, much shorter
+than the list in use, or lacks a host and has more rejected lines. An administrator can force its use. Spec:
 docs/settings-dispatcher.md, Hosts registry.
 """
 
@@ -33,8 +33,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-DEFAULT_PORT = 4306  #: The port of a host whose line has none: harpd's default.
-_MAX_LOGGED_LINES = 10  #: Maximum number of rejected lines that are logged one by one; the others are only counted.
+DEFAULT_PORT = 4306  #: The port of a line without a port: harpd's default.
+_MAX_LOGGED_LINES = 10  #: Maximum number of rejected lines that are logged singly; further lines are only counted.
 _MAX_REPORTED_LINES = 1000  #: Maximum number of rejected lines of a source that are reported to an administrator.
 _MIN_SHARE = 0.5  #: A list of hosts with a smaller share of the previous number of hosts is refused.
 _FORMAT = "harpcaller hosts 1"
@@ -42,7 +42,7 @@ _NAME = Kind(lambda name: name != "", "a name, got an empty string", is_text=Tru
 
 
 class Host(NamedTuple):
-    """A host of the registry: where its harpd listens, and the credentials to call it with."""
+    """A host of the registry: the address of its harpd, and the credentials for calls."""
 
     hostname: str  # the name in submitted jobs
     address: str  # the name, IPv4 or IPv6 address to connect to
@@ -55,7 +55,7 @@ class Host(NamedTuple):
 
 
 class RejectedLine(NamedTuple):
-    """A line that is not used, and why; `error` quotes no value but a hostname."""
+    """A rejected line and the reason; of the line's values, `error` quotes only a hostname."""
 
     source: str  # the file or the script
     number: int
@@ -117,19 +117,19 @@ class HostsRegistry:
             except OSError as error:
                 log.error("cannot read hosts cache", extra={"file": str(config.host_db), "error": error.strerror})
         self._script_rejected: Sequence[RejectedLine] = ()
-        self._script_error: str | None = None  # of the last run; None: it succeeded, or there was none
+        self._script_error: str | None = None  # of the last run; None: no run, or no error
         self._refresh_attempted = False
         self._refresh_task: asyncio.Task[int] | None = None
-        self._tasks: set[asyncio.Task[Any]] = set()  # those that may run the script
-        self._script_lock = asyncio.Lock()  # held by the run of the script
+        self._tasks: set[asyncio.Task[Any]] = set()  # the tasks that may run the script
+        self._script_lock = asyncio.Lock()  # locked while the script runs
         self._config_changed = asyncio.Event()
 
     @property
     def is_ready(self) -> bool:
-        """Whether calls may start. If no host is known, they wait for the script's first run, or for a new hosts file.
+        """Whether calls may start. Without any host, they wait for the script's first run, or for a new hosts file.
 
-        A hosts file that has just changed, and is empty or ends in the middle of a line, may be incomplete. Only the
-        first contents can be so: later ones are refused.
+        A hosts file that has just changed, and is empty or ends in the middle of a line, may be incomplete. This
+        concerns the first contents only: later incomplete contents are refused.
         """
         file = self._watched_file
         if file is not None and file.value.is_cut and not file.is_settled:
@@ -140,7 +140,7 @@ class HostsRegistry:
         return script_has_run and (file is None or file.is_settled)
 
     def find_host(self, hostname: str) -> Host | None:
-        """Return a host; None if it is not in the registry. A host that was just added to the file is found, too."""
+        """Return a host, also if it was just added to the file; None if it is not in the registry."""
         if (host := self._hosts_of_file().get(hostname) or self._cached.hosts.get(hostname)) is not None:
             return host
         return self._watched_file.newest_value.hosts.get(hostname) if self._watched_file else None
@@ -180,17 +180,17 @@ class HostsRegistry:
     def problems(self) -> list[str]:
         """Return the rejected lines of the sources, and why a source is not up to date, as lines of text."""
         file = self._watched_file
-        found = [str(line) for line in self._script_rejected]
+        problems = [str(line) for line in self._script_rejected]
         if self._script_error is not None:
-            found.append(self._script_error)
+            problems.append(self._script_error)
         if file is not None:
-            found += map(str, file.value.rejected)
+            problems += map(str, file.value.rejected)
             if file.error is not None:
-                found.append(f"{file.file}: {file.error}")
-        return found
+                problems.append(f"{file.file}: {file.error}")
+        return problems
 
     def update_config(self, config: Config) -> None:
-        """Apply a new configuration; the known hosts remain until the next refresh. Raises `ConfigError` at first."""
+        """Apply a configuration; the hosts remain until the next refresh. Raises `ConfigError` before any change."""
         watched = self._watched_file
         if watched is None or config.hosts_file != watched.file:
             watched = _watch_hosts_file(config, None if watched is None else watched.value)
@@ -207,7 +207,7 @@ class HostsRegistry:
         self._on_change()
 
     async def read_changed_file(self, force: bool = False) -> None:
-        """Use a hosts file that has just changed as soon as it is unchanged for a moment; `force` as in `refresh`."""
+        """Wait until a hosts file that has just changed is stable, and use it; `force` as in `refresh`."""
         if self._watched_file is not None:
             await self._watched_file.settle(force)
             self._on_change()
@@ -215,7 +215,7 @@ class HostsRegistry:
     async def refresh(self, force: bool = False) -> int:
         """Run the script, or wait for its current run, and read a changed file; return the number of hosts.
 
-        With `force`, lists are used even if they are empty, shorter or have mistakes. Raises `RefreshFailed`.
+        With `force`, lists are used even if they are empty, shorter or have rejected lines. Raises `RefreshFailed`.
         """
         task = self._refresh_task
         if task is None or force:
@@ -226,7 +226,7 @@ class HostsRegistry:
         return await asyncio.shield(task)
 
     async def compare(self) -> list[HostChange]:
-        """Run the script and read the file; return what a refresh would change, and change nothing.
+        """Run the script and read the file; return what a refresh would change, without a change.
 
         Raises `RefreshFailed` if the script fails or the file cannot be read.
         """
@@ -333,7 +333,7 @@ class HostsRegistry:
         removed = [HostChange("removed", before[name]) for name in before.keys() - after.keys()]
         common = before.keys() & after.keys()
         changed = [HostChange("changed", after[name]) for name in common if before[name] != after[name]]
-        return sorted([*added, *removed, *changed], key=lambda found: found.host.hostname)
+        return sorted([*added, *removed, *changed], key=lambda change: change.host.hostname)
 
 
 def _describe_source(
@@ -349,10 +349,10 @@ def _describe_source(
 
 
 def _check_size(in_use: HostList, new: HostList) -> None:
-    """Raise ValueError if a list of hosts is empty, much shorter than the one in use, or shorter by new mistakes."""
+    """Raise ValueError if a list of hosts must be refused, as the module's docstring says."""
     old = in_use.hosts
-    has_lost_host = len(new.rejected) > len(in_use.rejected) and not old.keys() <= new.hosts.keys()
-    if old and (has_lost_host or len(new.hosts) < max(1, len(old) * _MIN_SHARE)):
+    lacks_host = len(new.rejected) > len(in_use.rejected) and not old.keys() <= new.hosts.keys()
+    if old and (lacks_host or len(new.hosts) < max(1, len(old) * _MIN_SHARE)):
         rejected = f", {len(new.rejected)} rejected lines (the first: {new.rejected[0]})" if new.rejected else ""
         raise ValueError(
             f"refused: it has {len(new.hosts)} hosts{rejected}, and {len(old)} are in use; correct it, or accept it "
@@ -373,9 +373,9 @@ def _watch_hosts_file(config: Config, in_use: HostList | None = None) -> Watched
         return None
 
     def parse(text: bytes) -> HostList:
-        found = parse_hosts(text.split(b"\n"), file)
-        found.log_rejected(file)
-        return found
+        hosts = parse_hosts(text.split(b"\n"), file)
+        hosts.log_rejected(file)
+        return hosts
 
     with file_errors(config, "hosts_file"):
         return WatchedFile(file, parse, _accept_file, in_use)
@@ -393,7 +393,7 @@ async def run_hosts_script(script: Path, time_limit: float) -> HostList:
 
 
 class _Line(WireObject):
-    """The line of a host; no error quotes a value."""
+    """The line of a host. No error quotes a value."""
 
     hostname: Annotated[str, _NAME]
     address: Annotated[str, _NAME]
@@ -419,7 +419,7 @@ def parse_line(line: bytes) -> Host:
 
 
 def parse_hosts(lines: Sequence[bytes], source: object) -> HostList:
-    """Return the hosts of lines, which are split at the line feeds. A hostname's first line counts."""
+    """Return the hosts of lines that were split at line feeds. Of a repeated hostname, the first line counts."""
     hosts: dict[str, Host] = {}
     numbers: dict[str, int] = {}
     rejected: list[RejectedLine] = []
@@ -449,16 +449,16 @@ def read_cache(file: Path) -> CachedHosts:
     refreshed_at = _parse_header(header)
     if refreshed_at is None:
         return CachedHosts()
-    found = parse_hosts(lines, file)
-    found.log_rejected(file)
-    return CachedHosts(found.hosts, refreshed_at)
+    hosts = parse_hosts(lines, file)
+    hosts.log_rejected(file)
+    return CachedHosts(hosts.hosts, refreshed_at)
 
 
 def write_cache(file: Path, cached: CachedHosts) -> Path | None:
     """Replace the file. Rename a file of another format and return its new name. Raises OSError."""
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     new = file.with_name(f"{file.name}.new")
-    new.unlink(missing_ok=True)  # of a daemon that was killed
+    new.unlink(missing_ok=True)  # a daemon that was killed may have created it
     try:
         with open(os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as stream:
             stream.write(dumps({"form": _FORMAT, "refreshed": cached.refreshed_at}) + b"\n")

@@ -1,7 +1,7 @@
-"""Looks up the names of hosts, in threads of its own: `getaddrinfo` has no time limit and cannot be cancelled.
+"""Looks up the names of hosts in separate threads: `getaddrinfo` has no time limit and cannot be cancelled.
 
-A name whose name service does not answer delays its own jobs only. Each name has one lookup at a time, and names that
-were slow before have a share of the threads, so that the others never wait for them.
+A slow name service delays only the jobs of its names. Each name has at most one lookup at a time. The number of threads
+for names with a slow last lookup is limited, so that other names never wait for them.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from contextlib import suppress
 from typing import Any, TypeAlias
 
 _MAX_THREADS = 256  #: Maximum number of lookups at the same time.
-_MAX_SLOW_THREADS = 64  #: Of these, the maximum number for names whose last lookup was too slow.
+_MAX_SLOW_THREADS = 64  #: Maximum number of these for names with a last lookup that was too slow.
 
 AddressInfo: TypeAlias = tuple[int, int, int, str, tuple[Any, ...]]  #: One result of `getaddrinfo`.
 
 
 class _Lookup:
-    """The lookup of a name and a port, for all that wait for it."""
+    """The lookup of a name and a port, for all callers that wait for it."""
 
     def __init__(self, name: str, port: int, slow: bool) -> None:
         self.key = name, port
@@ -35,7 +35,7 @@ class Resolver:
     """The lookups of one event loop."""
 
     def __init__(self) -> None:
-        self._lookups: dict[tuple[str, int], _Lookup] = {}  # those that run or are queued
+        self._lookups: dict[tuple[str, int], _Lookup] = {}  # the running and queued lookups
         self._queued: deque[_Lookup] = deque()
         self._running = self._slow_running = 0
         self._slow_names: set[str] = set()
@@ -43,7 +43,7 @@ class Resolver:
     async def resolve(self, name: str, port: int, seconds: float) -> Sequence[AddressInfo]:
         """Return the results for a name, at least one. Raises OSError or UnicodeError.
 
-        A lookup that takes more than `seconds` is an `EAI_AGAIN`.
+        After `seconds` it raises `EAI_AGAIN`.
         """
         lookup = self._lookups.get((name, port))
         if lookup is None:
@@ -65,7 +65,7 @@ class Resolver:
                 del self._lookups[lookup.key]
 
     def _start_queued(self) -> None:
-        """Start the queued lookups in their order, but not too many of slow names."""
+        """Start the queued lookups in their order, within the limits."""
         for lookup in list(self._queued):
             if self._running >= _MAX_THREADS:
                 return
@@ -74,7 +74,7 @@ class Resolver:
             self._queued.remove(lookup)
             self._running += 1
             self._slow_running += lookup.slow
-            # A thread of its own: a daemon that stops does not wait for it.
+            # A daemon thread: a stopping daemon does not wait for it.
             loop = asyncio.get_running_loop()
             thread = threading.Thread(
                 target=self._look_up, args=(lookup, loop), name="harpcaller resolver", daemon=True
@@ -82,28 +82,28 @@ class Resolver:
             try:
                 thread.start()
             except RuntimeError as error:  # no memory, or too many threads: the name can be looked up later
-                loop.call_soon(self._on_found, lookup, (), OSError(errno.ENOMEM, str(error)))
+                loop.call_soon(self._on_resolved, lookup, (), OSError(errno.ENOMEM, str(error)))
 
     def _look_up(self, lookup: _Lookup, loop: asyncio.AbstractEventLoop) -> None:
         """Look up the name; runs in the thread."""
-        found: Sequence[AddressInfo] = ()
+        results: Sequence[AddressInfo] = ()
         error: Exception | None = None
         try:
-            found = socket.getaddrinfo(*lookup.key, type=socket.SOCK_STREAM)
+            results = socket.getaddrinfo(*lookup.key, type=socket.SOCK_STREAM)
         except Exception as caught:  # noqa: BLE001 - raised by `resolve`
             error = caught
         with suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(self._on_found, lookup, found, error)
+            loop.call_soon_threadsafe(self._on_resolved, lookup, results, error)
 
-    def _on_found(self, lookup: _Lookup, found: Sequence[AddressInfo], error: Exception | None) -> None:
+    def _on_resolved(self, lookup: _Lookup, results: Sequence[AddressInfo], error: Exception | None) -> None:
         del self._lookups[lookup.key]
         self._running -= 1
         self._slow_running -= lookup.slow
-        if lookup.waiting:  # in time
+        if lookup.waiting:  # it was fast enough
             self._slow_names.discard(lookup.key[0])
         if error is None:
-            lookup.result.set_result(found)
+            lookup.result.set_result(results)
         else:
             lookup.result.set_exception(error)
-            lookup.result.exception()  # marks it as retrieved: perhaps nobody waits any more
+            lookup.result.exception()  # marks it as retrieved, in case no caller waits
         self._start_queued()

@@ -1,8 +1,8 @@
 """Runs `host_db_script` with a limit on time and output. Spec: docs/settings-dispatcher.md, Hosts registry.
 
-The output goes to files in memory: it contains passwords, and a process that outlives the script cannot block a reader.
-The output counts when the script exits. Processes that it has left are killed then: those of its process group, and
-those that have the output open, whatever their group and session.
+The output is written to files in memory: it contains passwords, and a process that outlives the script cannot block a
+reader. The output is complete when the script exits. Then all remaining processes of its process group are killed, and
+all other processes that have the output open.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from typing import IO
 
 MAX_OUTPUT = 64 * 1024 * 1024  #: Maximum bytes on stdout, and on stderr.
 _STDERR_TAIL = 500  #: Number of bytes at the end of stderr that are quoted in an error.
-_KILL_ROUNDS = 10  #: Maximum number of searches for processes that the script has left.
+_KILL_ROUNDS = 10  #: Maximum number of searches for remaining processes of the script.
 _CHECK_INTERVAL = 0.05  #: Seconds between two checks of the output's size.
 
 
 class ScriptFailed(Exception):
-    """A script that returned no hosts. The message is the reason, with the end of stderr."""
+    """A script that failed. The message is the reason, with the end of stderr."""
 
 
 async def run_script(script: Path, time_limit: float, max_output: int = MAX_OUTPUT) -> bytes:
-    """Return the output of a program; what it leaves running is killed. Raises `ScriptFailed` or OSError."""
+    """Return the output of a program; kill its remaining processes. Raises `ScriptFailed` or OSError."""
     with _memory_file() as output, _memory_file() as errors:
         try:
             process = await asyncio.create_subprocess_exec(
@@ -68,19 +68,19 @@ async def _wait_exit(process: Process, output: IO[bytes], errors: IO[bytes], max
 def _kill_writers(files: tuple[int, int]) -> None:
     """Kill all other processes that have one of these files open."""
     opened = {(status.st_dev, status.st_ino) for status in map(os.fstat, files)}
-    for _ in range(_KILL_ROUNDS):  # one of them may have forked
-        found = False
+    for _ in range(_KILL_ROUNDS):  # a process may have forked during the search
+        has_writers = False
         for process in Path("/proc").glob("[0-9]*"):
             if int(process.name) != os.getpid() and _has_open(process, opened):
-                found = True
+                has_writers = True
                 with suppress(ProcessLookupError, PermissionError):
                     os.kill(int(process.name), signal.SIGKILL)
-        if not found:
+        if not has_writers:
             return
 
 
 def _has_open(process: Path, files: set[tuple[int, int]]) -> bool:
-    with suppress(OSError):  # it has ended, or belongs to another user and is not one of the script's
+    with suppress(OSError):  # it has ended, or it belongs to another user, and so not to the script
         with os.scandir(process / "fd") as entries:
             for entry in entries:
                 with suppress(OSError):

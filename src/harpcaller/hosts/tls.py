@@ -1,13 +1,13 @@
 """TLS connections to hosts: the rules by which a certificate is accepted, and the reason if it is not.
 
 The rules are in docs/settings-dispatcher.md, Certificates of hosts. The certificates of `known_certs_file` are never
-loaded as trust anchors: a certificate signed by one of them is not accepted.
+loaded as trust anchors: certificates that they have signed are not accepted.
 
-Python's `ssl` either checks the chain in the handshake or cannot check it at all. If a chain is refused and the
-certificate may be a known one, the host is therefore connected to a second time without that check. Nothing is sent
-over a connection before `check_certificate` has accepted its certificate.
+Python's `ssl` either checks the chain in the handshake or cannot check it at all. If a chain is refused, but
+`known_certs_file` may have the certificate, a second connection is opened without that check. No data is sent over a
+connection before `check_certificate` has accepted its certificate.
 
-A changed file is read again. An idle connection is then not used again: its certificate may not be accepted any more.
+A changed file is read again. Idle connections are then not used again, because their certificates may now be refused.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _PEM = re.compile(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", r
 
 
 class CertificateRefused(Exception):
-    """A host's certificate that the configuration does not accept. The message is the reason, and what to do."""
+    """A host's certificate that the configuration does not accept. The message has the reason and a remedy."""
 
 
 class HostTLS:
@@ -62,7 +62,7 @@ class HostTLS:
 
     @property
     def contexts(self) -> list[ssl.SSLContext]:
-        """The contexts to try in this order; the next one only after `ssl.SSLCertVerificationError`."""
+        """The contexts to try in this order, each after a `ssl.SSLCertVerificationError` of the previous context."""
         verified = [] if self._authorities is None else [self._authorities.value]
         return verified if verified and self._known_certs is None else [*verified, self._unverified]
 
@@ -77,9 +77,9 @@ class HostTLS:
         return tuple(versions)
 
     def check_certificate(self, connection: ssl.SSLObject, host: Host, chain_error: str | None = None) -> None:
-        """Raise `CertificateRefused` if no rule accepts the certificate; an earlier handshake had a `chain_error`."""
-        known, der = self._known_certs, connection.getpeercert(binary_form=True)
-        if known is not None and (der in known.value or der in known.newest_value):
+        """Raise `CertificateRefused` if no rule accepts the certificate; `chain_error`: of an earlier handshake."""
+        known_certs, der = self._known_certs, connection.getpeercert(binary_form=True)
+        if known_certs is not None and (der in known_certs.value or der in known_certs.newest_value):
             return
         if chain_error is not None:
             raise self.chain_refused(chain_error)
@@ -90,11 +90,11 @@ class HostTLS:
                 f"it names {names}, and neither {host.hostname!r} nor {host.address!r}; issue a certificate with "
                 "one of these as subjectAltName, correct the hosts registry, or set verify_hostname = false"
             )
-        if self._authorities is None and known is not None:
-            raise CertificateRefused(f"it is not in {_name_file(known)}")
+        if self._authorities is None and known_certs is not None:
+            raise CertificateRefused(f"it is not in {_name_file(known_certs)}")
 
     def chain_refused(self, chain_error: str) -> CertificateRefused:
-        """Return the error for a certificate whose chain no handshake accepted."""
+        """Return the error for a certificate with a chain that no handshake accepted."""
         authorities = self._authorities.file if self._authorities else None
         unknown = f", nor is it in {_name_file(self._known_certs)}" if self._known_certs else ""
         if chain_error in _INVALID_NOW:
@@ -102,15 +102,15 @@ class HostTLS:
         return CertificateRefused(f"it has no chain to an authority of ca_file {authorities}: {chain_error}{unknown}")
 
 
-#: Reasons for errors of OpenSSL that are not about the chain, although they end its verification.
+#: Messages for OpenSSL's errors of chain verification that concern only the validity period.
 _INVALID_NOW = {
     "certificate has expired": "it has expired, or its authority's has; renew it, copy it to the host and reload harpd",
     "certificate is not yet valid": "it is not valid yet; compare the clocks of the host and of the dispatcher",
 }
 
 
-def _name_file(known: WatchedFile[frozenset[bytes]]) -> str:
-    return f"known_certs_file {known.file}{', which does not exist' if known.is_missing else ''}"
+def _name_file(known_certs: WatchedFile[frozenset[bytes]]) -> str:
+    return f"known_certs_file {known_certs.file}{', which does not exist' if known_certs.is_missing else ''}"
 
 
 def server_name(address: str) -> str:

@@ -1,4 +1,4 @@
-"""Job ids: UUIDs in the order of submission, for the store's index (docs/decisions/0016); nothing relies on it."""
+"""Job ids: UUIDs that ascend in the order of submission, only for speed (docs/decisions/0016)."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ def new_job_ids(now: float, count: int) -> list[str]:
 
 
 def is_job_id(text: str) -> bool:
-    """Return whether a text has the form of a job id. A UUID of any version has it: older ids are of version 4."""
+    """Return whether a text has the form of a job id: a UUID of any version, because older ids have version 4."""
     return _FORM.fullmatch(text) is not None

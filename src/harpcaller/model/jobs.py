@@ -1,6 +1,6 @@
-"""Jobs, their states and what is stored about them. Pure: no clock, no input or output.
+"""Jobs, their states and their stored data. Pure: no clock, no input or output.
 
-`TRANSITIONS` defines which state may follow which; stores and documentation are tested against it.
+`TRANSITIONS` defines the states that may follow each state; stores and documentation are tested against it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TRANSITIONS: Mapping[State, frozenset[State]] = {
     **dict.fromkeys((State.RETURNED, State.RAISED, State.FAILED, State.CANCELLED), frozenset()),
 }
 
-#: The closing states: no other state follows them.
+#: The closing states, which no other state follows.
 ENDED = frozenset(state for state, following in TRANSITIONS.items() if not following)
 
 _STATES = {Returned: State.RETURNED, Raised: State.RAISED, Failed: State.FAILED, Cancelled: State.CANCELLED}
@@ -47,7 +47,7 @@ def state_of(end: End) -> State:
 
 
 class StopState(StrEnum):
-    """What is known about the processes of a job that was stopped. A job that ended by itself has no such state."""
+    """The state of the processes of a job that was stopped; a job that was not stopped has no such state."""
 
     PENDING = "pending"  # the stop command was sent, or will be once the host can be reached
     CONFIRMED = "confirmed"  # the host reports that no process of the call remains
@@ -56,7 +56,7 @@ class StopState(StrEnum):
 
 
 class NewJob(Struct, frozen=True):
-    """A job that is to be stored."""
+    """A job that is not stored yet."""
 
     id: str  # UUID in its lower-case text form
     host: str  # name in the registry
@@ -68,7 +68,7 @@ class NewJob(Struct, frozen=True):
     concurrency: int = 1  # maximum number of running jobs of the queue; the first job of a queue decides
     info: Raw = Raw(b"null")
     start_within: float = 0.0  # seconds for which a start that certainly did not happen is tried again
-    request_id: str | None = None  # all submissions with the same one are one job
+    request_id: str | None = None  # all submissions with the same request id are one job
     call_digest: bytes = b""  # of the submitted call, if it has a request id
 
 
@@ -89,19 +89,19 @@ class Job(Struct, frozen=True):
     ended: float | None  # time at which its end was stored
     end: End | None  # payloads are `Raw`
     records: int  # number of stored records
-    holds_slot: bool = False  # of its queue and host, until the host has confirmed the end of the call or is lost
+    holds_slot: bool = False  # in its queue and on its host, until the host confirms the end of the call or is lost
     stop: StopState | None = None  # None: it was not stopped
     start_within: float = 0.0  # seconds for which a start that certainly did not happen is tried again
     tried: float | None = None  # time of the first start, if the job was queued again after it
 
 
 class JobMetadata(Struct, frozen=True):
-    """What is stored about a job's call in addition to its end. Each attribute is a JSON object as text."""
+    """The stored data of a job's call in addition to its end. Each attribute is a JSON object as text."""
 
-    call: Raw | None = None  # where and how the call runs: address, attempts, whether it is resumable
-    stop_request: Raw | None = None  # why, by whom and when it was stopped
-    stop_report: Raw | None = None  # what the host reports of the stop
-    exit_info: Raw | None = None  # how the call's process ended, the resources it used, its last output
+    call: Raw | None = None  # address, attempts, whether the call is resumable
+    stop_request: Raw | None = None  # reason, requester and time of the stop
+    stop_report: Raw | None = None  # the host's report of the stop
+    exit_info: Raw | None = None  # exit, resources and last output of the call's process
 
 
 NO_METADATA = JobMetadata()
@@ -118,7 +118,7 @@ class Records(Struct, frozen=True):
 
 
 class QueuePosition(Struct, frozen=True):
-    """Why a queued job has no slot yet."""
+    """The position of a queued job, and the slots for which it waits."""
 
     position: int  # among the queued jobs of its lane, from 1
     concurrency: int | None  # maximum number of jobs of the queue that hold a slot; None: it has no queue
@@ -128,7 +128,7 @@ class QueuePosition(Struct, frozen=True):
 
 
 class JobDetails(Struct, frozen=True):
-    """A job with everything that is stored about it."""
+    """A job with all its stored data except the records."""
 
     job: Job
     metadata: JobMetadata

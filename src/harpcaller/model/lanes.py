@@ -1,7 +1,7 @@
 """The keys of lanes, which decide the order in which queued jobs get their slot. Pure: no clock, no input or output.
 
 Each queued job is in one lane: the lane of its queue or, if it has no queue, the lane of its host. Only the head of a
-lane may start; between heads, the order of submission decides. So a search for jobs to start reads the heads only.
+lane may start; between heads, the order of submission decides. A search for jobs to start therefore reads only heads.
 """
 
 from __future__ import annotations

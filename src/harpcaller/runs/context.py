@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 _MAX_ENCODERS = 2000  #: Maximum number of stored encoders of starts; each needs about 1 kB.
 _RETRY_DELAY = 1.0  #: Seconds before a failed write is repeated.
-_MAX_JOBS = 1000  #: Maximum number of jobs whose durations are in memory; each needs about 400 bytes.
+_MAX_JOBS = 1000  #: Maximum number of jobs with durations in memory; each needs about 400 bytes.
 
 
 class StoreWrites:
@@ -48,7 +48,7 @@ class StoreWrites:
         """Return whether a write is failing, or was during the last `seconds`."""
         return self.failing or time.monotonic() - self._failed_at < seconds
 
-    def begin(
+    def retry_until_stored(
         self,
         job_id: str,
         write: Callable[[], Awaitable[T]],
@@ -82,32 +82,32 @@ class StoreWrites:
 
 
 class Timings:
-    """The seconds of the phases accept, store, store_end and deliver of the latest jobs, which are not stored."""
+    """The seconds of the phases accept, store, store_end and deliver of the latest jobs, in memory only."""
 
     def __init__(self) -> None:
-        self._jobs: dict[str, dict[str, float]] = {}  # in the order of their first steps; with the time ``ended_at``
+        self._jobs: dict[str, dict[str, float]] = {}  # the oldest job first; with the time ``ended_at``
 
-    def record_stored(self, job_id: str, received_at: float | None, store_began: float) -> None:
-        """Record that a job was stored, the times of its request (None: unknown) and of the begin of the write."""
+    def record_stored(self, job_id: str, received_at: float | None, write_started_at: float) -> None:
+        """Record that a job was stored, when its request was received (None: unknown) and when the write started."""
         phases = self._phases_of(job_id)
         if received_at is not None:
-            phases["accept"] = store_began - received_at
-        phases["store"] = time.monotonic() - store_began
+            phases["accept"] = write_started_at - received_at
+        phases["store"] = time.monotonic() - write_started_at
 
-    def record_end(self, job_id: str, store_began: float) -> None:
-        """Record that a job's end was stored, and the time of the begin of the write."""
+    def record_end(self, job_id: str, write_started_at: float) -> None:
+        """Record that a job's end was stored, and when the write started."""
         now = time.monotonic()
-        self._phases_of(job_id).update(ended_at=now, store_end=now - store_began)
+        self._phases_of(job_id).update(ended_at=now, store_end=now - write_started_at)
 
     def record_delivery(self, job_id: str, received_at: float) -> None:
-        """Record that the end was sent to a client whose request was received at this time; the first one counts."""
+        """Record that the end was sent to a client. Only the first client that waited for the end counts."""
         phases = self._jobs.get(job_id, {})
         ended_at = phases.get("ended_at")
         if ended_at is not None and received_at < ended_at:
             phases.setdefault("deliver", time.monotonic() - ended_at)
 
     def get_phases(self, job_id: str) -> Mapping[str, float]:
-        """Return the known phases of a job in seconds."""
+        """Return the measured phases of a job in seconds."""
         return self._jobs.get(job_id, {})
 
     def _phases_of(self, job_id: str) -> dict[str, float]:
@@ -131,7 +131,7 @@ class RunContext:
     capabilities: HostCapabilities
     connections: ConnectionPool
     writes: StoreWrites
-    request_claim: Callable[[], None]  # for a write that releases a slot: another job gets it in the same transaction
+    request_claim: Callable[[], None]  # before a write that releases a slot: the same transaction assigns it again
     wall: Callable[[], float]  # the wall clock for stored times; Unix seconds
     timings: Timings = field(default_factory=Timings)
     openings: set[asyncio.Task[Any]] = field(default_factory=set)  #: The tasks that open connections.
@@ -149,7 +149,7 @@ class RunContext:
             terms = RequestedTerms(job.id, owner, secret, support.instance, *limits)
             shared = Request(job.procedure, job.arguments, host.user, host.password, terms, support.keep_alive)
             if len(self._start_encoders) >= _MAX_ENCODERS:
-                self._start_encoders.clear()  # each start of a supervisor needs another one
+                self._start_encoders.clear()  # a restarted supervisor needs a new encoder
             encoder = self._start_encoders[host, support] = StartEncoder(shared)
         return encoder.encode(job.procedure, job.arguments, job.id, secret, job.timeout, job.max_exec_time)
 

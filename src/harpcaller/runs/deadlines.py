@@ -1,7 +1,7 @@
 """The time limits of a call: to its acknowledgement, between two messages, in total, and without contact to its host.
 
-A host enforces the limits of a resumable call itself, so that they apply during an outage. The dispatcher enforces them
-as a fallback, 15 s later, and gives the host time to deliver the buffered records first, however late it attaches.
+A host enforces the limits of a resumable call, so that they apply during an outage. The dispatcher enforces them as a
+fallback, 15 s later, so that the host has time to deliver the buffered records, however late the dispatcher attaches.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Deadlines:
             self._max_silence = job.timeout + job.max_exec_time
 
     def next_deadline(self, ended: bool) -> float | None:
-        """Return the monotonic time of the next limit; None: after the job's end only the acknowledgement has one."""
+        """Return the monotonic time of the next limit; None if the call of an ended job was acknowledged."""
         if (ended or self._reattached) and not self.acknowledged:
             return self._last_message_at + self._acknowledgement
         return None if ended else min(self._enforced_at, self._last_message_at + self._max_silence)
@@ -106,7 +106,7 @@ class Deadlines:
 
 @dataclass(slots=True)
 class Outage:
-    """A time without contact to a call's host, measured with a clock that has no steps: they could release a slot."""
+    """A time without contact to a call's host. Its clock has no steps, which could release a slot too early."""
 
     boottime: float  # CLOCK_BOOTTIME of the last received data
     since: float  # Unix time of the last received data
@@ -114,9 +114,9 @@ class Outage:
     error: str | None = None  # error of the last attempt
 
     @classmethod
-    def begin(cls, seconds_ago: float, now: float) -> Self:
-        """Return an outage that began `seconds_ago`; `now` is Unix time."""
-        return cls(time.clock_gettime(time.CLOCK_BOOTTIME) - seconds_ago, now - seconds_ago)
+    def started_ago(cls, seconds: float, now: float) -> Self:
+        """Return an outage that started `seconds` ago; `now` is Unix time."""
+        return cls(time.clock_gettime(time.CLOCK_BOOTTIME) - seconds, now - seconds)
 
     def record_error(self, error: str) -> None:
         """Store the error of the last attempt."""

@@ -1,15 +1,15 @@
 """Which hosts accept starts now, and the jobs that wait for a host that does not.
 
-Theory of operation. All reasons for which a start certainly did not happen concern its host. So the jobs of a host wait
-together, as queued jobs without a slot, and its state decides how many of them may start:
+Theory of operation. If a start certainly did not happen, the reason concerns the host. The jobs of a host therefore
+wait together, as queued jobs without a slot. The state of the host decides how many of them may start:
 
-    open: any number, within the other limits. It becomes open by a connection, or by the reply to a start.
+    open: any number, within the other limits. A connection or the reply to a start makes a host open.
     unknown: not connected yet, or contact was lost. One job at a time, so that a dead host occupies one slot.
-    failing: a start certainly did not happen. None, until the host can be reached again, which is tried with growing
-    pauses. Then one, the first in the order of submission; if harpd replies to its start, the host is open.
+    failing: a start certainly did not happen. No job starts until a probe connects; probes have growing pauses. Then
+    the first job in the order of submission starts alone; if harpd replies to its start, the host is open.
 
-Each failed attempt ends the jobs that have waited for `start_within` seconds. The state is in memory; jobs that wait
-are queued in the store. Spec: docs/lifecycle.md, A start that did not happen.
+Each failed attempt ends the jobs that have waited for `start_within` seconds. The state is in memory; waiting jobs are
+queued in the store. Spec: docs/lifecycle.md, A start that did not happen.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ _MIN_DELAY, _MAX_DELAY = 0.2, 5.0  #: Seconds between two attempts to start a jo
 _LIMIT = 500  #: Maximum number of jobs that are ended in one transaction.
 _MAX_LOGGED = 500  #: Maximum length of a logged error in characters.
 
-#: Replies of harpd, instead of the acknowledgement, by which it promises that nothing was started.
+#: Errors that harpd replies to a start if it has certainly not started the call.
 _NOT_STARTED = frozenset({"too_many_calls", "too_many_connections", "shutdown", "procedure_loading_error"})
-#: Errors before the request was sent, apart from those that another attempt would repeat.
+#: Errors before the request was sent that may not occur at the next attempt.
 _NOT_CONNECTED = _NOT_STARTED | {"network_error", "os_error", "system_error", "call_died"}
 
 
 def is_unsent(error: Failed) -> bool:
-    """Return whether an error of the connection, before the start was sent, may pass."""
+    """Return whether an error that occurred before the start was sent is temporary."""
     return error.type in _NOT_CONNECTED
 
 
 def is_refusal(error: Failed) -> bool:
-    """Return whether this reply to a start promises that nothing was started, for a reason that may pass."""
+    """Return whether this reply to a start means that the call was not started, for a temporary reason."""
     return error.type in _NOT_STARTED or (
         error.type == "call_refused" and get_error_detail(error, "reason") == "delayed"
     )
@@ -57,40 +57,40 @@ def is_refusal(error: Failed) -> bool:
 
 @dataclass(slots=True)
 class FailingStarts:
-    """The starts on a host since it stopped accepting them. Times are monotonic."""
+    """The failed starts on a host since its last accepted start. Times are monotonic."""
 
-    since: float  # begin of the first failed attempt
-    began: float  # begin of the last one
-    failed_at: float  # its end
+    since: float  # time of the first failed attempt
+    attempted_at: float  # time of the last attempt
+    failed_at: float  # time of its error
     error: Failed  # its error
     attempts: int = 1
     next_at: float = 0.0  # time of the next attempt
     may_try: bool = False  # the host can be reached: one job may start
     timer: Timer | None = None
-    is_checking: bool = False  # the store is ending the jobs that have waited long enough
+    is_ending_jobs: bool = False  # the store is ending the jobs that have waited long enough
     backoff: Backoff = field(default_factory=partial(Backoff, _MIN_DELAY, _MAX_DELAY))
 
     def describe(self, now: float) -> dict[str, Any]:
-        """Return what `details` shows, given the Unix time."""
+        """Return the failed starts as in `details`; `now` is Unix time."""
         to_wall = now - time.monotonic()
         times = {"since": self.since + to_wall, "next": max(now, self.next_at + to_wall)}
         return {**times, "attempts": self.attempts, "error": f"{self.error.type}: {self.error.message}"[:_MAX_LOGGED]}
 
 
 class HostStarts:
-    """The states of all hosts, by name. `get_context` returns the present environment of runs.
+    """The states of all hosts, by name. `get_context` returns the current environment of runs.
 
-    `restarted` is the Unix time when the dispatcher began. A job that was tried before it has waited for its host since
-    then, unless the host has been open meanwhile.
+    `dispatcher_started_at` is Unix time. A job that was tried earlier has waited for its host since that attempt,
+    unless the host has been open since the start of the dispatcher.
     """
 
-    def __init__(self, get_context: Callable[[], RunContext], restarted: float) -> None:
+    def __init__(self, get_context: Callable[[], RunContext], dispatcher_started_at: float) -> None:
         self._get_context = get_context
-        self._restarted = restarted
+        self._dispatcher_started_at = dispatcher_started_at
         self._open: set[str] = set()
         self._ever_open: set[str] = set()
         self._failing: dict[str, FailingStarts] = {}
-        self._trying: dict[str, str] = {}  # the job that is started alone, of hosts that are not open
+        self._trying: dict[str, str] = {}  # of each host that is not open: the job that starts alone
         self._probes: set[asyncio.Task[None]] = set()
         self._closed = False
 
@@ -99,7 +99,7 @@ class HostStarts:
         return self._failing.get(host)
 
     def max_new(self, host: str) -> int | None:
-        """Return how many jobs may start on a host now; None: no limit. Only reads, because another thread calls it."""
+        """Return how many jobs may start on a host now; None: no limit. It only reads: the writing thread calls it."""
         if host in self._open:
             return None
         failing = self._failing.get(host)
@@ -108,7 +108,7 @@ class HostStarts:
     # Events of runs.
 
     def on_start(self, job: Job) -> None:
-        """Handle that a job has its slot, and is started."""
+        """Handle the start of a job that has its slot."""
         if job.host not in self._open:
             self._trying.setdefault(job.host, job.id)
 
@@ -117,51 +117,51 @@ class HostStarts:
         if host not in self._open and host not in self._failing:
             self._set_open(host)
 
-    def on_reply(self, host: str, began: float) -> None:
-        """Handle that harpd replied to a start or an attach, that `began` then, with anything but a refusal."""
+    def on_reply(self, host: str, attempted_at: float) -> None:
+        """Handle a reply of harpd to a start or an attach, unless it is a refusal. `attempted_at` is monotonic time."""
         failing = self._failing.get(host)
         if failing is not None:
-            if began < failing.failed_at:
-                return  # it was sent before the refusal
+            if attempted_at < failing.failed_at:
+                return  # the request was sent before the refusal
             log.info("host accepts starts again", extra={"host": host, "attempts": failing.attempts})
-            self._forget(host)
+            self._remove_failing(host)
         if host not in self._open:
             self._set_open(host)
 
-    def on_contact_lost(self, job: Job, error: str, began: float) -> None:
-        """Handle that the connection of a call broke. Its start may have happened."""
+    def on_contact_lost(self, job: Job, error: str, attempted_at: float) -> None:
+        """Handle a broken connection of a call that may have started."""
         self._open.discard(job.host)
         self._stop_trying(job)
         if job.host in self._failing:
-            self._record_failure(job.host, Failed("network_error", error), began)
+            self._record_failure(job.host, Failed("network_error", error), attempted_at)
 
     def on_closed(self, job: Job) -> None:
-        """Handle that a run has closed."""
+        """Handle the end of a run."""
         if self._trying.get(job.host) == job.id:
             self._stop_trying(job)
             self._get_context().request_claim()
 
-    def record_failure(self, job: Job, error: Failed, began: float) -> None:
-        """Handle that the start of a job, that `began` then, certainly did not happen.
+    def record_failure(self, job: Job, error: Failed, attempted_at: float) -> None:
+        """Handle a start of a job that certainly did not happen; `attempted_at` is monotonic time.
 
         The caller queues the job again, or ends it, in the same turn of the event loop.
         """
         self._stop_trying(job)
-        self._record_failure(job.host, error, began)
+        self._record_failure(job.host, error, attempted_at)
 
     def has_waited(self, job: Job) -> bool:
-        """Return whether a job whose start has just failed has waited for `start_within` seconds."""
+        """Return whether a job that failed to start has waited for `start_within` seconds."""
         wall, waited = self._get_context().wall(), time.monotonic() - self._failing[job.host].since
-        if job.tried is not None and job.tried < self._waits_from(job.host):
+        if job.tried is not None and job.tried < self._get_restart(job.host):
             waited = wall - job.tried
         return max(0.0, min(waited, wall - job.submitted)) >= job.start_within
 
-    def _waits_from(self, host: str) -> float:
-        """Return the Unix time before which the first attempt of a job must have been, if the job waits since it."""
-        return 0.0 if host in self._ever_open else self._restarted
+    def _get_restart(self, host: str) -> float:
+        """Return a Unix time: a job with an earlier first attempt has waited for this host since that attempt."""
+        return 0.0 if host in self._ever_open else self._dispatcher_started_at
 
     def close(self) -> None:
-        """Try no host any more."""
+        """Stop all probes of hosts."""
         self._closed = True
         for failing in self._failing.values():
             if failing.timer is not None:
@@ -181,31 +181,31 @@ class HostStarts:
         if self._trying.get(job.host) == job.id:
             del self._trying[job.host]
 
-    def _forget(self, host: str) -> None:
+    def _remove_failing(self, host: str) -> None:
         failing = self._failing.pop(host)
         if failing.timer is not None:
             failing.timer.cancel()
 
-    def _record_failure(self, host: str, error: Failed, began: float) -> None:
+    def _record_failure(self, host: str, error: Failed, attempted_at: float) -> None:
         now = time.monotonic()
         failing = self._failing.get(host)
         if failing is None:
-            failing = self._failing[host] = FailingStarts(began, began, now, error)
+            failing = self._failing[host] = FailingStarts(attempted_at, attempted_at, now, error)
             reason = {"error": error.type[:_MAX_LOGGED], "reason": error.message[:_MAX_LOGGED]}
             log.warning("host accepts no starts; jobs wait", extra={"host": host, **reason})
-        elif began < failing.failed_at:  # another one of the same attempt
+        elif attempted_at < failing.failed_at:  # another failure of the same attempt
             failing.error = error
-            failing.began = max(failing.began, began)
+            failing.attempted_at = max(failing.attempted_at, attempted_at)
             return
         else:
-            failing.error, failing.began, failing.failed_at = error, began, now
+            failing.error, failing.attempted_at, failing.failed_at = error, attempted_at, now
             failing.attempts += 1
         self._open.discard(host)
         failing.may_try = False
         failing.backoff.record_attempt()
         self._try_at(host, failing, now + failing.backoff.next_delay())
-        if not failing.is_checking and not self._closed:
-            failing.is_checking = True
+        if not failing.is_ending_jobs and not self._closed:
+            failing.is_ending_jobs = True
             asyncio.get_running_loop().call_soon(self._end_jobs, host, failing)  # after the write of the caller
 
     def _try_at(self, host: str, failing: FailingStarts, when: float) -> None:
@@ -215,15 +215,15 @@ class HostStarts:
             failing.timer.cancel()
         failing.next_at = when
         delay = when - time.monotonic()
-        failing.timer = self._get_context().timers.call_later(delay, partial(self._begin_probe, host, failing))
+        failing.timer = self._get_context().timers.call_later(delay, partial(self._start_probe, host, failing))
 
     # The jobs that have waited long enough.
 
     def _end_jobs(self, host: str, failing: FailingStarts) -> None:
-        """End the jobs that have waited long enough. The wall clock may step, so times are given by their age."""
+        """End the jobs that have waited long enough. The wall clock may step: times are passed by their age."""
         context, now = self._get_context(), time.monotonic()
         wall = context.wall()
-        times = wall, wall - (now - failing.since), wall - (now - failing.began), self._waits_from(host)
+        times = wall, wall - (now - failing.since), wall - (now - failing.attempted_at), self._get_restart(host)
         context.request_claim()  # other jobs of their queues may start
         write = asyncio.ensure_future(context.store.fail_waiting(host, failing.error, *times, limit=_LIMIT))
         write.add_done_callback(partial(self._on_jobs_ended, host, failing, failing.failed_at, failing.error, wall))
@@ -238,7 +238,7 @@ class HostStarts:
         write: asyncio.Future[tuple[list[str], float | None]],
     ) -> None:
         context = self._get_context()
-        failing.is_checking = False
+        failing.is_ending_jobs = False
         try:
             ended, deadline = write.result()
         except StorageError as error:  # the next attempt ends them
@@ -251,10 +251,10 @@ class HostStarts:
         if self._failing.get(host) is not failing:
             return
         if failing.failed_at != failed_at or len(ended) >= _LIMIT:
-            failing.is_checking = True
+            failing.is_ending_jobs = True
             self._end_jobs(host, failing)
         elif deadline is None and host not in self._trying:
-            self._forget(host)  # nobody waits; the next job is started at once
+            self._remove_failing(host)  # no job waits; the next job starts immediately
         elif deadline is not None and failing.timer is not None:
             at = time.monotonic() + max(_MIN_DELAY, deadline - wall)
             if at < failing.next_at:
@@ -262,21 +262,21 @@ class HostStarts:
 
     # Whether the host can be reached.
 
-    def _begin_probe(self, host: str, failing: FailingStarts) -> None:
+    def _start_probe(self, host: str, failing: FailingStarts) -> None:
         failing.timer = None
         context = self._get_context()
-        known = context.find_host(host)
-        if known is None:  # it was removed: its jobs end when they are started
+        found = context.find_host(host)
+        if found is None:  # it was removed: its jobs end when they start
             failing.may_try = True
             context.request_claim()
             return
-        probe = asyncio.create_task(self._probe(known, failing, context))
+        probe = asyncio.create_task(self._probe(found, failing, context))
         self._probes.add(probe)
         probe.add_done_callback(self._probes.discard)
 
     async def _probe(self, host: Host, failing: FailingStarts, context: RunContext) -> None:
         """Connect to a host; if that succeeds, let one job start."""
-        began = time.monotonic()
+        attempted_at = time.monotonic()
         try:
             if context.config.resumable_calls:
                 context.capabilities.invalidate(host)
@@ -288,9 +288,9 @@ class HostStarts:
             failed = to_failed(error, host, "connecting")
             if is_unsent(failed):
                 if self._failing.get(host.hostname) is failing:
-                    self._record_failure(host.hostname, failed, began)
+                    self._record_failure(host.hostname, failed, attempted_at)
                 return
-        except Exception:  # the start of a job shows the error again
+        except Exception:
             log.exception("cannot try host: internal error", extra={"host": host.hostname})
-        failing.may_try = True  # after another error, too: the start of a job shows it
+        failing.may_try = True  # also after a permanent or internal error: the next job ends with it
         self._get_context().request_claim()

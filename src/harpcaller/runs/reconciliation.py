@@ -1,7 +1,7 @@
 """Cleans up orphans: calls that hosts still have although their jobs have ended or no longer exist.
 
 Each orphan is stopped and released. Its stop report and exit info are stored with its job, if the job belongs to this
-host. A host may list any calls and send any reply: it occupies only its own few workers.
+host. Each host has a few workers, so a faulty host, which may list any calls, cannot occupy the workers of others.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 _WORKERS_PER_HOST = 4  #: Maximum number of orphans of a host that are handled at the same time.
 _TIME_LIMIT = 120.0  #: Maximum seconds for an orphan: a stop is shorter, unless `kill_grace` of its host is very long.
-_MAX_ATTACHES = 3  #: The first one, past the end, is refused with the number of the next record.
+_MAX_ATTACHES = 3  #: Maximum number of attaches: the first, past the end, is refused with the next record number.
 
 
 class OrphanReaper:
@@ -40,7 +40,7 @@ class OrphanReaper:
     def reap_calls(self, host: Host, calls: Sequence[str], context: RunContext) -> None:
         """Start to stop and release the orphans in a host's list, which replaces the previous list."""
         for worker in self._workers.get(host.hostname, ()):
-            worker.cancel()  # an orphan that it was stopping is in the new list, or was released
+            worker.cancel()  # the orphan that it was stopping is in the new list, or was released
         orphans = [call for call in calls if not self._is_active(call)]
         pending, count = iter(orphans), min(_WORKERS_PER_HOST, len(orphans))
         workers = [self._group.create_task(self._reap_pending(host, pending, context)) for _ in range(count)]

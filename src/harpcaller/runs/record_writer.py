@@ -16,9 +16,9 @@ from harpcaller.runs.context import RunContext
 log = logging.getLogger(__name__)
 
 _BOUND_LIMIT = 1024 * 1024  #: Maximum bytes of buffered records of a connection-bound call.
-_RESUMABLE_LIMIT = 8 * 1024 * 1024  #: The same of a resumable call, beside the longest record.
-_BATCH_BYTES = 256 * 1024  #: Bytes of a batch, beside its last record: other writes of the store wait for its commit.
-_RECORD_OVERHEAD = 64  #: Bytes that a buffered record needs beside its contents.
+_RESUMABLE_LIMIT = 8 * 1024 * 1024  #: The same of a resumable call, without its longest record.
+_BATCH_BYTES = 256 * 1024  #: Bytes of a batch without its last record: other writes of the store wait for its commit.
+_RECORD_OVERHEAD = 64  #: Bytes that a buffered record needs in addition to its contents.
 
 
 class RecordWriter:
@@ -65,14 +65,14 @@ class RecordWriter:
             self._store_batch()
 
     def when_empty(self, action: Callable[[], None]) -> None:
-        """Run an action as soon as all buffered records are stored; it replaces an earlier one."""
+        """Run an action as soon as all buffered records are stored; it replaces the previous action."""
         if self.is_empty:
             action()
         else:
             self._when_empty = action
 
     def close(self, next_number: int) -> None:
-        """Discard the buffered records and all further ones; the next record has this number."""
+        """Discard all buffered and future records; `next_number` is the number of the next record."""
         self.closed = True
         self.count = next_number
         self._values, self._timestamps, self._bytes = [], [], 0
@@ -97,7 +97,7 @@ class RecordWriter:
         self._in_flight = count
         append = partial(self._context.store.append_records, self._job_id, self.count, batch)
         on_stored, on_error = partial(self._on_appended, batch), partial(self._on_error, batch)
-        self._context.writes.begin(self._job_id, append, on_stored, on_error)
+        self._context.writes.retry_until_stored(self._job_id, append, on_stored, on_error)
 
     def _on_error(self, batch: Records, error: Exception) -> None:
         log.error("cannot store records: internal error", exc_info=error, extra={"job": self._job_id})

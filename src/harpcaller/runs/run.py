@@ -1,6 +1,6 @@
 """One job, one call on a host: start it once, store its records, attach again after outages, store its end.
 
-Theory of operation. A `Run` exists as long as its job holds its slot. It is a state object without a task: the
+Theory of operation. A `Run` exists as long as its job holds its slot. It is a state object without a task. The
 connection, the store, the timers and the dispatcher call its methods, which change the state and return. Its phases:
 
     CONNECTING -> SENT -> RUNNING -> STORING_END -> CLOSED
@@ -8,18 +8,18 @@ connection, the store, the timers and the dispatcher call its methods, which cha
                   STORING_END <-> SURVIVORS
                   any phase -> ENDING -> CLOSED, also of a job that is queued again
 
-It attaches to the call again after each outage, until the host reports the end or counts as lost. Its state is a cache:
-the next dispatcher continues from the store and the hosts.
+It attaches to the call again after each outage, until the host reports the end or is declared lost. Its state is a
+cache: the next dispatcher continues from the store and the hosts.
 
-A *connection-bound* call, as on a legacy harpd, is stopped without confirmation by the end of its connection, which
-also ends the job. The rest is about *resumable* calls.
+A *connection-bound* call, as on a legacy harpd, ends with its connection, without confirmation, and so does its job.
+The following is about *resumable* calls.
 
 At most once: the start is written a single time, in the same step as the last check that the job was not cancelled. It
-is written again only after the host has reported that it did not happen: at once for ``wrong_instance``; else the job
-is queued again (`Run._fail_start`), as after a connection that failed before the start was written. If the connection
-breaks before the acknowledgement, the run attaches: a host without the call stores a tombstone then.
+is written again only if the host has reported that it did not happen. After ``wrong_instance`` that is immediately.
+Otherwise the job is queued again (`Run._fail_start`), as after a connection that failed before the start was written.
+If the connection breaks before the acknowledgement, the run attaches; a host without the call then stores a tombstone.
 
-After a protocol error the run attaches once more, past the last record, only to stop the call and to get the stop
+After a protocol error the run attaches once more, past the last record, only to stop the call and receive the stop
 report.
 
 A cancel or a limit that stops a call stores the job's end first. The stop command is sent when the host can be
@@ -58,7 +58,7 @@ P = ParamSpec("P")
 
 _MIN_DELAY, _MAX_DELAY = 0.2, 5.0  #: Seconds between two attempts to attach to a call.
 _CANCEL_WAIT = 2.0  #: Maximum seconds that a cancel waits for the reply to a sent start.
-_MAX_STARTS = 3  #: Maximum number of starts, if the host reports that the earlier ones named another instance.
+_MAX_STARTS = 3  #: Maximum number of starts that a host refuses because they name another instance.
 _RECHECK = 1.0  #: Seconds until the limits are checked again while the host is not read.
 _MAX_LOGGED = 500  #: Maximum length of a logged error in characters.
 
@@ -77,19 +77,19 @@ class RunPhase(Enum):
     OUTAGE = "there is no connection; the call may be running"
     STORING_END = "the end of a resumable call is being stored, or a later state of its stop"
     SURVIVORS = "the end is stored, but processes of the call survive; the host will report their end"
-    ENDING = "the last write is in progress; no other event matters"
+    ENDING = "the last write is in progress; other events are ignored"
     CLOSED = "the run is complete"
 
 
 class _Outcome(NamedTuple):
-    """How a job ended, and what is known about the processes of its call."""
+    """The end of a job, and the state of the processes of its call."""
 
     end: End | None  # None: the job has ended before
     stop: StopState = StopState.CONFIRMED  # stored with `end` only if `was_stopped`
     was_stopped: bool = False  # whether the end is the effect of a stop
     keep_slot: bool = False
     stop_request: Raw | None = None  # stored with `end`
-    stop_report: Raw | None = None  # stored if the job has another end; None: the one of the host
+    stop_report: Raw | None = None  # stored if the job has ended before; None: the report of the host
 
 
 def _event(method: Callable[Concatenate[Run, P], None]) -> Callable[Concatenate[Run, P], None]:
@@ -106,7 +106,7 @@ def _event(method: Callable[Concatenate[Run, P], None]) -> Callable[Concatenate[
 
 
 class Run:
-    """The call of one job that holds a slot; `on_closed` is called when the run is complete or has detached."""
+    """The call of a job that holds a slot; `on_closed` is called when the run is complete or has detached."""
 
     def __init__(self, job: Job, context: RunContext, starts: HostStarts, on_closed: Callable[[Run], None]) -> None:
         self.job = job
@@ -115,7 +115,8 @@ class Run:
         self._context = context
         self._starts = starts
         self._on_closed = on_closed
-        self._began_at = self._job_began_at = time.monotonic()  # of this run; of the job, also over restarts
+        self._created_at = time.monotonic()
+        self._job_started_at = self._created_at  # also if an earlier dispatcher started the job
         self._phase = RunPhase.CONNECTING
         self._records = RecordWriter(job, context, self._on_records_stored)
         self._deadlines = Deadlines(job, context.config.acknowledgement_timeout)
@@ -127,12 +128,12 @@ class Run:
         self._host: Host | None = None
         self._terms: harpd.GrantedTerms | None = None
         self._resumable = False  # whether the last request was for a resumable call
-        self._no_start_pending = asyncio.Event()  # no start was sent whose reply is missing
+        self._no_start_pending = asyncio.Event()  # set unless a start was sent and has no reply yet
         self._no_start_pending.set()
         self._stop_command: harpd.StopCall | None = None
         self._stop_sent = False  # on the current connection
         self._detaching = False
-        self._ending_job = False  # an end is being stored; after that the call is stopped
+        self._ending_job = False  # an end is being stored; then the call is stopped
         self._has_failed = False
         self._wrong_instances = 0
         self._attempts = 0
@@ -151,18 +152,18 @@ class Run:
             self._phase = RunPhase.OUTAGE
             self._resumable = True
             wall = self._context.wall()
-            self._job_began_at -= max(0.0, wall - (self.job.started or wall))
-            self.outage = Outage.begin(0.0, wall)
+            self._job_started_at -= max(0.0, wall - (self.job.started or wall))
+            self.outage = Outage.started_ago(0.0, wall)
             if self.has_ended and self._stop_command is None:
                 read = partial(self._context.store.get_details, self.job.id)
-                self._context.writes.begin(self.job.id, read, self._on_stop_request_read, self._fail)
+                self._context.writes.retry_until_stored(self.job.id, read, self._on_stop_request_read, self._fail)
                 return
         else:
             self._starts.on_start(self.job)
         self._connect()
 
     async def cancel_call(self, by: str | None) -> None:
-        """Stop the call of a job that this client cancelled in the store. It is not started after this returns."""
+        """Stop the call of a job that a client has cancelled in the store. It is not started after this returns."""
         self.has_ended = True
         try:
             async with asyncio.timeout(_CANCEL_WAIT):
@@ -179,7 +180,7 @@ class Run:
 
     @_event
     def detach(self) -> None:
-        """Detach from a resumable call, or end a connection-bound one, after the reply to a request that was sent.
+        """Detach from a resumable call, or end a connection-bound call. A reply to a sent request is awaited first.
 
         A job that has not been started is queued again.
         """
@@ -187,7 +188,7 @@ class Run:
         self._detach_if_possible()
 
     def abandon(self) -> None:
-        """End the run at once. Writes that have begun may still be completed."""
+        """End the run immediately. Writes in progress may still be completed."""
         self._disconnect()
         self._records.abandon()
         self._phase = RunPhase.CLOSED
@@ -205,13 +206,13 @@ class Run:
         }
 
     def last_contact(self, now: float) -> float | None:
-        """Return the Unix time of the last data received for the call, given the current one; None before the first."""
+        """Return the Unix time of the last data received for the call, or None; `now` is the current Unix time."""
         if self.outage is not None:
             return self.outage.since
         return None if self._conn is None else now - (time.monotonic() - self._conn.last_received_at)
 
     def seconds_until_lost(self) -> float:
-        """Return the seconds until the host counts as lost, if the outage continues."""
+        """Return the seconds until the host is declared lost, if the outage continues."""
         return 0.0 if self.outage is None else self.outage.deadline(self._host_timeout()) - time.monotonic()
 
     @property
@@ -222,9 +223,9 @@ class Run:
     # The start, and attaching.
 
     def _connect(self) -> None:
-        """Connect for the start, or in an outage for an attach; end the job if it is too late."""
+        """Connect to start the call, or in an outage to attach to it; end the job if its limit has expired."""
         if self._ending_job:
-            return  # this is called again when the end is stored
+            return  # `_on_job_ended` connects when the end is stored
         context, outage = self._context, self.outage
         if outage is None:
             deadline = self._deadlines.deadline
@@ -244,7 +245,7 @@ class Run:
             return
         self._attempts += 1
         if outage is None:
-            support = context.capabilities.get_known(host) if context.config.resumable_calls else LEGACY
+            support = context.capabilities.get_cached(host) if context.config.resumable_calls else LEGACY
             if support is not None and (conn := context.connections.get(host, context.tls)) is not None:
                 self._send_request(conn, host, support)
                 return
@@ -255,7 +256,7 @@ class Run:
         self._set_timer(deadline)
 
     async def _open_connection(self, host: Host) -> tuple[HarpdConnection | None, HostSupport]:
-        """Return a connection, and what the host supports; no connection if that excludes an attach."""
+        """Return a connection and the capabilities of the host; no connection if the host cannot resume the call."""
         context, support = self._context, LEGACY
         if self.outage is not None or context.config.resumable_calls:
             support = await context.capabilities.get(host, context.tls, context.config)
@@ -309,7 +310,7 @@ class Run:
             self._starts.on_connected(self.job.host)
             self._no_start_pending.clear()
             if self._connect_seconds is None:
-                self._connect_seconds = round(time.monotonic() - self._began_at, 6)
+                self._connect_seconds = round(time.monotonic() - self._created_at, 6)
         self._conn = conn
         self._phase = RunPhase.SENT
         self._stop_sent = False
@@ -321,11 +322,11 @@ class Run:
         return Failed("unknown_host", f"the hosts registry has no host {self.job.host}")
 
     def _start_at_next_instance(self) -> None:
-        """Start the call in the supervisor that runs now: the one that was named has started nothing."""
-        self._context.capabilities.invalidate(self._known_host)
+        """Start the call in the current supervisor, after ``wrong_instance``: the host has started no call."""
+        self._context.capabilities.invalidate(self._connected_host)
         self._wrong_instances += 1
         if self._wrong_instances == _MAX_STARTS:
-            message = f"{describe_host(self._known_host)}: its supervisor was restarted at every start"
+            message = f"{describe_host(self._connected_host)}: its supervisor was restarted at every start"
             self._fail_start(Failed("network_error", message))
             return
         self._phase = RunPhase.CONNECTING
@@ -333,8 +334,8 @@ class Run:
         self._connect()
 
     def _fail_start(self, error: Failed) -> None:
-        """Queue the job again after a start that certainly did not happen, or end it if it has waited long enough."""
-        self._starts.record_failure(self.job, error, self._began_at)
+        """Queue the job again after a start that certainly did not happen; end it if `start_within` has expired."""
+        self._starts.record_failure(self.job, error, self._created_at)
         if self.has_ended or self._starts.has_waited(self.job):
             self._finish(_Outcome(error))
             return
@@ -343,10 +344,10 @@ class Run:
         self._requeue()
 
     def _requeue(self) -> None:
-        """Queue the job again, whose start certainly did not happen."""
+        """Queue the job again, because its start certainly did not happen."""
         self._disconnect()
         self._phase = RunPhase.ENDING
-        context, tried = self._context, self._context.wall() - (time.monotonic() - self._began_at)
+        context, tried = self._context, self._context.wall() - (time.monotonic() - self._created_at)
 
         def write() -> Awaitable[bool]:
             context.request_claim()
@@ -356,14 +357,14 @@ class Run:
             self._no_start_pending.set()
             if requeued:
                 self._close("job queued again")
-            else:  # it was cancelled meanwhile
+            else:  # it was cancelled before this write
                 self.has_ended = True
                 self._finish(_Outcome(None))
 
-        context.writes.begin(self.job.id, write, on_done, self._fail)
+        context.writes.retry_until_stored(self.job.id, write, on_done, self._fail)
 
     @property
-    def _known_host(self) -> Host:
+    def _connected_host(self) -> Host:
         """The host, after the first connection to it."""
         assert self._host is not None
         return self._host
@@ -411,38 +412,38 @@ class Run:
         assert conn is not None
         self._phase = RunPhase.RUNNING
         self._no_start_pending.set()
-        self._starts.on_reply(self.job.host, self._began_at)
+        self._starts.on_reply(self.job.host, self._created_at)
         self._deadlines.on_acknowledged(None if terms is None else terms.elapsed)
         self._terms = terms
         if terms is not None:
             conn.start_heartbeat(terms.elapsed, terms.disconnect_timeout, at_once=self.outage is not None)
             if self.outage is not None:
-                self._job_began_at = time.monotonic() - terms.elapsed
+                self._job_started_at = time.monotonic() - terms.elapsed
                 log.info("outage ended", extra={**self._log_fields, "attempts": self.outage.attempts})
                 self.outage = None
             if self._records.count and not self._records.closed:
-                # The last acknowledgements may be lost, and the call waits while its spool is full.
+                # The host may not have received the last acknowledgements; a call with a full spool waits for them.
                 conn.send_command(harpd.Ack(self._records.count))
         elif self._resumable:  # the host was downgraded to a legacy harpd
             self._resumable = False
-            self._context.capabilities.set_legacy(self._known_host)
+            self._context.capabilities.set_legacy(self._connected_host)
         self._check_records()
         self._continue()
 
     def _on_refused(self, error: Failed) -> None:
-        """Handle an error instead of the acknowledgement."""
+        """Handle an error that the host sent instead of the acknowledgement."""
         self._no_start_pending.set()
-        where = describe_host(self._known_host)
+        where = describe_host(self._connected_host)
         if self.outage is None:
             if self._resumable and error.type == "wrong_instance":
                 self._start_at_next_instance()
             elif is_refusal(error):
                 self._fail_start(error)
             else:
-                self._starts.on_reply(self.job.host, self._began_at)
+                self._starts.on_reply(self.job.host, self._created_at)
                 self._finish(_Outcome(error))
         elif error.type == "no_such_call":
-            message = f"{where} does not hold the job's call: it was never started, or its end was lost"
+            message = f"{where} does not have the job's call: it was never started, or its end was lost"
             end = Failed("missing_result", f"{message}; outage {self.outage.describe()}")
             self._finish(_Outcome(end, stop_report=Raw(b'{"known":false}')))
         elif error.type == "records_gone":
@@ -456,13 +457,13 @@ class Run:
         try:
             end_of_records = parse_end_of_records(error)
         except ProtocolError as invalid:
-            self._lose_contact(to_failed(invalid, self._known_host, "attaching").message)
+            self._lose_contact(to_failed(invalid, self._connected_host, "attaching").message)
             return
         self._begin_outage(message)
         self._end_job(Failed("missing_result", message), "records_gone", end_of_records)
 
     def _store_call_end(self, end: End | None) -> None:
-        """Store the end of a resumable call, or with None only a later state of its stop."""
+        """Store the end of a resumable call; with `end` None, only a later state of its stop."""
         self._phase = RunPhase.STORING_END
         report = self._stop_report
         survives = report is not None and bool(harpd.StopReport(report).survivors)
@@ -477,11 +478,11 @@ class Run:
             conn, self._conn = self._conn, None
             if conn is not None:
                 conn.finish_request(harpd.Release())
-                self._context.connections.put(self._known_host, self._context.tls, conn)
+                self._context.connections.put(self._connected_host, self._context.tls, conn)
             self._close()
             return
         log.error("processes survive on host", extra=self._log_fields)
-        if self._stop_report is not report:  # another one was received during the write
+        if self._stop_report is not report:  # the host sent another report during the write
             self._store_call_end(None)
         elif self._conn is None:
             self._lose_contact("the connection broke after the end of the call")
@@ -498,10 +499,10 @@ class Run:
             self._conn = None
             return
         if error is None:
-            message = f"{describe_host(self._known_host)}: it closed the connection {conn.describe_state()}"
+            message = f"{describe_host(self._connected_host)}: it closed the connection {conn.describe_state()}"
             end = Failed("network_error", message)
         else:
-            end = to_failed(error, self._known_host, conn.phase_text)
+            end = to_failed(error, self._connected_host, conn.phase_text)
         if not self._resumable:
             self._finish(_Outcome(end, StopState.UNKNOWN))
         elif isinstance(error, (ProtocolError, LineTooLong)) and self._phase is not RunPhase.SENT:
@@ -527,20 +528,20 @@ class Run:
     def _check_limits(self) -> None:
         conn = self._conn
         if self._context.writes.failed_within(MARGIN):
-            self._deadlines.postpone()  # records that were received in time may not be stored yet
+            self._deadlines.postpone()  # records that arrived in time may not be stored yet
         if conn is not None and conn.is_paused:
             self._set_timer(time.monotonic() + _RECHECK)
             return
-        end = self._deadlines.expired(describe_host(self._known_host), self.has_ended)
+        end = self._deadlines.expired(describe_host(self._connected_host), self.has_ended)
         if end is None:
             self._watch_limits()
         elif self._phase is RunPhase.SENT and self._resumable and end.type != "timeout":
-            self._lose_contact(end.message)  # attaching will show whether the call has started
+            self._lose_contact(end.message)  # the reply to the attach shows whether the call has started
         else:
             self._end_job(end, "limit")
 
     def _end_job(self, end: Failed, why: str, next_record: int | None = None) -> None:
-        """Store an end of the job, then stop its call; records from `next_record` on are discarded."""
+        """Store an end of the job, then stop its call. Records from number `next_record` are discarded."""
         if self._ending_job:
             return
         self._ending_job = True
@@ -571,14 +572,14 @@ class Run:
 
     @_event
     def _continue(self) -> None:
-        """Check the limits; stop the call or detach from it if that was requested and is possible now."""
+        """Check the limits; stop the call or detach from it, if requested and possible now."""
         if self._phase in (RunPhase.SENT, RunPhase.RUNNING):
             self._watch_limits()
         self._apply_stop()
         self._detach_if_possible()
 
     def _apply_stop(self) -> None:
-        """Stop the call if that was requested and is possible now."""
+        """Stop the call, if requested and possible now."""
         if self._stop_command is None:
             return
         match self._phase:
@@ -609,9 +610,9 @@ class Run:
         if self.outage is None:
             now = time.monotonic()
             received_at = self._conn.last_received_at if self._conn is not None else now
-            self.outage = Outage.begin(now - received_at, self._context.wall())
+            self.outage = Outage.started_ago(now - received_at, self._context.wall())
             log.warning("outage began", extra={**self._log_fields, "reason": error})
-            self._starts.on_contact_lost(self.job, error, self._began_at)
+            self._starts.on_contact_lost(self.job, error, self._created_at)
             if self._host is not None:
                 self._context.capabilities.invalidate(self._host)
         self.outage.record_error(error)
@@ -642,13 +643,13 @@ class Run:
             self._connect()
 
     def _host_timeout(self) -> float:
-        """Return the seconds of an outage after which the host has certainly stopped the call."""
+        """Return after how many seconds of an outage the host has certainly stopped the call."""
         terms, after = self._terms, self._context.config.host_timeout
         return after if terms is None else max(after, terms.disconnect_timeout + 2 * terms.kill_grace + 5.0)
 
     def _declare_host_lost(self, outage: Outage) -> None:
-        """End the job or its stop, because the host counts as lost; its slot is released."""
-        if self._host is None:  # not earlier: the call may be running if the host was removed from the registry
+        """Store that the host is lost as the job's end, or as the outcome of its stop; release the slot."""
+        if self._host is None:  # reported only now: the call of a host that was removed may still be running
             end = self._unknown_host()
         else:
             message = f"host {self.job.host} could not be reached for {self._host_timeout():g} s, {outage.describe()}"
@@ -674,7 +675,7 @@ class Run:
             return
         self._has_failed = True
         may_run = self._phase is not RunPhase.CONNECTING
-        stop = StopState.FAILED if may_run else StopState.CONFIRMED  # not pending: no run handles it any more
+        stop = StopState.FAILED if may_run else StopState.CONFIRMED  # not pending: no further run handles it
         self._disconnect()
         self._phase = RunPhase.ENDING
         self._store(_Outcome(_INTERNAL_ERROR, stop, was_stopped=may_run, keep_slot=may_run), self._close)
@@ -701,13 +702,13 @@ class Run:
     def _close(self, event: str = "call ended") -> None:
         if self._phase is not RunPhase.CLOSED:
             self.abandon()
-            seconds = round(time.monotonic() - self._job_began_at, 3)
+            seconds = round(time.monotonic() - self._job_started_at, 3)
             log.info(event, extra={**self._log_fields, **self._end_fields, "seconds": seconds})
             self._on_closed(self)
 
     def _store(self, outcome: _Outcome, on_stored: Callable[[], None]) -> None:
-        """Store the end of the job, or only the outcome of its stop if it has another end; then call `on_stored`."""
-        context, job_id, began = self._context, self.job.id, time.monotonic()
+        """Store the end of the job, or only the outcome of its stop if it has ended; then call `on_stored`."""
+        context, job_id, write_started_at = self._context, self.job.id, time.monotonic()
         end = None if self.has_ended else outcome.end
         report = (outcome.stop_report if end is None else None) or self._stop_report
         metadata = JobMetadata(dumps(self.describe_call()), outcome.stop_request, report, self._exit_info)
@@ -725,7 +726,7 @@ class Run:
             if end is None:
                 self._end_fields = {**(self._end_fields or {"end": "cancelled"}), "stop": outcome.stop.value}
             elif stored:
-                context.timings.record_end(job_id, began)
+                context.timings.record_end(job_id, write_started_at)
                 self._end_fields = {"end": state_of(end).value}
                 if isinstance(end, (Failed, Raised)):
                     self._end_fields |= {"error": end.type[:_MAX_LOGGED], "reason": end.message[:_MAX_LOGGED]}
@@ -735,7 +736,7 @@ class Run:
             else:
                 self._store(outcome, on_stored)
 
-        context.writes.begin(job_id, write, on_done, self._fail)
+        context.writes.retry_until_stored(job_id, write, on_done, self._fail)
 
     def _disconnect(self) -> None:
         self._set_timer(None)
@@ -747,13 +748,13 @@ class Run:
             conn.abort()
 
     def _watch_limits(self) -> None:
-        """Check the limits when the next one may be exceeded; an earlier check changes nothing."""
+        """Set the timer to the next limit, unless it expires earlier."""
         when = self._deadlines.next_deadline(self.has_ended)
         if when is not None and (self._timer is None or when < self._timer_at):
             self._set_timer(when)
 
     def _set_timer(self, when: float | None) -> None:
-        """Call `_on_timer` at a monotonic time; None: not at all. It replaces the earlier time."""
+        """Call `_on_timer` at a monotonic time, instead of the previous time; with None, do not call it."""
         if self._timer is not None:
             self._timer.cancel()
         self._timer = None

@@ -16,7 +16,7 @@ class UnknownJob(LookupError):
 
 
 class RequestIDReused(Exception):
-    """A job was submitted with the request id of another call. Nothing was changed."""
+    """A job was submitted with the request id of another call. It is not stored."""
 
     def __init__(self, request_id: str, job_id: str) -> None:
         super().__init__(f"request_id {request_id!r} was used for another call: job {job_id}")
@@ -26,7 +26,7 @@ class RequestIDReused(Exception):
 class QueueStatus:
     """A queue with jobs that have not ended or hold a slot."""
 
-    name: Raw  #: As the first submitter wrote it.
+    name: Raw  #: The text of its first submission.
     concurrency: int
     running: int  #: Number of its jobs that hold a slot.
     queued: int

@@ -1,17 +1,17 @@
-"""The store: domain verbs that take and return jobs, never SQL or rows, on one SQLite file.
+"""The store: domain verbs that accept and return jobs, never SQL or rows, on one SQLite file.
 
-Every verb is one guarded statement or one short transaction, and returns whether it changed anything. The first
-committed end of a job wins. `now` is an argument, Unix seconds with fractions: no verb reads a clock. Every verb may
-raise `StorageError`; then nothing was changed, and the store works again as soon as the cause is removed. A verb
-begins when it is called, and the caller need not wait for it; one whose awaiter is cancelled may complete all the same.
+Every verb is one guarded statement or one short transaction, and returns whether it had an effect. The first committed
+end of a job wins. `now` is an argument, Unix seconds with fractions: no verb reads a clock. Every verb may raise
+`StorageError`; then it had no effect, and the store works again as soon as the cause is removed. A verb starts when it
+is called, even if the caller does not await it, and may complete after its awaiter is cancelled.
 
-One thread writes, a few read:
+One thread writes, several threads read:
 
 - `file` creates, recognizes, locks and migrates the file, and maps the errors of SQLite.
-- `writer` is the thread that writes: everything that arrives during a commit goes into the next one.
+- `writer` is the thread that writes: all verbs that are called during a commit are part of the next commit.
 - `reserve` is disk space for pruning on a full disk.
 - `writes` and `reads` are the verbs on a connection; their SQL is in ``queries.sql``.
-- `active` has the lanes and slots of the active jobs in memory, so that writes read nothing back.
+- `active` has the lanes and slots of the active jobs in memory, so that writes need not read rows.
 - `rows` converts jobs, metadata and records to columns and back.
 """
 
@@ -48,8 +48,8 @@ _READERS = 4  # Reading threads and connections. They need Python's lock most of
 async def open_store(directory: Path) -> Store:
     """Open the store in a directory; create the file, and a private directory, if they do not exist.
 
-    The time does not depend on the number of jobs that have ended. Raises `StorageError` if another store has it open,
-    the file is not HARP's or has a newer schema, and stays untouched, or it cannot be created, read or written.
+    The time does not depend on the number of ended jobs. Raises `StorageError` if another store has it open, or the
+    file cannot be created, read or written, is not HARP's, or has a newer schema. Such a file is not changed.
     """
     return await asyncio.to_thread(Store, directory, asyncio.get_running_loop())
 
@@ -84,7 +84,7 @@ def _reads(
 
 
 class Store:
-    """The verbs, whose contracts are in `writes` and `reads`. They are called in the loop of `open_store`."""
+    """The verbs, with contracts in `writes` and `reads`. They are called in the loop of `open_store`."""
 
     def __init__(self, directory: Path, loop: asyncio.AbstractEventLoop) -> None:
         self.path = path = (directory / FILE_NAME).absolute()  #: The file.
@@ -131,8 +131,8 @@ class Store:
     async def prune_jobs(self, ended_before: float, limit: int) -> int:
         """Delete up to `limit` jobs that ended before a time, with their records; return how many were deleted.
 
-        On a full disk more may be deleted. A job that holds a slot stays. Each step is a short transaction, so that
-        other verbs do not wait for all steps.
+        On a full disk more jobs may be deleted. A job that holds a slot is not deleted. Each step is a short
+        transaction, so that other verbs do not wait for all steps.
         """
         pruned = 0
         while pruned < limit and (deleted := await self._delete_jobs(ended_before, limit - pruned)):
@@ -147,12 +147,12 @@ class Store:
         return pruned
 
     async def forget_request_ids(self, submitted_before: float) -> None:
-        """Forget the request ids that were submitted before a time, in short transactions."""
+        """Delete the request ids that were submitted before a time, in short transactions."""
         while await self._delete_request_ids(submitted_before):
             pass
 
     async def close(self) -> None:
-        """Complete the verbs that were called, and close, once. No verb may be called after this."""
+        """Complete the called verbs, then close the store. A second call has no effect."""
         if not self._closed:
             self._closed = True
             self._writer.stop()
@@ -175,7 +175,7 @@ class Store:
                 return verb(connection)
         finally:
             try:
-                # In the loop's turn that uses the result, so that a busy loop has few results, which may be long.
+                # In the turn of the loop that uses the result: few results, which may be long, wait for a busy loop.
                 loop.call_soon_threadsafe(self._idle_readers.put, connection)
             except RuntimeError:  # the loop is closed
                 self._idle_readers.put(connection)

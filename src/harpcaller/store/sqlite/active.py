@@ -1,8 +1,8 @@
 """The lanes and slots of the jobs that have not ended or hold a slot, in memory.
 
-It is a cache of rows that only this dispatcher changes, so that a write reads nothing back. The file is the truth: the
-cache is read from it when the store is opened, and again after a transaction was rolled back. A queued job needs only
-its sequence number here, because there may be many. No statement of this module writes.
+It is a cache of rows that only this dispatcher changes, so that a write need not read rows. The file is authoritative:
+the cache is read from it when the store is opened, and again after a rollback. A queued job is only a sequence number
+here, because there may be many. No statement of this module writes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from harpcaller.store.sqlite.rows import decode_name
 
 
 class Lane:
-    """A lane that has a job."""
+    """A lane with at least one job."""
 
     __slots__ = ("_later", "_removed", "concurrency", "head", "head_job", "key", "parked", "slots_held", "waits_until")
 
@@ -28,31 +28,31 @@ class Lane:
         self.concurrency = concurrency  # None for the jobs of a host without a queue
         self.slots_held = 0
         self.head: int | None = None  # sequence number of the first queued job
-        self.head_job: Job | None = None  # this job, if a claim has read it
-        self.parked: int | None = None  # the head that waits for its host, see `ActiveJobs`
+        self.head_job: Job | None = None  # the first queued job, if a claim has read it
+        self.parked: int | None = None  # the head if it waits for its host, see `ActiveJobs`
         self.waits_until = 0.0  # Unix time before which no queued job has waited long enough for a start
         self._later: deque[int] = deque()  # the queued jobs after the head
-        self._removed: set[int] = set()  # of these, because deleting within a deque would be slow
+        self._removed: set[int] = set()  # removed jobs in `_later`: deleting within a deque would be slow
 
     @property
     def has_room(self) -> bool:
-        """Whether another of its jobs may get a slot."""
+        """Whether a further job of the lane may get a slot."""
         return self.concurrency is None or self.slots_held < self.concurrency
 
     @property
     def is_empty(self) -> bool:
-        """Whether no job of it is queued or holds a slot."""
+        """Whether no job of the lane is queued or holds a slot."""
         return not self.slots_held and self.head is None
 
     def append(self, seq: int) -> None:
-        """Add a queued job, the last one in the order of submission."""
+        """Add a queued job that was submitted after all others."""
         if self.head is None:
             self.head = seq
         else:
             self._later.append(seq)
 
     def put_back(self, seq: int) -> None:
-        """Add a job that was queued before, in the order of submission."""
+        """Insert a job that was queued before, in the order of submission."""
         earlier = []
         while self.head is not None and self.head < seq:
             earlier.append(self.head)
@@ -85,11 +85,11 @@ class ActiveJob:
     host: str = ""  # empty for a queued job
     state: State = State.QUEUED
     records: int = 0  # number of stored records
-    chunk: tuple[int, int, bytes, bytes] | None = None  # the last one, if it may grow: first, count, bytes, timestamps
+    chunk: tuple[int, int, bytes, bytes] | None = None  # the last, if it may grow: first, count, bytes, timestamps
 
 
 class ActiveJobs:
-    """The jobs in the file, with those of a running transaction of `db`, that have not ended or hold a slot."""
+    """The jobs that have not ended or hold a slot, in the file and in the current transaction of `db`."""
 
     def __init__(self, db: sqlite3.Connection) -> None:
         self.lanes: dict[str, Lane] = {}
@@ -101,19 +101,18 @@ class ActiveJobs:
             self.add_lane(key, concurrency)
         for seq, id_, key, host, state, records in db.execute(QUERIES["slot_holders_to_cache"]).fetchall():
             lane = self.lanes.get(key) or self.add_lane(key, None)
-            self._hold_slot(ActiveJob(id_, seq, lane, decode_name(host), State(state), records))
+            self._add_slot_holder(ActiveJob(id_, seq, lane, decode_name(host), State(state), records))
         for seq, key in db.execute(QUERIES["queued_to_cache"]):
             (self.lanes.get(key) or self.add_lane(key, None)).append(seq)
-        # The lanes that may have a job that can start: a heap of their heads. A lane may be in it several times, and
-        # the entries of lanes that have changed since are skipped.
+        # A heap of the heads that may be able to start. A lane may have several entries; outdated entries are skipped.
         self._heads = [(lane.head, lane.key) for lane in self.lanes.values() if lane.head is not None]
         heapify(self._heads)
-        # The lanes whose heads wait for their host, by host: heaps, in which entries are skipped, too. A claim looks at
-        # as many of them as their host has room for, so its cost does not depend on the number of lanes that wait.
+        # By host, a heap of the heads that wait for it; outdated entries are skipped. A claim reads as many entries as
+        # the host has room for, so its cost does not depend on the number of waiting lanes.
         self._parked: dict[str, list[tuple[int, str]]] = {}
 
     def add_lane(self, key: str, concurrency: int | None) -> Lane:
-        """Add a lane that does not exist."""
+        """Add a new lane."""
         lane = self.lanes[key] = Lane(key, concurrency)
         return lane
 
@@ -123,7 +122,7 @@ class ActiveJobs:
         self._next_seq += 1
         lane.append(seq)
         if lane.head == seq:
-            self._offer(lane)
+            self._offer_head(lane)
         return seq
 
     def remove_queued(self, seq: int, lane: Lane) -> None:
@@ -131,14 +130,14 @@ class ActiveJobs:
         was_head = lane.head == seq
         lane.remove(seq)
         if was_head:
-            self._offer(lane)
+            self._offer_head(lane)
 
     def give_slot(self, job: ActiveJob) -> None:
         """Give a slot to the head of a lane."""
         lane = job.lane
         lane.remove(job.seq)
-        self._hold_slot(job)
-        self._offer(lane)
+        self._add_slot_holder(job)
+        self._offer_head(lane)
 
     def release_slot(self, job: ActiveJob) -> None:
         """Remove a job that holds a slot, because it has ended."""
@@ -149,30 +148,30 @@ class ActiveJobs:
         if not self._slots_on_host[job.host]:
             del self._slots_on_host[job.host]
         if was_full:
-            self._offer(job.lane)
+            self._offer_head(job.lane)
 
     def put_back(self, job: ActiveJob) -> None:
-        """Queue a job again that holds a slot: it waits for its host."""
+        """Release the slot of a job and queue the job again, to wait for its host."""
         lane = job.lane
         lane.put_back(job.seq)
         if lane.head == job.seq:
             self._park(lane, job.seq, job.host)
         self.release_slot(job)
-        self._offer(lane)
+        self._offer_head(lane)
 
     def list_waiting_queues(self, host: str) -> list[Lane]:
-        """Return the queues whose heads wait for a host."""
+        """Return the queues in which the head waits for this host."""
         lanes = [(seq, self.lanes.get(key)) for seq, key in self._parked.get(host, ())]
         waiting = [lane for seq, lane in lanes if lane is not None and lane.head == lane.parked == seq]
         return [lane for lane in waiting if lane.concurrency is not None and lane.has_room]
 
-    def _hold_slot(self, job: ActiveJob) -> None:
+    def _add_slot_holder(self, job: ActiveJob) -> None:
         self.slot_holders[job.id] = job
         job.lane.slots_held += 1
         self._slots_on_host[job.host] += 1
 
-    def _offer(self, lane: Lane) -> None:
-        """Add a lane to the heap if its head may start: it has a new head, or has room again."""
+    def _offer_head(self, lane: Lane) -> None:
+        """Add the head of a lane to the heap if it may start: after a change of the head, or of the room."""
         if lane.head is not None and lane.has_room and lane.head != lane.parked:
             heappush(self._heads, (lane.head, lane.key))
 
@@ -186,17 +185,17 @@ class ActiveJobs:
     ) -> Iterator[tuple[int, Lane]]:
         """Yield the jobs that may start now, with their lanes, in the order of submission.
 
-        The caller gives each job its slot before it requests the next one, so that the next job of the lane becomes
-        its head. That job was submitted later, so one pass in this order finds every job that may start. A lane waits
-        while the host of its head is full. `get_head` returns the head of a lane, `max_new` the maximum number of jobs
-        that may start on a host now, or None.
+        The caller gives each job its slot before it requests the next, so that the next job of the lane becomes its
+        head. That job was submitted later, so one pass in this order finds every job that may start. A lane waits while
+        the host of its head is full. `get_head` returns the head of a lane, `max_new` the maximum number of jobs that
+        may start on a host now, or None.
         """
         if limit <= 0:
             return
 
         def room_on(host: str) -> int:
-            room, most = max_calls_per_host - self._slots_on_host[host], max_new(host)
-            return room if most is None else min(room, most - new_on_host[host])
+            room, new_limit = max_calls_per_host - self._slots_on_host[host], max_new(host)
+            return room if new_limit is None else min(room, new_limit - new_on_host[host])
 
         new_on_host: Counter[str] = Counter()
         for host in list(self._parked):
@@ -215,12 +214,12 @@ class ActiveJobs:
                 self._park(lane, seq, host)
 
     def _park(self, lane: Lane, seq: int, host: str) -> None:
-        """Let the head of a lane wait for its host."""
+        """Mark the head of a lane as waiting for its host."""
         lane.parked = seq
         heappush(self._parked.setdefault(host, []), (seq, lane.key))
 
     def _unpark(self, host: str, room: int) -> None:
-        """Offer the first heads again that wait for a host, as many as it has room for."""
+        """Move the first heads that wait for a host back to the heap, as many as the host has room for."""
         parked = self._parked[host]
         while room > 0 and parked:
             seq, key = heappop(parked)

@@ -1,7 +1,7 @@
-"""Backup and restore of the store's file, by a program beside the dispatcher.
+"""Backup and restore of the store's file, by another program than the dispatcher.
 
-A backup is a copy without SQLite's write-ahead log. So it differs from a store that is in use, and a store that was
-restored from a copy is recognized at its next start (`file.prepare`).
+A backup is a copy in which SQLite's write-ahead log is disabled. This distinguishes it from a store in use, and the
+next start recognizes a restored store (`file.prepare`).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from harpcaller.store.sqlite.file import FILE_NAME, QUERIES, connect, is_copy, l
 
 
 def back_up(store: Path, target: Path) -> None:
-    """Copy the file of a store, which a dispatcher may be using, as it is at one time.
+    """Copy a consistent snapshot of a store's file, while a dispatcher may be using it.
 
     The target appears complete or not at all; only this user can read it. It replaces an earlier backup. Raises
-    `StorageError`, also if the target is any other file.
+    `StorageError`, also if the target exists and is not a backup.
     """
     partial = target.with_name(target.name + ".partial")
     with storage_errors(target):
@@ -33,7 +33,7 @@ def back_up(store: Path, target: Path) -> None:
         try:
             with closing(sqlite3.connect(f"{store.absolute().as_uri()}?mode=ro", uri=True)) as source:
                 with closing(sqlite3.connect(partial)) as copy:
-                    source.backup(copy)  # in one step, so that it is not begun again after each commit
+                    source.backup(copy)  # in one step: otherwise each commit of the dispatcher restarts it
                     copy.execute("PRAGMA journal_mode = DELETE").fetchall()
             _sync(partial)
             partial.rename(target)
@@ -44,11 +44,11 @@ def back_up(store: Path, target: Path) -> None:
 
 
 def restore(backup: Path, directory: Path, queued: str | None, now: float) -> int:
-    """Make a backup the store of a directory without one; return the number of jobs that are queued in it.
+    """Copy a backup to a directory without a store; return the number of jobs that are queued in it.
 
-    `queued` is ``cancel`` or ``run``: what to do with these jobs. Jobs that ran after the backup would run again. The
-    file belongs to the owner of the directory. Raises `StorageError`, also if there are such jobs and `queued` is None,
-    if there is a store, or if a dispatcher uses the directory.
+    `queued` is ``cancel`` or ``run``, for the queued jobs: those that ran after the backup would run again. The owner
+    of the directory will own the file. Raises `StorageError`, also if jobs are queued and `queued` is None, if the
+    directory has a store, or if a dispatcher uses it.
     """
     path = directory / FILE_NAME
     new_path = path.with_name(path.name + ".new")

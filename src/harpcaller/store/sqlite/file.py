@@ -21,14 +21,14 @@ _FOLDER = files(__package__)
 _, *_PARTS = (_FOLDER / "queries.sql").read_text("utf-8").split("-- name: ")
 
 QUERIES = dict(part.split("\n", 1) for part in _PARTS)  #: The statements of queries.sql by their names.
-#: The script that makes each version of the schema from the previous one, by number, in order.
+#: The migration from the previous version of the schema to each version, by number, in order.
 MIGRATIONS = dict(sorted((int(file.name[:-4]), file.read_text("utf-8")) for file in (_FOLDER / "migrations").iterdir()))
 MAX_INTEGER = 2**63 - 1  #: The largest integer of SQLite.
 FILE_NAME = "harpcaller.sqlite"  #: The name of the file in the store's directory.
 _APPLICATION_ID = b"HARP"
 _APPLICATION_ID_AT = slice(68, 72)  # in SQLite's header
 _LOG_FORMAT_AT, _LOG_FORMAT = 18, 2  # of a file with a write-ahead log
-BUSY_TIMEOUT = 5000  #: How long to wait for another program that locks the file, such as a backup, in milliseconds.
+BUSY_TIMEOUT = 5000  #: Milliseconds to wait for another program that locks the file, such as a backup.
 #: The write-ahead log is truncated to this size if it has grown beyond it. SQLite checkpoints it at about 4 MiB and
 #: then overwrites it in place, which costs the file system less than growing a file.
 LOG_BYTES = 16 * 1024 * 1024
@@ -69,9 +69,9 @@ def lock(directory: Path) -> int:
 def prepare(path: Path) -> int:
     """Create the file, or check that it is HARP's, make it private and migrate it to the newest schema.
 
-    Returns the number of queued jobs if the file is a copy, as after a restored backup: those that ran after the copy
-    was made will run again. The caller has locked the directory. Raises `StorageError`; a file that is not HARP's, or
-    has a newer schema, stays untouched.
+    Returns the number of queued jobs if the file is a copy, for example a restored backup; jobs that ran after the
+    copy will run again. The caller has locked the directory. Raises `StorageError`; a file that is not HARP's, or has a
+    newer schema, is not changed.
     """
     with storage_errors(path):
         if not path.exists() or path.stat().st_size == 0:
@@ -151,15 +151,15 @@ def _side_files(path: Path) -> tuple[Path, ...]:
 
 
 def _migrate(connection: sqlite3.Connection, version: int) -> None:
-    """Migrate the schema from this version to the newest, each step in its own transaction, and enable the log.
+    """Migrate the schema from this version to the newest, each step in a separate transaction, and enable the log.
 
-    The log is disabled in a file that was restored from a copy made by SQLite. The identity is created if it is
-    missing, not with its table, so that an interrupted migration is completed.
+    The log is disabled in a file that was restored from a copy made by SQLite. A missing identity is created here, not
+    by the migration that creates its table, so that an interrupted migration is completed.
     """
     for number, statements in MIGRATIONS.items():
         if number <= version:
             continue
-        connection.executescript(  # closing the connection rolls back what has failed
+        connection.executescript(  # closing the connection rolls back a failed migration
             "BEGIN IMMEDIATE;\n"
             "CREATE TABLE IF NOT EXISTS schema_version (version INTEGER PRIMARY KEY);\n"
             f"{statements}\n"

@@ -1,5 +1,5 @@
 -- The named statements of the store. The verbs that run them are in writes.py and reads.py.
--- No other transaction writes at the same time, so everything that a verb has read is valid until it commits.
+-- No other transaction writes at the same time, so rows that a verb has read stay valid until it commits.
 
 -- name: last_seq
 -- The last sequence number that was ever used.
@@ -29,12 +29,12 @@ INSERT INTO calls (job, procedure, arguments, timeout, max_exec_time, queue, inf
 VALUES (?, ?, ?, ?, ?, ?, ?, ?);
 
 -- name: find_request_id
--- The job's id is NULL if the job was deleted, or is not inserted yet.
+-- The job's id is NULL if the job was deleted or is not inserted yet.
 SELECT request_ids.job, jobs.id, request_ids.call_digest
 FROM request_ids LEFT JOIN jobs ON jobs.seq = request_ids.job WHERE request_ids.request_id = ?;
 
 -- name: add_request_id
--- It replaces that of a deleted job.
+-- It replaces the request id of a deleted job.
 INSERT OR REPLACE INTO request_ids (request_id, job, call_digest, submitted) VALUES (?, ?, ?, ?);
 
 -- name: delete_request_ids
@@ -51,8 +51,8 @@ UPDATE jobs SET state = 'queued', started = NULL, holds_slot = 0, tried = coales
 WHERE seq = ? AND state = 'running';
 
 -- name: expired
--- The jobs of a host's lane that have waited long enough for a start. Starts have failed since :since, but a job that was
--- tried before :restarted waits since then; the latest attempt began at :failed.
+-- The jobs of a host's lane that have waited long enough for a start: since :since, or since their first attempt if it
+-- was before :restarted. Jobs submitted after the latest attempt, at :failed, do not expire.
 SELECT jobs.seq, jobs.id
 FROM jobs INDEXED BY jobs_queued_of_lane JOIN calls ON calls.job = jobs.seq
 WHERE jobs.lane = :lane AND jobs.state = 'queued' AND jobs.submitted <= :failed
@@ -248,7 +248,7 @@ SELECT name, concurrency,
 FROM queues ORDER BY queues.rowid;
 
 -- name: read_chunks
--- The chunk with record number :first and all later ones.
+-- The chunk with record number :first, and all later chunks.
 SELECT records.first, records.bytes, records.timestamps, jobs.started FROM jobs JOIN records ON records.job = jobs.seq
 WHERE jobs.id = :id
     AND records.first >= (SELECT max(first) FROM records WHERE job = jobs.seq AND first <= :first)

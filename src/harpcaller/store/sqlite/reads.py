@@ -25,7 +25,7 @@ def get_job(db: sqlite3.Connection, job_id: str) -> Job:
 
 
 def _find_row(db: sqlite3.Connection, job_id: str) -> Sequence[Any]:
-    """Return the row of a job in job_view; a text that is not a UUID in lower-case form is an unknown job."""
+    """Return the row of a job in job_view. Raises `UnknownJob`, also for a text that is not a lower-case UUID."""
     row: Sequence[Any] | None = None
     if is_job_id(job_id):
         row = db.execute(QUERIES["get_job"], {"id": job_id}).fetchone()
@@ -51,16 +51,16 @@ def get_details(db: sqlite3.Connection, job_id: str) -> JobDetails:
 
 
 def _queue_position(db: sqlite3.Connection, seq: int) -> QueuePosition:
-    [(position, concurrency, holding, on_host)] = db.execute(QUERIES["queue_position"], {"seq": seq}).fetchall()
+    [(position, concurrency, slots_held, on_host)] = db.execute(QUERIES["queue_position"], {"seq": seq}).fetchall()
     holders = db.execute(QUERIES["slot_holders"], {"seq": seq, "limit": _MAX_HOLDERS}).fetchall()
-    return QueuePosition(position, concurrency, holding, tuple(job_id for (job_id,) in holders), on_host)
+    return QueuePosition(position, concurrency, slots_held, tuple(job_id for (job_id,) in holders), on_host)
 
 
 def read_records(db: sqlite3.Connection, job_id: str, first: int, max_bytes: int) -> Records:
-    """Return records from number `first` on: up to `max_bytes` in total, but at least one if there is one.
+    """Return the records from number `first`, up to `max_bytes` in total; a single record may be longer.
 
-    A record counts with the bytes that it has in a reply, so that tiny records are not too many. The result is empty
-    if the job is unknown.
+    The size of a record is that of its line in a reply, which limits the number of tiny records. The result is empty if
+    the job is unknown.
     """
     values: list[Raw] = []
     times: list[float] = []
@@ -104,9 +104,9 @@ def list_jobs(
 ) -> list[tuple[int, Job]]:
     """Return one page of jobs with their sequence numbers, in the order of submission or newest first.
 
-    It has the jobs of a host, of a queue, or all of them; with `ended` also those that have ended, whose number does
-    not change the cost. It begins after the job with the sequence number `after`. A page with long payloads has fewer
-    than `limit` jobs; only an empty page is the last one.
+    It has the jobs of a host, of a queue, or all jobs; with `ended` also ended jobs. Their number does not change the
+    cost. The page starts after the job with the sequence number `after`. With long payloads it has fewer than `limit`
+    jobs; only an empty page is the last page.
     """
     if after is None:
         after = MAX_INTEGER if newest_first else 0
@@ -120,19 +120,19 @@ def list_jobs(
     elif queue is not None:
         name += "_of_lane"
         parameters["lane"] = queue_lane(queue)
-    found: list[tuple[int, Job]] = []
+    page: list[tuple[int, Job]] = []
     room = _PAGE_BYTES
     with closing(db.execute(QUERIES[name], parameters)) as rows:
         for row in rows:
-            found.append((row[0], decode_job(row)))
+            page.append((row[0], decode_job(row)))
             room -= sum(len(column) for column in row if isinstance(column, bytes))
             if room <= 0:
                 break
-    return found
+    return page
 
 
 def get_prune_time(db: sqlite3.Connection) -> float | None:
-    """Return the time of `Writes.set_prune_time`; if there is none, the newest end of a job, or None."""
+    """Return the time of `Writes.set_prune_time`, else the time of the newest end of a job, else None."""
     [(minutes,)] = db.execute("PRAGMA user_version").fetchall()
     newest_end: float | None
     [(newest_end,)] = db.execute(QUERIES["newest_end"]).fetchall()
@@ -148,6 +148,6 @@ def list_queues(db: sqlite3.Connection) -> list[QueueStatus]:
 def checkpoint(db: sqlite3.Connection) -> None:
     """Copy the write-ahead log into the file, as far as other connections allow it without waiting.
 
-    It runs on a connection that has no transaction. The next write checkpoints again if this one was incomplete.
+    It runs on a connection that has no transaction. If it is incomplete, the next write checkpoints again.
     """
     db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()

@@ -1,4 +1,4 @@
-"""Disk space that is reserved for the deletion of old jobs: on a full disk, that needs some before it frees any."""
+"""Disk space that is reserved for pruning, which needs space before it frees any."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ RESERVE_BYTES = 8 * 1024 * 1024
 
 
 class Reserve:
-    """A file without content that occupies `RESERVE_BYTES`, or less if the disk has no more."""
+    """A file without content that occupies `RESERVE_BYTES`, or less on a full disk."""
 
     def __init__(self, directory: Path) -> None:
         self._path = directory / RESERVE_NAME
 
     def fill(self) -> bool:
-        """Occupy the space, or the largest half, quarter or eighth of it that is free; return whether it is all."""
+        """Occupy the space, or a half, quarter or eighth of it if the disk is full; return whether it is complete."""
         with suppress(OSError):
             descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
@@ -32,5 +32,5 @@ class Reserve:
 
     def release(self) -> None:
         """Free the space."""
-        with suppress(OSError):  # nothing was reserved
+        with suppress(OSError):  # the file does not exist
             os.truncate(self._path, 0)

@@ -19,7 +19,7 @@ from harpcaller.model.jobs import Job, State, StopState
 # An entry of a chunk's timestamps: number of consecutive records with the same time, and the time.
 _ENTRY = Struct("<Id")
 ENTRY_BYTES = _ENTRY.size
-#: Approximate bytes of a record's line in a reply without its value. They count, so that no batch has too many records.
+#: Approximate bytes of a record's line in a reply without its value. They limit the number of tiny records in a batch.
 PACKET_BYTES = 30
 
 
@@ -36,7 +36,7 @@ def decode_name(name: bytes) -> str:
 def encode_end_body(end: End) -> bytes | None:
     """Return the bytes that are stored for an end in addition to its state, or None.
 
-    A result is stored without its closing line: it may be long, and finding it in the line would cost a scan.
+    A result is stored without its closing line: it may be long, and finding it in the line would require a scan.
     """
     if isinstance(end, Returned):
         return dumps(end.result)
@@ -56,8 +56,8 @@ def _decode_end(state: State, body: bytes | None) -> End | None:
 
 def decode_job(row: Sequence[Any]) -> Job:
     """Return the job in a row of the view job_view."""
-    _, _, job_id, text, host, procedure, arguments, timeout, max_exec_time, queue, info, *rest = row
-    submitted, started, ended, body, records, holds_slot, stop, start_within, tried = rest
+    _, _, job_id, text, host, procedure, arguments, timeout, max_exec_time, queue, info, *state_columns = row
+    submitted, started, ended, body, records, holds_slot, stop, start_within, tried = state_columns
     state = State(text)
     names = decode_name(host), decode_name(procedure)
     payloads = None if queue is None else Raw(queue), Raw(info)
@@ -70,7 +70,7 @@ def join_records(records: Sequence[Raw]) -> bytes:
     """Return records as the bytes of a chunk. Raises `ValueError` if a record contains a line feed."""
     joined = b"\n".join(records)
     if joined.count(b"\n") != len(records) - 1:
-        raise ValueError("a record holds a line feed")
+        raise ValueError("a record contains a line feed")
     return joined
 
 

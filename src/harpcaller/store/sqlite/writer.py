@@ -1,21 +1,19 @@
 """The thread that writes, and its group commit.
 
-Theory of operation: a commit waits for the disk, so its cost is shared. Everything that arrives while a commit runs
-is one batch, that is one transaction and one wait. The verbs that are called in two turns of the event loop are one
-batch, too. If a member fails, the transaction is rolled back, and each member is run in a transaction of its own, so
-that only the changes of that member are undone. A refusal, which clients can cause, is not a failure: the member has
-changed nothing, and the transaction continues. If the transaction itself fails, for example because the disk is full,
-nothing was changed, and each member gets the error. The thread then continues with the next batch.
+Theory of operation: a commit waits for the disk, so its cost is shared. All verbs that are called during a commit are
+one batch: one transaction and one wait. Verbs that are called in two successive turns of the event loop are also one
+batch. If a member of a batch fails, the transaction is rolled back and each member runs in a separate transaction, so
+that only the failed member has no effect. A refusal, which clients can cause, is not a failure: the transaction
+continues. If the commit fails, for example because the disk is full, all members get the error.
 
-Long payloads are written apart: verbs with more than `_LONG_BYTES` of them, such as records of fast streams, take turns
-with all others, about `_BATCH_BYTES` at a time. So a short verb waits for at most one such batch, however many jobs
-send records.
+Long payloads are written separately. Verbs with more than `_LONG_BYTES`, such as the records of fast streams, alternate
+with all others, about `_BATCH_BYTES` at a time. A short verb therefore waits for at most one such batch.
 
-A step of pruning that failed, as on a full disk, is repeated at once with the space of the reserve. Pages are freed and
-the reserve is filled again before the next batch, so that no other write takes the space.
+A step of pruning that failed, for example on a full disk, is repeated immediately with the space of the reserve. Pages
+are freed and the reserve is filled again before the next batch, so that no other write uses the space.
 
-The outcome of a member is published after the commit, never before. A member whose awaiter was cancelled runs all the
-same, and its outcome is ignored.
+The outcome of a member is published after the commit, never before. A member with a cancelled awaiter is still
+executed; its outcome is ignored.
 """
 
 from __future__ import annotations
@@ -55,8 +53,8 @@ class _Member(NamedTuple):
 class Writer:
     """The thread that runs the verbs that write, batch by batch.
 
-    `connection` is the only one that writes; the thread closes it at its end. `path` is the file, for messages and
-    the reserve beside it, and `loop` the event loop in which outcomes are awaited.
+    Only `connection` writes; the thread closes it at its end. `path` is the file, for messages and for the reserve in
+    its directory; `loop` is the event loop in which outcomes are awaited.
     """
 
     def __init__(self, path: Path, connection: sqlite3.Connection, loop: asyncio.AbstractEventLoop) -> None:
@@ -67,8 +65,8 @@ class Writer:
         self._writes = Writes(connection)
         self._loop = loop
         self._next_members: list[_Member] = []  # called in this turn of the loop and the next
-        self._queue: SimpleQueue[Sequence[_Member]] = SimpleQueue()  # an empty one ends the thread
-        # What the thread has taken from the queue: the verbs of the same turns together. Long ones have their size.
+        self._queue: SimpleQueue[Sequence[_Member]] = SimpleQueue()  # an empty sequence ends the thread
+        # Groups of verbs that were called in the same turns, moved here by the thread; long groups with their sizes.
         self._short: deque[Sequence[_Member]] = deque()
         self._long: deque[tuple[Sequence[_Member], int]] = deque()
         self._long_is_next = self._ending = False
@@ -81,11 +79,11 @@ class Writer:
     ) -> asyncio.Future[T]:
         """Run a verb within a transaction, with `last` after the other members of its batch, to see their changes.
 
-        The future has the verb's result when its changes are on stable storage. Otherwise nothing was changed; it
-        raises `StorageError` if the transaction failed, or the exception of the verb.
+        The future has the verb's result when its changes are on stable storage. Otherwise the verb had no effect: the
+        future has a `StorageError` if the transaction failed, or the exception of the verb.
         """
         if not self._next_members:
-            # After the next turn, so that a verb that is called because of this turn, such as a claim, is a member too.
+            # After the next turn, so that the batch includes verbs that are called there, such as a claim.
             self._loop.call_soon(self._loop.call_soon, self._flush)
         future: asyncio.Future[T] = self._loop.create_future()
         count_bytes = PAYLOAD_BYTES.get(verb)
@@ -94,7 +92,7 @@ class Writer:
         return future
 
     def _flush(self) -> None:
-        """Pass the verbs that were called in these turns of the loop to the thread: one batch, and one wakeup."""
+        """Pass the verbs that were called in these two turns to the thread, with one wakeup."""
         if self._next_members:
             self._queue.put(self._next_members)
             self._next_members = []
@@ -121,7 +119,7 @@ class Writer:
                     self._loop.call_soon_threadsafe(_resolve_futures, batch, outcomes)
 
     def _next_batch(self) -> list[_Member]:
-        """Wait for members; return short ones, in turn with a few long ones. No member: the thread is to end."""
+        """Wait for members; return groups of short and of long verbs alternately. An empty list ends the thread."""
         while not (self._ending or (self._queue.empty() and (self._short or self._long))):
             members = self._queue.get()
             if members:
@@ -143,7 +141,7 @@ class Writer:
         return batch
 
     def _add_called(self, members: Sequence[_Member]) -> None:
-        """Add the verbs that were called in the same turns. A claim stays with the jobs for which it is called."""
+        """Add the verbs that were called in the same turns. A claim stays in the group of the jobs that it starts."""
         if sum(member.size for member in members) <= _LONG_BYTES:
             self._short.append(members)
             return
@@ -160,14 +158,14 @@ class Writer:
         try:
             with storage_errors(self._path):
                 self._connection.execute("BEGIN IMMEDIATE")
-                self._writes.begin()
+                self._writes.begin_transaction()
                 outcomes = [self._run_verb(*member) for member in batch]
                 self._writes.flush()
                 self._connection.execute("COMMIT")
-        except Exception as error:  # noqa: BLE001 - the members get it, and the thread continues
-            # A failed member leaves a transaction to roll back; a full or locked file does not.
+        except Exception as error:  # noqa: BLE001 - the members get it; the thread continues
+            # After a failed member there is a transaction to roll back; after a full or locked file there is none.
             is_member_failed = self._connection.in_transaction
-            self._writes.discard()
+            self._writes.discard_changes()
             if is_member_failed:
                 with suppress(sqlite3.Error):
                     self._connection.execute("ROLLBACK")
@@ -179,12 +177,12 @@ class Writer:
     def _commit_with_reserve(self, member: _Member) -> Any:
         """Run a step of pruning with the space of the reserve; return its outcome.
 
-        A deletion of jobs is repeated until it has freed the space of the reserve again, and returns the total number.
+        A deletion of jobs is repeated until it has freed enough space for the reserve; then the outcome is the total.
         """
         deleted = 0
         while True:
             self._reserve.release()
-            self._checkpoint()  # the log is then overwritten from its start, and does not grow
+            self._checkpoint()  # so that the log is overwritten from its start and does not grow
             [outcome] = self._commit([member])
             for verb in (Writes.delete_orphaned_records, Writes.release_free_pages):
                 while self._commit([member._replace(verb=verb, args=(), options={})]) == [True]:

@@ -1,10 +1,10 @@
 """The verbs that write, on the writing connection, within a transaction of the writer.
 
 Theory of operation. A verb decides in memory (`active`), without reading rows. New jobs and ends are collected, and
-inserted together when the transaction is complete (`Writes.flush`): a job that a claim of the same transaction starts
-is inserted as a running one, once. A verb that needs rows from the file flushes first. Writes are guarded: if the file
-differs from the memory, they change nothing and the transaction fails. After a rollback the writer calls
-`Writes.discard`, and the memory is read again.
+`Writes.flush` inserts them together before the commit. If a claim starts a job in the transaction that adds it, the job
+is inserted once, as running. A verb that needs rows from the file flushes first. Writes are guarded: if the file
+differs from the memory, the transaction fails. After a rollback the writer calls `Writes.discard_changes`, and the
+memory is read from the file again.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from harpcaller.store.sqlite.rows import (
     join_timestamps,
 )
 
-# Records are appended to a chunk below this size; as it fits in a page, rewriting it costs one page, like a new chunk.
+# Records are appended to a chunk below this size. It fits in a page, so rewriting it costs one page, like a new chunk.
 _GROWING_CHUNK_BYTES = 2048
 _MAX_CHUNK_BYTES = 65536  # A chunk of this size gets no further record.
 _ROWS_PER_INSERT = 50  # Rows in one statement. More rows are hardly cheaper, and SQLite limits the parameters.
@@ -70,26 +70,26 @@ def _lane_of(job: NewJob) -> str:
 
 
 class Writes:
-    """The verbs, and the rows that they have collected for the current transaction of `db`."""
+    """The verbs, and the rows that they have collected in the current transaction of `db`."""
 
     def __init__(self, db: sqlite3.Connection) -> None:
         self.db = db
         self._active: ActiveJobs
         self._is_current = False
-        self._added: dict[int, tuple[Lane, Job]] = {}  # jobs that are to be inserted, by sequence number
+        self._added: dict[int, tuple[Lane, Job]] = {}  # jobs to insert, by sequence number
         self._ended: list[tuple[Any, ...]] = []
         self._outcomes: list[tuple[Any, ...]] = []
 
     # The transaction.
 
-    def begin(self) -> None:
-        """Prepare for verbs, within a transaction."""
+    def begin_transaction(self) -> None:
+        """Read the active jobs if they are not in memory; called within a transaction, before its verbs."""
         if not self._is_current:
             self._active = ActiveJobs(self.db)
             self._is_current = True
 
-    def discard(self) -> None:
-        """Discard the memory, because the transaction was rolled back."""
+    def discard_changes(self) -> None:
+        """Discard the memory and the collected rows, after a rollback."""
         self._is_current = False
         self._added.clear()
         self._ended.clear()
@@ -119,13 +119,13 @@ class Writes:
         self._insert(QUERIES["add_call"], [_call_row(seq, job) for seq, (_, job) in self._added.items()])
 
     def _insert(self, statement: str, rows: list[tuple[Any, ...]]) -> None:
-        """Insert rows by a statement that inserts one row, in groups as long as possible."""
-        rest = len(rows) % _ROWS_PER_INSERT
-        for start in range(0, len(rows) - rest, _ROWS_PER_INSERT):
+        """Insert rows by a statement for one row, as many as possible at a time."""
+        remainder = len(rows) % _ROWS_PER_INSERT
+        for start in range(0, len(rows) - remainder, _ROWS_PER_INSERT):
             group = chain.from_iterable(rows[start : start + _ROWS_PER_INSERT])
             self.db.execute(_insert_many(statement), list(group))
-        if rest:
-            self.db.executemany(statement, rows[-rest:])
+        if remainder:
+            self.db.executemany(statement, rows[-remainder:])
 
     def _execute_guarded(self, statement: str, rows: Sequence[tuple[Any, ...]]) -> None:
         """Run a statement that changes one row for each tuple."""
@@ -135,17 +135,17 @@ class Writes:
     # Submission and claims.
 
     def add_job(self, job: NewJob, now: float) -> str:
-        """Store a queued job; return its id. It is on stable storage when this returns. Create its queue if need be.
+        """Store a queued job on stable storage, and its queue if it is new; return the job's id.
 
-        If a job with its request id is stored, nothing is changed, and the id of that job is returned. Raises
+        If a job with the same request id is stored, return the id of that job and change no row. Raises
         `RequestIDReused` if that job has another call, and `ValueError` if a job with this id exists.
         """
         return self.add_jobs((job,), now)[0]
 
     def add_jobs(self, jobs: Sequence[NewJob], now: float) -> list[str]:
-        """Store queued jobs in this order, all or none, as `add_job` does; return their ids in the same order."""
+        """Store queued jobs in this order as `add_job` does, all or none; return their ids in the same order."""
         with_request_id = [job for job in jobs if job.request_id is not None]
-        stored_as = self._find_repeated(with_request_id) if with_request_id else {}
+        stored_as = self._find_submitted_before(with_request_id) if with_request_id else {}
         request_ids: list[tuple[Any, ...]] = []
         for job in jobs:
             if job.id in stored_as:
@@ -164,14 +164,14 @@ class Writes:
             self.db.executemany(QUERIES["add_request_id"], request_ids)
         return [stored_as.get(job.id, job.id) for job in jobs]
 
-    def _find_repeated(self, jobs: Sequence[NewJob]) -> dict[str, str]:
-        """Return which of these jobs, all with a request id, are others submitted again: the id of the first one."""
+    def _find_submitted_before(self, jobs: Sequence[NewJob]) -> dict[str, str]:
+        """Return the jobs whose request id was used before: their ids, and the id of the first job with it."""
         stored_as: dict[str, str] = {}
-        found: dict[str, tuple[str, bytes]] = {}
+        first_jobs: dict[str, tuple[str, bytes]] = {}
         for job in jobs:
             request_id = job.request_id or ""
-            first = found.get(request_id) or self._find_request_id(request_id) or (job.id, job.call_digest)
-            found[request_id] = first
+            first = first_jobs.get(request_id) or self._find_request_id(request_id) or (job.id, job.call_digest)
+            first_jobs[request_id] = first
             if first[1] != job.call_digest:
                 raise RequestIDReused(request_id, first[0])
             if first[0] != job.id:
@@ -210,9 +210,9 @@ class Writes:
         """Assign slots to at most `limit` queued jobs in the order of submission; return them as running jobs.
 
         The jobs of a queue that hold a slot stay within its concurrency, and its jobs start first in, first out. The
-        jobs that hold a slot on a host, with or without a queue, stay within `max_calls_per_host`. No job starts
-        before it was submitted: claims run last, so `now` may be earlier. `max_new` returns how many jobs may
-        get a slot on a host, None: there is no limit; it is called in the writing thread.
+        jobs that hold a slot on a host, with or without a queue, stay within `max_calls_per_host`. `max_new` returns
+        how many jobs may get a slot on a host, or None for no limit; it is called in the writing thread. Claims run
+        last in their transaction, so `now` may be earlier than a submission; no job starts before its submission.
         """
         claimed: list[Job] = []
         limits = {"limit": limit, "max_calls_per_host": max_calls_per_host}
@@ -230,7 +230,7 @@ class Writes:
         return claimed
 
     def _head(self, seq: int, lane: Lane) -> Job:
-        """Return the head of a lane; a job that is read for this is cached until its start."""
+        """Return the head of a lane. A job that was read from the file is cached until it starts."""
         if added := self._added.get(seq):
             return added[1]
         if lane.head_job is None:
@@ -243,8 +243,8 @@ class Writes:
     def requeue_job(self, job_id: str, tried: float) -> bool:
         """Queue a running job again, in its order of submission, and release its slot; `tried`: when it was started.
 
-        Returns False, and stores nothing, if the job is not running or is unknown. Raises `ValueError` if it has
-        records: then its call has started.
+        Returns False without a change if the job is not running or is unknown. Raises `ValueError` if it has records:
+        then its call has started.
         """
         job = self._active.slot_holders.get(job_id)
         if job is None or job.state is not State.RUNNING:
@@ -260,21 +260,21 @@ class Writes:
     def fail_waiting(
         self, host: str, end: Failed, now: float, since: float, failed: float, restarted: float = 0.0, limit: int = 500
     ) -> tuple[list[str], float | None]:
-        """Store this end for at most `limit` jobs that wait for a start on a host and have waited long enough.
+        """Store this end for at most `limit` jobs that have waited for a host for their `start_within` seconds.
 
-        Starts on the host have failed `since` a time, but a job that was tried before the time `restarted` waits since
-        then. The latest attempt began at the time `failed`; only jobs that were submitted before it can end. Jobs that
-        wait for others of their queue do not wait for the host; those in front do after the first claim that finds the
-        host without room.
+        A job waits from the time `since`, at which starts on the host began to fail; a job that was tried before the
+        time `restarted` waits from that attempt. `failed` is the time of the latest attempt: later submissions do not
+        end. In a queue, only the head waits for the host, after a claim that found the host without room.
 
-        Returns the ids of these jobs, and the time when the next one has waited long enough; None: no job waits.
+        Returns the ids of these jobs, and the time at which the next job will have waited long enough; None: no job
+        waits.
         """
         self.flush()
         key = _host_lane(host)
         ended: list[ActiveJob] = []
         times = {"lane": key, "now": now, "since": since, "failed": failed, "restarted": restarted, "limit": limit}
         of_host = self._active.lanes.get(key)
-        if of_host is not None and of_host.waits_until <= now:  # else there is none, however many jobs wait
+        if of_host is not None and of_host.waits_until <= now:  # otherwise no job has expired
             expired = self.db.execute(QUERIES["expired"], times).fetchall()
             ended = [ActiveJob(id_, seq, of_host) for seq, id_ in expired]
             for job in ended:
@@ -343,8 +343,8 @@ class Writes:
     ) -> bool:
         """Store the end of a job and its metadata, and release its slot unless `keep_slot` is set.
 
-        Returns False, and stores nothing, if the job has ended or is unknown. Raises `ValueError` for an end that may
-        not follow the job's state: a queued job cannot return, keep a slot or be stopped.
+        Returns False without a change if the job has ended or is unknown. Raises `ValueError` for an end that may not
+        follow the job's state: a queued job cannot return, keep a slot or be stopped.
         """
         job = self._find_unended(job_id)
         if job is None:
@@ -369,8 +369,8 @@ class Writes:
     ) -> list[tuple[str, State]]:
         """Cancel at most `limit` jobs of a queue as `cancel_job` does; return id and state before of each.
 
-        Queued jobs come first, so that none of them gets the slot of another job of the queue. Fewer than `limit`
-        jobs are the last ones.
+        Queued jobs are cancelled first, so that no queued job gets the slot of a cancelled job. If fewer than `limit`
+        jobs are returned, all jobs of the queue are cancelled.
         """
         self.flush()
         lane = self._active.lanes.get(queue_lane(queue))
@@ -423,7 +423,7 @@ class Writes:
     ) -> bool:
         """Store the outcome of a job's stop and its metadata, and release its slot unless `keep_slot` is set.
 
-        Returns False, and stores nothing, if the job has not ended, holds no slot or is unknown.
+        Returns False without a change if the job has not ended, holds no slot or is unknown.
         """
         job = self._active.slot_holders.get(job_id)
         if job is None or job.state not in ENDED:
@@ -447,7 +447,7 @@ class Writes:
     # The steps of pruning. Each is short, so that other verbs wait briefly.
 
     def delete_jobs(self, ended_before: float, limit: int) -> int:
-        """Delete a few jobs that ended before a time and hold no slot, orphan their records; return how many."""
+        """Delete a few jobs that ended before a time and hold no slot; return how many. Their records are orphaned."""
         self.flush()
         old = self.db.execute(QUERIES["old_jobs"], {"before": ended_before, "limit": min(limit, _STEP_JOBS)}).fetchall()
         deleted, room = 0, _STEP_BYTES
@@ -481,7 +481,7 @@ class Writes:
         return self.db.execute(QUERIES["delete_request_ids"], parameters).rowcount == _STEP_REQUEST_IDS
 
     def release_free_pages(self) -> bool:
-        """Free some unused pages of the file, which the next checkpoint truncates; return whether there may be more."""
+        """Free some unused pages; the next checkpoint truncates the file. Return whether there may be more."""
         self.flush()
         before = self._count_free_pages()
         for _ in range(min(before, _STEP_PAGES)):
@@ -489,9 +489,9 @@ class Writes:
         return 0 < self._count_free_pages() < before
 
     def set_prune_time(self, time: float) -> None:
-        """Store the Unix time until which the age of jobs is counted, rounded down to minutes.
+        """Store the prune time in Unix seconds, rounded down to minutes.
 
-        It is in the header of the file, in a field of 31 bits for the application.
+        It is stored in the header of the file, in a field of 31 bits for the application.
         """
         self.db.execute(f"PRAGMA user_version = {min(max(1, int(time // 60)), 2**31 - 1)}")
 
