@@ -1,0 +1,145 @@
+"""The policy: the decision whether a client may do something. Pure apart from `load`, which reads a file.
+
+The first rule that matches decides; without one, the action is denied. See `harpcaller.access.rules` for when a rule
+matches, and `harpcaller.access.rules_file` for the file.
+
+Names are compared with all rules at once, and rarely: which rules match a client, an action, a host and a procedure is
+a set of bits each, which is cached. Bit 0 is the first rule. Only the rules that match all four are looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from msgspec import Struct
+
+from harp_daemon.settings import ConfigError
+from harpcaller.access.client import LOCAL_ADMINISTRATOR, Client
+from harpcaller.access.rules import NO_LIMITS, Action, Examined, Limits, Rate, Rule, Target, Unreadable
+from harpcaller.access.rules_file import read_rules
+
+__all__ = ["ALLOW_ALL", "Action", "Decision", "Limits", "Policy", "Rate", "Target", "load"]
+
+_CACHED = 16_384  #: Maximum number of cached clients, of hosts and of procedures.
+_MAX_CACHED_NAME = 255  #: Longer names, in characters, are not cached: they would fill the memory.
+
+
+class Decision(Struct, frozen=True):
+    """Whether an action is allowed, and the rule that decided; None: no rule did."""
+
+    allowed: bool
+    rule: int | None = None  # from 1
+    line: int | None = None
+    reason: str = ""
+    limits: Limits = NO_LIMITS
+
+
+_DENIED = Decision(False, reason="no rule allows it")
+_ALLOWED_TO_ALL = Decision(True, reason="there is no access_file")
+_ADMINISTRATOR = Decision(True, reason="the control socket has all rights")
+
+
+class Policy:
+    """The rules of a file, in their order.
+
+    `roles` are the principals of each role, with nested roles expanded; `by_default` are the actions that are allowed
+    if no rule matches.
+    """
+
+    def __init__(
+        self,
+        rules: Sequence[Rule] = (),
+        roles: Mapping[str, tuple[str, ...]] | None = None,
+        by_default: frozenset[Action] = frozenset(),
+    ) -> None:
+        self.rules = tuple(rules)
+        self.roles = roles or {}
+        self._by_default = by_default
+        self._decisions = [_decision_of(rule) for rule in rules]
+        self._of_action = {action: _bits(action in rule.actions for rule in rules) for action in Action}
+        self._of_client = lru_cache(_CACHED)(self._match_client)
+        self._of_host = lru_cache(_CACHED)(self._match_host)
+        self._of_procedure = lru_cache(_CACHED)(self._match_procedure)
+
+    def decide(self, client: Client, action: Action, target: Target) -> Decision:
+        """Return whether a client may do something, by which rule and within which limits.
+
+        For an action on a job, the target consists of the job's host, procedure, arguments, queue and owner. Before a
+        list of several items, see `may_ever`.
+        """
+        if client is LOCAL_ADMINISTRATOR:
+            return _ADMINISTRATOR
+        host, procedure = target.host, target.procedure
+        of_host = self._of_host if host is None or len(host) <= _MAX_CACHED_NAME else self._match_host
+        is_long = procedure is not None and len(procedure) > _MAX_CACHED_NAME
+        of_procedure = self._match_procedure if is_long else self._of_procedure
+        remaining = self._of_action[action] & self._of_client(client.principals, client.roles)
+        remaining &= of_host(host) & of_procedure(procedure)
+        examined: Examined | None = None
+        while remaining:
+            index = (remaining & -remaining).bit_length() - 1
+            remaining &= remaining - 1
+            rule = self.rules[index]
+            if not rule.match_owner(client.principals, action, target.owner):
+                continue
+            if rule.queues is not None or rule.arguments is not None:
+                examined = examined or Examined(target)
+                try:
+                    if not rule.match_queue(examined) or rule.find_argument(examined) is not None:
+                        continue
+                except Unreadable as error:
+                    return Decision(False, rule.number, rule.line, f"{rule.place} cannot judge it: {error}")
+            return self._decisions[index]
+        return _ALLOWED_TO_ALL if action in self._by_default else _DENIED
+
+    def may_ever(self, client: Client, action: Action) -> bool:
+        """Return whether some rule allows this action to the client for some target."""
+        if client is LOCAL_ADMINISTRATOR or action in self._by_default:
+            return True
+        names = names_of(client.principals, client.roles)
+        return any(rule.allows and action in rule.actions and rule.who.match_any(names) for rule in self.rules)
+
+    def _match_client(self, principals: tuple[str, ...], roles: tuple[str, ...]) -> int:
+        names = names_of(principals, roles)
+        return _bits(rule.who.match_any(names) for rule in self.rules)
+
+    def _match_host(self, host: str | None) -> int:
+        return _bits(rule.hosts is None or rule.hosts.match(host) for rule in self.rules)
+
+    def _match_procedure(self, procedure: str | None) -> int:
+        return _bits(rule.procedures is None or rule.procedures.match(procedure) for rule in self.rules)
+
+
+def _bits(matches: Iterable[bool]) -> int:
+    """Return the number that has bit N if match N is true."""
+    return sum(1 << index for index, match in enumerate(matches) if match)
+
+
+def names_of(principals: Iterable[str], roles: Iterable[str] = ()) -> tuple[str, ...]:
+    """Return the names by which rules may mean a client."""
+    return (*principals, *(f"role:{role}" for role in roles))
+
+
+#: The policy without a file: all clients may call, and read and cancel all jobs, as the client API has always let them.
+ALLOW_ALL = Policy(by_default=frozenset({Action.CALL, Action.READ, Action.CANCEL}))
+
+
+def _decision_of(rule: Rule) -> Decision:
+    verb = "allows" if rule.allows else "denies"
+    return Decision(rule.allows, rule.number, rule.line, f"{rule.place} {verb} it", rule.limits)
+
+
+def load(path: Path) -> Policy:
+    """Return the policy of a file. Raises `ConfigError`."""
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    return parse(path, text)
+
+
+def parse(path: Path, text: bytes) -> Policy:
+    """Return the policy of the contents of a file. Raises `ConfigError`."""
+    return Policy(*read_rules(path, text))

@@ -1,0 +1,364 @@
+"""The rules of access: who may do what. Pure: no clock, no input or output.
+
+A `Rule` consists of conditions on the client and on the target. It matches if all of its conditions are met. A
+condition that is not written is met. One on a fact that the target does not have (a host, an argument) is not met: a
+rule never covers more than it states.
+
+Arguments are decoded as the host decodes them. The host uses the last one of repeated names, other decoders the first
+one; arguments that repeat a name are therefore refused by a rule that looks at arguments.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from decimal import Decimal
+from enum import StrEnum
+from fnmatch import translate
+from functools import cached_property
+from typing import Any, NamedTuple, TypeAlias
+
+from msgspec import Struct
+
+from harp.protocol.json_text import MAX_DEPTH, InvalidJSON, Raw, decode_checked, decode_text, reject_constant
+
+#: Maximum length in bytes of arguments and of queue names that rules look at. Decoding them takes at most 2 ms.
+MAX_EXAMINED = 64 * 1024
+MAX_PATTERN_TEXT = 1024  #: A longer text matches no pattern: the time of some patterns grows faster than their text.
+
+Scalar: TypeAlias = str | int | float | bool
+
+
+class Action(StrEnum):
+    """What a client does."""
+
+    CALL = "call"
+    READ = "read"  # status, result, stream and details of a job
+    CANCEL = "cancel"
+    LIST = "list"  # jobs, queues, hosts, procedures
+    MANAGE = "manage"  # limits of queues, pause, release a slot, prune, refresh
+    ADMIN = "admin"  # tokens, reload, audit
+
+
+#: Actions whose target is a job that exists.
+ON_JOBS = frozenset({Action.READ, Action.CANCEL})
+
+
+class Target(Struct, frozen=True):
+    """What an action is applied to. None: the target has no such fact.
+
+    `owner` is the principal that submitted the job, and "" if it is unknown: then no client owns the job. None means
+    that the target is not a job.
+    """
+
+    host: str | None = None
+    procedure: str | None = None
+    arguments: Raw | None = None
+    queue: Raw | None = None  # name of the queue
+    owner: str | None = None
+
+
+class Rate(NamedTuple):
+    """A number of calls in a time."""
+
+    calls: int
+    seconds: int
+
+    def __str__(self) -> str:
+        return f"{self.calls}/{RATE_NAMES[self.seconds]}"
+
+
+RATE_NAMES = {1: "s", 60: "min", 3600: "h"}  #: The units of rates by their seconds.
+
+
+class Limits(Struct, frozen=True):
+    """The limits of a rule that allows calls; each applies to a principal. None: there is none."""
+
+    max_exec_time: float | None = None  # seconds
+    running: int | None = None  # jobs
+    queued: int | None = None  # jobs
+    rate: Rate | None = None  # of calls
+    bytes: int | None = None  # of the arguments and the info of a call
+
+
+NO_LIMITS = Limits()
+
+
+class Globs:
+    """Texts in which ``*`` stands for any characters and ``?`` for one. All other characters stand for themselves."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self.texts = tuple(texts)
+        self._exact = frozenset(text for text in self.texts if not is_glob(text))
+        globs = [translate(text.replace("[", "[[]")) for text in self.texts if is_glob(text)]
+        self._match = re.compile("|".join(globs)).match if globs else None
+
+    def match(self, name: str | None) -> bool:
+        """Return whether one of the texts matches the whole name. None matches nothing."""
+        return name is not None and (name in self._exact or (self._match is not None and self._match(name) is not None))
+
+    def match_any(self, names: Iterable[str]) -> bool:
+        """Return whether one of the names matches."""
+        return any(map(self.match, names))
+
+    def __str__(self) -> str:
+        return ", ".join(self.texts)
+
+
+def is_glob(text: str) -> bool:
+    """Return whether a text stands for several names."""
+    return "*" in text or "?" in text
+
+
+class QueuePattern(NamedTuple):
+    """A pattern for names of queues: the name has these members and no others.
+
+    The members' values are globs for strings; integers and booleans are compared. ``*`` matches every value.
+    """
+
+    members: Mapping[str, str | int]
+    globs: Mapping[str, Globs]
+
+    @classmethod
+    def of(cls, members: Mapping[str, str | int]) -> QueuePattern:
+        """Return the pattern of these members."""
+        return cls(members, {key: Globs([value]) for key, value in members.items() if isinstance(value, str)})
+
+    def match(self, name: Any) -> bool:
+        """Return whether a decoded name matches."""
+        return (
+            isinstance(name, dict)
+            and name.keys() == self.members.keys()
+            and all(self._match_member(key, value) for key, value in name.items())
+        )
+
+    def _match_member(self, key: str, value: Any) -> bool:
+        wanted = self.members[key]
+        if isinstance(wanted, str):
+            return wanted == "*" or (isinstance(value, str) and self.globs[key].match(value))
+        return is_equal(wanted, value)
+
+    def __str__(self) -> str:
+        return json.dumps(self.members, ensure_ascii=False)
+
+
+NO_QUEUE = "none"  #: In place of a pattern: calls without a queue.
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """The conditions on the value of one argument; all are met. None: no such condition."""
+
+    enum: tuple[Scalar, ...] | None = None
+    pattern: re.Pattern[str] | None = None  # of the whole text
+    minimum: float | None = None
+    maximum: float | None = None
+    optional: bool = False  # whether the argument may be missing
+    position: int | None = None  # of a positional argument, from 1
+
+    def find_mismatch(self, value: Any) -> str | None:
+        """Return ``expected X, got Y`` for a value that does not meet the conditions, else None."""
+        if self.enum is not None and not any(is_equal(one, value) for one in self.enum):
+            return f"expected one of {', '.join(map(_describe, self.enum))}, got {_describe(value)}"
+        if self.pattern is not None:
+            if not isinstance(value, str) or len(value) > MAX_PATTERN_TEXT:
+                return f"expected a text of at most {MAX_PATTERN_TEXT} characters, got {_describe(value)}"
+            if self.pattern.fullmatch(value) is None:
+                return f"expected a text that matches {self.pattern.pattern}, got {_describe(value)}"
+        if self.minimum is not None and not (_is_number(value) and value >= self.minimum):
+            return f"expected a number of at least {self.minimum}, got {_describe(value)}"
+        if self.maximum is not None and not (_is_number(value) and value <= self.maximum):
+            return f"expected a number of at most {self.maximum}, got {_describe(value)}"
+        return None
+
+    def __str__(self) -> str:
+        parts = [
+            f"one of {', '.join(map(_describe, self.enum))}" if self.enum is not None else "",
+            f"matches {self.pattern.pattern}" if self.pattern is not None else "",
+            f"at least {self.minimum}" if self.minimum is not None else "",
+            f"at most {self.maximum}" if self.maximum is not None else "",
+        ]
+        text = ", ".join(filter(None, parts)) or "any value"
+        return f"{text} (optional)" if self.optional else text
+
+
+ANY_OTHER = "*"  #: In place of the name of an argument: all those that the rule does not name.
+
+
+class Arguments:
+    """The conditions on the arguments of a call, by name.
+
+    An argument without a check is not allowed, unless there is a check for `ANY_OTHER`. An argument with a check is
+    required, unless the check is optional. Positional arguments are those whose checks have this position.
+    """
+
+    def __init__(self, checks: Mapping[str, Check]) -> None:
+        self.checks = checks
+        self._other = checks.get(ANY_OTHER)
+        self._named = {name: check for name, check in checks.items() if name != ANY_OTHER}
+        self._names = {check.position: name for name, check in self._named.items() if check.position is not None}
+
+    def find_mismatch(self, arguments: Any) -> str | None:
+        """Return ``NAME: expected X, got Y`` if decoded arguments do not meet the conditions."""
+        if isinstance(arguments, list):
+            pairs = [(self._names.get(at), f"position {at}", value) for at, value in enumerate(arguments, 1)]
+        else:
+            pairs = [(name, json.dumps(name[:_MAX_QUOTE]), value) for name, value in arguments.items()]
+        missing = {name for name, check in self._named.items() if not check.optional}
+        for name, shown, value in pairs:
+            check = self._other if name is None else self._named.get(name, self._other)
+            if check is None:
+                return f"{shown}: expected no such argument, got {_describe(value)}"
+            if (mismatch := check.find_mismatch(value)) is not None:
+                return f"{shown}: {mismatch}"
+            missing.discard(name or "")
+        return f"{min(missing)}: expected an argument, got none" if missing else None
+
+    def __str__(self) -> str:
+        return "; ".join(f"{name}: {check}" for name, check in self.checks.items())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rule:
+    """A rule of the access file. A condition that is None is met by every target."""
+
+    number: int  # from 1
+    line: int
+    allows: bool  # False: it denies
+    actions: frozenset[Action]
+    who: Globs  # principals; roles are expanded
+    written_who: tuple[str, ...]  # as in the file
+    hosts: Globs | None = None
+    procedures: Globs | None = None
+    queues: tuple[QueuePattern | str, ...] | None = None  # a string is `NO_QUEUE`
+    arguments: Arguments | None = None
+    any_job: bool = False  # whether it covers the jobs of other owners
+    limits: Limits = field(default=NO_LIMITS)
+
+    @property
+    def place(self) -> str:
+        """The rule's number and line, for messages."""
+        return f"rule {self.number} (line {self.line})"
+
+    def match_owner(self, principals: Iterable[str], action: Action, owner: str | None) -> bool:
+        """Return whether the condition on the owner of the job is met; a target that is not a job has none."""
+        if self.any_job or (owner is None and action not in ON_JOBS):
+            return True
+        return owner is not None and owner in principals
+
+    def match_queue(self, examined: Examined) -> bool:
+        """Return whether the condition on the queue is met. Raises `Unreadable`."""
+        if self.queues is None:
+            return True
+        if examined.target.queue is None:
+            return NO_QUEUE in self.queues
+        return any(pattern.match(examined.queue) for pattern in self.queues if isinstance(pattern, QueuePattern))
+
+    def find_argument(self, examined: Examined) -> str | None:
+        """Return ``NAME: expected X, got Y`` for an argument that does not meet its condition. Raises `Unreadable`."""
+        if self.arguments is None:
+            return None
+        if examined.target.arguments is None:
+            return "expected arguments, got none"
+        return self.arguments.find_mismatch(examined.arguments)
+
+    def find_unmet(self, principals: Iterable[str], action: Action, examined: Examined) -> Iterator[str]:
+        """Yield ``KEY: expected X, got Y`` for each condition that is not met."""
+        target = examined.target
+        if not self.who.match_any(principals):
+            yield f"who: expected {', '.join(self.written_who)}, got {', '.join(principals)}"
+        if action not in self.actions:
+            key = "allow" if self.allows else "deny"
+            yield f"{key}: expected {', '.join(sorted(self.actions))}, got {action}"
+        if self.hosts is not None and not self.hosts.match(target.host):
+            yield f"hosts: expected {self.hosts}, got {target.host or 'no host'}"
+        if self.procedures is not None and not self.procedures.match(target.procedure):
+            yield f"procedures: expected {self.procedures}, got {target.procedure or 'no procedure'}"
+        if not self.match_owner(principals, action, target.owner):
+            yield f"jobs: expected own jobs, got one of {target.owner or 'an unknown owner'}"
+        try:
+            if not self.match_queue(examined):
+                got = "no queue" if target.queue is None else target.queue.decode("utf-8", "replace")
+                yield f"queues: expected {' or '.join(map(str, self.queues or ()))}, got {got}"
+        except Unreadable as error:
+            yield f"queues: {error}"
+        try:
+            if (mismatch := self.find_argument(examined)) is not None:
+                yield f"arguments: {mismatch}"
+        except Unreadable as error:
+            yield f"arguments: {error}"
+
+
+class Unreadable(Exception):
+    """Arguments or a queue's name that rules cannot judge. The message is ``expected X, got Y``."""
+
+
+class Examined:
+    """A target whose arguments and queue are decoded when a rule first looks at them."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+
+    @cached_property
+    def arguments(self) -> Any:
+        """The decoded arguments, an array or an object. Raises `Unreadable`."""
+        return _decode(self.target.arguments, _scan_arguments)
+
+    @cached_property
+    def queue(self) -> Any:
+        """The decoded name of the queue. Raises `Unreadable`."""
+        return _decode(self.target.queue, _scan_queue)
+
+
+def _unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise InvalidJSON("a repeated name")
+    return members
+
+
+_Scanner: TypeAlias = Callable[[str, int], tuple[Any, int]]
+
+
+def _new_scanner(parse_float: Callable[[str], Any]) -> _Scanner:
+    decoder = json.JSONDecoder(
+        parse_constant=reject_constant, object_pairs_hook=_unique_members, parse_float=parse_float
+    )
+    return decoder.scan_once  # type: ignore[attr-defined,no-any-return]
+
+
+# Two names of queues that differ in the last digit of a number are two queues; a host decodes such numbers as floats.
+_scan_arguments, _scan_queue = _new_scanner(float), _new_scanner(Decimal)
+
+
+def _decode(text: Raw | None, scan_value: _Scanner) -> Any:
+    assert text is not None
+    if len(text) > MAX_EXAMINED:
+        raise Unreadable(f"expected at most {MAX_EXAMINED} bytes, got {len(text)}")
+    try:
+        return decode_text(decode_checked(text, MAX_DEPTH), scan_value)
+    except (InvalidJSON, ArithmeticError) as error:
+        raise Unreadable(f"expected JSON without repeated names, got {error}") from error
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, Decimal)) and not isinstance(value, bool)
+
+
+def is_equal(one: Scalar, value: Any) -> bool:
+    """Return whether two values are the same in JSON: ``1`` is ``1.0``, but not ``true``."""
+    if _is_number(one):
+        return _is_number(value) and bool(one == value)
+    return type(one) is type(value) and bool(one == value)
+
+
+_MAX_QUOTE = 100  #: Maximum number of characters of a value in a message.
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, (list, dict)):
+        return "an array" if isinstance(value, list) else "an object"
+    text = json.dumps(value[:_MAX_QUOTE] if isinstance(value, str) else value, ensure_ascii=True)
+    return text if len(text) <= _MAX_QUOTE + 2 else f"{text[:_MAX_QUOTE]}..."
