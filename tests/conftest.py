@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from support.leftovers import left_since, snapshot, tasks_left_since
+from support.leftovers import find_leftover_tasks, find_leftovers, snapshot
 
 # No deadline, because a slow machine is not an error. The examples are the same each time. To search for more:
 # HYPOTHESIS_PROFILE=search ./dev test tests/protocol
@@ -26,13 +26,13 @@ def nothing_left_behind() -> Iterator[None]:
     """Fail a test that leaves a process, a descriptor or a thread behind; fixtures of wider scope were there before."""
     before = snapshot()
     yield
-    if left := left_since(before):
+    if left := find_leftovers(before):
         pytest.fail("left behind:\n" + "\n".join(left), pytrace=False)
 
 
 @pytest.fixture(autouse=True)
 def no_task_left_behind(nothing_left_behind: None, request: pytest.FixtureRequest) -> None:
-    """The same for tasks in the loop of a test that is a coroutine; what the loop itself has open is closed later."""
+    """The same for tasks in the loop of a test that is a coroutine; the resources of the loop are closed later."""
     if inspect.iscoroutinefunction(getattr(request, "function", None)):
         request.getfixturevalue("_no_task_left_behind")
 
@@ -41,7 +41,7 @@ def no_task_left_behind(nothing_left_behind: None, request: pytest.FixtureReques
 async def _no_task_left_behind() -> AsyncIterator[None]:
     before = asyncio.all_tasks()
     yield
-    if left := await tasks_left_since(before):
+    if left := await find_leftover_tasks(before):
         pytest.fail("tasks left behind:\n" + "\n".join(left), pytrace=False)
 
 

@@ -5,8 +5,8 @@
     rpc = harp.HarpCaller("localhost")
     print(rpc.web01.uptime().get())
 
-`harp.aio` is the same for asyncio. The names of this package are imported on first use, so that a daemon that imports
-`harp.protocol` does not load the client, and a program without asyncio or TLS does not load them.
+`harp.aio` is the same for asyncio. The names of this package are imported on first use. So a daemon that imports
+`harp.protocol` does not load the client, and programs load asyncio and TLS only if they use them.
 
 Spec: docs/client-api.md.
 """

@@ -21,7 +21,7 @@ def missing_name(module: str, paths: Iterable[str], name: str) -> AttributeError
 
 
 def explain_mixture(error: Exception) -> ImportError | None:
-    """Return an error that names other distributions with a package `harp`; None if there is no such distribution."""
+    """Return an error that names other distributions with a package `harp`; None if there are no others."""
     from importlib.metadata import distributions
 
     others = {

@@ -1,7 +1,8 @@
 """The client for asyncio: `harp.client` and `harp.direct` with ``await`` and ``async for``, same names, same behaviour.
 
-Methods that send nothing are plain: `AsyncHarpCaller.host`, `AsyncRemoteCall.id`, and `AsyncRemoteCall.follow`, whose
-iterator connects when its first item is requested. When a task is cancelled, its connection is closed.
+Methods that send no request are plain functions: `AsyncHarpCaller.host`, `AsyncRemoteCall.id`, and
+`AsyncRemoteCall.follow`, whose iterator connects when its first item is requested. When a task is cancelled, its
+connection is closed.
 
 Spec: docs/client-api.md, asyncio.
 """

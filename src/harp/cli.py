@@ -27,7 +27,7 @@ examples:
   harp call --follow web01 count 3                      print the records, then the result
   harp call web01 restart --named service=nginx --queue '{"service": "nginx"}' --concurrency 2
   harp follow JOB --since 0                             print records until the job ends; exit like result
-  harp read JOB --recent 10 --numbered                  records so far, each as [number, record]
+  harp read JOB --recent 10 --numbered                  stored records, each as [number, record]
   harp result JOB --no-wait                             exit code 5 while the job runs
   harp why JOB                                          why it waits, runs or ended
   harp cancel JOB --wait                                wait until the host confirms the stop
@@ -35,9 +35,9 @@ examples:
 
 exit codes:
     0  success                                    4  the job was cancelled; cancel: it had already ended
-    1  the procedure raised an exception          5  the job has not ended yet
+    1  the procedure raised an exception          5  the job has not ended
     2  wrong usage, or a value without JSON form  6  no connection, or an invalid reply
-    3  the job failed, or there is no such job    7  the output cannot be written
+    3  the job failed, or does not exist          7  the output cannot be written
   130  Ctrl-C; a job continues, a direct call is cancelled
 """
 
@@ -122,7 +122,7 @@ def _report(message: str) -> None:
 
 
 def _discard(stream: TextIO) -> None:
-    """Discard what a stream has not written; otherwise Python tries again at the exit, with an exit code of its own."""
+    """Discard the unwritten data of a stream; otherwise Python tries again at the exit and changes the exit status."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
@@ -225,7 +225,7 @@ def _direct(options: Namespace) -> Exit:
 
 
 def _parse_value(text: str) -> Any:
-    """Return an argument's value: JSON, or else the text itself."""
+    """Return an argument's value: JSON, or else the text."""
     try:
         return loads(text)
     except InvalidJSON:
@@ -331,7 +331,7 @@ _COMMANDS = (
     ("details", _details, "print all that is known about a job: queue, host, call, stop report, end", "job"),
     ("why", _why, "explain in one sentence why a job waits, runs or ended", "job"),
     ("follow", _records, "print a job's records as they arrive, until it ends", _STREAM),
-    ("read", _records, "print a job's records so far", _STREAM),
+    ("read", _records, "print a job's stored records", _STREAM),
     ("cancel", _cancel, "cancel a job and print whether this stopped it", "job --wait"),
     ("direct", _direct, "call a procedure on a harpd; the password is read from $HARP_PASSWORD", _DIRECT),
 )

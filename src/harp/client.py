@@ -1,8 +1,8 @@
 """The synchronous client of a dispatcher: `HarpCaller` and its hosts, procedures and jobs.
 
-Threads may share these objects: each request has a connection to itself. Looking at an object (repr, copy, pickle,
-hasattr) sends nothing: names that begin with an underscore are neither hosts nor procedures. The methods are those of
-`harp._core.operations`, which has their docstrings.
+Threads may share these objects: each request has its own connection. Inspection of an object (repr, copy, pickle,
+hasattr) sends no request: names that begin with an underscore are neither hosts nor procedures. The methods are those
+of `harp._core.operations`, which has their docstrings.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ __all__ = ["HarpCaller", "RemoteCall", "RemoteProcedure", "RemoteServer"]
 
 
 class RemoteCall(JobBase["RemoteCall.StreamIterator"]):
-    """A job of a `HarpCaller`: its status, its records, its end. Final facts are requested once.
+    """A job of a `HarpCaller`: its status, its records, its end. Its final values are requested once.
 
     Methods that send a request raise `CommunicationError` if there was no valid reply, `RequestRefused` if the
-    dispatcher refused, and `RemoteError` if it has no such job (``invalid_jobid``); `result` returns all of them.
+    dispatcher refused, and `RemoteError` if the job does not exist (``invalid_jobid``); `result` returns all of them.
     Spec: docs/client-api.md, RemoteCall.
     """
 
@@ -28,7 +28,7 @@ class RemoteCall(JobBase["RemoteCall.StreamIterator"]):
         With `numbered`, items are pairs of a record's number and the record. Only iterators from `RemoteCall.follow`
         continue after an interruption. `close`, or the end of ``with``, closes the connection. Iterating raises
         `CommunicationError` if the stream was interrupted, contains invalid data or was refused, and `RemoteError` if
-        there is no such job. Spec: docs/client-api.md, RemoteCall.StreamIterator.
+        the job does not exist. Spec: docs/client-api.md, RemoteCall.StreamIterator.
         """
 
         def __init__(self, remote_call: RemoteCall, conn: JSONConnection, numbered: bool = False) -> None:
@@ -74,8 +74,7 @@ class HarpCaller(SyncPeer, CallerBase[JSONConnection, RemoteServer, RemoteCall])
     reader (`RemoteCall.follow`, `result` and `get` with `wait`) tries to reach the dispatcher again; 0, None or False:
     it does not. `keep_alive` is whether connections stay open for further requests; None: if the dispatcher supports
     it. `request_timeout` is how many seconds a request may take that does not wait for a job; None: any time. No job is
-    ever submitted twice; with the option `request_id`, the client finds out after a lost reply whether it was
-    submitted.
+    submitted twice; with the option `request_id`, the client can determine after a lost reply whether it was submitted.
 
     As a context manager it closes its waiting connections at the end, and can be used afterwards, too. Raises
     `HarpException` if an argument is invalid. Spec: docs/client-api.md, HarpCaller and Keep-alive connections.

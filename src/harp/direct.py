@@ -47,7 +47,7 @@ class HarpServer(SyncPeer, DirectServerBase[JSONConnection, HarpProcedure]):
     `host` is a name or an address; `user` and `password` authenticate each call. `ca_file` is a PEM file with the
     authorities that may issue the server's certificate, which must be valid for `host` if `verify_hostname`; None
     verifies neither. `keep_alive` is whether connections stay open for further calls, if harpd supports it; no call is
-    ever sent twice. `tls_minimum` is the lowest version of TLS: "1.0", "1.1", "1.2" or "1.3".
+    sent twice. `tls_minimum` is the lowest version of TLS: "1.0", "1.1", "1.2" or "1.3".
 
     As a context manager it closes its waiting connections at the end, and can be used afterwards, too. A pickle has the
     password, the repr does not. Raises `HarpException` if an argument is invalid. Spec: docs/client-api.md,

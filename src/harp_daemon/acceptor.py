@@ -1,7 +1,7 @@
 """Accepting connections: from several listeners, up to a limit.
 
 A connection over the limit is rejected with a reply and closed. When the system has no descriptor or memory for
-another connection, accepting pauses and continues by itself.
+another connection, accepting pauses, and continues later.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 #: Connections accepted before other tasks get their turn.
 _ACCEPT_BATCH = 64
-#: Connections over the limit that are rejected in a task of their own; later ones may miss the reply.
+#: Connections over the limit that are rejected in a separate task; further connections may miss the reply.
 _MAX_REJECTING = 64
 #: The share of the limit above which it is nearly reached. Below it, the next rejection is logged again.
 _CALM_SHARE = 0.9
@@ -60,7 +60,7 @@ class Acceptor(Generic[C]):
 
     @property
     def connections(self) -> Mapping[asyncio.Future[None], C]:
-        """The open connections by their tasks, rejected ones too."""
+        """The open connections by their tasks, also while they are rejected."""
         return self._serving | self._rejecting
 
     @property

@@ -1,7 +1,7 @@
 """The program `harp-cert`: an authority of your own, and certificates for hosts and clients.
 
 One directory has all files: ``ca.pem`` and ``ca.key``, and ``NAME.pem`` and ``NAME.key`` for each certificate. No file
-is ever overwritten; `renew` replaces a certificate in one step and keeps its key. Keys have mode 0600.
+is overwritten; `renew` replaces a certificate in one step and keeps its key. Keys have mode 0600.
 
 Spec: docs/certificates.md.
 """
@@ -26,7 +26,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from harp_daemon.program import add_version, written_output
 
-#: Days that a certificate is valid, unless an option says otherwise: an authority's, and any other.
+#: Days that a certificate is valid, unless an option changes it: an authority's, and any other.
 _CA_DAYS, _DAYS = 3650, 365
 
 #: A certificate is valid from this long before it was made, because clocks differ.
@@ -41,13 +41,13 @@ examples:
   harp-cert ca pki                           make pki/ca.pem and pki/ca.key
   harp-cert host pki web01 192.0.2.11        make pki/web01.pem and pki/web01.key for a host and its address
   harp-cert client pki shop                  make pki/shop.pem and pki/shop.key for a client
-  harp-cert renew pki web01                  replace pki/web01.pem by one that is valid longer; its key stays
+  harp-cert renew pki web01                  renew pki/web01.pem; its key stays the same
   harp-cert show pki/*.pem                   print names and end of certificates
 """
 
 
 class CertificateError(Exception):
-    """A certificate cannot be made or read. The message says what failed, why, and what to do."""
+    """A certificate cannot be made or read. The message has the action, the reason and advice."""
 
 
 def make_authority(directory: Path, name: str = "HARP", days: int = _CA_DAYS) -> None:
@@ -79,7 +79,7 @@ def make_certificate(directory: Path, names: Sequence[str], days: int = _DAYS, c
 
     Args:
         directory: where ``ca.pem`` and ``ca.key`` are, and the files are made.
-        names: DNS names and IP addresses of a host; the one name of a client.
+        names: DNS names and IP addresses of a host; the name of a client.
         days: how long it is valid.
         client: whether it is for a client.
 
@@ -231,7 +231,7 @@ def _read_key(path: Path) -> CertificateIssuerPrivateKeyTypes:
 
 
 def _write_new(stem: Path, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> None:
-    """Write a certificate and its key into new files; none of them remains if one cannot be written."""
+    """Write a certificate and its key into new files; if one cannot be written, both are removed."""
     pem = serialization.Encoding.PEM
     secret = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     contents = ((".key", secret, 0o600), (".pem", certificate.public_bytes(pem), 0o644))

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 #: Bytes from which a line is long: it is decoded in a thread, because the loop must not wait for it.
 LONG_LINE = 64 * 1024
-_KEPT_BYTES, _MAPPED_BYTES = 64 * 1024 * 1024, 16 * 1024 * 1024
+_RETAINED_BYTES, _MAPPED_BYTES = 64 * 1024 * 1024, 16 * 1024 * 1024
 #: Receive buffer of each TLS connection, in bytes. asyncio allocates 256 KiB, even for an idle connection.
 _TLS_RECEIVE_BYTES = 32 * 1024
 #: Seconds after which a thread that is busy lets the event loop run. With Python's 5 ms, each event waits so long.
@@ -34,7 +34,7 @@ _one_at_a_time = threading.Lock()
 
 def run(main: Coroutine[Any, Any, T]) -> T:
     """Run the coroutine of a daemon to its end and return its result."""
-    tune_memory(_KEPT_BYTES, _MAPPED_BYTES)
+    tune_memory(_RETAINED_BYTES, _MAPPED_BYTES)
     asyncio.sslproto.SSLProtocol.max_size = _TLS_RECEIVE_BYTES
     sys.setswitchinterval(_SWITCH_INTERVAL)
     try:

@@ -1,6 +1,6 @@
 """When certificates end: errors for a check, and warnings in the log of a daemon.
 
-The dates are read from the certificates themselves, because Python's `ssl` shows them only for authorities, and the
+The dates are read from the encoded certificates, because Python's `ssl` shows them only for authorities, and the
 daemons do without the library `cryptography`.
 """
 
@@ -53,7 +53,7 @@ class Validity:
 
 
 def read_validities(file: Path) -> list[Validity]:
-    """Return the validity of each certificate of a PEM file; of one that cannot be read, none. Raises OSError."""
+    """Return the validity of each certificate of a PEM file; unreadable certificates are omitted. Raises OSError."""
     found = []
     for number, text in enumerate(_PEM.findall(file.read_bytes().decode("ascii", "replace")), 1):
         try:

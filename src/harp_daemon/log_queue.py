@@ -1,4 +1,4 @@
-"""Delivers log events to stderr, to syslog, or to any handler of `logging`, without ever delaying the program.
+"""Delivers log events to stderr, to syslog, or to any handler of `logging`, and never delays the program.
 
 Theory of operation
 ===================
@@ -7,8 +7,8 @@ Each destination has a queue of bounded size. An event loop delivers the events 
 `EventQueue.turn`: a write for each event would cost as much as its text. SIGKILL loses at most the events of the
 present turn.
 
-Stderr and syslog reject data instead of blocking, so the program itself writes to them. Only while they reject data, a
-thread writes, in the same order. Another handler may block, so a thread always calls it.
+Stderr and syslog reject data instead of blocking, so the program writes to them directly. Only while they reject data,
+a thread writes, in the same order. Other handlers may block, so a thread always calls them.
 
 An event is dropped if the queue has no room, or if its delivery fails. The event ``log events dropped`` has the number,
 as soon as the destination accepts events again. A handler that fails is also reported on stderr.
@@ -35,8 +35,8 @@ _MAX_BYTES, _EVENT_BYTES = 8 * 1024 * 1024, 256
 _WRITE_BYTES = select.PIPE_BUF
 #: The most bytes of an event in syslog; a socket of datagrams rejects more than about 200 KiB.
 _SYSLOG_BYTES = 60 * 1024
-#: Seconds, at the end, after which a destination that has accepted nothing meanwhile loses the remaining events.
-#: And the longest time in seconds for a destination that accepts events slowly.
+#: At the end, seconds without an accepted event after which the remaining events are dropped; and the longest time in
+#: seconds for a destination that accepts events slowly.
 _CLOSE_TIMEOUT, _MAX_CLOSE_TIME = 1.0, 5.0
 #: Seconds until the next attempt at a destination that rejects data: the longest time, and the shortest.
 _MAX_WAIT, _MIN_WAIT = 1.0, 0.001
@@ -48,9 +48,9 @@ _DAEMON_FACILITY = 3 << 3
 
 
 class EventQueue(logging.Handler):
-    """The events that a destination has not accepted yet. `direct`: the destination never blocks."""
+    """The events that a destination has not accepted. `direct`: the destination never blocks."""
 
-    #: Calls a function at the end of the loop's turn, and the thread of that loop; None: events are delivered at once.
+    #: Calls a function at the end of the loop's turn, and the thread of that loop; None: no delay.
     turn: ClassVar[tuple[Callable[[Callable[[], None]], object], int] | None] = None
 
     def __init__(self, direct: bool) -> None:
@@ -71,7 +71,7 @@ class EventQueue(logging.Handler):
     def _deliver(self) -> tuple[int, bytes]:
         """Deliver one or more events; return how many, and what remains of the last one.
 
-        Raises BlockingIOError: not now. After any other exception, the first event is lost.
+        Raises BlockingIOError: it does not accept data now. After any other exception, the first event is lost.
         """
         raise NotImplementedError
 
@@ -80,7 +80,7 @@ class EventQueue(logging.Handler):
         time.sleep(_MAX_WAIT)
 
     def handle(self, record: logging.LogRecord) -> bool:
-        """Add an event. Another thread than the loop's delivers it at once, after those that wait."""
+        """Add an event. A thread other than the loop's delivers it immediately, after the waiting events."""
         try:
             self._add(*self._prepare(record))
         except Exception as error:  # noqa: BLE001 - a log call never raises
@@ -143,7 +143,7 @@ class EventQueue(logging.Handler):
                 self._wait()
 
     def _deliver_next(self) -> None:
-        """Deliver the next events; report dropped ones once there is room. Raises BlockingIOError."""
+        """Deliver the next events; report dropped events once there is room. Raises BlockingIOError."""
         reason = rest = None
         try:
             count, rest = self._deliver()
@@ -217,7 +217,7 @@ class OutputQueue(EventQueue):
         return True
 
     def reopen(self) -> None:
-        """Use what the descriptor refers to now."""
+        """Use the present file of the descriptor."""
         with self._lock:
             self._release()
             self._direct = self._open()
@@ -290,7 +290,7 @@ class SyslogQueue(EventQueue):
                 return 1, data[written:]
             except BlockingIOError:
                 raise
-            except OSError:  # syslog has restarted: its socket is a new one
+            except OSError:  # syslog has restarted and has another socket
                 if self._socket is not None:
                     self._socket.close()
                 self._socket = None

@@ -100,7 +100,7 @@ class _EventRecord(logging.LogRecord):
 def write_per_turn(call_soon: Callable[[Callable[[], None]], object] | None) -> None:
     """Deliver the events of each turn of this thread's event loop together; None: the loop has ended.
 
-    `call_soon` has a function called at the end of the loop's turn. Events of other threads are delivered at once.
+    `call_soon` has a function called at the end of the loop's turn. Events of other threads are delivered immediately.
     """
     flush()
     EventQueue.turn = None if call_soon is None else (call_soon, threading.get_ident())
@@ -141,7 +141,7 @@ def configure(
             queue.close()
     for logger in _loggers():
         logger.handlers = [one for one in logger.handlers if not isinstance(one, EventQueue)]
-    # Python itself would write these to stderr, which may block.
+    # Python would write these to stderr, which may block.
     logging.raiseExceptions = False
     logging.captureWarnings(True)
     sys.unraisablehook = _log_unraisable
@@ -195,7 +195,7 @@ def _queue(handler: logging.Handler, stderr: OutputQueue) -> EventQueue:
 
 
 def _log_unraisable(unraisable: Any) -> None:
-    """Log an exception that Python cannot raise, such as that of a finalizer."""
+    """Log an exception that Python cannot raise, for example of a finalizer."""
     where = f"{unraisable.err_msg or 'Exception ignored in'}: {unraisable.object!r}"
     raised = (unraisable.exc_type, unraisable.exc_value, unraisable.exc_traceback)
     logging.getLogger(__name__).error("unexpected error", exc_info=raised, extra={"where": where})

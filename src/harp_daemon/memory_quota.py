@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-#: Bytes of each reservation that are not counted, so that small requests are accepted while long ones use the quota.
+#: Bytes of each reservation that are not counted, so that small requests are accepted while long requests use it.
 _FREE = 64 * 1024
 
 
@@ -16,16 +16,16 @@ class MemoryQuota:
 
 
 class Reservation:
-    """The bytes that one request line uses of the quota."""
+    """The part of the quota that a request line uses."""
 
     def __init__(self, quota: MemoryQuota) -> None:
         self._quota = quota
-        #: Number of bytes, with the free ones.
+        #: Number of bytes, including the free bytes.
         self.size = 0
         self._counted = 0
 
     def grow(self, size: int) -> bool:
-        """Reserve more bytes; return False, and reserve nothing, if the quota is used up."""
+        """Reserve more bytes; return False, without effect, if the quota is used up."""
         self.size += size
         more = self.size - _FREE - self._counted
         if more > 0:

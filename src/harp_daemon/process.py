@@ -95,18 +95,18 @@ def detach() -> Callable[[], None]:
     return notify_ready
 
 
-def tune_memory(kept_bytes: int, mapped_bytes: int) -> None:
-    """Set up the memory of this process, so that no turn of its event loop takes long. It has no thread yet.
+def tune_memory(retained_bytes: int, mapped_bytes: int) -> None:
+    """Set up the memory of this process, so that no turn of its event loop takes long. Call it before threads start.
 
-    glibc reuses `kept_bytes` of freed memory: page faults make the copy of 1 MiB take 2 ms instead of 0.1 ms. Blocks of
-    more than `mapped_bytes` are returned to the system when they are freed.
+    glibc reuses `retained_bytes` of freed memory: page faults make the copy of 1 MiB take 2 ms instead of 0.1 ms.
+    Blocks of more than `mapped_bytes` are returned to the system when they are freed.
     """
-    # A full collection does not visit the objects of the program itself, which takes 20 ms. Fewer collections would
+    # A full collection does not visit the program's own objects, which takes 20 ms. Fewer collections would
     # leave finished requests of up to 16 MiB, which are in cycles of futures, in memory: 60 MiB more were measured.
     gc.freeze()
     with suppress(AttributeError, OSError):  # another C library
         libc = ctypes.CDLL(None)
-        libc.mallopt(_M_TRIM_THRESHOLD, kept_bytes)
+        libc.mallopt(_M_TRIM_THRESHOLD, retained_bytes)
         libc.mallopt(_M_MMAP_THRESHOLD, mapped_bytes)
 
 

@@ -20,7 +20,7 @@ def add_version(parser: argparse.ArgumentParser) -> None:
 
 @contextmanager
 def written_output(program: str) -> Iterator[None]:
-    """Write all that is printed meanwhile; exit with `NOT_WRITTEN` if this fails, and with 0 if the reader has left."""
+    """Flush the output of the block; exit with `NOT_WRITTEN` if this fails, and with 0 if the reader has closed it."""
     if sys.stdout is None:  # it is closed
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the exit
     try:
@@ -29,7 +29,7 @@ def written_output(program: str) -> Iterator[None]:
         finally:
             sys.stdout.flush()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more is written at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # no data is written at the exit
         if isinstance(error, BrokenPipeError):
             raise SystemExit(0) from None
         print(f"{program}: cannot write the output: {error.strerror}", file=sys.stderr)

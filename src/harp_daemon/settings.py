@@ -78,7 +78,7 @@ def check_choice(key: str, value: object, choices: Iterable[str]) -> None:
 
 
 def report_restart_needed(old: object, new: object, keys: Iterable[str]) -> list[str]:
-    """Log a warning for each of these keys (``SECTION.KEY``) whose value has changed; return the changed ones."""
+    """Log a warning for each of these keys (``SECTION.KEY``) whose value has changed; return those keys."""
     changed = [key for key in keys if attrgetter(key)(old) != attrgetter(key)(new)]
     for key in changed:
         log.warning("a changed setting needs a restart", extra={"key": key})

@@ -88,7 +88,7 @@ def _decode(text: bytes) -> JSONObject:
     try:
         slices = _object.decode(text)
         written = msgspec.json.encode(slices)
-        # Spaces between members are usual; inside of them, none is added or lost.
+        # Spaces between members are usual; spaces inside of them are unchanged.
         is_equal = written == text or written.replace(b" ", b"") == text.replace(b" ", b"")
         if is_equal and len(slices) <= _MAX_MEMBERS:
             return _Slices(slices)
@@ -139,7 +139,7 @@ def _without_surrogates(text: bytes) -> bytes:
 def slice_records(lines: Sequence[bytes]) -> list[Raw] | None:
     """Return the payloads of many lines that all begin as records do, in one step; None: decode line by line.
 
-    The insides of the lines must be the elements of one array: then each is one value and nothing else.
+    The insides of the lines must be the elements of one array: then each is exactly one value.
     """
     insides = [line[len(RECORD_PREFIX) : -1] for line in lines]
     if any(not line.endswith(b"}") for line in lines) or any(map(may_exceed_depth, lines)):

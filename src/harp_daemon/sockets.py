@@ -103,7 +103,7 @@ def _can_bind(family: socket.AddressFamily, address: str) -> bool:
 
 
 def listen_unix(path: Path, mode: int, name: str = "") -> Listener:
-    """Listen on a Unix socket, whose file has these permissions from its creation on; replace that of a dead process.
+    """Listen on a Unix socket; its file has these permissions from the start. The socket of a dead process is replaced.
 
     The directory is created if it is missing. Raises `ListenError`.
     """
@@ -149,7 +149,7 @@ def _file_identity(path: Path) -> tuple[int, int] | None:
 
 
 def configure_socket(connection: socket.socket) -> None:
-    """Make a socket non-blocking; a TCP socket also sends at once and detects a lost peer. Raises OSError."""
+    """Make a socket non-blocking; a TCP socket also sends without delay and detects a lost peer. Raises OSError."""
     connection.setblocking(False)
     if connection.family == socket.AF_UNIX:
         return
@@ -160,7 +160,7 @@ def configure_socket(connection: socket.socket) -> None:
 
 
 def peer_name(connection: socket.socket, address: Any) -> str:
-    """Return the peer, whose address `accept` has returned, as text for logs; a Unix socket has the user instead."""
+    """Return the peer as text for logs: its address, from `accept`; for a Unix socket, its user."""
     if connection.family == socket.AF_UNIX:
         return f"uid:{peer_process(connection)[1]}"
     host = str(address[0]).removeprefix("::ffff:")  # IPv4 on a socket for both

@@ -31,7 +31,7 @@ class Timer:
         bucket.add(self)
 
     def cancel(self) -> None:
-        """Do not run the callback; do nothing if it has run."""
+        """Do not run the callback; no effect if it has run."""
         self._bucket.discard(self)
 
 
@@ -104,4 +104,4 @@ class Backoff:
         if not self._attempts and time.monotonic() - self._last_attempt_at >= self._max_delay:
             return 0.0
         delay = min(self._max_delay, self._min_delay * 2.0 ** min(self._attempts, 16))
-        return delay * random.uniform(0.5, 1.0)  # noqa: S311 - spreads attempts, protects nothing
+        return delay * random.uniform(0.5, 1.0)  # noqa: S311 - spreads attempts, needs no secrecy

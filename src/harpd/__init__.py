@@ -1,1 +1,1 @@
-"""The daemon: exposes procedures over TLS, each call in a process of its own."""
+"""The daemon: exposes procedures over TLS, each call in a separate process."""

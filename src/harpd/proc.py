@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     #: A group or several: the first is the primary group, all are supplementary.
     Groups: TypeAlias = Identity | Sequence[Identity]
 
-    #: What the function of a streaming procedure returns.
+    #: The return value of a streaming procedure's function.
     Records: TypeAlias = Iterable[Any] | AsyncIterable[Any] | Awaitable[Iterable[Any] | AsyncIterable[Any]] | "Result"
 
     class Options(TypedDict, total=False):
@@ -41,7 +41,7 @@ class TimeLimit(BaseException):
 
 
 class Cancelled(BaseException):
-    """Raised in a procedure whose call was cancelled, so that it can clean up. Its process is killed soon after."""
+    """Raised in a procedure when its call is cancelled, so that it can clean up. Its process is killed soon after."""
 
 
 class Result:
@@ -108,7 +108,7 @@ class Procedure:
         """Return the signature for a call's arguments: that of the function, or of a subclass's own ``__call__``.
 
         So an own ``__call__(self, *args, **kwargs)`` accepts all arguments: it may add some to those of the call.
-        Raises ValueError: there is none, as for some functions in C; then the arguments of a call are not checked.
+        Raises ValueError if it has no signature, as some functions in C; then the arguments of a call are not checked.
         """
         import inspect  # large, and most calls do not need it; see `harpd.worker.child.ArgumentCheck`
 
@@ -143,7 +143,7 @@ class StreamingProcedure(Procedure):
         return self._forward([records] if isinstance(records, Result) else iter(records))
 
     def result(self) -> Any:
-        """Return the end result of the last call, once its records were iterated; None if it had none."""
+        """Return the end result of the last call, once its records were iterated; None: it had no result."""
         return self._result
 
     def _forward(self, records: Iterable[Any]) -> Iterator[Any]:
@@ -162,7 +162,9 @@ class StreamingProcedure(Procedure):
                 try:
                     yield record
                 except (TimeLimit, Cancelled) as interruption:
-                    if hasattr(iterator, "throw"):  # the function's generator cleans up as if it was raised there
+                    if hasattr(
+                        iterator, "throw"
+                    ):  # the function's generator cleans up, as after an exception at its `yield`
                         iterator.throw(interruption)
                     raise
         finally:
@@ -199,7 +201,7 @@ def _code_flags(procedure: Procedure) -> int:
 
 
 def is_asynchronous(procedure: Procedure) -> bool:
-    """Return whether a call needs an event loop, as far as that can be seen before it runs."""
+    """Return whether a call needs an event loop, as far as this can be determined before it runs."""
     return bool(_code_flags(procedure) & _ASYNCHRONOUS)
 
 

@@ -226,7 +226,7 @@ STRANGE: dict[str, tuple[Callable[[Path], Behaviour], str]] = {
 
 
 @pytest.mark.parametrize("what", STRANGE)
-def test_hostile_host_ends_only_its_own_job(tmp_path: Path, what: str) -> None:
+def test_hostile_host_ends_only_its_job(tmp_path: Path, what: str) -> None:
     make, type_ = STRANGE[what]
     settings = {"connect_timeout": 1, "acknowledgement_timeout": 1, "record_line": 4096, "start_within": 0}
     with strange_host(make(tmp_path)) as port:

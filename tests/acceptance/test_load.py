@@ -36,7 +36,7 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
         yield system
 
 
-def test_harpd_two_hundred_jobs_run_at_once(system: System, tmp_path: Path) -> None:
+def test_harpd_two_hundred_jobs_run_in_parallel(system: System, tmp_path: Path) -> None:
     jobs = [system.rpc.web01.wait_for(str(tmp_path / "go"), number) for number in range(200)]
     for job in jobs:
         wait_until(job.start_time, DEADLINE, "the start of all jobs")
@@ -75,7 +75,7 @@ def test_queue_of_eight_runs_a_thousand_jobs(system: System, tmp_path: Path) -> 
     assert starts == sorted(starts)
 
 
-def test_thousand_followers_with_one_not_reading_get_all(system: System) -> None:
+def test_thousand_followers_beside_a_stuck_one_get_all(system: System) -> None:
     job = system.rpc.web01.long_records(20_000, 500)
     request = b'{"harpcaller":1,"follow_stream":"%s","since":0}\n' % job.id().encode()
     with socket.socket() as deaf:

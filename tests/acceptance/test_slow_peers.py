@@ -307,7 +307,7 @@ def test_window_ahead_of_ack_is_one_mebibyte(system: System) -> None:
         assert client.lines() == []
 
 
-def test_window_lets_one_longer_record_pass(system: System) -> None:
+def test_window_accepts_one_longer_record(system: System) -> None:
     with system.harpd.start_resumable("records", 3, 3 * MIB) as client:
         client.message()
         for number in range(3):

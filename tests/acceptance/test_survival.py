@@ -194,7 +194,7 @@ def test_cancel_while_host_is_cut_off_is_confirmed_later(tmp_path: Path) -> None
         assert second.get() == 1
 
 
-def test_host_that_stays_away_is_lost_and_ended_its_call(tmp_path: Path) -> None:
+def test_host_unreachable_too_long_is_lost_and_ended_its_call(tmp_path: Path) -> None:
     with system(tmp_path, disconnect_timeout=1.0, host_timeout=11.0) as running_system:
         host = running_system.rpc.host("web01", queue={"q": 1})
         job = host.wait_for(str(tmp_path / "never"), 1)

@@ -16,7 +16,7 @@ Only certain facts count as violations: a slow machine makes the checks rarer, n
 
 `monitor` looks for jobs that are still called running long after their process died. Clients check stop reports as
 soon as they receive them. At the end all faults are undone and everything ends. Then `final_read` requests everything
-once more, and `checks` compares marks with ends, records with what followers received, and processes with limits.
+again, and `checks` compares marks with ends, records with what followers received, and processes with limits.
 Violations have the number of the promise in docs/guarantees.md, and the facts.
 
 A failpoint run has kills instead of these faults:
@@ -26,8 +26,8 @@ A failpoint run has kills instead of these faults:
 `kills` makes the sequence of kills from the seed: dispatcher, frontend, supervisor, zygote, worker. `killer` injects
 them. Most processes are killed when they enter or leave a system call, the n-th after a random time: `tracer` observes
 them with ptrace. So kills hit each step of a path as often as any other one. A random time would hit the waits between
-the steps. `direct_clients` call the hosts meanwhile. `bystanders` are unrelated processes, most of them with the pid of
-a process that has died: HARP must not kill them. As root, a run has its own namespaces (`namespaces`).
+the steps. `direct_clients` call the hosts at the same time. `bystanders` are unrelated processes, most of them with the
+pid of a process that has died: HARP must not kill them. As root, a run has its own namespaces (`namespaces`).
 
 `--sabotage` breaks a promise on purpose, to test that the run detects it: by a dispatcher with another store
 (`dispatcher`), or by a procedure that does what HARP must not do (`procedures`).

@@ -28,10 +28,10 @@ examples:
 
 The same seed gives the same schedule of faults; the effects depend on the speed of the machine, too.
 Faults: killed, restarted, suspended and reloaded daemons; killed calls; a cut, slow or refusing network; hanging
-lookups of hosts' names; steps of the clock; logs that nobody reads; a crowd of connections to the dispatcher; a hosts
+lookups of hosts' names; steps of the clock; logs that are not read; a crowd of connections to the dispatcher; a hosts
 file that is rewritten in place; a cleaned runtime directory. In ten minutes each kind occurs at least once.
 As root, the dispatcher's store is on a separate small file system, which is full from time to time, and unrelated
-processes get the pids of killed ones.
+processes get the pids of killed processes.
 
 exit status: 0 no promise broken, 1 at least one broken (printed with the facts), 2 wrong usage, 130 interrupted
 """

@@ -1,12 +1,12 @@
-"""Bystanders: processes of the same user that are none of HARP's business. None of them may be killed.
+"""Bystanders: processes of the same user that do not belong to HARP. HARP must not kill them.
 
-The dangerous ones have the pid of a process of HARP that has just died: a daemon that kills by a stored pid would hit
-them. The program of this module creates them:
+The dangerous bystanders have the pid of a process of HARP that has just died: a daemon that kills by a stored pid would
+hit them. The program of this module creates them:
 
     python -P -m chaos.bystanders
 
 It reads a pid a line from stdin and creates a process with this pid, if it can choose the pid of a process. It writes
-one line for each bystander that has died: its pid, and its status. When there are many, the oldest ones end, except
+one line for each bystander that has died: its pid, and its status. When there are many, the oldest end, except
 the first.
 """
 
@@ -76,13 +76,13 @@ class Bystanders:
 
 
 class _Family:
-    """The bystanders, as their creator sees them: each ends when its pipe is closed."""
+    """The bystanders, in their creator: each ends when its pipe is closed."""
 
     def __init__(self) -> None:
         self._pipes: deque[tuple[int, int]] = deque()
 
     def create(self, pid: int = 0) -> int:
-        """Create a bystander, with a pid if possible; return its pid, or 0 if it would have another one."""
+        """Create a bystander, with a pid if possible; return its pid, or 0 if the pid is not available."""
         if pid:
             try:
                 _LAST_PID.write_text(str(pid - 1))

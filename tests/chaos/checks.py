@@ -13,7 +13,7 @@ from chaos.process_tracker import MarkedJob, ProcessTracker
 from chaos.schedule import Kind
 from chaos.system import HOST_TIMEOUT, KILL_GRACE, MAX_CALLS_PER_HOST, START_WITHIN
 
-#: Errors which say that the call was not started.
+#: Errors of calls that were not started.
 _NOT_STARTED = frozenset(
     {"too_many_calls", "network_error", "procedure_loading_error", "wrong_instance", "missing_result", "os_error"}
 )
@@ -21,7 +21,7 @@ _NOT_STARTED = frozenset(
 #: connection-bound call.
 _TRIED_AGAIN = frozenset({"too_many_calls", "procedure_loading_error"})
 #: The default limit of a job in seconds; a little less, because marks are later than starts. No job without an own
-#: limit works for so long: it reaches the limit only if outages have held it up for half of this time.
+#: limit works for so long: it reaches the limit only if outages have delayed it for half of this time.
 _LIMIT = 50.0
 #: Seconds before its death in which a process may have been stopping: records of this time may be dropped.
 _STOP_TIME = 3 * KILL_GRACE
@@ -48,7 +48,7 @@ class Checker:
 
     Args:
         observations: what clients received; receives violations.
-        tracker: what the marks show.
+        tracker: the processes, from the marks.
         history: the injected faults, which may explain ends.
     """
 
@@ -96,7 +96,7 @@ class Checker:
             add(2, call.token, f"a direct call ended as {call.end}, but {problem}")
 
     def _disturbed(self, call: DirectCall) -> bool:
-        """Return whether a process of the call's host was killed or stopped meanwhile."""
+        """Return whether a process of the call's host was killed or stopped in this time."""
         assert call.ended is not None
         faults = self._history.between(call.submitted - _AFTER_EFFECTS, call.ended, call.host)
         history = self._history
@@ -167,7 +167,7 @@ class Checker:
             case "host_lost":
                 return self._missing_outage(job, HOST_TIMEOUT / 2)
             case "missing_result" if self._affected_by(job, [*self._history.supervisors, *self._history.call_stops]):
-                return None  # the supervisor that had its end is gone
+                return None  # the supervisor that had its end has died
             case "system_error" if self._affected_by(job, [*self._history.zygotes, *self._history.supervisors]):
                 return None if not marked.starts else "its procedure started"
             case _ if type_ in _NOT_STARTED and marked.starts:
@@ -184,14 +184,14 @@ class Checker:
         return any(begin <= job.ended and job.submitted <= end for begin, end in self._history.half_hosts)
 
     def _ended_early(self, job: ObservedJob) -> bool:
-        """Return whether a job ended before `START_WITHIN`, by a clock that was not changed meanwhile."""
+        """Return whether a job ended before `START_WITHIN`, by a clock that was not changed in this time."""
         assert job.ended is not None
         faults = self._history.between(job.submitted, job.ended, job.spec.host)
         stepped = any(fault.kind is Kind.STEP_CLOCK for fault, _, _ in faults)
         return not stepped and job.ended - job.submitted < START_WITHIN
 
     def _lasted(self, job: ObservedJob, marked: MarkedJob) -> float:
-        begin = marked.main.began if marked.main is not None else job.submitted
+        begin = marked.main.started_at if marked.main is not None else job.submitted
         return (job.ended or begin) - begin
 
     def _killed(self, job: ObservedJob, marked: MarkedJob) -> bool:
@@ -262,9 +262,9 @@ class Checker:
             job = self._observations.jobs.get(lifetime.token)
             if not lifetime.main or job is None or self._host_was_lost(job):
                 continue
-            hosts[lifetime.host].append((lifetime.began, lifetime.last_seen, lifetime.token))
+            hosts[lifetime.host].append((lifetime.started_at, lifetime.last_seen, lifetime.token))
             if job.spec.queue is not None:
-                queues[job.spec.queue].append((lifetime.began, lifetime.last_seen, lifetime.token))
+                queues[job.spec.queue].append((lifetime.started_at, lifetime.last_seen, lifetime.token))
         for queue, spans in queues.items():
             self._check_limit(f"queue {queue}", QUEUES[queue], spans)
         for host, spans in hosts.items():

@@ -21,15 +21,15 @@ from harp import aio
 
 T = TypeVar("T")
 
-#: Number of clients, and of jobs that all of them together submit per second if nothing delays them.
+#: Number of clients, and of jobs that all of them together submit per second without delays.
 _CLIENTS, _RATE = 60, 12.0
 #: Seconds before a client retries a request without a reply.
 _RETRY_DELAY = 0.3
-#: Percentage of jobs that are cancelled, and of those whose result is not requested before the end of the run.
+#: Percentage of jobs that are cancelled, and of jobs without a request for the result before the end of the run.
 _CANCELLED, _NOT_AWAITED = 14, 8
 #: Percentage of followers that use the synchronous client, and of submissions with a request id.
 _SYNCHRONOUS = 40
-#: Percentage of submissions with a request id that are sent by two clients at once.
+#: Percentage of submissions with a request id that two clients send at the same time.
 _TWICE = 30
 #: Errors of `cancel` if the host has not confirmed the stop.
 _NOT_CONFIRMED = frozenset({"stop_failed", "stop_unknown"})
@@ -41,7 +41,7 @@ class Clients:
     Args:
         system: the system.
         observations: receives the replies.
-        tracker: knows the processes, to check stop reports.
+        tracker: has the processes, to check stop reports.
         seed: for random choices.
     """
 

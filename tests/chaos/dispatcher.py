@@ -4,7 +4,7 @@
 
 CLOCK is a file whose first eight bytes are added to the wall clock, in seconds. The names under `DOMAIN` have the
 address 127.0.0.1; the lookup of a name hangs while the directory LOOKUPS has a file of this name. SABOTAGE is ``none``
-or a name of `SABOTAGES`. The product has no code for this: it is changed from outside.
+or a name of `SABOTAGES`. The product has no code for it: this module replaces functions.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def _sabotage_store(wrap: Callable[[Store], _Sabotaged]) -> None:
 
 
 def _use_half_hosts() -> None:
-    """Have a hosts file used at once, also if it ends in the middle of a line, which counts as no mistake."""
+    """Use a changed hosts file immediately, also if it ends in the middle of a line, which counts as no mistake."""
     real = registry.parse_hosts
     watched_file.SETTLE_SECONDS = 0.0
     registry.parse_hosts = lambda *arguments: replace_fields(real(*arguments), is_cut=False, rejected=())

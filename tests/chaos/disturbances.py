@@ -14,7 +14,7 @@ from chaos.marks import now
 _RETRY_DELAY = 0.5
 #: The reply to a connection over the limit.
 _REJECTION = b"too_many_connections"
-#: What members of a crowd send: nothing, or the beginning of a request.
+#: The data that members of a crowd send: none, or the beginning of a request.
 _BEGINNINGS = (b"", b'{"harpcaller": 1, "host":')
 #: Maximum number of pieces before the last one.
 _MAX_PIECES = 4
@@ -64,7 +64,7 @@ async def crowd(port: int, count: int, seconds: float) -> bool:
 
 
 async def _hold_connection(port: int, beginning: bytes) -> bytes:
-    """Send the beginning of a request; return what the dispatcher sends until it closes the connection."""
+    """Send the beginning of a request; return the data until the dispatcher closes the connection."""
     try:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
     except OSError:
@@ -81,7 +81,7 @@ async def _hold_connection(port: int, beginning: bytes) -> bytes:
 def clean(directory: Path, choice: float) -> None:
     """Remove a runtime directory, or all its files, or only the socket for new calls."""
     if choice < 1 / 3:
-        shutil.rmtree(directory, ignore_errors=True)  # a supervisor may create a file meanwhile
+        shutil.rmtree(directory, ignore_errors=True)  # a supervisor may create a file at the same time
     elif choice < 2 / 3:
         for path in [*directory.rglob("*")]:
             with contextlib.suppress(OSError):

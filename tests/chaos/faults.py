@@ -28,7 +28,7 @@ _MEBIBYTE = bytes(1 << 20)
 _LAST_FAILED_START = 10.0
 #: Connections of a crowd beyond the dispatcher's limit.
 _CROWD_MARGIN = 60
-#: Seconds for a daemon to reply while nobody reads its log, and for supervisors in a cleaned runtime directory; for
+#: Seconds for a daemon to reply while its log is not read, and for supervisors in a cleaned runtime directory; for
 #: one attempt; and between two attempts.
 _PATIENCE, _ATTEMPT, _PAUSE = 45.0, 5.0, 0.1
 #: Seconds until a dispatcher that has started with an incomplete hosts file uses the complete one.
@@ -43,18 +43,18 @@ class History:
 
     Attributes:
         injected: number of injected faults, by kind.
-        without_target: number of faults without a target, such as a kill of a supervisor that does not run.
+        without_target: number of faults without a target, for example the kill of a supervisor that does not run.
         killed_calls: processes of calls that were killed.
         supervisors: host and time of each kill of a supervisor.
         zygotes: host and time of each kill of a zygote.
-        workers: host and time of each kill of a worker in a failpoint run, also of one that may not have had a call.
+        workers: host and time of each kill of a worker in a failpoint run, even if the worker had no call.
         places: time and place of each kill of a failpoint run.
         call_stops: host and time of each end of all calls.
         frontend_stops: host and time of each stop of a frontend.
         outages: each fault with its begin and end.
         half_hosts: periods in which a dispatcher may have started with an incomplete hosts file that did not change
             for so long that it had to use it.
-        problems: what a fault has shown at once, as text.
+        problems: problems that a fault has shown immediately, as text.
     """
 
     injected: Counter[str] = field(default_factory=Counter)
@@ -84,7 +84,7 @@ class FaultInjector:
 
     Args:
         system: the system.
-        tracker: knows the processes of calls.
+        tracker: has the processes of calls.
         disk: the separate small file system of the dispatcher's store; None: its disk is never full.
     """
 
@@ -97,7 +97,7 @@ class FaultInjector:
         self._network: dict[str, Fault] = {}
         self._hanging: Counter[str] = Counter()
         self._rewriting = asyncio.Lock()
-        #: Each is held while the supervisors of a host need the files of their runtime directory, or have none there.
+        #: Each is locked while the supervisors of a host need their runtime directory, or have no files there.
         self._state_files: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def run(self, faults: Iterable[Fault], begin: float) -> None:
@@ -191,7 +191,7 @@ class FaultInjector:
         self._network[host.name] = fault
         await host.proxy.set(fault.kind)
         await asyncio.sleep(fault.seconds)
-        if self._network.get(host.name) is fault:  # else a later one has taken its place
+        if self._network.get(host.name) is fault:  # else a later one has replaced it
             await host.proxy.set(Mode.PASS)
         return True
 

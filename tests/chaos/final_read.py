@@ -1,4 +1,4 @@
-"""The last read: the end of every job is requested once more, and every stream is read from its first record."""
+"""The last read: the end of every job is requested again, and every stream is read from its first record."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from chaos.observations import Follower, Observations, ObservedJob, end_of
 from chaos.system import System
 from harp import aio
 
-#: Number of jobs that are read at once.
+#: Number of jobs that are read at the same time.
 _AT_ONCE = 12
 
 

@@ -27,10 +27,10 @@ class JobSpec:
         arguments: all arguments of the procedure.
         queue: a name of `QUEUES`; None: no queue.
         limits: options ``timeout`` and ``max_exec_time``, in seconds.
-        records: number of records if nothing stops it; None: not a stream.
+        records: number of records unless it is stopped; None: not a stream.
         record_size: size of each record.
         endless: whether it runs until it is stopped.
-        request_id: its request id; None: it has none.
+        request_id: its request id; None: no request id.
     """
 
     token: str

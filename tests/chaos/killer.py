@@ -27,7 +27,7 @@ _DISPATCHER = "dispatcher"
 _LONGEST = 0.7
 #: Seconds between two checks whether a target exists or serves again, and the maximum time for the latter.
 _PAUSE, _RECOVERY = 0.05, 60.0
-#: Seconds between two kills of a host's supervisor: a launcher waits longer and longer for one that dies more often.
+#: Seconds between two kills of a host's supervisor: a launcher waits longer after each of several deaths.
 _SUPERVISOR_PAUSE = 11.0
 
 
@@ -83,7 +83,7 @@ class KillInjector:
 
     Args:
         system: the system.
-        tracker: knows the processes of calls.
+        tracker: has the processes of calls.
         history: receives the kills.
         observations: receives a violation if a daemon does not serve again.
         bystanders: get the pids of killed processes.

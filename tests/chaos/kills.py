@@ -14,7 +14,7 @@ class Place(StrEnum):
     """What decides the moment of a kill, after a random delay.
 
     At a system call, the process may do a random number of entries and exits of system calls, then it is killed. This
-    hits each step of a path, however short it is: a process that waits spends most of its time in one system call, and
+    hits even the shortest step of a path: a process that waits spends most of its time in one system call, and
     a kill at a random time finds it there.
     """
 

@@ -1,4 +1,4 @@
-"""Marks: what a procedure writes to disk about itself, so that the facts do not come from HARP.
+"""Marks: lines that procedures write to disk about their calls, so that the facts do not come from HARP.
 
 A mark is a line with a JSON array, appended by one write to the file of its host. Times are seconds of CLOCK_BOOTTIME,
 which is the same for all processes of the machine and independent of the wall clock.
@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 #: The environment variable with the path of the file. It also identifies the processes of a run.
 VARIABLE = "CHAOS_MARKS"
-#: A file beside those of the marks, with a promise that procedures break, and the pid of a process that is none of
-#: HARP's business.
+#: A file beside those of the marks, with a promise that procedures break, and the pid of a process that does not
+#: belong to HARP.
 SABOTAGE_FILE = "sabotage"
 
 
@@ -76,7 +76,7 @@ class Writer:
         self._process = Identity(0, 0)
 
     def write(self, token: str, kind: str, value: Any = None, process: Identity | None = None) -> None:
-        """Append a mark of this process, or of another one."""
+        """Append a mark of this process, or of another process."""
         if self._process.pid != os.getpid():
             found = read_stat(os.getpid())
             assert found is not None

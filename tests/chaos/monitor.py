@@ -16,7 +16,7 @@ _PAUSE, _IDLE_PAUSE = 2.0, 0.3
 _MAX_DELAY = HOST_TIMEOUT + 10.0
 _MARGIN = 10.0
 #: Seconds for which a process may live after the end of its call, if the end comes after its exit, and otherwise: a
-#: host out of contact stops it by itself.
+#: host without contact stops it.
 _MAX_AFTER_EXIT, _MAX_ORPHANED = 10.0, DISCONNECT_TIMEOUT + KILL_GRACE + 20.0
 #: Seconds without any change after which the wait has failed: every job changes something more often.
 _MAX_STILL = 90.0
@@ -33,7 +33,7 @@ class Monitor:
     Args:
         system: the system.
         observations: receives violations.
-        tracker: knows which processes live.
+        tracker: has the live processes.
 
     Attributes:
         unended: number of jobs that had not ended at the last check.
@@ -92,7 +92,7 @@ class Monitor:
                 self._orphans.add(process)
 
     async def wait_until_idle(self, clients: asyncio.Task[None]) -> None:
-        """Return when all jobs have ended, all slots are free and all clients are done, or when nothing changes."""
+        """Return when all jobs have ended, all slots are free and all clients are done; or without progress."""
         last: object = None
         changed = now()
         while now() - changed < _MAX_STILL:

@@ -1,4 +1,4 @@
-"""A run of root has its own mounts and its own pids: the kernel ends all that is left, and pids can be chosen."""
+"""A run of root has separate mounts and pids: the kernel ends all remaining processes, and pids can be chosen."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def enter() -> bool:
 
 
 def _wait(child: int) -> NoReturn:
-    """Wait for a child, and reap all others meanwhile; exit with its status."""
+    """Wait for a child, reap all others, and exit with its status."""
 
     def send(number: int, _: object) -> None:
         with contextlib.suppress(ProcessLookupError):

@@ -39,7 +39,7 @@ def end_of(outcome: Any) -> End | None:
     """Return the end in an outcome of `RemoteCall.result`; None: the job has not ended.
 
     Raises:
-        CommunicationError: the outcome says nothing about the job.
+        CommunicationError: the outcome does not describe the job.
     """
     match outcome:
         case harp.CALL_NOT_FINISHED:
@@ -104,7 +104,7 @@ class ObservedJob:
         spec: the submitted job.
         submitted: time of the submission, by the clock of the marks.
         id: its id; None: no reply was received, so the job may exist or not.
-        submissions: how often a client submitted it; the library repeats some of these by itself.
+        submissions: how often a client submitted it; the library repeats some of them.
         cancels: number of cancel requests.
         cancelled: the reply to the only cancel; None: no reply, or several cancels.
         end: its end; None: not received yet.
@@ -134,7 +134,7 @@ class DirectCall:
     Attributes:
         token: identifies it in its marks.
         host: the host that it calls.
-        submitted: when it began, by the clock of the marks.
+        submitted: when it started, by the clock of the marks.
         end: its end; ``broken``: the connection failed; None: not ended yet.
         ended: when it ended.
         record_size: size of each record, if it is a stream.

@@ -41,7 +41,7 @@ def _sabotage(token: str) -> None:
         return
     file = Path(os.environ.get(VARIABLE, os.devnull)).with_name(SABOTAGE_FILE)
     claimed = file.with_suffix(f".{os.getpid()}")
-    with contextlib.suppress(FileNotFoundError):  # no such order, or another job was faster
+    with contextlib.suppress(FileNotFoundError):  # the order does not exist, or another job was faster
         file.rename(claimed)
         kind, bystander = claimed.read_text().split()
         found = read_stat(int(bystander))
@@ -147,7 +147,7 @@ def stubborn(token: str) -> str:
 def _descendant(token: str, steps: tuple[Any, ...]) -> int:
     """Create a process; when it has written its mark, return a descriptor. A byte written to it ends the process.
 
-    The process survives the end of this one.
+    The process survives the end of its worker.
     """
     ready, ready_writer = os.pipe()
     go, go_writer = os.pipe()

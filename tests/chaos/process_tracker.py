@@ -25,7 +25,7 @@ class Lifetime:
         token: the job's token.
         host: the host on which it runs.
         main: whether it runs the procedure.
-        began: time of its first mark.
+        started_at: time of its first mark.
         last_seen: when it was last found alive.
         died_at: when it was first found dead; None: it lives.
     """
@@ -33,19 +33,19 @@ class Lifetime:
     token: str
     host: str
     main: bool
-    began: float
+    started_at: float
     last_seen: float
     died_at: float | None = None
 
 
 @dataclass
 class MarkedJob:
-    """What the marks of a job's procedure show.
+    """The state of a job's procedure, from its marks.
 
     Attributes:
         main: the lifetime of the process that runs it; None: it has not started.
         starts: the processes that started it; more than one is a violation.
-        processes: all of its known processes.
+        processes: all of its recorded processes.
         records: when each record was passed on.
         returned: each value that it was about to return.
         raised: whether it was about to raise.
@@ -124,7 +124,7 @@ class ProcessTracker:
                 marked.returned.append(mark.value)
 
     def marks_of(self, token: str) -> MarkedJob:
-        """Return the marks of a job; empty ones if it has not started."""
+        """Return the marks of a job; without entries if it has not started."""
         return self.jobs.get(token, MarkedJob())
 
     def living(self, token: str | None = None) -> list[Identity]:

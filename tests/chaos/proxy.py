@@ -14,7 +14,7 @@ import struct
 from enum import StrEnum
 
 _CHUNK = 1 << 16
-#: A slow network: bytes that are sent at once, and seconds between them.
+#: A slow network: bytes of one write, and seconds between them.
 _DRIP_BYTES, _DRIP_PAUSE = 64, 0.02
 #: Maximum bytes before a reset; a TLS handshake and a request have several thousand.
 _RESET_AFTER = 6000
@@ -25,10 +25,10 @@ _ABORTIVE = struct.pack("ii", 1, 0)
 
 
 class Mode(StrEnum):
-    """What the proxy does to connections."""
+    """The treatment of connections by the proxy."""
 
     PASS = "pass"
-    CUT = "cut"  # closes both sides of all connections, also of new ones
+    CUT = "cut"  # closes both sides of all present and new connections
     HALF_OPEN = "half-open"  # closes one side silently; the other one gets a reset if it sends after the fault
     STALLED = "stalled"  # accepts connections and passes no data until the fault ends
     SLOW = "slow"  # passes a few bytes at a time
@@ -37,7 +37,7 @@ class Mode(StrEnum):
 
 
 def reserve_port() -> socket.socket:
-    """Reserve a free port of 127.0.0.1 until the socket is closed; a program may listen on it meanwhile.
+    """Reserve a free port of 127.0.0.1 until the socket is closed; a program may listen on it before.
 
     The port is below the range from which the system chooses, so that no other program gets it by chance while nobody
     listens on it. SO_REUSEADDR is set after the bind: a port that another run has reserved is then in use here.
@@ -84,7 +84,7 @@ class Proxy:
             self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port, backlog=512)
 
     async def set(self, mode: Mode) -> None:
-        """Set the mode of all connections, also of open ones."""
+        """Set the mode of all present and new connections."""
         self.mode = mode
         if mode is Mode.REFUSE:
             self._stop_listening()
@@ -213,7 +213,7 @@ class _ProxiedConnection:
         self.abort()
 
     def abort(self) -> None:
-        """Close both sides at once."""
+        """Close both sides immediately."""
         for writer in self._writers:
             writer.transport.abort()
         if self._task is not None:

@@ -1,4 +1,4 @@
-"""What a run prints at its end: a table of ends and marks, counts, and every violation with its facts."""
+"""The output of a run at its end: a table of ends and marks, counts, and every violation with its facts."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _listed(kinds: Counter[str]) -> str:
 
 
 def violations(observations: Observations, history: History, run: Path) -> Iterator[str]:
-    """Yield every violation; the first ones with the log lines about the job."""
+    """Yield every violation; the first few with the log lines about the job."""
     yield f"broken promises: {len(observations.violations)}"
     for number, count in sorted(Counter(violation.promise for violation in observations.violations).items()):
         yield f"    {count:4}  {number}. {PROMISES[number]}"

@@ -168,7 +168,7 @@ class Run:
                 self.observations.add_violation(0, None, death)
 
     async def _check_processes_left(self) -> None:
-        """Check that no process of a call is left after all daemons have ended."""
+        """Check that no process of a call remains after all daemons have ended."""
         last = time.monotonic() + _LAST
         while (left := find_processes(self._plan.directory)) and time.monotonic() < last:
             await asyncio.sleep(_PAUSE)

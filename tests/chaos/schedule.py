@@ -15,7 +15,7 @@ from chaos.proxy import Mode
 
 #: Faults per minute, without bursts.
 _RATE = 30.0
-#: One fault in this many is a burst of several at once; the number of faults in a burst (from, below).
+#: One fault in this many is a burst of several together; the number of faults in a burst (from, below).
 _BURST_EVERY, _BURST = 12, (3, 6)
 #: Weights and durations of faults in seconds: too short to be noticed; noticed; longer than `disconnect_timeout`;
 #: longer than `host_timeout`.
@@ -27,7 +27,7 @@ _LENGTHS: Sequence[tuple[int, tuple[float, float]]] = (
 )
 #: Maximum suspension of a supervisor in seconds: after a longer one, its host is lost while its calls run.
 _MAX_SUPERVISOR_SUSPENSION = 6.0
-#: Maximum duration of a fault of the dispatcher in seconds: without it there is nothing to test.
+#: Maximum duration of a fault of the dispatcher in seconds: with longer faults, there is too little to test.
 _MAX_DISPATCHER_FAULT = 12.0
 #: Seconds of a crowd, at least, because it needs time to arrive; and at most: the library tries again for 10 s.
 _MIN_CROWD, _MAX_CROWD = 2.0, 6.0
@@ -101,7 +101,7 @@ _WEIGHTS: Mapping[Kind | Mode, int] = {
     Mode.REFUSE: 4,
 }
 
-#: Kinds whose target is the dispatcher; all others have a host.
+#: Kinds with the dispatcher as target; all others have a host.
 _DISPATCHER_KINDS = frozenset(
     {
         Kind.KILL_DISPATCHER,
@@ -125,7 +125,7 @@ class Fault:
         at: seconds after the start of the run.
         kind: the kind.
         host: its target; None: the dispatcher.
-        seconds: its duration, or the time until a daemon that it has ended starts again.
+        seconds: its duration, or the time until the ended daemon starts again.
         step: the change of the clock in seconds.
         choice: a number from 0 to 1 that selects one of several targets or ways.
     """

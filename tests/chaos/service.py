@@ -19,7 +19,7 @@ _RESTART = 0.3
 _STOP_TIMEOUT = 60.0
 #: The exit statuses after a signal. A daemon that has just been executed has no handler for SIGTERM yet.
 _EXPECTED_STATUSES = {signal.SIGKILL: {-signal.SIGKILL}, signal.SIGTERM: {0, -signal.SIGTERM}, signal.SIGUSR1: {0}}
-#: Bytes of the log that are read at once; the byte that fills its pipe, which no log has.
+#: Bytes of one read of the log; the byte that fills its pipe, which no log has.
 _LOG_CHUNK, _BALLAST = 1 << 16, b"\0"
 #: Signals that are sent only to a daemon that has a handler for them.
 _NEEDING_HANDLER = frozenset({signal.SIGHUP, signal.SIGUSR1})
@@ -32,7 +32,7 @@ class Service:
         name: for messages.
         command: its command line.
         environment: additional entries of its environment.
-        log: the file for what it writes to stdout and stderr.
+        log: the file for its stdout and stderr.
 
     Attributes:
         unexpected_exits: each exit without a fault, or with another status than the fault explains, as text.
@@ -74,7 +74,7 @@ class Service:
                 stdout=self._log_writer,
                 stderr=self._log_writer,
                 env=self._environment,
-                start_new_session=True,  # Ctrl-C is for this program, which then stops everything in order
+                start_new_session=True,  # Ctrl-C is handled by this program, which then stops everything in order
             )
             self._expected = set()
             status = await self._process.wait()
@@ -118,7 +118,7 @@ class Service:
         return self._suspended_at is not None
 
     def on_serving(self) -> None:
-        """Note that it has served a request."""
+        """Record that it has served a request."""
         if self._down_since is not None and self._suspended_at is None:
             self.absences.append((self._down_since, now()))
             self.downtimes.append((self._down_since, now()))

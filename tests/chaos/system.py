@@ -103,11 +103,11 @@ class Host:
         return True
 
     async def supervisors(self) -> list[int]:
-        """Return the pids of the supervisors that reply, also of retired ones."""
+        """Return the pids of all supervisors that reply; retired supervisors count."""
         return sorted({int(status["supervisor"]) for status in await self.statuses()})
 
     async def statuses(self) -> list[dict[str, Any]]:
-        """Return the status of each supervisor that replies, also of retired ones."""
+        """Return the status of each supervisor that replies; retired supervisors count."""
         found = [await self._status(name) for name in _sockets(self.runtime_directory)]
         return [status for status in found if status is not None]
 
@@ -235,7 +235,7 @@ class System:
         """Start all proxies and daemons; do not wait until they serve.
 
         Args:
-            bystander: a process that is none of the system's business; a procedure that breaks a promise gets its pid.
+            bystander: a process that does not belong to the system; a procedure that breaks a promise gets its pid.
         """
         if self._sabotage in PROCEDURE_SABOTAGES:
             self._victim.write_text(f"{self._sabotage} {bystander}")

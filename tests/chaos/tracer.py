@@ -2,13 +2,13 @@
 
     python -P -m chaos.tracer
 
-It reads requests from stdin, one a line, and handles each in a process of its own, which replies with one line:
+It reads requests from stdin, one a line, and handles each in a separate process, which replies with one line:
 
     NUMBER PID START THREAD STOPS SECONDS      ->      NUMBER KILLED WHERE
 
 START is the start time of the process; THREAD is the thread whose system calls count. After STOPS of them or, if it
-does not do as many, after SECONDS the whole process is killed. KILLED is 1, or 0 if the process was gone or must not be
-observed. At an entry, the system call is not carried out any more. WHERE is for reports.
+does not do as many, after SECONDS the whole process is killed. KILLED is 1, or 0 if the process had ended or must not
+be observed. At an entry, the system call is not carried out any more. WHERE is for reports.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _ptrace(request: int, thread: int, address: int, data: object) -> None:
 
 
 class _Observed:
-    """A thread whose system calls are observed."""
+    """A thread with observed system calls."""
 
     def __init__(self, thread: int) -> None:
         self._thread = thread
@@ -75,7 +75,7 @@ class _Observed:
 
 
 def _kill(pid: int, start: int, thread: int, stops: int, seconds: float) -> str | None:
-    """Kill a process; return where, or None if it was gone or must not be observed."""
+    """Kill a process; return where, or None if it had ended or must not be observed."""
     try:
         process = os.pidfd_open(pid)
     except ProcessLookupError:

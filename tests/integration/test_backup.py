@@ -115,7 +115,7 @@ def test_backup_never_overwrites_another_file(tmp_path: Path) -> None:
     assert failure(dispatcher, "backup", str(mine)).startswith("no harpcallerd is running on ")
 
 
-def test_restore_asks_what_to_do_with_queued_jobs(tmp_path: Path, peer: Peer) -> None:
+def test_restore_requires_a_choice_for_queued_jobs(tmp_path: Path, peer: Peer) -> None:
     backup = tmp_path / "backup"
     with Harpcallerd(tmp_path / "one", {"web01": peer.port}) as dispatcher:
         ended, queued = submit_all_kinds(dispatcher)

@@ -211,7 +211,7 @@ def test_command_prints_output_and_exits(line: str, scripts: list[Script], outpu
         ("network_error", "firewall"),
     ],
 )
-def test_error_of_the_setup_says_what_to_do(type: str, advice: str) -> None:
+def test_error_of_the_setup_has_a_hint(type: str, advice: str) -> None:
     with Peer(answering({"error": {"type": type, "message": "m"}})) as peer:
         done = harp("result", JOB, HARP_DISPATCHER=f"{peer.host}:{peer.port}")
     error, second = done.stderr.splitlines()
@@ -220,7 +220,7 @@ def test_error_of_the_setup_says_what_to_do(type: str, advice: str) -> None:
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "unix:/nowhere/socket"])
-def test_unreachable_dispatcher_says_what_to_do(address: str) -> None:
+def test_unreachable_dispatcher_error_has_a_hint(address: str) -> None:
     done = harp("--reconnect", "0", "result", JOB, HARP_DISPATCHER=address)
     error, second = done.stderr.splitlines()
     assert "cannot connect" in error

@@ -576,7 +576,7 @@ def test_async_connection_is_used_in_a_second_loop() -> None:
 
 
 @pytest.mark.parametrize("tls", [False, True])
-def test_close_ends_connection_that_a_fork_holds(shell: Shell, files: Certificates, tls: bool) -> None:
+def test_close_ends_connection_shared_with_a_fork(shell: Shell, files: Certificates, tls: bool) -> None:
     """A forked child has the descriptor, too; the peer is notified all the same, so that a direct call is cancelled."""
 
     def script(conn: PeerConnection) -> None:

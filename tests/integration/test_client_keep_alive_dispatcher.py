@@ -68,7 +68,7 @@ CALL = {"harpcaller": 1, "host": "web01", "procedure": "p", "arguments": []}
 GET = {"harpcaller": 1, "get_result": JOB, "wait": True}
 
 
-def test_default_asks_before_the_second_request(shell: Shell) -> None:
+def test_default_sends_question_before_the_second_request(shell: Shell) -> None:
     answers: list[list[object]] = [[{**MANY, "keep_alive": 60}], [{"result": 5, "keep_alive": 60}], [SUBMITTED]]
     with Peer(answering(SUBMITTED), keeping(*answers)) as peer:
         with shell.caller(peer, keep_alive=None) as rpc:
@@ -78,7 +78,7 @@ def test_default_asks_before_the_second_request(shell: Shell) -> None:
     assert peer.requests == [CALL, QUESTION, {**GET, "keep_alive": True}, {**CALL, "keep_alive": True}]
 
 
-def test_default_on_legacy_dispatcher_is_asked_once(shell: Shell) -> None:
+def test_default_on_legacy_dispatcher_sends_question_once(shell: Shell) -> None:
     """It closes without a reply, as for each unknown key; no request of the caller fails."""
     answers = [answering(SUBMITTED), answering(), answering({"result": 5}), answering(SUBMITTED)]
     with Peer(*answers) as peer:
@@ -262,7 +262,7 @@ rpc.web01.p()
 """
 
 
-def test_default_in_forked_process_has_its_own_connection() -> None:
+def test_default_in_forked_process_opens_a_connection() -> None:
     kept = [{**MANY, "keep_alive": 60}], [SUBMITTED], [SUBMITTED]
     with Peer(answering(SUBMITTED), keeping(*kept), keeping([SUBMITTED])) as peer:
         command = [sys.executable, "-X", "dev", "-W", "error", "-c", FORKING, peer.host, str(peer.port), JOB]

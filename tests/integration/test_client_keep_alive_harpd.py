@@ -312,7 +312,7 @@ def test_keep_alive_break_after_reply_is_not_ambiguous(shell: Shell, tls: ssl.SS
         assert server.p() == 3
 
 
-def test_keep_alive_break_of_new_one_is_not_ambiguous(shell: Shell, tls: ssl.SSLContext) -> None:
+def test_keep_alive_break_of_new_connection_is_not_ambiguous(shell: Shell, tls: ssl.SSLContext) -> None:
     with Peer(answering(), tls=tls) as peer:
         with pytest.raises(harp.CommunicationError, match="closed the connection") as caught:
             shell.server(peer, keep_alive=True).p()
@@ -427,7 +427,7 @@ COPIES: list[Callable[[Any], Any]] = [copy.copy, copy.deepcopy, lambda server: p
 
 
 @pytest.mark.parametrize("copied", COPIES, ids=["copy", "deepcopy", "pickle"])
-def test_keep_alive_copy_has_its_own_connections(tls: ssl.SSLContext, copied: Callable[[Any], Any]) -> None:
+def test_keep_alive_copy_has_separate_connections(tls: ssl.SSLContext, copied: Callable[[Any], Any]) -> None:
     with Peer(keeping(result(1), result(3)), keeping(result(2)), tls=tls) as peer:
         server = harp.HarpServer(peer.host, "u", "secret", peer.port, keep_alive=True)
         assert server.p() == 1
@@ -439,7 +439,7 @@ def test_keep_alive_copy_has_its_own_connections(tls: ssl.SSLContext, copied: Ca
 
 
 @pytest.mark.parametrize("copied", COPIES, ids=["copy", "deepcopy", "pickle"])
-def test_keep_alive_async_copy_has_its_own_connections(tls: ssl.SSLContext, copied: Callable[[Any], Any]) -> None:
+def test_keep_alive_async_copy_has_separate_connections(tls: ssl.SSLContext, copied: Callable[[Any], Any]) -> None:
     async def main(peer: Peer) -> None:
         async with aio.AsyncHarpServer(peer.host, "u", "secret", peer.port, keep_alive=True) as server:
             assert await server.p() == 1
@@ -508,7 +508,7 @@ end()
 
 
 @pytest.mark.parametrize("shell_program", [SYNC, AIO], ids=["sync", "aio"])
-def test_keep_alive_fork_has_its_own_connections(tls: ssl.SSLContext, shell_program: str) -> None:
+def test_keep_alive_fork_has_separate_connections(tls: ssl.SSLContext, shell_program: str) -> None:
     """The child does not end the connections of its parent."""
     with Peer(keeping(result(1), result(3)), keeping(result(2)), tls=tls) as peer:
         run(shell_program + FORKING, peer)

@@ -181,7 +181,7 @@ def test_follow_gives_up_after_reconnect_seconds(shell: Shell) -> None:
 
 @pytest.mark.parametrize("off", [0, None, False])
 @pytest.mark.parametrize("leave", [closing, tearing])
-def test_follow_without_reconnect_fails_at_once(shell: Shell, off: float | None, leave: Script) -> None:
+def test_follow_without_reconnect_fails_immediately(shell: Shell, off: float | None, leave: Script) -> None:
     with Peer(serving(2, leave)) as peer:
         iterator = shell.caller(peer, reconnect=off).job(JOB).follow(since=0)
         assert [next(iterator), next(iterator)] == records(0, 1)

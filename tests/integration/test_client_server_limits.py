@@ -58,7 +58,7 @@ def test_long_request_is_refused_while_it_is_sent(dispatcher: Harpcallerd) -> No
         assert client.messages() == refused("the request line is longer than 100000 bytes")
 
 
-def test_long_request_sent_at_once_reads_the_refusal(dispatcher: Harpcallerd) -> None:
+def test_long_request_in_one_write_reads_the_refusal(dispatcher: Harpcallerd) -> None:
     with dispatcher.connect() as client:
         client.send(b"x" * 20_000_000)
         assert client.messages() == refused("the request line is longer than 100000 bytes")
@@ -85,7 +85,7 @@ def test_partial_request_is_refused(dispatcher: Harpcallerd) -> None:
         assert client.messages() == refused("the connection was closed in the middle of the request line")
 
 
-def test_client_half_closed_without_request_gets_nothing(dispatcher: Harpcallerd) -> None:
+def test_client_half_closed_without_request_gets_no_reply(dispatcher: Harpcallerd) -> None:
     with dispatcher.connect() as client:
         client.half_close()
         assert client.lines() == []
@@ -252,7 +252,7 @@ def test_full_disk_refuses_new_jobs_until_space_is_free(dispatcher: Harpcallerd)
 # The end of clients and of the server.
 
 
-def test_stop_ends_waits_at_once(tmp_path_factory: pytest.TempPathFactory, peer: Peer) -> None:
+def test_stop_ends_waits_immediately(tmp_path_factory: pytest.TempPathFactory, peer: Peer) -> None:
     directory = tmp_path_factory.mktemp("stop")
     with Harpcallerd(directory, {"web01": peer.port}, settings={"idle_timeout": 3600}) as dispatcher:
         job = dispatcher.submit("web01", "hang")

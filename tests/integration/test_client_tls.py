@@ -43,7 +43,9 @@ def test_tls_context_is_created_once(files: Certificates) -> None:
 
 
 @pytest.mark.parametrize("how", ["replaced", "written over"])
-def test_tls_changed_ca_file_takes_effect_at_once(shell: Shell, tmp_path: Path, files: Certificates, how: str) -> None:
+def test_tls_changed_ca_file_takes_effect_immediately(
+    shell: Shell, tmp_path: Path, files: Certificates, how: str
+) -> None:
     ca_file, other = tmp_path / "trusted.pem", tmp_path / "new.pem"
     right = files.ca_file.read_bytes()
     wrong = trustme.CA(key_type=trustme.KeyType.ECDSA).cert_pem.bytes()

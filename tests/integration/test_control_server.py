@@ -352,7 +352,7 @@ def test_invalid_request_is_refused(dispatcher: Harpcallerd, request_: bytes, me
     assert control(dispatcher, request_ + b"\n") == [{"error": message}]
 
 
-def test_unread_list_blocks_nothing_else(dispatcher: Harpcallerd) -> None:
+def test_unread_list_blocks_no_other_request(dispatcher: Harpcallerd) -> None:
     for number in range(200):
         dispatcher.submit("nowhere", "p", number, "x" * 20_000)
     with LineClient(socket.socket(socket.AF_UNIX)) as client:

@@ -112,7 +112,7 @@ async def test_submit_and_claim_share_one_commit(tmp_path: Path, monkeypatch: py
     await store.close()
 
 
-async def test_submit_lowers_limits_to_the_configured_ones(tmp_path: Path) -> None:
+async def test_submit_lowers_limits_to_the_configured_limits(tmp_path: Path) -> None:
     async with running(tmp_path, default_timeout=20.0, max_exec_time=30.0) as dispatcher:
         for asked, stored in (((None, None), (20.0, 30.0)), ((5, 6.5), (5.0, 6.5)), ((10**40, 31), (20.0, 30.0))):
             job_id = await dispatcher.submit(call(timeout=asked[0], max_exec_time=asked[1]), "test")
@@ -232,7 +232,7 @@ async def test_cancel_queue_cancels_queued_and_running_jobs(tmp_path: Path) -> N
     assert len(gated.begun_calls) == 2
 
 
-async def test_cancel_queue_lets_other_writes_pass(tmp_path: Path) -> None:
+async def test_cancel_queue_does_not_block_other_writes(tmp_path: Path) -> None:
     gated = GatedHost()
     with host(tmp_path, gated.script) as peer:
         async with running(tmp_path, host_line(peer.port)) as dispatcher:
@@ -384,7 +384,7 @@ async def test_read_ends_at_the_records_of_its_begin(tmp_path: Path) -> None:
             assert await dispatcher.result(job_id) == Returned(b'"end"')
 
 
-async def test_thousand_followers_are_not_delayed_by_a_slow_one(tmp_path: Path) -> None:
+async def test_thousand_followers_are_not_delayed_by_a_slow_follower(tmp_path: Path) -> None:
     stream = Stream()
     with host(tmp_path, stream.script) as peer:
         async with running(tmp_path, host_line(peer.port)) as dispatcher:

@@ -49,7 +49,7 @@ async def claimed_job(store: Any) -> str:
 
 
 @pytest.mark.parametrize("data", [{}, {"end": "x"}, [1], None, {"end": 10**30}])
-async def test_orphan_with_invalid_reply_affects_nothing_else(tmp_path: Path, data: Any) -> None:
+async def test_orphan_with_invalid_reply_affects_no_other(tmp_path: Path, data: Any) -> None:
     refused = threading.Event()
 
     def script(conn: PeerConnection) -> None:
@@ -233,7 +233,9 @@ async def test_failed_run_leaves_no_pending_stop(tmp_path: Path) -> None:
     await opened.close()
 
 
-async def test_recovered_job_of_unknown_host_ends_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_recovered_job_of_unknown_host_ends_with_unknown_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its call may run until `host_timeout`: the host may have been removed from the registry after the start."""
     monkeypatch.setattr("harpcaller.config._STOP_MARGIN", 0.0)
     opened = await open_store(tmp_path / "store")

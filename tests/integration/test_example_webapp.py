@@ -75,7 +75,7 @@ def application() -> Iterator[str]:
         ("refused", 503, {"error": "cannot ask the dispatcher: too_many_connections: m"}),
     ],
 )
-def test_webapp_tells_outcomes_apart(application: str, job: str, status: int, body: dict[str, Any]) -> None:
+def test_webapp_distinguishes_outcomes(application: str, job: str, status: int, body: dict[str, Any]) -> None:
     assert get(f"{application}/jobs/{job}") == (status, body)
 
 

@@ -96,7 +96,7 @@ def test_invalid_request_is_rejected(harpd: Harpd, request_: Any, type: str, mes
     assert exchange(harpd, data + b"\n") == error(type, message)
 
 
-def test_request_line_over_the_limit_is_rejected_at_once(harpd: Harpd) -> None:
+def test_request_line_over_the_limit_is_rejected_immediately(harpd: Harpd) -> None:
     expected = error("invalid_request", "the request line is longer than 100000 bytes")
     assert exchange(harpd, b"x" * 100_001) == expected
     assert exchange(harpd, json.dumps(harpd.request("echo", ["x" * 5_000_000])).encode() + b"\n") == expected

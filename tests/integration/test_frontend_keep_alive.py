@@ -260,7 +260,7 @@ def test_request_after_suspension_is_accepted(tmp_path: Path) -> None:
         assert ask(harpd, client, "same", 1, call=terms)["stream_result"] is False
 
 
-async def test_next_request_counts_from_its_own_arrival(tmp_path: Path) -> None:
+async def test_next_request_counts_from_its_arrival(tmp_path: Path) -> None:
     """Otherwise a start on a connection that was idle for long would be rejected as delayed."""
     harpd = Harpd(tmp_path / "harpd", "", services=True)
     directory = harpd.runtime_directory
@@ -293,7 +293,7 @@ async def test_next_request_counts_from_its_own_arrival(tmp_path: Path) -> None:
     assert not harpd.faults()
 
 
-async def test_stopping_frontend_does_not_deny_a_start_it_lost(tmp_path: Path) -> None:
+async def test_stopping_frontend_does_not_deny_an_unknown_start(tmp_path: Path) -> None:
     """Without an acknowledgement, the error shutdown promises that nothing was started."""
     harpd = Harpd(tmp_path / "harpd", "", services=True)
     directory = harpd.runtime_directory

@@ -84,7 +84,7 @@ def move_log_and_break_procedures(harpd: Harpd) -> None:
         move_log_and_break_procedures,
     ],
 )
-def test_reload_with_a_broken_file_changes_nothing(harpd: Harpd, break_: Any) -> None:
+def test_reload_with_a_broken_file_has_no_effect(harpd: Harpd, break_: Any) -> None:
     with harpd:
         break_(harpd)
         failed = harpd.reload()
@@ -185,7 +185,7 @@ def test_restart_serves_on_the_same_port(harpd: Harpd) -> None:
         assert version(harpd) == {"result": 1}
 
 
-def test_supervisor_death_kills_calls_and_the_next_one_works(harpd: Harpd, tmp_path: Path) -> None:
+def test_supervisor_death_kills_calls_and_the_next_works(harpd: Harpd, tmp_path: Path) -> None:
     with harpd, harpd.connect() as running, harpd.connect() as streaming:
         running.send(harpd.request("pid_then_wait", [str(tmp_path / "pid")]))
         assert running.message() == ACKNOWLEDGED

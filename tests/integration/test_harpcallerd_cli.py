@@ -178,7 +178,7 @@ def test_start_keeps_a_file_that_is_not_a_socket(dispatcher: Harpcallerd) -> Non
     assert fails(dispatcher, "list") == f"harpcallerd: no harpcallerd is running on {dispatcher.socket}"
 
 
-def test_daemon_started_twice_at_once_runs_once(dispatcher: Harpcallerd) -> None:
+def test_daemon_started_twice_in_parallel_runs_once(dispatcher: Harpcallerd) -> None:
     dispatcher.start()
     dispatcher.kill()  # both find its socket files
     dispatcher.configure({"listen": ["127.0.0.1:0"]})
@@ -342,7 +342,7 @@ def test_reload_changed_listen_needs_restart(tmp_path: Path) -> None:
         ({"ca_file": "/nowhere.pem"}, "ca_file: expected"),
     ],
 )
-def test_reload_of_an_invalid_file_changes_nothing(
+def test_reload_of_an_invalid_file_has_no_effect(
     dispatcher: Harpcallerd, settings: dict[str, Any], message: str
 ) -> None:
     with dispatcher:
@@ -368,7 +368,7 @@ def test_reload_applies_request_and_log_settings(dispatcher: Harpcallerd) -> Non
         assert dispatcher.events("a changed setting needs a restart", key="stream_directory")
 
 
-def test_reload_many_times_at_once(dispatcher: Harpcallerd) -> None:
+def test_reload_many_times_in_parallel(dispatcher: Harpcallerd) -> None:
     with dispatcher:
         for _ in range(20):
             os.kill(dispatcher.pid, signal.SIGHUP)

@@ -432,7 +432,7 @@ def test_exception_text_is_cut_with_a_mark(harpd: Harpd) -> None:
         assert client.lines()[-1]["error"]["message"].endswith("cut at 65536)")
 
 
-def test_traceback_is_logged_as_one_warning(harpd: Harpd) -> None:
+def test_traceback_is_logged_as_a_warning(harpd: Harpd) -> None:
     harpd.call("raises_chained")
     (event,) = harpd.events("procedure raised", call=last_call(harpd, "raises_chained"))
     assert event["level"] == "warning"
@@ -526,7 +526,7 @@ def test_printed_lines_are_logged_with_call_id(harpd: Harpd) -> None:
     assert "printed while loading" not in printed(harpd, call)
 
 
-def test_printed_line_is_logged_at_once(harpd: Harpd, tmp_path: Path) -> None:
+def test_printed_line_is_logged_immediately(harpd: Harpd, tmp_path: Path) -> None:
     with harpd.connect() as client:
         client.send(harpd.request("prints_then_waits", [str(tmp_path / "go")]))
         harpd.wait_event("call printed", procedure="prints_then_waits", text="before the wait")
@@ -547,7 +547,7 @@ def test_printed_bytes_and_long_lines_are_logged(harpd: Harpd) -> None:
     harpd.wait_event("call printed", call=last_call(harpd, "prints_around"), text="\\ud800 and \u20ac")
 
 
-def test_calls_two_hundred_at_once_return(harpd: Harpd, tmp_path: Path) -> None:
+def test_calls_two_hundred_in_parallel_return(harpd: Harpd, tmp_path: Path) -> None:
     clients: list[LineClient] = []
     try:
         for _ in range(200):

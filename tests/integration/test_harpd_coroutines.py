@@ -194,7 +194,7 @@ def test_value_without_json_form_is_invalid_message(harpd: Harpd) -> None:
     assert "expose it with @streaming_procedure" in error(harpd, "returns_generator")["message"]
 
 
-def test_tasks_left_are_cancelled_before_result(harpd: Harpd, tmp_path: Path) -> None:
+def test_unfinished_tasks_are_cancelled_before_result(harpd: Harpd, tmp_path: Path) -> None:
     assert result(harpd, "leaves_tasks", str(tmp_path / "path")) == "done"
     assert (tmp_path / "path").read_text() == "in a thread, task ended"
 

@@ -227,7 +227,7 @@ def text_in(path: Path, length: int = 1) -> str:
         ("forks_a_child", [], "forked"),
     ],
 )
-def test_work_left_is_finished_after_result(
+def test_unfinished_work_is_finished_after_result(
     harpd: Harpd, tmp_path: Path, procedure: str, arguments: list[object], text: str
 ) -> None:
     path, go = tmp_path / "path", tmp_path / "go"
@@ -250,14 +250,12 @@ def test_adopted_children_are_reaped(harpd: Harpd) -> None:
     assert result(harpd, "adopts", 20) == result(harpd, "adopts", 5) == []
 
 
-def test_own_children_are_left_to_the_procedure(harpd: Harpd) -> None:
+def test_own_children_are_reaped_by_the_procedure_only(harpd: Harpd) -> None:
     for _ in range(5):
         assert result(harpd, "own_children") == [[3, 5, 4, 6], True, 8]
 
 
-def test_own_children_are_left_if_python_loads_subprocess_at_its_start(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_own_children_are_not_reaped_if_subprocess_loads_early(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As a `.pth` file of a package or a ``sitecustomize`` may do."""
     (tmp_path / "sitecustomize.py").write_text("import subprocess\n")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
@@ -297,7 +295,7 @@ def test_buffered_log_events_are_written(harpd: Harpd, tmp_path: Path) -> None:
     assert (tmp_path / "path").read_text() == "buffered\n"
 
 
-def test_what_the_file_has_created_stays(harpd: Harpd) -> None:
+def test_resources_of_the_procedures_file_stay(harpd: Harpd) -> None:
     for number in (1, 2):
         directory = result(harpd, "loaded_file")
         assert Path(directory, "file").read_text() == "x" * number  # the workers share its position

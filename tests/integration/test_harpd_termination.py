@@ -340,8 +340,8 @@ def supervisor_connection(harpd: Harpd) -> socket.socket:
 
 
 def supervisors_request(call: str, procedure: str, *arguments: Any) -> bytes:
-    facts = json.dumps({"call": call, "procedure": procedure}).encode()
-    return PREFACE + encode_frame(1, START, facts + b"\n" + json.dumps(arguments).encode())
+    header = json.dumps({"call": call, "procedure": procedure}).encode()
+    return PREFACE + encode_frame(1, START, header + b"\n" + json.dumps(arguments).encode())
 
 
 def test_frontend_close_at_any_time_stops_call(harpd: Harpd, notes: Path) -> None:
@@ -363,7 +363,7 @@ def test_frontend_close_at_any_time_stops_call(harpd: Harpd, notes: Path) -> Non
     assert harpd.call("same", 1)[-1] == {"result": 1}
 
 
-def test_supervisor_closes_after_processes_are_gone(harpd: Harpd, notes: Path) -> None:
+def test_supervisor_closes_after_processes_have_ended(harpd: Harpd, notes: Path) -> None:
     with supervisor_connection(harpd) as connection:
         connection.sendall(supervisors_request("proof", "resists", str(notes)))
         wait_word(notes, "ready")

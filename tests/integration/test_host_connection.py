@@ -143,7 +143,7 @@ async def test_host_that_is_not_read_is_paused(tmp_path: Path) -> None:
     [(b'{"stream":1}', 1000), (b'{"stream": 1}', 1000), (b' {"stream":1}', 34)],
     ids=["fast", "fast, with a space", "one by one"],
 )
-async def test_host_that_floods_lets_others_have_their_turn(tmp_path: Path, line: bytes, most: int) -> None:
+async def test_host_that_floods_does_not_delay_other_hosts(tmp_path: Path, line: bytes, most: int) -> None:
     """Between two turns of another callback, at most the records of two turns are received, in order."""
     count, turns = 50_000, [0]
 

@@ -190,7 +190,7 @@ async def test_pool_without_host_support_is_not_used(tmp_path: Path) -> None:
             assert [(await result_of(dispatcher))[1] for _ in range(2)] == [Returned(b"1")] * 2
 
 
-def test_pool_forgets_a_host_whose_certificate_was_removed(harpd: Harpd, tmp_path: Path) -> None:
+def test_pool_drops_host_with_removed_certificate(harpd: Harpd, tmp_path: Path) -> None:
     """Although it is called so often that its connection never expires."""
     known = tmp_path / "known.pem"
     known.write_bytes(harpd.certfile.read_bytes())

@@ -85,7 +85,7 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize(("type_", "data"), REFUSALS)
-async def test_refused_start_is_tried_again(tmp_path: Path, type_: str, data: Any) -> None:
+async def test_refused_start_is_retried(tmp_path: Path, type_: str, data: Any) -> None:
     scripts = call_list(), refusing(type_, data), call_list(), refusing(type_, data), call_list(), returning(5)
     with playing(tmp_path, *scripts) as host:
         async with running(tmp_path, host_line(host.port), resumable_calls=True, start_within=LONG) as dispatcher:
@@ -104,7 +104,7 @@ async def test_refused_start_without_time_ends_the_job(tmp_path: Path, type_: st
 
 
 @pytest.mark.parametrize("type_", ["no_such_procedure", "auth_error", "call_refused", "system_error", "network_error"])
-async def test_other_refusal_is_not_tried_again(tmp_path: Path, type_: str) -> None:
+async def test_other_refusal_is_not_retried(tmp_path: Path, type_: str) -> None:
     with playing(tmp_path, call_list(), refusing(type_)) as host:
         async with running(tmp_path, host_line(host.port), resumable_calls=True, start_within=LONG) as dispatcher:
             end = await dispatcher.result(await submitted(dispatcher))
@@ -137,7 +137,7 @@ async def test_unreachable_host_ends_the_job_after_start_within(tmp_path: Path, 
         assert time.monotonic() - began >= 1.5
 
 
-async def test_short_time_ends_a_job_behind_one_that_waits_longer(tmp_path: Path, port: int) -> None:
+async def test_short_time_ends_a_job_behind_a_longer_wait(tmp_path: Path, port: int) -> None:
     async with running(tmp_path, host_line(port), start_within=LONG) as dispatcher:
         long = await submitted(dispatcher)
         await waiting(dispatcher, long)
@@ -154,7 +154,7 @@ async def test_short_time_ends_a_job_behind_one_that_waits_longer(tmp_path: Path
         assert isinstance(await dispatcher.result(behind), Failed)
 
 
-async def test_cancel_of_a_waiting_job_ends_it_at_once(tmp_path: Path, port: int) -> None:
+async def test_cancel_of_a_waiting_job_ends_it_immediately(tmp_path: Path, port: int) -> None:
     async with running(tmp_path, host_line(port), start_within=LONG) as dispatcher:
         job_id = await submitted(dispatcher)
         result = dispatcher.result(job_id)
@@ -252,7 +252,7 @@ def cutting(conn: PeerConnection) -> None:
     conn.expect()
 
 
-async def test_start_that_may_have_happened_is_not_tried_again(tmp_path: Path) -> None:
+async def test_start_possibly_accepted_is_not_retried(tmp_path: Path) -> None:
     tls = server_context(server_files(tmp_path))
     with Peer(cutting, tls=tls) as host:
         async with running(tmp_path, host_line(host.port), start_within=LONG) as dispatcher:
@@ -262,7 +262,7 @@ async def test_start_that_may_have_happened_is_not_tried_again(tmp_path: Path) -
     assert len(host.requests) == 1
 
 
-async def test_resumable_start_that_may_have_happened_is_not_tried_again(tmp_path: Path) -> None:
+async def test_resumable_start_possibly_accepted_is_not_retried(tmp_path: Path) -> None:
     def absent(conn: PeerConnection) -> None:
         assert "attach" in conn.expect()
         conn.reply(NO_SUCH_CALL)
@@ -276,7 +276,7 @@ async def test_resumable_start_that_may_have_happened_is_not_tried_again(tmp_pat
 
 
 @pytest.mark.parametrize("type_", ["too_many_calls", "shutdown", "procedure_loading_error"])
-async def test_error_after_the_acknowledgement_is_not_tried_again(tmp_path: Path, type_: str) -> None:
+async def test_error_after_the_acknowledgement_is_not_retried(tmp_path: Path, type_: str) -> None:
     error = {"harp": 1, "error": {"type": type_, "message": "m"}}
     with Peer(
         answering({"harp": 1, "stream_result": False}, error), tls=server_context(server_files(tmp_path))
@@ -286,7 +286,7 @@ async def test_error_after_the_acknowledgement_is_not_tried_again(tmp_path: Path
     assert len(host.requests) == 1
 
 
-async def test_connection_bound_start_is_tried_again(tmp_path: Path, port: int) -> None:
+async def test_connection_bound_start_is_retried(tmp_path: Path, port: int) -> None:
     async with running(tmp_path, host_line(port)) as dispatcher:
         job_id = await submitted(dispatcher, start_within=LONG)
         await waiting(dispatcher, job_id)
@@ -362,7 +362,7 @@ async def test_failing_host_is_tried_without_slots(tmp_path: Path, port: int) ->
             assert await dispatcher.cancel(job_id)
 
 
-async def test_held_job_starts_before_later_ones_of_its_queue(tmp_path: Path, port: int) -> None:
+async def test_job_with_slot_starts_before_later_jobs_of_its_queue(tmp_path: Path, port: int) -> None:
     quick = answering({"harp": 1, "stream_result": False}, {"result": 5})
     with Peer(quick, tls=server_context(server_files(tmp_path))) as healthy:
         lines = host_line(port), host_line(healthy.port, "web02")

@@ -113,7 +113,7 @@ async def test_registry_uses_a_young_cache(tmp_path: Path, script: Script, age: 
     assert names(restarted) == ["new"]
 
 
-async def test_registry_never_runs_the_script_twice_at_once(tmp_path: Path, script: Script) -> None:
+async def test_registry_never_runs_two_scripts_in_parallel(tmp_path: Path, script: Script) -> None:
     go = tmp_path / "go"
     os.mkfifo(go)
     script.does(host_line(1, "a"), after=f"cat {shlex.quote(str(go))}")
@@ -128,7 +128,7 @@ async def test_registry_never_runs_the_script_twice_at_once(tmp_path: Path, scri
 
 
 @pytest.mark.parametrize("ending", ["exit 3", "kill -9 $$", "echo trouble >&2; exit 1"])
-async def test_registry_failed_script_changes_nothing(tmp_path: Path, script: Script, ending: str) -> None:
+async def test_registry_failed_script_has_no_effect(tmp_path: Path, script: Script, ending: str) -> None:
     script.does(host_line(1, "a"))
     async with refreshed(tmp_path, host_db_script=script.file) as registry:
         assert await registry.refresh() == 1
@@ -446,7 +446,7 @@ async def test_registry_refuses_a_shorter_file_of_a_new_configuration(tmp_path: 
         assert registry.problems() == []
 
 
-async def test_registry_with_another_script_refreshes_at_once(tmp_path: Path, script: Script) -> None:
+async def test_registry_with_another_script_refreshes_immediately(tmp_path: Path, script: Script) -> None:
     script.does(host_line(1, "a"))
     config = Config(host_db=tmp_path / "hosts.db", host_db_script=script.file)
     async with refreshed(tmp_path, host_db_script=script.file) as registry:

@@ -114,7 +114,7 @@ async def store(tmp_path: Path) -> AsyncIterator[Store]:
 
 
 @pytest.mark.parametrize("known", [True, False])
-async def test_start_with_clock_40_days_ahead_deletes_nothing(store: Store, known: bool) -> None:
+async def test_start_with_clock_40_days_ahead_deletes_no_job(store: Store, known: bool) -> None:
     clocks = Clocks()
     await job_in(store, State.RETURNED, now=clocks.wall - 60)
     if known:

@@ -141,7 +141,7 @@ VALUES = st.none() | st.booleans() | st.integers() | st.text(max_size=250) | st.
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(request_id=VALUES, escaped=st.booleans())
-def test_any_request_id_is_one_job_or_refused(dispatcher: Harpcallerd, request_id: Any, escaped: bool) -> None:
+def test_any_request_id_gives_a_single_job_or_refusal(dispatcher: Harpcallerd, request_id: Any, escaped: bool) -> None:
     line = json.dumps({"harpcaller": 1, **CALL, "procedure": "any", "request_id": request_id}, ensure_ascii=escaped)
     data = line.encode("utf-8", "surrogatepass") + b"\n"
     replies = []

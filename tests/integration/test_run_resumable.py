@@ -89,7 +89,7 @@ async def test_start_with_wrong_instance_is_retried(tmp_path: Path) -> None:
             assert (await result_of(dispatcher))[1] == Returned(b"1")
 
 
-async def test_start_with_ever_new_instance_is_network_error(tmp_path: Path) -> None:
+async def test_start_with_always_new_instance_is_network_error(tmp_path: Path) -> None:
     def other(conn: PeerConnection) -> None:
         conn.expect()
         conn.reply({"harp": 1, "error": {"type": "wrong_instance", "message": "no", "data": {"instance": "w2"}}})
@@ -402,7 +402,7 @@ async def test_stop_after_outage_frees_the_slot_with_the_report(tmp_path: Path) 
             assert details.metadata.stop_report is not None
 
 
-async def test_surviving_processes_hold_the_slot(tmp_path: Path) -> None:
+async def test_surviving_processes_keep_the_slot(tmp_path: Path) -> None:
     released = threading.Event()
 
     def script(conn: PeerConnection) -> None:

@@ -102,7 +102,7 @@ def test_request_invalid_closes_its_connection_only(supervisor: Supervisor, garb
 
 
 @pytest.mark.parametrize(
-    ("facts", "arguments"),
+    ("header", "arguments"),
     [
         (b"", b"[]"),
         (b"garbage", b"[]"),
@@ -121,8 +121,8 @@ def test_request_invalid_closes_its_connection_only(supervisor: Supervisor, garb
         (b"[" * 5000, b"[]"),
     ],
 )
-def test_start_invalid_closes_its_channel_only(supervisor: Supervisor, facts: Any, arguments: bytes) -> None:
-    with supervisor.open_channel(START, facts, arguments) as stranger:
+def test_start_invalid_closes_its_channel_only(supervisor: Supervisor, header: Any, arguments: bytes) -> None:
+    with supervisor.open_channel(START, header, arguments) as stranger:
         assert stranger.lines() == []
     assert supervisor.result("echo", 1) == [1]
     assert supervisor.status()["calls"] == 0
@@ -206,7 +206,7 @@ def test_connection_of_other_user_is_rejected(supervisor: Supervisor) -> None:
     assert supervisor.wait_event("rejected connection of another user", uid=65534)
 
 
-def test_reload_of_missing_file_changes_nothing(supervisor: Supervisor, tmp_path: Path) -> None:
+def test_reload_of_missing_file_has_no_effect(supervisor: Supervisor, tmp_path: Path) -> None:
     zygote = supervisor.status()["zygote"]
     answer = supervisor.reload(procedures=str(tmp_path / "nowhere.py"))
     assert answer.keys() == {"error"}
@@ -236,7 +236,7 @@ def test_start_with_unloadable_file_exits(tmp_path: Path) -> None:
 
 
 @pytest.mark.root
-def test_full_runtime_directory_refuses_calls_until_space_is_free(tmp_path: Path) -> None:
+def test_full_runtime_directory_rejects_calls_until_freed(tmp_path: Path) -> None:
     supervisor = Supervisor(tmp_path, PROCEDURES)
     mount = ["mount", "-t", "tmpfs", "-o", "size=256k,mode=0700", "tmpfs", str(supervisor.runtime_directory)]
     if subprocess.run(mount, check=False, capture_output=True).returncode:

@@ -142,7 +142,7 @@ def finish(supervisor: Supervisor, procedure: str, *arguments: object) -> tuple[
     return exit_info, lines[-1]
 
 
-def test_worker_serves_calls_one_after_the_other(supervisor: Supervisor) -> None:
+def test_worker_serves_calls_in_succession(supervisor: Supervisor) -> None:
     found = [supervisor.result("own") for _ in range(5)]
     assert [one["calls"] for one in found] == [1, 2, 3, 4, 5]
     assert len({one["pid"] for one in found}) == 1
@@ -177,7 +177,7 @@ def test_worker_runs_each_call_as_procedure_user(supervisor: Supervisor) -> None
     assert [one["calls"] for one in found] == [1, 2, 3]
 
 
-def test_worker_without_its_user_runs_nothing(supervisor: Supervisor) -> None:
+def test_worker_without_its_user_rejects_the_call(supervisor: Supervisor) -> None:
     for _ in range(2):
         assert supervisor.closing_line("nobody_there")["error"]["type"] == "system_error"
     assert not supervisor.events("call printed")
@@ -240,7 +240,7 @@ def test_worker_writing_after_end_is_not_reused(supervisor: Supervisor, go: Path
     assert supervisor.wait_event("idle worker wrote output; not reused", pid=found["pid"])
 
 
-def test_exit_info_of_reused_worker_is_of_one_call(tmp_path: Path) -> None:
+def test_exit_info_of_reused_worker_counts_its_call_only(tmp_path: Path) -> None:
     exit_info_settings = {"stderr": True, "traceback": True}
     with Supervisor(tmp_path / "supervisor", PROCEDURES + OWN, exit_info=exit_info_settings) as supervisor:
         for text in ("one", "two"):

@@ -42,8 +42,8 @@ class Link:
         self._buffer = FrameBuffer(1 << 20)
 
     def start(self, channel: int, procedure: str, *arguments: object) -> None:
-        facts = json.dumps({"call": f"link-{channel}", "procedure": procedure}).encode()
-        self.socket.sendall(encode_frame(channel, START, facts + b"\n" + json.dumps(arguments).encode()))
+        header = json.dumps({"call": f"link-{channel}", "procedure": procedure}).encode()
+        self.socket.sendall(encode_frame(channel, START, header + b"\n" + json.dumps(arguments).encode()))
 
     def frames_until_quiet(self) -> list[Frame]:
         """Return the frames that arrive until no more do."""

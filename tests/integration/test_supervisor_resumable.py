@@ -320,7 +320,7 @@ def test_limits_of_request_stop_call(supervisor: Supervisor, tmp_path: Path) -> 
         release(call)
 
 
-def test_spool_full_pauses_procedure_and_drops_nothing(tmp_path: Path) -> None:
+def test_spool_full_pauses_procedure_and_drops_no_record(tmp_path: Path) -> None:
     most, size = 400, 10_000
     with Supervisor(tmp_path / "supervisor", PROCEDURES + OWN, spool=100_000) as supervisor:
         with supervisor.call_resumable("long_records", most, size, timeout=0.5) as call:
@@ -527,7 +527,7 @@ def test_supervisor_killed_calls_are_adopted_as_dead(tmp_path: Path) -> None:
         assert supervisor.list_calls() == []
 
 
-def test_supervisor_killed_ended_call_stops_nothing(tmp_path: Path) -> None:
+def test_supervisor_killed_ended_call_stops_no_process(tmp_path: Path) -> None:
     path = tmp_path / "pid"
     supervisor = Supervisor(tmp_path / "supervisor", PROCEDURES + OWN).start()
     with supervisor.call_resumable("leave_a_service", str(path)) as call:

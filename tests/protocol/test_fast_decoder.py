@@ -82,7 +82,7 @@ def test_usual_request_is_decoded_alike(request_: Any, separators: Any) -> None:
 
 
 @pytest.mark.parametrize("line", UNUSUAL)
-def test_unusual_request_is_left_to_the_protocol(line: bytes) -> None:
+def test_unusual_request_is_decoded_by_the_protocol(line: bytes) -> None:
     assert decode_usual_request(line) is None
 
 

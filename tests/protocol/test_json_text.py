@@ -160,7 +160,7 @@ def deep_recursion() -> Iterator[None]:
 
 @DECODERS
 @pytest.mark.usefixtures("deep_recursion")
-def test_decoders_count_depth_of_payload_alone(decoder: Decoder) -> None:
+def test_decoders_count_only_depth_of_payload(decoder: Decoder) -> None:
     """An envelope around the deepest payload, as of a list of jobs, is no reason to reject the line."""
     for depth, line in [(0, b'{"a":%b}'), (1, b'{"a":1,"call":{"arguments":%b}}')]:
         text = b"[" * MAX_DEPTH + b"]" * MAX_DEPTH

@@ -10,7 +10,7 @@ from harp.protocol.lines import LineBuffer, LineTooLong
 
 
 @given(st.lists(st.binary(max_size=20).filter(lambda line: b"\n" not in line)), st.data())
-def test_feed_in_any_pieces_returns_whole_lines(lines: list[bytes], data: st.DataObject) -> None:
+def test_feed_in_any_pieces_returns_complete_lines(lines: list[bytes], data: st.DataObject) -> None:
     stream = b"".join(line + b"\n" for line in lines) + b"rest"
     buffer = LineBuffer(20)
     found = []

@@ -266,7 +266,7 @@ def test_slice_records_of_any_bytes_invents_no_record(insides: list[bytes]) -> N
 
 
 @given(values)
-def test_decode_enclosed_returns_the_value_alone(value: Any) -> None:
+def test_decode_enclosed_returns_only_the_value(value: Any) -> None:
     text = json.dumps(value).encode()
     assert decode_enclosed(RECORD_PREFIX + text + b"}", RECORD_PREFIX) == (value,)
     for wrong in (

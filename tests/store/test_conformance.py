@@ -30,7 +30,7 @@ from support.jobs import ENDS, STANDS, job_in, new_id, new_job, records
 
 Reopen = Callable[[], Awaitable[Store]]
 
-STARTS = pytest.mark.parametrize(("state", "held"), STANDS)
+STARTS = pytest.mark.parametrize(("state", "has_slot"), STANDS)
 MANY = 1000
 
 METADATA = JobMetadata(
@@ -66,7 +66,7 @@ async def test_add_jobs_with_many_jobs_stores_them_in_order(store: Store) -> Non
     assert [job.id for job in claimed] == [before, jobs[0].id, jobs[1].id]
 
 
-async def test_add_jobs_with_a_known_id_stores_none(store: Store) -> None:
+async def test_add_jobs_with_a_stored_id_stores_no_job(store: Store) -> None:
     known = await job_in(store, State.RETURNED)
     jobs = [new_job(queue={"q": n}) for n in range(110)]
     with pytest.raises(ValueError, match="already"):
@@ -125,7 +125,7 @@ async def test_get_job_returns_payloads_as_raw(store: Store) -> None:
     } == {Raw}
 
 
-async def test_add_job_with_large_payloads_stores_them_whole(store: Store) -> None:
+async def test_add_job_with_large_payloads_stores_all_bytes(store: Store) -> None:
     text = Raw(b'["' + b"x" * 5_000_000 + b'"]')
     job_id = await job_in(store, State.RUNNING, arguments=text, info=text)
     await store.finish_job(job_id, Returned(text), 2.0)
@@ -133,7 +133,7 @@ async def test_add_job_with_large_payloads_stores_them_whole(store: Store) -> No
     assert (job.arguments, job.info, job.end) == (text, text, Returned(text))
 
 
-async def test_add_job_with_a_known_id_raises(store: Store) -> None:
+async def test_add_job_with_a_stored_id_raises(store: Store) -> None:
     job_id = await job_in(store, State.RUNNING)
     with pytest.raises(ValueError, match=job_id):
         await store.add_job(new_job("other", id=job_id), 2.0)
@@ -155,9 +155,9 @@ async def test_finish_job_stores_the_end_unchanged(store: Store, state: State) -
 @pytest.mark.parametrize("end", list(ENDS))
 @pytest.mark.parametrize("keep_slot", [False, True])
 async def test_finish_job_follows_the_transitions(
-    store: Store, state: State, held: bool, end: State, keep_slot: bool
+    store: Store, state: State, has_slot: bool, end: State, keep_slot: bool
 ) -> None:
-    job_id = await job_in(store, state, held=held)
+    job_id = await job_in(store, state, keep_slot=has_slot)
     before = await store.get_job(job_id)
     if state in ENDED:
         assert await store.finish_job(job_id, ENDS[end], 9.0, keep_slot=keep_slot, metadata=METADATA) is False
@@ -188,8 +188,8 @@ async def test_finish_job_with_a_stop_stores_it(store: Store, stop: StopState) -
 
 
 @STARTS
-async def test_cancel_job_in_each_state(store: Store, state: State, held: bool) -> None:
-    job_id = await job_in(store, state, held=held)
+async def test_cancel_job_in_each_state(store: Store, state: State, has_slot: bool) -> None:
+    job_id = await job_in(store, state, keep_slot=has_slot)
     before = await store.get_job(job_id)
     if State.CANCELLED in TRANSITIONS[state]:
         assert await store.cancel_job(job_id, 9.0, STOPPED) is state
@@ -206,8 +206,8 @@ async def test_cancel_job_in_each_state(store: Store, state: State, held: bool) 
 
 
 @STARTS
-async def test_cancel_queue_cancels_jobs_in_each_state(store: Store, state: State, held: bool) -> None:
-    job_id = await job_in(store, state, held=held, queue={"a": 1})
+async def test_cancel_queue_cancels_jobs_in_each_state(store: Store, state: State, has_slot: bool) -> None:
+    job_id = await job_in(store, state, keep_slot=has_slot, queue={"a": 1})
     before = await store.get_job(job_id)
     cancelled = await store.cancel_queue(Raw(b'{ "a": 1.0 }'), 9.0, STOPPED)
     after = await store.get_job(job_id)
@@ -226,12 +226,12 @@ async def test_cancel_queue_cancels_jobs_in_each_state(store: Store, state: Stat
 @pytest.mark.parametrize("keep_slot", [False, True])
 @pytest.mark.parametrize("stop", list(StopState))
 async def test_finalize_stop_in_each_state(
-    store: Store, state: State, held: bool, keep_slot: bool, stop: StopState
+    store: Store, state: State, has_slot: bool, keep_slot: bool, stop: StopState
 ) -> None:
-    job_id = await job_in(store, state, held=held)
+    job_id = await job_in(store, state, keep_slot=has_slot)
     before = await store.get_job(job_id)
     finalized = await store.finalize_stop(job_id, stop, keep_slot=keep_slot, metadata=METADATA)
-    assert finalized is (state in ENDED and held)
+    assert finalized is (state in ENDED and has_slot)
     after = await store.get_job(job_id)
     assert after == (replace(before, stop=stop, holds_slot=keep_slot) if finalized else before)
     assert await metadata_of(store, job_id) == (METADATA if finalized else NO_METADATA)
@@ -241,8 +241,8 @@ async def test_finalize_stop_in_each_state(
 
 
 @STARTS
-async def test_update_metadata_in_each_state(store: Store, state: State, held: bool) -> None:
-    job_id = await job_in(store, state, held=held)
+async def test_update_metadata_in_each_state(store: Store, state: State, has_slot: bool) -> None:
+    job_id = await job_in(store, state, keep_slot=has_slot)
     before = await store.get_job(job_id)
     assert await store.update_metadata(job_id, NO_METADATA) is True
     assert await metadata_of(store, job_id) == NO_METADATA
@@ -252,9 +252,9 @@ async def test_update_metadata_in_each_state(store: Store, state: State, held: b
 
 
 @STARTS
-async def test_list_slot_holders_in_each_state(store: Store, state: State, held: bool) -> None:
-    job_id = await job_in(store, state, held=held)
-    assert await store.list_slot_holders() == ([await store.get_job(job_id)] if held else [])
+async def test_list_slot_holders_in_each_state(store: Store, state: State, has_slot: bool) -> None:
+    job_id = await job_in(store, state, keep_slot=has_slot)
+    assert await store.list_slot_holders() == ([await store.get_job(job_id)] if has_slot else [])
 
 
 async def test_claim_jobs_with_an_early_clock_starts_at_submission(store: Store) -> None:
@@ -265,8 +265,8 @@ async def test_claim_jobs_with_an_early_clock_starts_at_submission(store: Store)
 
 
 @STARTS
-async def test_claim_jobs_in_each_state(store: Store, state: State, held: bool) -> None:
-    job_id = await job_in(store, state, held=held)
+async def test_claim_jobs_in_each_state(store: Store, state: State, has_slot: bool) -> None:
+    job_id = await job_in(store, state, keep_slot=has_slot)
     before = await store.get_job(job_id)
     jobs = await store.claim_jobs(9.0, MANY, MANY)
     if State.RUNNING in TRANSITIONS[state]:
@@ -278,8 +278,8 @@ async def test_claim_jobs_in_each_state(store: Store, state: State, held: bool) 
 
 
 @STARTS
-async def test_requeue_job_in_each_state(store: Store, state: State, held: bool) -> None:
-    job_id = await job_in(store, state, held=held)
+async def test_requeue_job_in_each_state(store: Store, state: State, has_slot: bool) -> None:
+    job_id = await job_in(store, state, keep_slot=has_slot)
     before = await store.get_job(job_id)
     requeued = await store.requeue_job(job_id, 4.0)
     assert requeued is (State.QUEUED in TRANSITIONS[state])
@@ -361,8 +361,8 @@ async def test_fail_waiting_ends_jobs_that_have_waited(store: Store) -> None:
 
 
 @STARTS
-async def test_append_records_in_each_state(store: Store, state: State, held: bool) -> None:
-    job_id = await job_in(store, state, held=held)
+async def test_append_records_in_each_state(store: Store, state: State, has_slot: bool) -> None:
+    job_id = await job_in(store, state, keep_slot=has_slot)
     two = records([b"1", b"2"])
     appended = await store.append_records(job_id, 0, two)
     assert appended is (state is State.RUNNING)
@@ -371,8 +371,8 @@ async def test_append_records_in_each_state(store: Store, state: State, held: bo
 
 
 @STARTS
-async def test_get_details_in_each_state(store: Store, state: State, held: bool) -> None:
-    job_id = await job_in(store, state, held=held)
+async def test_get_details_in_each_state(store: Store, state: State, has_slot: bool) -> None:
+    job_id = await job_in(store, state, keep_slot=has_slot)
     details = await store.get_details(job_id)
     waiting = details.queue_position
     assert details == JobDetails(await store.get_job(job_id), NO_METADATA, 0, waiting)
@@ -403,9 +403,9 @@ async def test_prune_time_is_stored_in_minutes(store: Store) -> None:
 
 
 @STARTS
-async def test_prune_jobs_in_each_state(store: Store, state: State, held: bool) -> None:
-    job_id = await job_in(store, state, 100.0, held=held)
-    is_pruned = state in ENDED and not held
+async def test_prune_jobs_in_each_state(store: Store, state: State, has_slot: bool) -> None:
+    job_id = await job_in(store, state, 100.0, keep_slot=has_slot)
+    is_pruned = state in ENDED and not has_slot
     assert await store.update_metadata(job_id, METADATA)
     assert await store.prune_jobs(100.0, MANY) == 0, "a job that ended at this time did not end before it"
     assert await store.prune_jobs(1e12, MANY) == is_pruned
@@ -418,10 +418,10 @@ async def test_prune_jobs_in_each_state(store: Store, state: State, held: bool) 
 
 
 @STARTS
-async def test_list_jobs_in_each_state(store: Store, state: State, held: bool) -> None:
-    job_id = await job_in(store, state, held=held, queue={"q": 1})
+async def test_list_jobs_in_each_state(store: Store, state: State, has_slot: bool) -> None:
+    job_id = await job_in(store, state, keep_slot=has_slot, queue={"q": 1})
     job = await store.get_job(job_id)
-    assert (job.state, job.holds_slot) == (state, held)
+    assert (job.state, job.holds_slot) == (state, has_slot)
     choices: list[dict[str, Any]] = [{}, {"queue": Raw(b'{"q": 1}')}, {"host": "web01"}]
     for newest_first in (False, True):
         listed = partial(store.list_jobs, newest_first=newest_first)
@@ -433,16 +433,16 @@ async def test_list_jobs_in_each_state(store: Store, state: State, held: bool) -
 
 
 @STARTS
-async def test_list_queues_in_each_state(store: Store, state: State, held: bool) -> None:
-    await job_in(store, state, held=held, queue={"q": 1}, concurrency=7)
-    there = [QueueStatus(Raw(b'{"q": 1}'), 7, running=int(held), queued=int(state is State.QUEUED))]
-    assert await store.list_queues() == (there if held or state is State.QUEUED else [])
+async def test_list_queues_in_each_state(store: Store, state: State, has_slot: bool) -> None:
+    await job_in(store, state, keep_slot=has_slot, queue={"q": 1}, concurrency=7)
+    there = [QueueStatus(Raw(b'{"q": 1}'), 7, running=int(has_slot), queued=int(state is State.QUEUED))]
+    assert await store.list_queues() == (there if has_slot or state is State.QUEUED else [])
 
 
 @STARTS
-async def test_reopened_store_has_jobs_in_each_state(reopen: Reopen, state: State, held: bool) -> None:
+async def test_reopened_store_has_jobs_in_each_state(reopen: Reopen, state: State, has_slot: bool) -> None:
     store = await reopen()
-    job_id = await job_in(store, state, held=held, queue={"q": 1})
+    job_id = await job_in(store, state, keep_slot=has_slot, queue={"q": 1})
     await store.update_metadata(job_id, METADATA)
     details, listed = await store.get_details(job_id), await store.list_jobs(ended=True)
     queues, holding = await store.list_queues(), await store.list_slot_holders()
@@ -453,7 +453,7 @@ async def test_reopened_store_has_jobs_in_each_state(reopen: Reopen, state: Stat
     assert await store.list_slot_holders() == holding
 
 
-async def test_verbs_with_an_unknown_job_change_nothing(store: Store) -> None:
+async def test_verbs_with_an_unknown_job_have_no_effect(store: Store) -> None:
     await job_in(store, State.RUNNING)
     with pytest.raises(UnknownJob):
         await store.get_job(new_id())
@@ -476,7 +476,7 @@ async def test_verbs_of_an_empty_store_return_nothing(store: Store) -> None:
     assert await store.prune_jobs(1e12, MANY) == 0
 
 
-async def test_close_twice_does_nothing(store: Store) -> None:
+async def test_close_twice_has_no_effect(store: Store) -> None:
     await store.close()
     await store.close()
 

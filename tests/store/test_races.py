@@ -32,7 +32,7 @@ async def test_finish_job_with_concurrent_ends_stores_the_first(store: Store) ->
 
 
 async def test_finalize_stop_called_concurrently_succeeds_once(store: Store) -> None:
-    job_id = await job_in(store, State.CANCELLED, held=True)
+    job_id = await job_in(store, State.CANCELLED, keep_slot=True)
     finalized = await asyncio.gather(
         *(
             store.finalize_stop(job_id, stop, metadata=JobMetadata(stop_report=Raw(b'"%s"' % stop.encode())))
@@ -90,7 +90,7 @@ async def test_reads_during_writes_are_consistent(store: Store) -> None:
         assert found == [b"%d" % n for n in range(total)]
 
 
-async def test_get_details_during_writes_is_one_snapshot(store: Store) -> None:
+async def test_get_details_during_writes_is_a_snapshot(store: Store) -> None:
     ids = await added(store, count=100, queue={}, concurrency=1)
     total = 40
 

@@ -178,13 +178,13 @@ async def test_prune_jobs_with_a_limit_deletes_the_oldest_ends(store: Store) -> 
 
 
 async def test_prune_jobs_skips_jobs_with_a_slot(store: Store) -> None:
-    held = [await job_in(store, State.RETURNED, 1.0, held=True) for _ in range(3)]
+    holders = [await job_in(store, State.RETURNED, 1.0, keep_slot=True) for _ in range(3)]
     await job_in(store, State.RETURNED, 2.0)
     assert await store.prune_jobs(1e12, 1) == 1
-    assert [job.id for _, job in await store.list_jobs(ended=True)] == held
-    assert await store.finalize_stop(held[1], StopState.FAILED)
+    assert [job.id for _, job in await store.list_jobs(ended=True)] == holders
+    assert await store.finalize_stop(holders[1], StopState.FAILED)
     assert await store.prune_jobs(1e12, MANY) == 1
-    assert [job.id for _, job in await store.list_jobs(ended=True)] == [held[0], held[2]]
+    assert [job.id for _, job in await store.list_jobs(ended=True)] == [holders[0], holders[2]]
 
 
 async def test_prune_jobs_with_many_large_jobs_deletes_all(store: Store) -> None:

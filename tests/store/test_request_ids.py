@@ -24,7 +24,7 @@ async def stored_ids(store: Store) -> list[str]:
 
 
 @pytest.mark.parametrize("request_id", ["deploy 7", "\ud800\x00", "x" * 200])
-async def test_job_submitted_again_is_the_stored_one(reopen: Reopen, request_id: str) -> None:
+async def test_job_submitted_again_is_the_stored_job(reopen: Reopen, request_id: str) -> None:
     store = await reopen()
     job = requested(request_id, queue={"q": 1})
     assert await store.add_job(job, 1.0) == job.id
@@ -59,7 +59,7 @@ async def test_many_jobs_submitted_again_keep_their_order(store: Store) -> None:
     assert await store.add_jobs(again, 3.0) == [jobs[4].id, known.id, jobs[0].id, again[3].id]
 
 
-async def test_request_id_of_another_call_stores_nothing(store: Store) -> None:
+async def test_request_id_of_another_call_stores_no_job(store: Store) -> None:
     job = requested("a")
     await store.add_job(job, 1.0)
     with pytest.raises(RequestIDReused, match=f"request_id 'a' was used for another call: job {job.id}"):

@@ -123,7 +123,7 @@ async def test_jobs_of_a_queue_count_for_their_host(store: Store) -> None:
     assert await claimed(store, max_calls_per_host=2) == queued
 
 
-async def test_queued_job_that_fails_lets_the_next_start(store: Store) -> None:
+async def test_queued_job_that_fails_is_followed_by_the_next(store: Store) -> None:
     ids = await added(store, count=2, queue={})
     assert await store.finish_job(ids[0], Failed("unknown_host", "no such host"), 6.0)
     assert await claimed(store) == ids[1:]
@@ -181,7 +181,7 @@ async def test_cancel_queue_with_a_limit_begins_with_queued_jobs(store: Store) -
 # Slots of jobs that have ended
 
 
-async def test_slot_of_an_ended_job_is_held_until_released(store: Store) -> None:
+async def test_slot_of_an_ended_job_stays_until_released(store: Store) -> None:
     ids = await added(store, count=3, queue={}, concurrency=1)
     assert await claimed(store) == ids[:1]
     await store.cancel_job(ids[0], 6.0)
@@ -208,9 +208,9 @@ async def test_list_slot_holders_is_in_order_of_submission(store: Store) -> None
     await store.finish_job(ids[1], ENDS[State.RETURNED], 6.0)
     await store.cancel_job(ids[4], 6.0)
     await store.cancel_job(ids[7], 6.0)
-    held = await store.list_slot_holders()
-    assert [job.id for job in held] == [ids[0], *ids[2:6]]
-    assert held == [await store.get_job(job.id) for job in held]
+    holders = await store.list_slot_holders()
+    assert [job.id for job in holders] == [ids[0], *ids[2:6]]
+    assert holders == [await store.get_job(job.id) for job in holders]
 
 
 # Queue positions

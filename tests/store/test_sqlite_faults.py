@@ -80,8 +80,8 @@ async def test_confirmed_writes_survive_sigkill(tmp_path: Path, lines: int) -> N
                     assert (details.job.state, details.job.holds_slot) == (State.CANCELLED, not finalized)
                 case ["finalized", job_id]:
                     assert (await store.get_job(job_id)).stop is StopState.CONFIRMED
-        held = await store.list_slot_holders()
-        assert len([job for job in held if job.queue]) <= 2
+        holders = await store.list_slot_holders()
+        assert len([job for job in holders if job.queue]) <= 2
     finally:
         await store.close()
     with closing(sqlite3.connect(tmp_path / FILE_NAME)) as connection:

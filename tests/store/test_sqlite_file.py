@@ -78,7 +78,7 @@ async def test_open_store_twice_raises(tmp_path: Path, store: Store) -> None:
     await (await open_store(tmp_path)).close()
 
 
-async def test_close_leaves_one_file_no_thread_no_descriptor(tmp_path: Path) -> None:
+async def test_close_leaves_a_file_no_thread_no_descriptor(tmp_path: Path) -> None:
     await (await open_store(tmp_path)).close()  # starts the loop's own threads
     before = set(os.listdir("/proc/self/fd"))
     store = await open_store(tmp_path)
@@ -182,7 +182,7 @@ async def test_migrations_are_applied_in_order(tmp_path: Path, monkeypatch: pyte
     assert versions == [(version,) for version in range(1, number + 2)]
 
 
-async def test_failed_migration_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_failed_migration_has_no_effect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     await (await open_store(tmp_path)).close()
     with monkeypatch.context() as patch:
         number = max(MIGRATIONS) + 1

@@ -136,7 +136,7 @@ async def test_upgrade_gives_old_records_the_start_of_their_job(store: Store) ->
     assert (await store.get_details(job_id(1))).record_bytes == sum(map(len, lines))
 
 
-async def test_upgrade_lets_a_stream_continue(store: Store) -> None:
+async def test_upgraded_stream_continues(store: Store) -> None:
     assert await store.append_records(job_id(7), 2, Records([Raw(b"2")], [200.5]))
     assert await store.append_records(job_id(7), 3, Records([Raw(b"3")], [200.75]))
     made = (160.75, 160.75, 200.5, 200.75)
@@ -157,7 +157,7 @@ async def test_upgrade_renames_the_keys_of_stored_metadata(tmp_path: Path, versi
     await store.close()
 
 
-async def test_upgraded_store_works_like_a_new_one(tmp_path: Path, store: Store) -> None:
+async def test_upgraded_store_works_like_a_new_store(tmp_path: Path, store: Store) -> None:
     [new] = await added(store, host="new")
     with pytest.raises(ValueError, match="already"):
         await store.add_job(new_job(id=job_id(5)), 300.0)
@@ -171,7 +171,7 @@ async def test_upgraded_store_works_like_a_new_one(tmp_path: Path, store: Store)
     await again.close()
 
 
-async def test_upgraded_schema_equals_a_new_one(tmp_path: Path, store: Store) -> None:
+async def test_upgraded_schema_equals_a_new_schema(tmp_path: Path, store: Store) -> None:
     await store.close()
     (tmp_path / "new").mkdir()
     await (await open_store(tmp_path / "new")).close()

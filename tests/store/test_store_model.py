@@ -159,8 +159,8 @@ class Comparison(RuleBasedStateMachine):
         self.both("finish_job", self.first_that_holds(), end, self.now, keep_slot=keep_slot, metadata=metadata)
 
     def first_that_holds(self) -> str:
-        held = self.model.list_slot_holders()
-        return held[0].id if held else new_id()
+        holders = self.model.list_slot_holders()
+        return holders[0].id if holders else new_id()
 
     @rule(job_id=jobs, stop_request=METADATA_VALUES)
     def cancel(self, job_id: str, stop_request: Raw | None) -> None:

@@ -11,7 +11,7 @@ _FILLERS = 4  #: Connections that fill the queue of a listener with the shortest
 
 @contextmanager
 def black_hole() -> Iterator[int]:
-    """Yield the port of a listener on 127.0.0.1 whose queue is full: Linux ignores further attempts."""
+    """Yield the port of a listener on 127.0.0.1 with a full queue: Linux ignores further attempts."""
     with ExitStack() as stack:
         listener = stack.enter_context(socket.socket())
         listener.bind(("127.0.0.1", 0))

@@ -13,7 +13,7 @@ DEADLINE = 60.0
 
 
 class LoopThread:
-    """An event loop in a thread; a context manager that starts it, stops it, and asserts that no task is left."""
+    """An event loop in a thread; a context manager that starts it, stops it, and asserts that all tasks have ended."""
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
@@ -44,7 +44,7 @@ async def _tasks() -> set[asyncio.Task[Any]]:
 
 
 class Blocking:
-    """An object of `harp.aio` whose methods wait for their coroutines."""
+    """An object of `harp.aio`; its methods wait for their coroutines."""
 
     def __init__(self, target: Any, thread: LoopThread) -> None:
         self._target = target

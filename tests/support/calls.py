@@ -13,7 +13,7 @@ ACKNOWLEDGED = {"harp": 1, "stream_result": False}
 
 
 def nothing_is_left(harpd: Harpd) -> None:
-    """Check that the supervisor has no call, no state file and no error left."""
+    """Check that the supervisor has no calls and no state files, and has logged no error."""
     wait_until(lambda: harpd.status()["calls"] == 0, DEADLINE, "the end of the calls")
     assert not list((harpd.runtime_directory / "calls").glob("*/*"))
     assert not harpd.events("callback failed")

@@ -1,4 +1,4 @@
-"""Cgroups for tests: one for calls, and one that freezes its processes."""
+"""Cgroups for tests: a cgroup for calls, and a freezer."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def own_cgroup() -> Iterator[Path]:
 
 
 class Freezer:
-    """A freezer: a frozen process dies only when it is thawed, whichever signal it is sent.
+    """A freezer: a frozen process dies only when it is thawed, even after SIGKILL.
 
     Args:
         directory: a cgroup of the old kind.
@@ -60,7 +60,7 @@ class Freezer:
 
 @contextlib.contextmanager
 def freezer() -> Iterator[Freezer]:
-    """Yield a freezer; skip the test where there is none."""
+    """Yield a freezer; skip the test without cgroup support."""
     if not (_FREEZERS / "tasks").exists():
         pytest.skip("there is no freezer of the old kind here")
     directory = _FREEZERS / f"harpd-test-{uuid.uuid4().hex}"

@@ -36,5 +36,5 @@ class DaemonLog:
         return found
 
     def wait_event(self, name: str, **fields: Any) -> dict[str, Any]:
-        """Wait until the log has such an event; return the first."""
+        """Wait until the log has the event; return the first match."""
         return wait_until(lambda: self.events(name, **fields), DEADLINE, f"the event {name!r} {fields}")[0]

@@ -1,4 +1,4 @@
-"""Waits for a condition, with a deadline whose error names the condition."""
+"""Waits for a condition, with a deadline; its error names the condition."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PAUSE = 0.01
 
 
 def wait_until(predicate: Callable[[], T], deadline: float = 30.0, what: str = "the condition") -> T:
-    """Return the predicate's first true value; fail if there is none within `deadline` seconds."""
+    """Return the predicate's first true value; fail if all are false for `deadline` seconds."""
     last = time.monotonic() + deadline
     while True:
         value = predicate()
@@ -27,7 +27,7 @@ def wait_until(predicate: Callable[[], T], deadline: float = 30.0, what: str = "
 async def eventually(
     predicate: Callable[[], T | Awaitable[T]], deadline: float = 30.0, what: str = "the condition"
 ) -> T:
-    """`wait_until` for coroutines; the predicate may be one itself."""
+    """`wait_until` for coroutines; the predicate may be a coroutine function."""
     last = time.monotonic() + deadline
     while True:
         found = predicate()

@@ -1,6 +1,6 @@
 """Program: uses the SQLite store, or the state file of a supervisor, on a full disk.
 
-    full_disk.py mount DIRECTORY   the store on a small file system of its own, mounted there
+    full_disk.py mount DIRECTORY   the store on a small file system, mounted there
     full_disk.py limit DIRECTORY   the store with a limit on the size of files
     full_disk.py prune-mount SIZE DIRECTORY   deletion of old jobs on a full disk; each has SIZE bytes of arguments
     full_disk.py states-mount DIRECTORY, full_disk.py states-limit DIRECTORY   the same for a state file
@@ -105,12 +105,12 @@ def store_scenario(directory: Path, take_room: Callable[[], None], make_room: Ca
 
 
 async def prune_scenario(directory: Path, size: int) -> None:
-    """Delete old jobs on a full disk, alone, and while others try to store jobs. Nothing else frees space."""
+    """Delete old jobs on a full disk, alone, and while others try to store jobs. Only this frees space."""
     store = await open_store(directory)
     pruner = Pruner(store, lambda: 5000.0, lambda: None)
 
     async def add(start: int, arguments: Raw, now: float) -> int:
-        """Add jobs that end at once, until the disk is full; return how many have ended."""
+        """Add jobs that end immediately, until the disk is full; return how many have ended."""
         together = max(1, min(200, 100_000 // len(arguments)))
         for first in range(start, start + 1_000_000, together):
             jobs = [job(number, arguments) for number in range(first, first + together)]

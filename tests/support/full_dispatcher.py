@@ -1,6 +1,6 @@
-"""Program: a dispatcher whose disk is full for a while. Run by tests/acceptance/test_faults.py in a mount namespace.
+"""Program: a dispatcher with a full disk for a time. Run by tests/acceptance/test_faults.py in a mount namespace.
 
-Accepted jobs are not lost, new ones are refused with ``storage_error``, a running job's records and end wait, and all
+Accepted jobs are not lost, new jobs are refused with ``storage_error``, a running job's records and end wait, and all
 work continues when there is room again. Prints ``ok`` at the end; anything else is a traceback.
 """
 

@@ -1,4 +1,4 @@
-"""A real harpcallerd as a child process, with a configuration of its own.
+"""A real harpcallerd as a child process, with a separate configuration.
 
 with Harpcallerd(tmp_path, hosts={"web01": harpd.port}, credentials=(harpd.user, harpd.password)) as dispatcher:
     rpc = harp.HarpCaller("127.0.0.1", dispatcher.port)
@@ -33,7 +33,7 @@ class Harpcallerd(DaemonLog):
     """A harpcallerd on a free port of 127.0.0.1; a context manager that starts and stops it.
 
     Args:
-        directory: the directory of its files, used by nothing else.
+        directory: the directory of its files; not shared.
         hosts: the hosts of its registry: names and the ports of their harpd on 127.0.0.1.
         credentials: user and password for all hosts.
         settings: keys that extend or replace those of the configuration file; None removes a key.

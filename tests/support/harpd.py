@@ -44,7 +44,7 @@ class Harpd(DaemonLog):
     """A harpd on a free port of 127.0.0.1; a context manager that starts and stops it.
 
     Args:
-        directory: the directory of its files, used by nothing else; a short path.
+        directory: the directory of its files, not shared; a short path.
         procedures: the text of the procedures file.
         configuration: sections that change the defaults: ``{"limits": {"max_calls": 2}}``.
         options: more command-line options.
@@ -336,7 +336,7 @@ class Harpd(DaemonLog):
     def start_resumable(self, procedure: str, *arguments: Any, **terms: Any) -> LineClient:
         """Start a resumable call with owner `OWNER` and secret `SECRET`; return the client after its request.
 
-        `terms` change the default ones. The client's `call` is the call's id.
+        `terms` change the default terms. The client's `call` is the call's id.
         """
         usual = {"id": str(uuid.uuid4()), "owner": OWNER, "secret": SECRET, "disconnect_timeout": 60, "result_ttl": 60}
         limits = {"timeout": 60, "max_exec_time": 600}

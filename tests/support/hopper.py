@@ -1,4 +1,4 @@
-"""A fork loop: it forks and exits without pause, so that each pid is gone before it can be read or signalled."""
+"""A fork loop: it forks and exits without pause, so that each process ends before it can be read or signalled."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support.deadline import wait_until
 
 __all__ = ["HOP", "group_lives", "hopping", "is_hopper"]
 
-#: The loop itself, for the text of a procedures file: it continues until the file `stop` exists.
+#: The code of the loop, for the text of a procedures file: it continues until the file `stop` exists.
 HOP = """
 import os, signal
 
@@ -39,7 +39,7 @@ def hopping(directory: Path, session: bool = False, **environment: str) -> Itera
     Args:
         directory: where the file is made that ends it.
         session: whether it has a new session after each hop.
-        environment: what it is executed with.
+        environment: its environment.
 
     Yields:
         its process group, if it keeps it.
@@ -67,7 +67,7 @@ def group_lives(group: int) -> bool:
 def is_hopper(process: Process, group: int) -> bool:
     """Return whether a process of a snapshot is one of a fork loop with the cookie of the call ``hopper``.
 
-    One that sleeps uninterruptibly shows no cookie. It is recognized by its command.
+    A process in uninterruptible sleep shows no cookie. It is recognized by its command.
     """
     known = cookie_for("hopper") in process.cookies or process.group == group
     return process.alive and (known or (process.state == "D" and process.command.startswith("python")))

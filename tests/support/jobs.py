@@ -25,7 +25,7 @@ ENDS: Mapping[State, End] = {
 STANDS = (
     (State.QUEUED, False),
     (State.RUNNING, True),
-    *((state, held) for state in State if state in ENDED for held in (False, True)),
+    *((state, keep_slot) for state in State if state in ENDED for keep_slot in (False, True)),
 )
 
 
@@ -46,23 +46,23 @@ def records(values: Iterable[bytes], made: float = 2.0) -> Records:
     return Records(raw, (made,) * len(raw))
 
 
-async def job_in(store: Store, state: State, now: float = 1.0, *, held: bool = False, **attributes: Any) -> str:
+async def job_in(store: Store, state: State, now: float = 1.0, *, keep_slot: bool = False, **attributes: Any) -> str:
     """Add a job and bring it to a state; return its id. No other job may be able to start.
 
-    With `held` an ended job holds its slot.
+    With `keep_slot` an ended job keeps its slot.
     """
     job = new_job(**attributes)
     await store.add_job(job, now)
     if state is State.QUEUED:
         return job.id
-    if state is State.CANCELLED and not held:
+    if state is State.CANCELLED and not keep_slot:
         assert await store.cancel_job(job.id, now) is State.QUEUED
         return job.id
     assert [claimed.id for claimed in await store.claim_jobs(now, 1, 1000)] == [job.id]
     if state is State.CANCELLED:
         assert await store.cancel_job(job.id, now) is State.RUNNING
     elif state is not State.RUNNING:
-        assert await store.finish_job(job.id, ENDS[state], now, keep_slot=held)
+        assert await store.finish_job(job.id, ENDS[state], now, keep_slot=keep_slot)
     return job.id
 
 

@@ -2,7 +2,7 @@
 
     python -m support.killed_after_commit MARK ARGUMENTS-OF-HARPCALLERD...
 
-It kills itself by SIGKILL after the commit of a submission if the file MARK exists, which it removes before.
+If the file MARK exists, it removes the file and is killed by SIGKILL after the commit of a submission.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from harpcaller.store import sqlite
 
 
 class _KilledAfterCommit:
-    """A store whose process is killed after the commit of jobs."""
+    """A store that kills its process after the commit of jobs."""
 
     def __init__(self, store: sqlite.Store, mark: Path) -> None:
         self._store = store

@@ -1,7 +1,7 @@
 """Leftovers of a test: child processes, descriptors and threads of the process that runs the tests, tasks of its loop.
 
-`snapshot` takes a snapshot. New entries of a later one were left behind, unless they belong to a fixture that lives
-longer than the test: a process whose ancestor existed before.
+`snapshot` takes a snapshot. New entries of a later snapshot are leftovers. Exception: a fixture that lives longer than
+the test, that is, a process with an ancestor in the first snapshot.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["Snapshot", "left_since", "new_since", "snapshot", "tasks_left_since"]
+__all__ = ["Snapshot", "find_leftover_tasks", "find_leftovers", "new_since", "snapshot"]
 
 #: Seconds within which processes, threads and tasks must have ended.
 DEADLINE = 10.0
@@ -57,7 +57,7 @@ def snapshot() -> Snapshot:
 
 def _descriptors() -> Iterator[tuple[int, str]]:
     for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(FileNotFoundError):  # the descriptor that the listing itself has used
+        with contextlib.suppress(FileNotFoundError):  # the descriptor of the listing
             target = os.readlink(f"/proc/self/fd/{name}")
             if not target.startswith("/dev/shm/pym-"):  # multiprocessing keeps it for further use
                 yield int(name), target
@@ -101,7 +101,7 @@ def new_since(before: Snapshot, after: Snapshot) -> list[str]:
     ]
 
 
-def left_since(before: Snapshot) -> list[str]:
+def find_leftovers(before: Snapshot) -> list[str]:
     """Describe the leftovers since a snapshot that still exist at the deadline."""
     deadline = time.monotonic() + DEADLINE
     collected = False
@@ -116,7 +116,7 @@ def left_since(before: Snapshot) -> list[str]:
     return left
 
 
-async def tasks_left_since(before: set[asyncio.Task[object]]) -> list[str]:
+async def find_leftover_tasks(before: set[asyncio.Task[object]]) -> list[str]:
     """Describe the leftover tasks of this loop that have not ended at the deadline."""
     deadline = time.monotonic() + DEADLINE
     before = {*before, *filter(None, [asyncio.current_task()])}

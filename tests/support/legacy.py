@@ -1,8 +1,8 @@
 """Legacy programs, as sections A, B and E of the protocol specification describe them.
 
 They are strict where the real programs are strict (an unexpected key in a reply is an error) and unusual where those
-are unusual (white space, sorted keys, a connection closed at once). Blocking sockets and threads; no code of HARP is
-used.
+are unusual (white space, sorted keys, a connection that closes immediately). Blocking sockets and threads; no code of
+HARP is used.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Line references in the pages: ``Name.method`` (``src/package/module.py:12``) names the line that defines it.
 
-``python tests/support/line_references.py`` sets the line numbers anew after a change of the source.
+``python tests/support/line_references.py`` updates the line numbers after a change of the source.
 """
 
 from __future__ import annotations

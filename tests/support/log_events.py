@@ -1,6 +1,6 @@
 """The table of log events in `docs/log-events.md`: events, levels, programs and fields come from the source.
 
-``python tests/support/log_events.py`` writes the table anew and keeps the meanings, which people write. An event
+``python tests/support/log_events.py`` updates the table; people write the meanings. An event
 without a meaning gets an empty one, which the test rejects.
 
 An event is the constant text of a log call; or, if the call has a variable, each text that is passed to a parameter
@@ -34,7 +34,7 @@ _HEAD = "| event | level | program | fields | meaning |\n|---|---|---|---|---|\n
 
 @dataclass
 class LogEvent:
-    """What the source shows about an event."""
+    """The properties of an event in the source."""
 
     levels: set[str] = field(default_factory=set)
     programs: set[str] = field(default_factory=set)

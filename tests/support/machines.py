@@ -1,7 +1,7 @@
 """Machines for the quick start: a shell at a terminal, a copy of the project, and the programs of a machine.
 
-`NamespaceMachine` has a network, processes and system directories of its own; it needs root. `LoopbackMachine` is a
-directory of this machine. Both are context managers; they leave nothing behind.
+`NamespaceMachine` has a separate network, processes and system directories; it needs root. `LoopbackMachine` is a
+directory of this machine. Both are context managers; they remove all their resources.
 """
 
 from __future__ import annotations
@@ -243,7 +243,7 @@ def missing_for_namespaces(directory: Path) -> str:
 
 
 class NamespaceMachine(Machine):
-    """A machine with namespaces of its own for network, processes, mounts and host name.
+    """A machine with separate namespaces for network, processes, mounts and host name.
 
     They end with their first process, which the kernel kills when this process ends.
     """

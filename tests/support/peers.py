@@ -1,4 +1,4 @@
-"""Scripted peers: servers of JSON lines, with or without TLS, whose behaviour is a script of the test.
+"""Scripted peers: servers of JSON lines, with or without TLS. The test supplies their behaviour as a script.
 
 A script is a function of a `PeerConnection`, one connection of the peer. Each connection runs the next script:
 
@@ -49,7 +49,7 @@ class PeerConnection:
 
     Attributes:
         received: the received lines, without line feeds.
-        began: set when the connection is ready, after the TLS handshake.
+        is_ready: set when the connection is ready, after the TLS handshake.
         closed: set when the client has closed.
         handshake_error: the error of the TLS handshake.
     """
@@ -59,7 +59,7 @@ class PeerConnection:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock = sock
         self.received: list[bytes] = []
-        self.began = threading.Event()
+        self.is_ready = threading.Event()
         self.closed = threading.Event()
         self.handshake_error: OSError | None = None
         self._ending = ending
@@ -97,7 +97,7 @@ class PeerConnection:
             self.send(line_of(message))
 
     def until_closed(self) -> None:
-        """Send nothing until the client closes, and set `closed`; or until the test ends."""
+        """Be silent until the client closes, and set `closed`; or until the test ends."""
         while not self._ending.is_set():
             try:
                 if self.sock.recv(65536):
@@ -144,7 +144,7 @@ def keeping(*answers: Iterable[object]) -> Script:
 
 
 def silent(conn: PeerConnection) -> None:
-    """Send nothing; a script."""
+    """Be silent; a script."""
     conn.until_closed()
 
 
@@ -228,7 +228,7 @@ class Peer:
         try:
             assert script is not None, "more connections than scripts"
             if self._tls is None or self._shake_hands(conn, self._tls):
-                conn.began.set()
+                conn.is_ready.set()
                 script(conn)
         except BaseException as error:  # noqa: BLE001  reported by __exit__
             if not self._ending.is_set():

@@ -26,7 +26,7 @@ def append(path: str, text: str) -> None:
         file.write(text)
 
 
-# Procedures that return at once.
+# Procedures that return immediately.
 
 
 @procedure
@@ -80,7 +80,7 @@ def die(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
-# Procedures whose duration a test decides.
+# Procedures that a test ends.
 
 
 @procedure
@@ -103,7 +103,7 @@ def wait_for(path: str, value: Any = "there") -> Any:
 
 @procedure
 def pid_then_wait(path: str) -> str:
-    """Write the pid to the file, and wait until there is one whose name ends with `.go`."""
+    """Write the pid to the file, and wait for the file with the added suffix `.go`."""
     with open(path + ".new", "w") as file:
         file.write(str(os.getpid()))
     os.rename(path + ".new", path)
@@ -113,9 +113,9 @@ def pid_then_wait(path: str) -> str:
 
 @procedure
 def resist(path: str) -> None:
-    """Five processes that ignore SIGTERM and append their pids to the file: this one, two children, two grandchildren.
+    """Five processes that ignore SIGTERM and append their pids to the file: worker, two children, two grandchildren.
 
-    Children and grandchildren have sessions of their own.
+    Children and grandchildren have separate sessions.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     for _ in range(2):
@@ -162,6 +162,6 @@ def long_records(records: int, size: int) -> Iterator[Any]:
 
 @streaming_procedure
 def flood(size: int) -> Iterator[str]:
-    """Records without end, as fast as they are taken."""
+    """Records without end, as fast as they are read."""
     while True:
         yield "x" * size

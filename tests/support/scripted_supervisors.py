@@ -28,7 +28,7 @@ from harpd.supervisor.listener import ACTIVE_SOCKET, SOCKET_PREFIX
 __all__ = ["Script", "dead_supervisor", "make_current", "supervisor"]
 
 #: Returns the reply to a request, before the close; None: no reply and no close. A reply over a link that ends in the
-#: middle of a line is sent as a part of a frame, as if the supervisor had died.
+#: middle of a line is sent as a part of a frame, as after the death of the supervisor.
 Script: TypeAlias = Callable[[dict[str, Any]], bytes | None]
 
 
@@ -89,7 +89,7 @@ def _kind(lines: bytes) -> int:
 
 
 def make_current(directory: Path, name: str) -> None:
-    """Make this supervisor the active one, like a supervisor does itself."""
+    """Make this supervisor the active one, in the way of a real supervisor."""
     (directory / "new").hardlink_to(directory / (SOCKET_PREFIX + name))
     (directory / "new").replace(directory / ACTIVE_SOCKET)
 

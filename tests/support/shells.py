@@ -20,7 +20,7 @@ def _server_arguments(peer: Peer) -> dict[str, Any]:
 
 
 class Shell(Protocol):
-    """The classes of one shell; those of asyncio are wrapped to behave like the synchronous ones."""
+    """The classes of one shell; those of asyncio are wrapped to behave like the synchronous classes."""
 
     def caller(self, peer: Peer, **kwargs: Any) -> Any:
         """Return a HarpCaller for a peer."""

@@ -255,7 +255,7 @@ class ModelStore:
         return len(old[:limit])
 
     def _drop_queue(self, job: Job) -> None:
-        """Remove the queue of a job if none of its jobs is unended or holds a slot."""
+        """Remove the queue of a job if all its jobs have ended and released their slots."""
         if job.queue is not None and all(other.state in ENDED and not other.holds_slot for other in self.in_lane(job)):
             del self.limits[canonical(job.queue)]
 

@@ -1,4 +1,4 @@
-"""A real supervisor as a child process, used like the frontend uses it. Here, each call has a link of its own.
+"""A real supervisor as a child process, used like the frontend uses it. Each call has a separate link.
 
 with Supervisor(tmp_path, PROCEDURES) as supervisor, supervisor.call("echo", [1]) as call:
     assert call.lines() == [{"harp": 1, "stream_result": False}, {"result": [1]}]
@@ -109,7 +109,7 @@ class Supervisor:
     # Start and end.
 
     def spawn(self, descriptors: tuple[int, int] | None = None) -> subprocess.Popen[bytes]:
-        """Start it and return at once.
+        """Start it and return immediately.
 
         Args:
             descriptors: soft and hard limit of open files; None: those of the test.
@@ -206,16 +206,16 @@ class Supervisor:
         connection.connect(self._address)
         return Connection(connection)
 
-    def open_channel(self, kind: int, facts: Any, behind: bytes = b"") -> Channel:
+    def open_channel(self, kind: int, header: Any, behind: bytes = b"") -> Channel:
         """Open a link and a channel on it.
 
         Args:
             kind: START or ATTACH.
-            facts: bytes are sent unchanged, other values as JSON.
-            behind: the arguments of a call, after the facts; or commands, in a frame of their own.
+            header: bytes are sent unchanged, other values as JSON.
+            behind: the arguments of a call, after the header; or commands, in a separate frame.
         """
         channel = Channel(self.connect().socket)
-        text = facts if isinstance(facts, bytes) else json.dumps(facts).encode()
+        text = header if isinstance(header, bytes) else json.dumps(header).encode()
         frames = encode_frame(CHANNEL, kind, text + b"\n" + behind if kind == START else text)
         channel.socket.sendall(PREFACE + frames)
         if kind == ATTACH and behind:
@@ -225,10 +225,10 @@ class Supervisor:
     def call(
         self, procedure: str, arguments: Any = (), call_id: str | None = None, resumable: dict[str, Any] | None = None
     ) -> Channel:
-        """Start a call and return at once."""
+        """Start a call and return immediately."""
         call_id = call_id or str(uuid.uuid4())
-        facts = {"call": call_id, "procedure": procedure} | ({} if resumable is None else {"resumable": resumable})
-        channel = self.open_channel(START, facts, json.dumps(arguments).encode())
+        header = {"call": call_id, "procedure": procedure} | ({} if resumable is None else {"resumable": resumable})
+        channel = self.open_channel(START, header, json.dumps(arguments).encode())
         channel.id = call_id
         return channel
 
@@ -248,8 +248,8 @@ class Supervisor:
 
     def attach(self, call_id: str, since: int = 0, behind: bytes = b"", **members: Any) -> Channel:
         """Attach to a resumable call; `members` replace defaults, `behind` are commands directly after the request."""
-        facts = {"attach": call_id, "owner": OWNER, "secret": SECRET, "since": since, **members}
-        channel = self.open_channel(ATTACH, facts, behind)
+        header = {"attach": call_id, "owner": OWNER, "secret": SECRET, "since": since, **members}
+        channel = self.open_channel(ATTACH, header, behind)
         channel.id = call_id
         return channel
 
@@ -309,7 +309,7 @@ class Supervisor:
         return [event for event in events if name in (None, event["event"]) and fields.items() <= event.items()]
 
     def wait_event(self, name: str, **fields: Any) -> dict[str, Any]:
-        """Wait until the log has such an event; return the first."""
+        """Wait until the log has the event; return the first match."""
         return wait_until(lambda: self.events(name, **fields), DEADLINE, f"the event {name!r} {fields}")[0]
 
     def logged_bugs(self) -> list[str]:
@@ -375,7 +375,7 @@ class Connection:
 
 
 class Channel(Connection):
-    """The frontend's end of a link with one channel. What it receives is credited at once.
+    """The frontend's end of a link with one channel. It credits received data immediately.
 
     Attributes:
         id: the call's id.
@@ -409,11 +409,11 @@ class Channel(Connection):
         return lines
 
     def hang_up(self) -> None:
-        """Tell the supervisor that the client has disconnected."""
+        """Notify the supervisor that the client has disconnected."""
         self.socket.sendall(encode_frame(CHANNEL, HANG_UP))
 
     def stop(self) -> None:
-        """Stop the call by hanging up; wait until the supervisor closes the channel, and drop what it sends."""
+        """Stop the call by hanging up; wait until the supervisor closes the channel, and discard its output."""
         self.hang_up()
         while self._receive():
             pass

@@ -55,7 +55,7 @@ def running(
     dispatcher: Mapping[str, Any] | None = None,
     names: tuple[str, ...] = ("web01",),
 ) -> Iterator[System]:
-    """Run a system; stop it at the end, and check that nothing is left.
+    """Run a system; stop it at the end, and check that no process remains.
 
     Args:
         directory: the directory of all files.

@@ -61,7 +61,7 @@ class Manager:
     """Starts and stops units.
 
     Args:
-        root: the directory that holds `etc`, `run` and `var`.
+        root: the directory with `etc`, `run` and `var`.
         same_user: run services as the user of this process; otherwise as `User=`.
     """
 

@@ -1,4 +1,4 @@
-"""Program: print how many Python functions one job enters, by process and module. `./dev trace --help` says more.
+"""Program: print how many Python functions one job enters, by process and module. See `./dev trace --help`.
 
 The daemons are real and log as they do by default; each Python process carries the recorder of `startup`. The client is
 this program, which is recorded only inside the client library. A run switches recording on, runs one job, and switches
@@ -38,7 +38,7 @@ processes:
   call                the call's process, from the arrival of the call to its exit
   pre-forked worker   the process that is forked in its place, for a later call
 
-Periodic work, such as heartbeats, is kept apart: the functions that an idle system enters, and that some run does
+Periodic work, for example heartbeats, is separate: the functions that an idle system enters, and that some run does
 without, mark the runs that it disturbed. The median of the other runs is printed.
 
 exit status: 0 printed, 1 no run was complete, or the system not quiet (one line on stderr), 2 wrong usage
@@ -316,7 +316,7 @@ def _row(indent: int, name: str, ours: int, library: int) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run as the command line says; return the exit status."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="./dev trace",
         description="Print how many Python functions a job enters on a live system, by process and module.",

@@ -108,7 +108,7 @@ def test_document_keeps_parts_that_are_not_measured(tmp_path: Path) -> None:
     assert len(file.read_text().splitlines()) == 15
 
 
-def test_committed_results_fit_and_speak_of_known_rows() -> None:
+def test_committed_results_match_the_rows_of_the_tables() -> None:
     file = ROOT / "bench" / "results" / "latest.json"
     document = json.loads(file.read_text())
     assert len(file.read_text().splitlines()) <= 300
@@ -130,7 +130,7 @@ def drawn(less_is_better: bool, durable: Sequence[str], **values: Sequence[float
     return texts[5:], [bar.attrib["fill"] for bar in root.iter("{http://www.w3.org/2000/svg}rect")]
 
 
-def test_picture_says_how_many_times_faster_or_slower() -> None:
+def test_picture_shows_factor_faster_or_slower() -> None:
     values = {"HARP": [1000, 1200], "a & b": [100, 50], "better": [2200, 2200]}
     texts, colours = drawn(False, [], **values)
     assert texts == ["A row: 1,100 calls/s", "better", "2.00 x slower", "a & b", "14.7 x faster"]
@@ -170,7 +170,7 @@ def test_help_names_every_part() -> None:
     assert all(f"\n  {key} " in parser().format_help() for key in PARTS)
 
 
-def test_contenders_do_known_workloads_and_harp_does_all() -> None:
+def test_contenders_run_listed_workloads_and_harp_runs_all() -> None:
     workloads = {workload.key for part in PARTS.values() for workload in part.workloads}
     assert set(PICTURED) <= ROWS.keys()
     assert CONTENDERS[0].name == "HARP"
@@ -179,7 +179,7 @@ def test_contenders_do_known_workloads_and_harp_does_all() -> None:
     assert len({contender.name for contender in CONTENDERS}) == len(CONTENDERS)
 
 
-def test_goals_need_only_what_contenders_do() -> None:
+def test_goals_need_only_workloads_of_contenders() -> None:
     workloads = {row.key: workload for part in PARTS.values() for workload in part.workloads for row in workload.rows}
     by_name = {contender.name: contender for contender in CONTENDERS}
     figures = [("HARP", goal.row) for goal in GOALS] + [goal.other for goal in GOALS if goal.other]
@@ -211,7 +211,7 @@ def test_goal_is_compared_with_the_other_figure_of_the_same_runs() -> None:
     ]
 
 
-def test_scaled_sizes_keep_at_least_one_of_everything() -> None:
+def test_scaled_sizes_are_at_least_one() -> None:
     assert Sizes().scaled(1) == Sizes()
     assert (SIZES.jobs, SIZES.hosts, SIZES.seconds) == (2, 1, 0.003)
 
@@ -342,7 +342,7 @@ FUNCTIONS = {"prints": prints, "fails": fails}
 """
 
 
-def test_client_returns_figures_or_what_it_lacks(tmp_path: Path) -> None:
+def test_client_returns_figures_or_missing_module(tmp_path: Path) -> None:
     (tmp_path / "own_client.py").write_text(CLIENT)
     start = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from bench.client import main; main(*sys.argv[1:])"
     command = [sys.executable, "-c", start, "own_client"]
@@ -378,7 +378,7 @@ def measurement(tmp_path: Path, *contenders: Contender, **options: Any) -> tuple
     return Measurement(contenders, SIZES, Place(tmp_path, None), Results(), printed.append, **options), printed
 
 
-def test_contenders_alternate_and_one_that_fails_is_left_out(tmp_path: Path) -> None:
+def test_contenders_alternate_and_failed_ones_are_omitted(tmp_path: Path) -> None:
     measured, _ = measurement(
         tmp_path,
         contender("good", 1.0, 2.0, 3.0, 4.0, 5.0, 6.0),
@@ -412,7 +412,7 @@ def test_contender_is_started_once_for_all_rounds_and_parts(tmp_path: Path) -> N
     assert measured.results.values["delay"] == {"first": {0: 2, 1: 4}, "second": {0: 2, 1: 4}}
 
 
-def test_round_that_would_end_too_late_is_not_begun(tmp_path: Path) -> None:
+def test_round_that_would_end_too_late_is_not_started(tmp_path: Path) -> None:
     measured, _ = measurement(tmp_path, contender("one", *range(8)))
     assert measured.measure([PART], 3, until=time.monotonic()) == 1
 

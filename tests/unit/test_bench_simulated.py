@@ -11,7 +11,7 @@ from bench.harp_only import host_name, simulated_dispatcher, simulated_hosts
 from bench.simulated import address_of
 
 
-def test_simulated_hosts_serve_a_dispatcher_like_real_ones(tmp_path: Path) -> None:
+def test_simulated_hosts_serve_a_dispatcher_like_real_hosts(tmp_path: Path) -> None:
     with simulated_hosts(tmp_path, 3) as simulated:
         assert [address for address, _ in simulated["addresses"]] == [address_of(number) for number in range(3)]
         names = [host_name(number) for number in range(3)]

@@ -109,7 +109,7 @@ def signature(found: Callable[..., Any]) -> str:
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
-def test_signature_equals_documented_one(name: str) -> None:
+def test_signature_equals_documented_signature(name: str) -> None:
     assert signature(find(name)) == SIGNATURES[name]
 
 
@@ -146,7 +146,7 @@ TWINS = [
 
 
 @pytest.mark.parametrize("name", TWINS)
-def test_async_signature_equals_sync_one(name: str) -> None:
+def test_async_signature_equals_sync_signature(name: str) -> None:
     assert signature(find(f"Async{name}", aio)) == signature(find(name))
 
 
@@ -220,7 +220,7 @@ def objects() -> list[Any]:
 
 
 @pytest.mark.parametrize("item", objects(), ids=repr)
-def test_inspection_sends_nothing(item: Any) -> None:
+def test_inspection_sends_no_request(item: Any) -> None:
     assert "secret" not in repr(item)
     assert "secret" not in str(item)
     dir(item)
@@ -302,7 +302,7 @@ WRONG_OPTIONS = [
 
 
 @pytest.mark.parametrize(("options", "message"), WRONG_OPTIONS)
-def test_invalid_option_is_refused_at_once(options: dict[str, Any], message: str) -> None:
+def test_invalid_option_is_refused_immediately(options: dict[str, Any], message: str) -> None:
     for rpc in (harp.HarpCaller("127.0.0.1", 1), aio.AsyncHarpCaller("127.0.0.1", 1)):
         with pytest.raises(harp.HarpException, match=message):
             rpc.web01(**options)
@@ -373,6 +373,6 @@ def test_concurrency_without_queue_is_refused_at_submission() -> None:
         (lambda: harp.HarpProcedure(harp.HarpServer("h", "u", "p"), ""), "procedure: expected a name"),
     ],
 )
-def test_invalid_parameter_is_refused_at_once(make: Callable[[], object], message: str) -> None:
+def test_invalid_parameter_is_refused_immediately(make: Callable[[], object], message: str) -> None:
     with pytest.raises(harp.HarpException, match=message):
         make()

@@ -207,7 +207,7 @@ def test_reader_without_records_follows_from_zero() -> None:
     assert reader.read(packet(0)) == ("r0",)
 
 
-def test_reader_of_ended_job_finishes_at_once() -> None:
+def test_reader_of_ended_job_finishes_immediately() -> None:
     reader = reader_of(FollowStream(JOB), numbered=False)
     next_request(reader)
     assert reader.read(packet(9)) == ()

@@ -104,7 +104,7 @@ def test_harpd_with_expired_certificate_fails_the_test_and_warns(tmp_path: Path)
     assert "is not valid before" in run_test(test)[1]
 
 
-def test_dispatcher_with_expired_authority_fails_the_test_and_warns(tmp_path: Path) -> None:
+def test_dispatcher_with_expired_authority_fails_check_and_warns(tmp_path: Path) -> None:
     authorities, hosts = tmp_path / "ca.pem", tmp_path / "hosts.pem"
     expired, valid = certificate(NOW - 2 * DAY, NOW - DAY), certificate(NOW - DAY, NOW + 90 * DAY)
     authorities.write_text(expired)

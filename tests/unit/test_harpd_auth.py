@@ -112,7 +112,7 @@ def test_passfile_accepts_listed_users(users_file: Path, user: str, password: st
     assert users.authenticate(user, password) is allowed
 
 
-def test_passfile_edits_take_effect_at_once(users_file: Path) -> None:
+def test_passfile_edits_take_effect_immediately(users_file: Path) -> None:
     users = passfile.create({"file": str(users_file)})
     users_file.write_text(f"carol:{SHA512}\n")
     assert users.authenticate("carol", "secret")

@@ -42,8 +42,8 @@ def table(*processes: Process) -> Snapshot:
     return Snapshot({process.pid: process for process in processes})
 
 
-def members(processes: dict[int, Process], *known: tuple[int, int], late: bool = False) -> set[int]:
-    return {process.pid for process in TREE.members(processes, known, late)}
+def members(processes: dict[int, Process], *previous: tuple[int, int], ignore_session: bool = False) -> set[int]:
+    return {process.pid for process in TREE.members(processes, previous, ignore_session)}
 
 
 def process(
@@ -79,7 +79,7 @@ def test_members_by_cookie() -> None:
     assert members(table(has_cookie, older, process(302, parent=300))) == {300, 302}
 
 
-def test_members_known_before_stay_with_children() -> None:
+def test_members_of_previous_scan_stay_with_children() -> None:
     escaped = process(300, 60, session=300, parent=1)
     later = process(301, 70, session=301, parent=300)
     assert members(table(escaped, later)) == set()
@@ -87,17 +87,17 @@ def test_members_known_before_stay_with_children() -> None:
     assert members(table(escaped, later), (300, 59)) == set()
 
 
-@pytest.mark.parametrize("late", [False, True])
-def test_members_exclude_reused_pid(late: bool) -> None:
+@pytest.mark.parametrize("ignore_session", [False, True])
+def test_members_exclude_reused_pid(ignore_session: bool) -> None:
     stranger = process(100, 51, group=100, session=100)
-    assert members(table(stranger, process(101, session=100, parent=100)), late=late) == set()
+    assert members(table(stranger, process(101, session=100, parent=100)), ignore_session=ignore_session) == set()
 
 
 def test_members_of_session_without_leader() -> None:
     child, has_cookie = process(101, session=100, parent=1), process(102, has_cookie=True, session=100, parent=1)
     assert members(table(child, has_cookie)) == {101, 102}
-    assert members(table(child, has_cookie), late=True) == {102}
-    assert members(table(MAIN, child, has_cookie), late=True) == {100, 101, 102}
+    assert members(table(child, has_cookie), ignore_session=True) == {102}
+    assert members(table(MAIN, child, has_cookie), ignore_session=True) == {100, 101, 102}
 
 
 ZYGOTE = process(7, 20, session=7)
@@ -249,7 +249,7 @@ print("held")
 
 @pytest.mark.root
 @pytest.mark.parametrize("number", [1, 2])
-def test_snapshot_complete_has_process_whose_pid_wraps(number: int) -> None:
+def test_snapshot_complete_has_process_with_wrapped_pid(number: int) -> None:
     contained = ["unshare", "--pid", "--fork", "--mount-proc"]
     if subprocess.run([*contained, "true"], check=False, capture_output=True).returncode:
         pytest.skip("needs to make a PID namespace")
@@ -310,9 +310,9 @@ def test_scan_soon_after_another_reads_only_later_processes(sleeper: subprocess.
     assert found[sleeper.pid].cookies
 
 
-@pytest.mark.parametrize("change", [{"began": 0.0}, {"last_pid": 0}, {"last_pid": 1 << 30}])
+@pytest.mark.parametrize("change", [{"started_at": 0.0}, {"last_pid": 0}, {"last_pid": 1 << 30}])
 def test_scan_after_pids_may_be_reused_reads_all(change: dict[str, Any]) -> None:
-    """The earlier snapshot is old or was not complete, or pids began again with low ones."""
+    """The earlier snapshot is old or was not complete, or pids started again at the lowest."""
     earlier = complete_snapshot()
     vars(earlier).update(change)
     found = finished(Scan(1 << 60, earlier))
@@ -333,7 +333,7 @@ def complete_snapshot() -> Snapshot:
     found = take_snapshot()
     while not found.complete:
         found = take_snapshot()
-    found.began = time.monotonic()
+    found.started_at = time.monotonic()
     return found
 
 

@@ -117,7 +117,7 @@ def tree(call_id: str, pid: int) -> CallTree:
 def clean_up_fully(records: StateFiles, until_gone: bool = True) -> list[CleanupResult]:
     """Clean up until it need not be repeated soon; return all results."""
     found = [records.clean_up()]
-    while until_gone and found[-1].again:
+    while until_gone and found[-1].repeat_soon:
         time.sleep(0.02)
         found.append(records.clean_up())
     return found
@@ -258,7 +258,7 @@ def test_clean_up_kills_fork_loop_in_cgroup(
 
 @pytest.mark.root
 @ROOT
-def test_clean_up_survivors_are_reported_and_left(
+def test_clean_up_survivors_are_reported(
     supervisors: Supervisors, tmp_path: Path, old: StateFiles, new: StateFiles, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.ERROR, "harpd.supervisor")
@@ -285,7 +285,7 @@ def test_clean_up_survivors_are_reported_and_left(
         result = third.clean_up()
         assert (result.killed, result.calls, result.stop_reports) == (1, {}, {})
         cold.thaw()
-        wait_until(lambda: not third.clean_up().again, what="the last one's end")
+        wait_until(lambda: not third.clean_up().repeat_soon, what="the last one's end")
         wait_until(lambda: third.clean_up() == CleanupResult() and not read_entries(tmp_path), what="no record")
 
 
@@ -302,7 +302,7 @@ def test_clean_up_reports_end_of_survivors(supervisors: Supervisors, old: StateF
         (last,) = wait_until(
             lambda: [result for result in clean_up_fully(new) if result.stop_reports], what="the last stop report"
         )
-        assert (last.calls, last.again) == ({}, False)
+        assert (last.calls, last.repeat_soon) == ({}, False)
         stop_report = last.stop_reports["a"]
         assert (stop_report["survivors"], stop_report["complete"]) == ([], False)
         assert (stop_report["processes"][0]["signals"], stop_report["processes"][0]["ended"]) == (
@@ -354,7 +354,7 @@ def damaged_files() -> Iterator[tuple[str, bytes, set[str]]]:
     yield "duplicated", intact + intact, set(IDS)
 
 
-def test_clean_up_reads_valid_entries_beside_damaged_ones(supervisors: Supervisors, tmp_path: Path) -> None:
+def test_clean_up_reads_valid_entries_beside_damaged_entries(supervisors: Supervisors, tmp_path: Path) -> None:
     for what, data, expected in damaged_files():
         if what.startswith("torn"):  # a change of the zeros behind the entry does not count
             assert read_calls(supervisors, tmp_path, data) >= {"first", "third"}, what
@@ -416,7 +416,7 @@ def test_decode_entry_no_json_is_rejected(content: bytes) -> None:
         decode_entry(encode_entry(Purpose.ONLY_STOP, content), BOOT)
 
 
-def test_clean_up_other_start_time_or_cookie_kills_nothing(
+def test_clean_up_other_start_time_or_cookie_kills_no_process(
     supervisors: Supervisors, tmp_path: Path, new: StateFiles
 ) -> None:
     with process("a") as pid:
@@ -480,7 +480,7 @@ def test_state_too_long_for_its_entry_is_an_error(tmp_path: Path, new: StateFile
 
 
 @pytest.mark.parametrize("how", [pytest.param("mount", marks=pytest.mark.root), "limit"])
-def test_full_disk_refuses_new_entries_and_keeps_old_ones(tmp_path: Path, how: str) -> None:
+def test_full_disk_refuses_new_entries_and_keeps_stored_entries(tmp_path: Path, how: str) -> None:
     private = ["unshare", "-m"] if how == "mount" else []
     if private and subprocess.run([*private, "true"], check=False, capture_output=True).returncode:
         pytest.skip("needs to be root, with the right to mount")

@@ -25,7 +25,7 @@ def test_stop_report_lists_outcomes() -> None:
     scans.record([MAIN])
     scans.record_exit(signal.SIGKILL)
     scans.record([])
-    stop_report = scans.to_json(main_ended=True, complete=True, began=1.0, ended=2.0)
+    stop_report = scans.to_json(main_ended=True, complete=True, started_at=1.0, ended=2.0)
     assert [(each["pid"], each["signals"], each["ended"]) for each in stop_report["processes"]] == [
         (100, [], "SIGKILL"),
         (101, ["SIGTERM", "SIGKILL"], "gone after SIGKILL"),
@@ -38,12 +38,12 @@ def test_stop_report_unreaped_main_survives() -> None:
     scans = StopReport(MAIN.identity)
     scans.record([MAIN])
     scans.record([])
-    stop_report = scans.to_json(main_ended=False, complete=False, began=1.0)
+    stop_report = scans.to_json(main_ended=False, complete=False, started_at=1.0)
     assert (stop_report["survivors"], stop_report["surviving"]) == ([{"pid": 100, "command": "main"}], 1)
 
 
-def test_stop_report_with_clock_set_back_ends_after_it_began() -> None:
-    stop_report = StopReport(MAIN.identity).to_json(main_ended=True, complete=True, began=2.0, ended=1.0)
+def test_stop_report_with_clock_set_back_ends_after_its_start() -> None:
+    stop_report = StopReport(MAIN.identity).to_json(main_ended=True, complete=True, started_at=2.0, ended=1.0)
     assert stop_report["ended"] == stop_report["began"] == 2.0
 
 
@@ -51,7 +51,7 @@ def test_stop_report_size_is_bounded() -> None:
     scans = StopReport(MAIN.identity)
     scans.record([MAIN, *others(50_000)])
     scans.record(others(50_000))
-    stop_report = scans.to_json(main_ended=False, complete=False, began=1.0)
+    stop_report = scans.to_json(main_ended=False, complete=False, started_at=1.0)
     assert (len(stop_report["processes"]), stop_report["found"]) == (100, 50_001)
     assert (len(stop_report["survivors"]), stop_report["surviving"]) == (100, 50_001)
     text = dumps(stop_report)
@@ -63,6 +63,6 @@ def test_stop_report_counts_short_lived_processes() -> None:
     scans = StopReport(MAIN.identity)
     for pid in range(200, 5200):
         scans.record([Process(pid, 60)])
-    stop_report = scans.to_json(main_ended=True, complete=False, began=1.0)
+    stop_report = scans.to_json(main_ended=True, complete=False, started_at=1.0)
     assert stop_report["found"] == 5001
     assert len(stop_report["processes"]) == 100

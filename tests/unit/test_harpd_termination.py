@@ -97,7 +97,7 @@ def test_termination_of_fast_forker_reports_survivor(monkeypatch: pytest.MonkeyP
     assert (report["survivors"], report["complete"]) == ([], True)
 
 
-def test_snapshot_for_many_calls_lets_others_have_turns(tmp_path: Path) -> None:
+def test_snapshot_for_many_calls_does_not_block_the_loop(tmp_path: Path) -> None:
     """A scan takes several turns of the loop; then each turn passes the snapshot to one call."""
     loop = EventLoop()
     settings = {"spool_memory": 1, "runtime_directory": str(tmp_path), "cgroup": ""}
@@ -115,16 +115,16 @@ def test_snapshot_for_many_calls_lets_others_have_turns(tmp_path: Path) -> None:
         if len(received) == 4:
             loop.stop()
 
-    began = time.monotonic()
+    requested_at = time.monotonic()
     for _ in range(3):
-        context.take_snapshot(began, receive)
+        context.take_snapshot(requested_at, receive)
     loop.call_later(0, lambda: context.take_snapshot(time.monotonic(), receive))  # the first scan is too old for it
     count_turns()
     loop.run()
     context.state_files.close()
     first, second = received[0][1], received[3][1]
     assert [snapshot is first for _, snapshot in received] == [True, True, True, False]
-    assert began <= first.began < second.began
+    assert requested_at <= first.started_at < second.started_at
     at = [turn for turn, _ in received]
     assert at[0] >= math.floor(len(first) / STEP_PROCESSES) - 1
     assert len(set(at)) == 4

@@ -127,7 +127,7 @@ async def test_pool_is_limited_per_host_and_in_total() -> None:
     assert all(conn.end == "closed" for conn in (*web01, *web02))
 
 
-async def test_pool_closes_expired_connections_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_pool_closes_expired_connections(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool_module, "_MAX_IDLE", 0.05)
     pool = ConnectionPool(TimerWheel())
     conn = put(pool, FakeConnection())

@@ -98,7 +98,7 @@ async def test_ca_file_requires_chain_and_name(tmp_path: Path) -> None:
             assert "self-signed" in message or "unable to get" in message
 
 
-async def test_certificate_that_is_invalid_now_says_so(tmp_path: Path) -> None:
+async def test_certificate_invalid_now_is_reported(tmp_path: Path) -> None:
     day, now = timedelta(days=1), datetime.now()
     expired = issue(tmp_path / "expired", "web01", not_before=now - 9 * day, not_after=now - 2 * day)
     future = issue(tmp_path / "future", "web01", not_before=now + 2 * day, not_after=now + 9 * day)

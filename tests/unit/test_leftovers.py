@@ -11,7 +11,7 @@ import pytest
 
 from support import leftovers
 from support.deadline import wait_until
-from support.leftovers import left_since, new_since, snapshot, tasks_left_since
+from support.leftovers import find_leftover_tasks, find_leftovers, new_since, snapshot
 
 
 @pytest.fixture(autouse=True)
@@ -19,40 +19,40 @@ def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leftovers, "DEADLINE", 0.0)
 
 
-def test_left_since_open_descriptor_is_named() -> None:
+def test_find_leftovers_names_open_descriptor() -> None:
     before = snapshot()
     with open("/dev/zero") as file:
-        assert left_since(before) == [f"descriptor {file.fileno()}: /dev/zero"]
-    assert left_since(before) == []
+        assert find_leftovers(before) == [f"descriptor {file.fileno()}: /dev/zero"]
+    assert find_leftovers(before) == []
 
 
-def test_left_since_running_thread_is_named() -> None:
+def test_find_leftovers_names_running_thread() -> None:
     before, end = snapshot(), threading.Event()
     thread = threading.Thread(target=end.wait, name="left")
     thread.start()
-    (left,) = left_since(before)
+    (left,) = find_leftovers(before)
     assert "<Thread(left, started" in left
     end.set()
     thread.join()
 
 
-def test_left_since_orphaned_process_is_named() -> None:
+def test_find_leftovers_names_orphaned_process() -> None:
     before = snapshot()
     subprocess.run(["setsid", "--fork", "sleep", "600"], check=True)
-    (left,) = left_since(before)
+    (left,) = find_leftovers(before)
     assert left.endswith(": sleep 600 ")
     os.kill(int(left.split()[1]), 9)
     wait_until(lambda: not new_since(before, snapshot()), what="the end of the process")
 
 
-def test_left_since_child_without_environment_is_named() -> None:
+def test_find_leftovers_names_child_without_environment() -> None:
     before = snapshot()
     with subprocess.Popen(["/bin/sleep", "600"], env={}) as child:
-        assert [left.split()[1] for left in left_since(before)] == [str(child.pid)]
+        assert [left.split()[1] for left in find_leftovers(before)] == [str(child.pid)]
         child.kill()
 
 
-def test_left_since_child_of_an_older_process_is_not_counted() -> None:
+def test_find_leftovers_ignores_child_of_an_older_process() -> None:
     with subprocess.Popen(["sh"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as shell:
         assert shell.stdin is not None
         assert shell.stdout is not None
@@ -61,17 +61,17 @@ def test_left_since_child_of_an_older_process_is_not_counted() -> None:
         shell.stdin.flush()
         shell.stdout.readline()
         assert len(snapshot().processes) == len(before.processes) + 1
-        assert left_since(before) == []
+        assert find_leftovers(before) == []
         shell.stdin.write(b"kill $!\nwait\n")
         shell.stdin.close()
 
 
-async def test_tasks_left_since_unfinished_task_is_named() -> None:
+async def test_find_leftover_tasks_names_unfinished_task() -> None:
     before = asyncio.all_tasks()
     task = asyncio.create_task(asyncio.sleep(600), name="left")
-    (left,) = await tasks_left_since(before)
+    (left,) = await find_leftover_tasks(before)
     assert "name='left'" in left
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert await tasks_left_since(before) == []
+    assert await find_leftover_tasks(before) == []

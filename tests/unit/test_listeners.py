@@ -76,7 +76,7 @@ def test_resolve_without_ipv6_returns_sole_ipv6(monkeypatch: pytest.MonkeyPatch)
     assert resolve("web01") == [(V6, "2001:db8::1")]
 
 
-def test_listen_with_one_address_in_use_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_listen_with_one_address_in_use_closes_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     resolve_to(monkeypatch, (V4, "127.0.0.1"), (V4, "127.0.0.2"))
     with socket.create_server(("127.0.0.2", 0)) as other:
         port = other.getsockname()[1]

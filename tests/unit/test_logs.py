@@ -114,7 +114,7 @@ log.info("after")
     assert writes(program) == [["before"], ["1", "2"], ["3", "4"], ["5"], ["after"]]
 
 
-def test_event_of_another_thread_is_written_at_once_after_earlier_ones() -> None:
+def test_event_of_another_thread_is_written_immediately_in_order() -> None:
     program = """
 async def main():
     log.info("1")
@@ -245,7 +245,7 @@ def read_all(log: FileIO) -> bytes:
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-def test_full_stderr_loses_nothing_that_has_room(kind: str) -> None:
+def test_full_stderr_loses_no_event_that_has_room(kind: str) -> None:
     reading, writing = MAKERS[kind]()
     with (
         open(reading, "rb", buffering=0) as log,
@@ -326,7 +326,7 @@ log.warning("a %s of a library", "message")
     assert [event["number"] for event in events[:20]] == [*range(20)]
 
 
-def test_handler_that_raises_or_hangs_stops_neither_program_nor_others(tmp_path: Path) -> None:
+def test_handler_failure_does_not_stop_program_or_others(tmp_path: Path) -> None:
     file = {"class": "logging.FileHandler", "filename": str(tmp_path / "log"), "formatter": "message"}
     text = run_configured(
         f"""
@@ -345,7 +345,7 @@ sys.exit(3)
 
 
 @pytest.mark.parametrize("in_loop", [False, True])
-def test_event_that_an_operators_format_rejects_is_logged_plainly(in_loop: bool) -> None:
+def test_event_rejected_by_an_operators_format_is_logged_plainly(in_loop: bool) -> None:
     """The format has a field that few events have. Neither is an event lost nor does a log call raise."""
     stderr = {"class": "logging.StreamHandler", "formatter": "call"}
     config: dict[str, Any] = {
@@ -366,7 +366,7 @@ async def log_all():
     assert text.splitlines() == [plain, "1 with call=1"] * 2
 
 
-def test_log_directory_that_is_gone_loses_counted_events_only(tmp_path: Path) -> None:
+def test_log_directory_missing_loses_counted_events_only(tmp_path: Path) -> None:
     directory = tmp_path / "log"
     directory.mkdir()
     file = {"class": "logging.handlers.WatchedFileHandler", "filename": str(directory / "log"), "formatter": "message"}

@@ -8,7 +8,7 @@ from harp_daemon.memory_quota import MemoryQuota, Reservation
 FREE = 64 * 1024
 
 
-def test_reservation_counts_bytes_beyond_the_free_ones() -> None:
+def test_reservation_counts_bytes_beyond_the_free_bytes() -> None:
     quota = MemoryQuota(100)
     reservation = Reservation(quota)
     assert reservation.grow(FREE)
@@ -20,7 +20,7 @@ def test_reservation_counts_bytes_beyond_the_free_ones() -> None:
     assert quota.available == 100
 
 
-def test_reservation_refused_reserves_nothing() -> None:
+def test_reservation_refused_has_no_effect() -> None:
     quota = MemoryQuota(100)
     first, second = Reservation(quota), Reservation(quota)
     assert first.grow(FREE + 60)

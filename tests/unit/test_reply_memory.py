@@ -51,7 +51,7 @@ async def test_short_replies_never_wait() -> None:
     assert all(Client(memory).reserve(0) for _ in range(10_000))
 
 
-async def test_reply_above_the_limit_is_alone() -> None:
+async def test_reply_above_the_limit_is_sent_alone() -> None:
     memory = ReplyMemory(lambda: 100)
     small, huge, other = (Client(memory) for _ in range(3))
     assert small.reserve(1)
@@ -66,7 +66,7 @@ async def test_reply_above_the_limit_is_alone() -> None:
     assert other.reserve(1)
 
 
-async def test_client_that_leaves_the_queue_lets_others_pass() -> None:
+async def test_client_that_leaves_the_queue_does_not_block_others() -> None:
     memory = ReplyMemory(lambda: 100)
     first, leaving, other = (Client(memory) for _ in range(3))
     assert first.reserve(60)

@@ -64,7 +64,7 @@ async def test_timer_that_fails_is_logged_and_stops_no_other(caplog: pytest.LogC
     assert "timer failed: internal error" in caplog.text
 
 
-async def test_wheel_closed_runs_nothing() -> None:
+async def test_wheel_closed_runs_no_timer() -> None:
     wheel = TimerWheel()
     ran: list[str] = []
     wheel.call_later(0.0, lambda: ran.append("late"))

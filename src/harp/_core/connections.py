@@ -1,4 +1,4 @@
-"""Connections to one peer: where it listens, what a shell's connection can do, and which ones wait for a request.
+"""Connections to one peer: its endpoint, the interface of both shells' connections, and their pool.
 
 Each exchange with a peer is written once for both shells, as a generator (`Steps`). It calls a method of a connection,
 yields the return value, and receives the result. In the synchronous shell, the return value is the result. In the
@@ -21,7 +21,7 @@ from harp.errors import CommunicationError, HarpException
 
 T = TypeVar("T")
 
-#: A generator that yields what a connection's methods return, receives their results, and returns its outcome.
+#: A generator that yields the return values of a connection's methods, receives their results, and returns its outcome.
 Steps: TypeAlias = Generator[Any, Any, T]
 
 #: A PEM file with authorities; None: the peer's certificate is not verified.
@@ -97,7 +97,7 @@ class Connection:
     close: Callable[[], Any]
     #: Closes the connection without waiting, from any thread.
     close_threadsafe: Callable[[], None]
-    #: Returns whether the connection is open and its peer has sent nothing since the last reply.
+    #: Returns whether the connection is open and its peer has not sent data since the last reply.
     is_idle: Callable[[], bool]
     #: Waits for a line and returns it without its line feed.
     receive_line: Callable[[], Any]
@@ -129,7 +129,7 @@ class ConnectionPool(Generic[C]):
         weakref.finalize(self, _close_all, self._waiting)
 
     def get(self, now: float) -> C | None:
-        """Remove and return a connection for one request; None when there is none."""
+        """Remove and return a connection for one request; None if the pool has no usable connection."""
         while self._waiting:
             try:
                 conn, deadline = self._waiting.pop()
@@ -181,7 +181,7 @@ class Peer(Generic[C]):
     _pool: ConnectionPool[C]
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has connections of its own.
+        # A copy has separate connections.
         return {**self.__dict__, "_pool": ConnectionPool(self._pool.enabled)}
 
 

@@ -96,10 +96,10 @@ class DirectProcedureBase(Generic[S]):
         """Call the procedure with positional or named arguments, any JSON values, and wait without a time limit.
 
         Returns the result; of a streaming procedure a `HarpStreamIterator`, as soon as it runs. Raises `HarpException`
-        for both kinds of arguments, and for one that JSON cannot represent (nothing was sent); `RemoteException` if the
-        procedure raised an exception; `RemoteError` if harpd refused or stopped the call; `CommunicationError` if harpd
-        cannot be reached, its certificate is not accepted, or the connection broke. Spec: docs/client-api.md,
-        HarpProcedure.
+        for both kinds of arguments, and for arguments that JSON cannot represent (no request was sent);
+        `RemoteException` if the procedure raised an exception; `RemoteError` if harpd refused or stopped the call;
+        `CommunicationError` if harpd cannot be reached, its certificate is not accepted, or the connection broke. Spec:
+        docs/client-api.md, HarpProcedure.
         """
         server, arguments = self._server, encode_arguments(args, kwargs)
         pool = server._pool

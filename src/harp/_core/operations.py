@@ -6,8 +6,8 @@ and each caller gets new values, so threads share no mutable data.
 
 Legacy dispatchers close the connection without a reply when a request contains the keep-alive key, or submits many
 jobs. So both are sent only to a dispatcher that has replied to a question, a `SubmitMany` without jobs, before the
-second request and before the first `SubmitMany`. With ``keep_alive=True`` nothing is asked; but a request that waits,
-which would take the close for an interruption, has the key only after a grant.
+second request and before the first `SubmitMany`. With ``keep_alive=True`` no question is sent. But a request that waits
+would treat the close as an interruption, so it has the key only after a grant.
 """
 
 from __future__ import annotations
@@ -103,17 +103,17 @@ class CallerBase(Peer[C], Generic[C, S, J]):
         return server
 
     def job(self, job_id: str) -> J:
-        """Return the job with this id; sends nothing. Spec: docs/client-api.md, HarpCaller."""
+        """Return the job with this id; sends no request. Spec: docs/client-api.md, HarpCaller."""
         return self._job_class(self, job_id)
 
     def _submit_many(self, calls: Iterable[Call]) -> Steps[list[J]]:
         """Submit jobs with one request, all or none; return them in the order of the calls. They are on stable storage.
 
         Over 10,000 calls or 16 MiB are sent as several requests; to a legacy dispatcher, one for each call. Then each
-        request is all or none; a note of the exception says how many calls were submitted before it. If all calls have
-        a `request_id`, a request is sent again after a lost reply. Raises `HarpException` if an item is not a `Call`
-        (nothing was sent), `RequestRefused` if the dispatcher refused (the message names the invalid call), and another
-        `CommunicationError` if there was no reply: it is unknown whether the jobs were submitted. Spec:
+        request is all or none; a note of the exception has the number of calls that were submitted before it. If all
+        calls have a `request_id`, a request is sent again after a lost reply. Raises `HarpException` if an item is not
+        a `Call` (no request was sent), and `RequestRefused` if the dispatcher refused (the message names the invalid
+        call). Any other `CommunicationError` means that there was no reply: the jobs may have been submitted. Spec:
         docs/client-api.md, HarpCaller and Request ids.
         """
         found: list[protocol.Call] = []
@@ -196,22 +196,22 @@ class CallerBase(Peer[C], Generic[C, S, J]):
         return reply
 
     def _request_repeatedly(self, request: Request) -> Steps[Any]:
-        """Send a request whose calls all have request ids, again after each interruption; return its reply.
+        """Send a request, again after each interruption, and return its reply. All its calls have request ids.
 
-        It is sent again only to a dispatcher that has answered the question: a legacy one has no request ids. After an
-        hour it is not: the dispatcher forgets request ids.
+        It is sent again only to a dispatcher that has answered the question: a legacy dispatcher has no request ids.
+        After an hour it is not sent again: dispatchers delete request ids.
         """
         policy = ReconnectPolicy(self._reconnect, self._on_outage)
         deadline = self._now() + _REPEAT_SECONDS
-        is_known, asks = self._supports_many, False
+        supports_many, must_ask = self._supports_many, False
         while True:
             try:
-                if asks:
+                if must_ask:
                     yield from self._send_question(policy)
-                    is_known, asks = True, False
+                    supports_many, must_ask = True, False
                 reply, _ = yield from self._send(request, policy)
             except CommunicationError as interruption:
-                if closed_without_reply(interruption) and not is_known and (asks or not policy):
+                if closed_without_reply(interruption) and not supports_many and (must_ask or not policy):
                     raise unsupported_by_peer(interruption, "request_id") from interruption
                 error: HarpException = interruption
             else:
@@ -223,7 +223,7 @@ class CallerBase(Peer[C], Generic[C, S, J]):
             if self._now() >= deadline:
                 raise error
             yield self._sleep(policy.next_pause(error, self._now()))
-            asks = not self._supports_many
+            must_ask = not self._supports_many
 
     def _send(
         self,
@@ -285,7 +285,7 @@ class CallerBase(Peer[C], Generic[C, S, J]):
             self._ask_at = now + _ASK_AGAIN
             try:
                 yield from self._send_question(policy, until)
-            except CommunicationError:  # usually, the request itself will fail in the same way
+            except CommunicationError:  # usually, the request will fail in the same way
                 if until is not None and self._now() >= until.at:
                     raise
 
@@ -370,10 +370,10 @@ class ProcedureBase(Generic[J]):
     def _submit(self, /, *args: Any, **kwargs: Any) -> Steps[J]:
         """Submit a job with positional or named arguments, any JSON values. It is on stable storage when this returns.
 
-        Raises `HarpException` for both kinds of arguments, for one that JSON cannot represent, and for `concurrency`
-        without `queue`; `RequestRefused` if the dispatcher refused; another `CommunicationError` if there was no reply:
-        it is unknown whether the job was submitted. With the option `request_id`, the request is sent again first.
-        Spec: docs/client-api.md, RemoteProcedure and Request ids.
+        Raises `HarpException` for both kinds of arguments, for arguments that JSON cannot represent, and for
+        `concurrency` without `queue`; `RequestRefused` if the dispatcher refused; another `CommunicationError` if there
+        was no reply: it is unknown whether the job was submitted. With the option `request_id`, the request is sent
+        again first. Spec: docs/client-api.md, RemoteProcedure and Request ids.
         """
         dispatcher, server, arguments = self._dispatcher, self._server, values.encode_arguments(args, kwargs)
         request = values.job_request(server._hostname, self._procedure, arguments, server._options)
@@ -415,9 +415,9 @@ class JobBase(Generic[R]):
     def follow(
         self, since: int | None = None, recent: int | None = None, numbered: bool = False, *, timed: bool = False
     ) -> R:
-        """Return the job's records, also future ones, until it ends; continues after an interruption.
+        """Return the job's stored and future records until it ends; continues after an interruption.
 
-        The first record is number `since`, counted from 0, or begins the `recent` newest ones; default: ``recent=0``.
+        The first record is number `since`, counted from 0, or begins the newest `recent`; default: ``recent=0``.
         Items are records; with `numbered`, pairs of number and record; with `timed`, number, time of creation (Unix
         seconds with fractions) and record. Raises `HarpException` if a number is invalid, or both are given. Spec:
         docs/client-api.md, RemoteCall.
@@ -427,7 +427,7 @@ class JobBase(Generic[R]):
     def stream(
         self, since: int | None = None, recent: int | None = None, numbered: bool = False, *, timed: bool = False
     ) -> R:
-        """Return records so far, by default all; arguments as for `follow`. Spec: docs/client-api.md, RemoteCall."""
+        """Return the stored records, by default all; arguments as of `follow`. Spec: docs/client-api.md, RemoteCall."""
         return self._stream(self._reader(ReadStream, since, recent, numbered, timed))
 
     def _reader(
@@ -543,7 +543,7 @@ class JobBase(Generic[R]):
         return (yield from self._status()).procedure
 
     def _args(self) -> Steps[Any]:
-        """Return the procedure's arguments: a list, or a dict of named ones. Spec: docs/client-api.md, RemoteCall."""
+        """Return the procedure's arguments: a list, or a dict by name. Spec: docs/client-api.md, RemoteCall."""
         return (yield from self._status()).arguments
 
     def _info(self) -> Steps[Any]:
@@ -559,7 +559,7 @@ class JobBase(Generic[R]):
         return (yield from self._status("start", "end")).start
 
     def _end_time(self) -> Steps[int | None]:
-        """Return when the job ended, in Unix seconds; None: not yet. Spec: docs/client-api.md, RemoteCall."""
+        """Return when the job ended, in Unix seconds; None: it has not ended. Spec: docs/client-api.md, RemoteCall."""
         return (yield from self._status("end")).end
 
     def _status(self, *times: str) -> Steps[protocol.Status]:

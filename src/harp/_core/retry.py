@@ -16,7 +16,7 @@ from harp.errors import CommunicationError, HarpException, RequestRefused
 #: Seconds before the first attempt; each further pause is twice as long, up to the longest.
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 2.0
-#: A connection that stays open for this many seconds ends the outage, unless the peer has not replied in time.
+#: A connection that stays open for this many seconds ends the outage, unless the reply is late.
 _STABLE_SECONDS = 15.0
 #: From this many seconds on, there is no limit; not every integer beyond has a float.
 _UNLIMITED = 2**53
@@ -55,7 +55,7 @@ class ReconnectPolicy:
     def __init__(self, seconds: float, on_outage: Callable[[HarpException], None] = lambda error: None) -> None:
         self._seconds = seconds
         self._on_outage = on_outage
-        #: None: never connected; infinite: the outage that began since is already counted.
+        #: None: never connected; infinite: the present outage is already counted.
         self._connected_at: float | None = None
         self._outage_since: float | None = None
         self._pause = _FIRST_PAUSE
@@ -83,8 +83,8 @@ class ReconnectPolicy:
     def next_pause(self, error: HarpException, now: float) -> float:
         """Return the seconds to wait before the next attempt.
 
-        Raise the error if it is not transient, if no connection was ever established, or if the outage has lasted too
-        long; then its message says how long and how often the client has tried.
+        Raise the error if it is not transient, if no connection was established, or if the outage has lasted too
+        long; then its message has the time and number of attempts.
         """
         if not self or not self.is_interruption(error):
             raise error
@@ -103,7 +103,7 @@ class ReconnectPolicy:
         if not self.attempts:
             self._on_outage(error)
         self.attempts += 1
-        # Random, so that readers that lost their connection together do not return together.
+        # Random, so that readers that were disconnected together do not return together.
         pause = min(self._pause * random.uniform(0.5, 1.0), remaining)  # noqa: S311  not a secret
         self._pause = min(self._pause * 2, _LONGEST_PAUSE)
         return pause

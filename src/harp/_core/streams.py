@@ -64,11 +64,10 @@ class Reader:
 class StreamReader(Reader):
     """The records of a job, each once, over as many connections as necessary.
 
-    To continue after an interruption, a reader needs a sequence number. A `FollowStream` without `since` has none
-    before its first record. So `ReadStream`, which is answered at once, is sent first; the stream is followed from
-    there. Legacy dispatchers close the connection without a reply when the job is unknown. So
-    `ReadStream` is also sent after an interruption until the first reply: if it is not answered either, the job is
-    unknown.
+    To continue after an interruption, a reader needs a sequence number. A `FollowStream` without `since` has no number
+    before its first record. So `ReadStream` is sent first, which is answered immediately; the stream is followed from
+    there. Legacy dispatchers close the connection without a reply when the job is unknown. So `ReadStream` is also sent
+    after an interruption until the first reply: if it is not answered either, the job is unknown.
 
     Timed items are number, time and record. An outage may last `reconnect` seconds; only a `FollowStream` continues.
     `store_end` stores the last reply and its line; `on_outage` is called with the error that begins an outage.
@@ -113,16 +112,16 @@ class StreamReader(Reader):
         return encode_request(self._request)
 
     def read(self, line: bytes) -> tuple[Any, ...]:
-        """Return the record of a line; a closing line has none. Raise the error of a refused request."""
+        """Return the records of a line: one, or none for a closing line. Raise the error of a refused request."""
         reply = self._replies.read_reply(line)
         if isinstance(reply, Refused):
             raise refusal_of(reply)
         self._replied = True
         self._policy.end_outage()
         if isinstance(reply, Packet):
-            number_known, self._next_number = self._next_number is not None, reply.number + 1
+            had_number, self._next_number = self._next_number is not None, reply.number + 1
             # Of the records read for their number, the first is older than the request; the others are new.
-            skipped = not number_known and self._request is not self._original and not self._original.recent
+            skipped = not had_number and self._request is not self._original and not self._original.recent
             if skipped:
                 return ()
             if self._original.timed:

@@ -18,7 +18,7 @@ from harp.protocol.schema import is_count, is_seconds, is_seconds_or_zero
 
 
 def missing_attribute(name: str, owner: object) -> AttributeError:
-    """Return the error for a name that begins with an underscore: Python, copy, pickle and debuggers look for such."""
+    """Return the error for a name that begins with an underscore: Python, copy, pickle and debuggers look them up."""
     return AttributeError(f"{type(owner).__name__!r} object has no attribute {name!r}", name=name, obj=owner)
 
 
@@ -97,8 +97,8 @@ def encode_arguments(args: Mapping[str, Any] | Sequence[Any], kwargs: Mapping[st
 class Call:
     """One call of many, to be submitted by `harp.HarpCaller.submit_many`.
 
-    `host` is the host's name in the dispatcher's registry, `arguments` a list or tuple, or a dict of named ones; later
-    changes of it have no effect. The options are those of `harp.RemoteServer.__call__`.
+    `host` is the host's name in the dispatcher's registry, `arguments` a list or tuple, or a dict of named arguments;
+    later changes of it have no effect. The options are those of `harp.RemoteServer.__call__`.
 
     Raises `HarpException` if a value is invalid; the message names it. Spec: docs/client-api.md, HarpCaller.
     """

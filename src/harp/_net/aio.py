@@ -1,4 +1,4 @@
-"""The network of the asyncio shell; each class and method does the same as the one of `harp._net.sync`.
+"""The network of the asyncio shell; its classes and methods behave as those of `harp._net.sync`.
 
 A connection is a socket that does not block, and that the event loop watches: no transport, no protocol, no TLS in
 memory. That is a third of the work, and a connection that is still open at the end of its loop does not warn.
@@ -68,9 +68,9 @@ _WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 class AsyncJSONConnection(BufferedConnection, _Closable):
     """Like `harp.JSONConnection`, but connected by ``async with`` or `connect`, not by the constructor.
 
-    Lines that arrived before the end of the connection can be read after it. While there are unread lines, nothing more
-    is read from the network, so that a fast peer cannot fill the memory. When there are none, reading continues, so
-    that the end of an idle connection is noticed. Spec: docs/client-api.md, asyncio.
+    Lines that arrived before the end of the connection can be read after it. While there are unread lines, reading from
+    the network is paused, so that a fast peer cannot fill the memory. Otherwise it continues, so that the end of an
+    idle connection is noticed. Spec: docs/client-api.md, asyncio.
     """
 
     _is_watched = False
@@ -152,7 +152,7 @@ class AsyncJSONConnection(BufferedConnection, _Closable):
                 with suppress(RuntimeError):
                     self._loop.call_soon_threadsafe(self._close)
                     return
-            # Its loop is closed, or belongs to the process that this one was forked from.
+            # Its loop is closed, or belongs to the parent process.
             self._socket = None
             self._close_socket(sock)
 
@@ -291,7 +291,7 @@ class AsyncStream(StreamBase[AsyncJSONConnection], AsyncIteration):
         """See `harp._net.sync.Stream.close`."""
         if self._end():
             if self._waiting is not None:
-                self._waiting.reschedule(0.0)  # at once
+                self._waiting.reschedule(0.0)  # immediately
             await self._conn.close()
 
     async def _connect(self) -> None:

@@ -38,7 +38,7 @@ def look_up(host: str, port: int, put: Callable[[Sequence[AddressInfo] | Excepti
     """Call `put` with the addresses of a host or the error; from a thread, unless the host is an address.
 
     `getaddrinfo` has no time limit. The thread is not one of an executor: a program that ends does not wait for it, and
-    other work of the program does not wait behind names whose lookup takes long.
+    other work of the program does not wait for slow lookups.
     """
     resolve = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
 
@@ -56,7 +56,7 @@ def look_up(host: str, port: int, put: Callable[[Sequence[AddressInfo] | Excepti
 
 
 class CannotConnect(Exception):
-    """Failed attempts, in their order: the addresses and their errors. Perhaps there was none."""
+    """Failed attempts, in their order: the addresses and their errors. It may be empty."""
 
     def __init__(self, failures: Sequence[tuple[str, OSError]]) -> None:
         super().__init__(failures)
@@ -81,7 +81,7 @@ def connect_first(
                 name = str(info[4][0])
                 try:
                     attempts[_begin_connecting(info)] = name
-                except OSError as error:  # this machine has no such family, no route, or no descriptors left
+                except OSError as error:  # this machine lacks the family, a route, or a free descriptor
                     failures.append((name, error))
                     continue
             until = min(deadline, time.monotonic() + ATTEMPT_DELAY) if remaining else deadline

@@ -1,4 +1,4 @@
-"""What both shells' connections have in common: connecting, errors, received lines, the test for idleness.
+"""The common part of both shells' connections: connecting, errors, received lines, the test for idleness.
 
 Each error of socket, ssl, json and the protocol becomes a `CommunicationError` whose message contains host, port and
 cause. Its `__cause__` is the original: an `OSError` if the network or the peer broke the connection, an `EOFError` if
@@ -33,7 +33,7 @@ CONNECT_TIMEOUT = 30.0
 _QUEUE_FULL_PAUSE = 0.05
 #: The most bytes in the line of a reply.
 REPLY_LIMIT = 64 * 1024 * 1024
-#: The most bytes read at once; more than the longest record of TLS (16 KiB).
+#: The most bytes of one read; more than the longest record of TLS (16 KiB).
 READ_BYTES = 64 * 1024
 
 #: Nanoseconds in which a file may change twice, but its times only once: contexts of newer files are not cached.
@@ -102,7 +102,7 @@ class BufferedConnection(Connection, Uncopyable):
         self._socket = sock
         self._process = os.getpid()
         self._partial = LineBuffer(REPLY_LIMIT)
-        self._lines: deque[bytes] = deque()  # complete lines that were not read yet
+        self._lines: deque[bytes] = deque()  # complete lines that are unread
         self._poll = select.poll()
         if sock is not None:
             self._poll.register(sock, select.POLLIN)
@@ -176,7 +176,7 @@ class BufferedConnection(Connection, Uncopyable):
             yield self._wait_connected([], time.monotonic() + _QUEUE_FULL_PAUSE)
 
     def _remaining(self) -> float | None:
-        """Return the seconds until the deadline; None: there is none. Raise `TimeoutError` if it is over."""
+        """Return the seconds until the deadline; None: no deadline. Raise `TimeoutError` if it is over."""
         if self.deadline is None:
             return None
         remaining = self.deadline.at - time.monotonic()
@@ -187,7 +187,7 @@ class BufferedConnection(Connection, Uncopyable):
     def _send(self, obj: Any) -> Steps[None]:
         """Send any JSON value, typically a dict, as a line.
 
-        Raises `HarpException` if the object has no form in JSON (the message says which part of it), and
+        Raises `HarpException` if JSON cannot represent the object (the message names the part), and
         `CommunicationError` if the connection is closed or broken.
         """
         yield self._send_line(encode_line(obj))
@@ -215,9 +215,9 @@ class BufferedConnection(Connection, Uncopyable):
         return (yield self.receive_line())
 
     def is_idle(self) -> bool:
-        """Return whether another request can be sent: the connection is open, of this process, and nothing was sent.
+        """Return whether another request can be sent: the connection is open, of this process, and has no unread data.
 
-        TLS holds no data back, because each read is longer than the longest TLS record (16 KiB).
+        TLS has no buffered data, because each read is longer than the longest TLS record (16 KiB).
         """
         if self._socket is None or self._process != os.getpid():
             return False
@@ -288,7 +288,7 @@ def tls_context(ca_file: CAFile, tls_minimum: str = "1.2", verify_hostname: bool
     """Return a context that verifies the server's chain and name if there is a `ca_file`.
 
     All connections share the context: do not change it. The file is read again after it has changed. Raises
-    `HarpException` if it cannot be read or contains no certificate, or if there is no such version of TLS.
+    `HarpException` if it cannot be read or contains no certificate, or if the TLS version is unknown.
     """
     if tls_minimum not in _VERSIONS:
         raise HarpException(f"tls_minimum: expected one of {', '.join(_VERSIONS)}, got {tls_minimum!r}")
@@ -328,7 +328,7 @@ def _context(path: str | None, state: tuple[int, ...], tls_minimum: str, verify_
 
 
 class _TLSSocket(ssl.SSLSocket):
-    """A socket that closes after a reset before the handshake; the base class would go on without TLS."""
+    """A socket that closes after a reset before the handshake; the base class would continue without TLS."""
 
     def getpeername(self) -> Any:
         """Return the peer's address. Raise `OSError`."""

@@ -57,7 +57,7 @@ class JSONConnection(BufferedConnection, _Closable):
     One thread at a time may use it; any thread may close it. Spec: docs/client-api.md, Networked JSON interface.
     """
 
-    #: The sockets of the attempts to connect; None: there is none, or another thread has closed the connection.
+    #: The sockets of the attempts to connect; None: no attempt runs, or another thread has closed the connection.
     _connecting: list[socket.socket] | None = None
 
     def __init__(self, host: str, port: int) -> None:

@@ -4,7 +4,7 @@ Sans-IO: this module uses no socket. Each message is a frozen value that is vali
 give a message or a `ProtocolError`.
 
 Additions to version 1 are opt-in: a request is a `SubmitMany`, or has ``start_within``, ``request_id``, ``wait`` (of a
-cancel), ``timed``, ``auth`` or ``keep_alive``, only if its caller uses the feature. Only the replies to such a request
+cancel), ``timed``, ``auth`` or ``keep_alive``, only if its caller uses the feature. Only the replies to these requests
 have ``job_ids``, ``stop``, ``time``, ``refused``, ``retry_after`` or ``keep_alive``.
 
 Spec: docs/protocol.md, Client and dispatcher.
@@ -72,7 +72,7 @@ def _decode_queue(members: JSONObject, key: str) -> Queue:
 
 
 class Queue(WireObject):
-    """The queue of a call: `name` is a JSON object, `concurrency` the maximum number of its jobs that run at once."""
+    """The queue of a call: `name` is a JSON object, `concurrency` the maximum number of running jobs."""
 
     PATH = "queue."
     name: ObjectPayload
@@ -180,7 +180,7 @@ class GetDetails(WireObject):
 
 
 class _Stream(WireObject):
-    """Get records from number `since` on, or the `recent` newest of the stored ones; `timed`: with their timestamps."""
+    """Get records from number `since` on, or the `recent` newest stored records; `timed`: with their timestamps."""
 
     job: str
     since: Count | None = None
@@ -297,7 +297,7 @@ class WasCancelled(WireObject):
 
 
 class NoResult(WireObject):
-    """The job has not ended yet."""
+    """The job has not ended."""
 
     CONSTANTS: ClassVar = {"no_result": True}
 
@@ -342,10 +342,10 @@ class Continue(WireObject):
 
 
 #: The types of errors with which a dispatcher refuses a request. A job's end may have one of them, too, because harpd
-#: chooses the types of its errors. `data` tells them apart: a refusal has no such member, an end has it, maybe null.
+#: chooses the types of its errors. The member `data` distinguishes them: only an end has it, possibly null.
 REFUSALS = frozenset({"too_many_connections", "internal_error", "invalid_request", "storage_error", "invalid_jobid"})
-#: The types of errors with which a dispatcher refuses what the client may not do. Ends of jobs have such types, too,
-#: also from a legacy dispatcher, without `data`: the member `refused` tells them apart. Only a client that has sent
+#: The types of errors with which a dispatcher refuses a request without permission. Ends of jobs have these types, too,
+#: also from a legacy dispatcher, without `data`: the member `refused` distinguishes them. Only a client that has sent
 #: `auth`, or has a certificate, gets it.
 ACCESS_REFUSALS = frozenset({"auth_error", "access_denied", "rate_limited"})
 
@@ -414,8 +414,8 @@ def encode_packets(first: int, values: Sequence[Raw], times: Sequence[float] | N
     return b"".join([b'{"packet":%d,"time":%b,"data":%b}\n' % packet for packet in packets])
 
 
-#: The member `keep_alive` as the last one of a line. In a string or a nested object, the same text would be followed by
-#: more: a quote or a brace. So a search at the end of the line is enough.
+#: The member `keep_alive` as the last one of a line. In a string or a nested object, further text follows: a quote or a
+#: brace. So a search at the end of the line is enough.
 _KEEP_ALIVE = re.compile(rb',[ \t]*"keep_alive"[ \t]*:[ \t]*([0-9]+(?:\.[0-9]+)?)[ \t]*}[ \t\r]*\Z')
 _KEEP_ALIVE_BYTES = 64
 

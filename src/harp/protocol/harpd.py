@@ -97,7 +97,7 @@ class RequestedTerms(WireObject):
     id: Annotated[str, _ID]  # was never used before
     owner: _TermsText = field(repr=False)  # the caller's own id, which lists the call
     secret: _TermsText = field(repr=False)  # attaches to the call
-    instance: _TermsText  # the instance id of the supervisor that is to run the call; another one rejects it
+    instance: _TermsText  # the instance id of the supervisor that must run the call; others reject it
     disconnect_timeout: _Duration  # maximum seconds that the call runs without contact
     result_ttl: _Duration  # seconds for which harpd stores the end of the call without contact
     timeout: _Duration  # maximum seconds between two records, or between the last record and the end
@@ -113,7 +113,7 @@ class GrantedTerms(WireObject):
     result_ttl: _Duration  # at most the requested value
     kill_grace: _Duration  # seconds between two signals of a stop
     elapsed: _Time  # seconds since the call's start
-    records: Count  # number of records so far
+    records: Count  # present number of records
 
 
 class Request(WireObject):
@@ -177,7 +177,7 @@ class StartEncoder:
 
 
 def decode_request(line: bytes, decoder: Decoder = decode_values) -> AnyRequest:
-    """Return the request of a line. Raises `ProtocolError`, whose type is that of the rejection."""
+    """Return the request of a line. Raises `ProtocolError`; its type is that of the rejection."""
     members = decode_object(line, decoder)
     _check_version(members)
     kind: type[AnyRequest] = Attach if "attach" in members else ListCalls if "calls" in members else Request
@@ -210,7 +210,7 @@ class Ack(WireObject):
 
 
 class StopCall(WireObject):
-    """Stop the call; `why` is a word for the reason, `by` the user or address that requested it, if known."""
+    """Stop the call; `why` is a word for the reason, `by` the user or address that requested it, or None."""
 
     why: Annotated[str, "stop.why", _text(100)._replace(is_text=True)]
     by: Annotated[_Text | None, "stop.by", Null.REJECTED] = None
@@ -306,7 +306,7 @@ def _are_ids(values: Any) -> bool:
 
 
 class CallList(WireObject):
-    """The owner's resumable calls, and the instance id of the supervisor that starts new ones."""
+    """The owner's resumable calls, and the instance id of the supervisor that starts new calls."""
 
     calls: Annotated[Sequence[str], Kind(_are_ids, "an array of UUIDs in lower case")]
     instance: _Text
@@ -339,7 +339,7 @@ def encode_message(message: Message) -> bytes:
 
 
 def encode_exit_info(info: Raw) -> bytes:
-    """Return the line of an `ExitInfo` whose text is not checked again."""
+    """Return the line of an `ExitInfo` from checked text."""
     return b'{"exit_info":%b}\n' % info
 
 

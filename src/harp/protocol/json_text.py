@@ -1,8 +1,8 @@
 """Strict JSON for the wire, and JSON text that is passed on without decoding.
 
-The module `json` is lenient in four ways that this one is not: deep nesting raises RecursionError, ``NaN`` passes in
-both directions, bytes may be decoded as UTF-16, and repeated keys are ignored. Decoding returns a value or raises
-`InvalidJSON`; encoding returns one line of ASCII or raises `NotJSON`, which has the position of the invalid part.
+The module `json` is more lenient in four ways: deep nesting raises RecursionError, ``NaN`` passes in both directions,
+bytes may be decoded as UTF-16, and repeated keys are ignored. Decoding returns a value or raises `InvalidJSON`;
+encoding returns one line of ASCII or raises `NotJSON`, which has the position of the invalid part.
 
 `Raw` is JSON text that was checked and is not decoded again: the dispatcher stores and sends payloads in this form, so
 that key order, big integers and the digits of floats are unchanged. There are two decoders of a message:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 #: interpreter with a lower recursion limit may reject values that are less deep; both daemons raise theirs, so that
 #: this limit applies.
 MAX_DEPTH, MAX_LINE_DEPTH = 1000, 1016
-#: Brackets and quotes of which the depth is counted at once.
+#: Brackets and quotes that are counted in one step.
 _PIECE = 1000
 _NOT_BRACKETS = bytes(set(range(256)) - set(b'[]{}"'))
 _STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
@@ -71,7 +71,7 @@ def _reject_value(value: object) -> NoReturn:
 
 
 class _ScannerOptions:
-    """The options of the C scanner, whose names it prescribes."""
+    """The options of the C scanner; it prescribes their names."""
 
     strict = True
     object_hook = object_pairs_hook = None
@@ -104,7 +104,7 @@ except ImportError:  # not CPython
 
 
 def loads(text: bytes | str, limit: int = MAX_DEPTH) -> JSON:
-    """Decode one JSON value; bytes are UTF-8 and nothing else. `limit`: of its nesting.
+    """Decode one JSON value; bytes must be UTF-8. `limit`: of its nesting.
 
     Raises `InvalidJSON` if it is not JSON, not UTF-8, ``NaN`` or ``Infinity``, nested too deep, or a number that this
     interpreter cannot represent.
@@ -126,7 +126,7 @@ def decode_checked(text: bytes | str, limit: int = MAX_DEPTH) -> str:
 
 
 def decode_text(text: str, scan_value: Callable[[str, int], tuple[JSON, int]] = _scan_value) -> JSON:
-    """Decode a value whose depth was checked before. Raises `InvalidJSON`."""
+    """Decode a value of checked depth. Raises `InvalidJSON`."""
     start = len(text) - len(text.lstrip(_SPACE))
     try:
         value, end = scan_value(text, start)
@@ -186,7 +186,7 @@ def exceeds_depth(text: bytes, limit: int = MAX_DEPTH) -> bool:
 class JSONObject(dict[str, "Any"]):
     """A decoded JSON object: its members by name, read with the methods below.
 
-    The daemons' decoder has a subclass, whose payloads are `Raw`.
+    The daemons' decoder has a subclass with `Raw` payloads.
     """
 
     __slots__ = ()
@@ -279,7 +279,7 @@ _KEY_ENDS = [b'%b":' % end for end in (*(b"%d" % digit for digit in range(10)), 
 def _may_repeat_key(value: JSON, text: bytes) -> bool:
     """Return whether two keys of an object may have become equal; rarely true, and fast."""
     if type(value) is dict and text.find(b"{", 1) < 0 and _TEXT.issuperset(map(type, value)):
-        return False  # the usual record: a single object, whose keys are strings
+        return False  # the usual record: a single object with strings as keys
     if not any(end in text for end in _KEY_ENDS):
         return False
     try:  # only a string and another type can become equal; these cannot be sorted

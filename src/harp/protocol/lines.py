@@ -1,4 +1,4 @@
-"""Splitting of bytes into lines of limited length. Nothing here reads a socket."""
+"""Splitting of bytes into lines of limited length. This module reads no socket."""
 
 from __future__ import annotations
 

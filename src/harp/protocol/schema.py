@@ -1,7 +1,7 @@
 """The description of messages, and the only encoder and decoder for all of them.
 
 A message is a frozen dataclass derived from `WireObject`. The annotation of a field has the kind of its value and the
-path of its member on the wire, if that is not the field's name. A field with a default is optional:
+path of its member on the wire, if its name differs. A field with a default is optional:
 
     class Attach(WireObject):
         call: Annotated[str, "attach"]      # {"attach": ...}
@@ -260,14 +260,14 @@ class _Member(NamedTuple):
 
 
 class _Section(NamedTuple):
-    """Successive fields that are members of one object: of the message itself, or of its member `key`."""
+    """Successive fields that are members of one object: of the message, or of its member `key`."""
 
     key: str
     label: bytes
     members: tuple[_Member, ...]
     keys: frozenset[str]
     expected: str  # the expectation in errors
-    values_only: bool  # whether none of the members is a payload
+    values_only: bool  # whether no member is a payload
 
 
 class _Layout(NamedTuple):
@@ -347,7 +347,7 @@ def _kind(parts: Iterable[Any]) -> Kind:
 
 
 def _object_kind(message: type[WireObject]) -> Kind:
-    """Return the kind of an object without payloads, whose members are all sent and have the names of the fields."""
+    """Return the kind of an object without payloads. All its members are sent and have the names of the fields."""
     names = [each.name for each in fields(message)]
     return Kind(
         decode=lambda members, key: decode_as(message, required_object(members, key, values_only=True)),
@@ -390,9 +390,9 @@ Arguments: TypeAlias = Annotated[Payload, Kind(is_arguments, "an array or an obj
 
 
 def only_kind(kinds: Mapping[str, object], members: JSONObject, none: str, several: str = "") -> str:
-    """Return the one key of `kinds` that an object has.
+    """Return the single key of `kinds` that an object has.
 
-    Otherwise raise `ProtocolError`: `none` if it has none of them, `several` if it has more than one; if `several` is
+    Otherwise raise `ProtocolError`: `none` if it has no such key, `several` if it has two or more; if `several` is
     empty, the error names them in their order.
     """
     found = kinds.keys() & members.keys()

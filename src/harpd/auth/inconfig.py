@@ -1,4 +1,4 @@
-"""Users in the configuration itself.
+"""Users in the configuration file.
 
 authentication:
   module: harpd.auth.inconfig

@@ -1,4 +1,4 @@
-"""Users in a file of lines ``user:crypt-hash``. The file is checked with every request: edits take effect at once.
+"""Users in a file of lines ``user:crypt-hash``. The file is checked with every request: edits take effect immediately.
 
     authentication:
       module: harpd.auth.passfile
@@ -97,7 +97,7 @@ class PasswordFile(AuthDB):
         identity = self._file_identity()
         try:
             hashes = self.hashes()
-            # A writer may have emptied the file, and not have written the user yet.
+            # A writer may have emptied the file before it writes the user.
             while user not in hashes and user in self._last_hashes and self._has_just_changed():
                 time.sleep(_SETTLE_SECONDS / 20)
                 hashes = self.hashes()

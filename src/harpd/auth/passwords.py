@@ -1,7 +1,7 @@
-"""Compares passwords with stored ones, and caches the correct ones, so that the next check needs no slow hash.
+"""Compares passwords with stored passwords, and caches those that match: the next check needs no slow hash.
 
-A stored password is `PLAIN` with the password itself; or, with or without `CRYPT`, a hash of crypt(3), in any format of
-the system's libcrypt: $5$, $6$, $y$, $2b$ and others. Python 3.13 has no module `crypt`; so the library is called here.
+A stored password is `PLAIN` with the password; or, with or without `CRYPT`, a hash of crypt(3), in any format of the
+system's libcrypt: $5$, $6$, $y$, $2b$ and others. Python 3.13 has no module `crypt`; so the library is called here.
 """
 
 from __future__ import annotations

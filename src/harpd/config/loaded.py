@@ -96,7 +96,7 @@ class SupervisorConfig:
 
 @dataclass(frozen=True)
 class LoadedConfig(SupervisorConfig):
-    """The frontend's configuration. Each connection uses the one with which it began until it closes."""
+    """The frontend's configuration. A connection uses the configuration of its start until it closes."""
 
     context: ssl.SSLContext
     users: AuthDB
@@ -169,7 +169,7 @@ def check(options: CommandLine, timeout: float = LOAD_TIMEOUT) -> list[str]:
 
     Authentication modules and the procedures file are Python code that runs when it is loaded. A child process loads
     them, so their side effects and their output stay there. Call it before the process has threads, because it forks.
-    Raises `ConfigError`: the first error found, or the check took more than `timeout` seconds and was killed.
+    Raises `ConfigError`: the first error found, or the check was killed after `timeout` seconds.
     """
     reading_end, writing_end = os.pipe()
     child = os.fork()
@@ -209,11 +209,11 @@ def check(options: CommandLine, timeout: float = LOAD_TIMEOUT) -> list[str]:
 
 
 def _read_report(descriptor: int, child: int, timeout: float) -> bytes | None:
-    """Return what the child process has written when it has ended; None: it takes longer than `timeout` seconds."""
+    """Wait for the end of the child process, and return its output; None: not ended after `timeout` seconds."""
     pidfd = os.pidfd_open(child)
     try:
         poll = select.poll()
-        for each in (descriptor, pidfd):  # a process that the child has started may hold the other end of the pipe
+        for each in (descriptor, pidfd):  # a process that the child has started may have the other end open
             poll.register(each, select.POLLIN)
         os.set_blocking(descriptor, False)
         text, deadline = b"", time.monotonic() + timeout

@@ -75,9 +75,9 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     keep_alive_timeout: Seconds = 60.0  #: Time that a keep-alive connection waits for the next request.
     authentication_timeout: Seconds = 10.0  #: Time for a password check.
     authentication_threads: Count = 8  #: Most password checks at the same time.
-    write_timeout: Seconds = 300.0  #: Time in which a client that reads nothing is disconnected.
+    write_timeout: Seconds = 300.0  #: Seconds after which a client that does not read is disconnected.
     kill_grace: Seconds = 5.0  #: Time between SIGXCPU, SIGTERM and SIGKILL when a call is stopped.
-    #: Data of a resumable call that its dispatcher has not stored yet. When it is reached, the procedure is paused. For
+    #: Bytes of a resumable call that its dispatcher has not stored. At the limit, the procedure is paused. For
     #: a connection-bound call, this limit is at most 1 MiB.
     spool: Bytes = 64 * 1024 * 1024
     #: Data buffered for all calls. When it is reached, calls with more than 1 MiB are paused.
@@ -102,7 +102,7 @@ class ExitInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 class Configuration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The whole file."""
+    """All settings of the file."""
 
     network: Network
     authentication: dict[str, Any]  #: `module`, and the keys of this module.

@@ -65,7 +65,7 @@ class ServiceRunner:
     async def run(self, start: _Step, reload: _Step, stop: _Step, on_serving: Callable[[], None]) -> None:
         """Run a service; call `on_serving` when it serves, after `start`. Raises the exception of a start that fails.
 
-        `reload` loads the configuration again and applies all of it, or nothing. `stop` stops the service within a
+        `reload` loads the configuration again and applies all of it, or rejects all. `stop` stops the service within a
         bounded time; also after a start that failed or did not finish.
         """
         serving = asyncio.create_task(self._serve(start, reload, on_serving))
@@ -150,7 +150,7 @@ class SupervisorLauncher:
                     log.error("cannot retire an older supervisor", extra={"supervisor": name, "reason": str(error)})
 
     def _on_exit(self, child: SupervisorProcess, ended: asyncio.Future[int]) -> None:
-        """Handle the exit of a supervisor that was active; start another one if it still was."""
+        """Handle the exit of a supervisor; if it was the active supervisor, start its successor."""
         log_fields = {"supervisor": child.process.pid, "status": describe_exit(ended.result())}
         if child is self._active:
             log.error("supervisor died", extra=log_fields)
@@ -255,7 +255,7 @@ class _SupervisorService:
         self._runner.stop_requested.set()
 
     def _settings(self) -> dict[str, Any]:
-        """Return the settings from the files; if they are invalid, from the last valid ones.
+        """Return the settings from the files; if they are invalid, the last valid settings.
 
         The files are read each time, because a reload of the frontend changes the settings of the running supervisor.
         """
@@ -271,7 +271,7 @@ class _SupervisorService:
         log.info("supervisor is serving")
 
     async def reload(self) -> None:
-        """Replace the supervisor by a new one. Raises `ConfigError` and `SupervisorError`."""
+        """Replace the active supervisor. Raises `ConfigError` and `SupervisorError`."""
         old, new = self._config, load_supervisor_config(self._config.options)
         try:
             new.configure_log()

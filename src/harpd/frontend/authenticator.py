@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class TaskFailed(Exception):
-    """The function raised an exception, which is the cause of this one."""
+    """The function raised an exception, which is the `__cause__` of this exception."""
 
 
 class BoundedThreadPool:
@@ -84,7 +84,7 @@ class Authenticator:
 
     async def authenticate(self, user: str, password: str, log_fields: Mapping[str, object]) -> bool:
         """Return whether the module accepts the password. It is called in a thread, with a deadline."""
-        check = partial(_answer, self._users.authenticate, user, password)
+        check = partial(_call_module, self._users.authenticate, user, password)
         try:
             accepted, returned = await self._thread_pool.run(check, self._timeout)
         except TimeoutError:
@@ -92,7 +92,7 @@ class Authenticator:
             return False
         except TaskFailed as error:
             # Neither the text of the exception nor a traceback: they may contain the password.
-            log.error("authentication module failed", extra={**log_fields, **_raised_at(error.__cause__)})
+            log.error("authentication module failed", extra={**log_fields, **_error_fields(error.__cause__)})
             return False
         if returned is not bool and not self._type_is_logged:  # once for each load of the configuration
             self._type_is_logged = True
@@ -102,11 +102,11 @@ class Authenticator:
         return accepted
 
 
-def _answer(authenticate: Callable[[str, str], object], user: str, password: str) -> tuple[bool, type]:
-    """Return whether the module accepts the user, and the type of its answer. Raises what it raises.
+def _call_module(authenticate: Callable[[str, str], object], user: str, password: str) -> tuple[bool, type]:
+    """Call the module; return whether it accepts the user, and the type of its answer. Raises its exceptions.
 
-    An answer that is true counts, as in the legacy harpd. An object that is always true and shows nothing about the
-    password does not count: a coroutine or generator that nobody runs, a function, NotImplemented.
+    A true answer accepts the user, as in the legacy harpd. Objects that are always true do not: a
+    coroutine or generator that is not run, a function, NotImplemented. Their truth does not depend on the password.
     """
     answer = authenticate(user, password)
     undecided = inspect.isawaitable(answer) or inspect.isgenerator(answer) or callable(answer)
@@ -115,7 +115,7 @@ def _answer(authenticate: Callable[[str, str], object], user: str, password: str
     return not undecided and answer is not NotImplemented and bool(answer), type(answer)
 
 
-def _raised_at(error: BaseException | None) -> dict[str, object]:
+def _error_fields(error: BaseException | None) -> dict[str, object]:
     """Return log fields of an exception that contain no secret: its type, and the line that raised it."""
     frames = traceback.extract_tb(error.__traceback__) if error is not None else []
     location = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "unknown"

@@ -73,11 +73,11 @@ _HEARTBEAT_INTERVAL = 0.5
 _STOP_MARGIN = 10.0
 #: Seconds for a supervisor's first reply to a resumable call.
 _FIRST_REPLY_TIMEOUT = 60.0
-#: The starts of the lines by which a supervisor rejects a call because it shuts down, or does not have the call, as
-#: `encode_message` writes them.
+#: The first bytes of two replies of a supervisor, as `encode_message` writes them: it shuts down; it does not have the
+#: call.
 _SHUTDOWN_PREFIX = b'{"harp":1,"error":{"type":"shutdown"'
 _NO_SUCH_CALL_PREFIX = b'{"harp":1,"error":{"type":"no_such_call"'
-#: The terms of a resumable call that its supervisor needs besides the id.
+#: The terms of a resumable call that its supervisor needs in addition to the id.
 _TERMS = tuple(name for name in messages.RequestedTerms.__match_args__ if name != "id")
 
 #: Returns the seconds since the system's start, including the time in which it was suspended.
@@ -114,7 +114,7 @@ class ArrivalClock:
     def earliest_arrival(self) -> float:
         """Return a time before the arrival of the data that is read in this turn; usually half a second before."""
         if _boottime() - self._recorded > 2 * _HEARTBEAT_INTERVAL:
-            self._record()  # after a suspension, so that later requests count as new ones
+            self._record()  # after a suspension, so that later requests count as new
         return self._confirmed
 
     def _record(self) -> None:
@@ -145,7 +145,7 @@ class Connection(asyncio.Protocol):
     def __init__(self, accepted: socket.socket, peer: str, context: ConnectionContext) -> None:
         self.peer = peer
         self.limits = context.config.configuration.limits
-        self.reads = True  # the client reads: its write buffer is not full
+        self.client_reads = True  # the client reads: its write buffer is not full
         self.stopping = False  # the frontend stops
         self._context = context
         self._socket = accepted
@@ -153,16 +153,16 @@ class Connection(asyncio.Protocol):
         self._timers = context.timers
         self._transport: asyncio.Transport | None = None
         self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._receive: Callable[[bytes], None] = self._ignore  # handles the client's data in the present phase
+        self._receive: Callable[[bytes], None] = self._ignore_data  # handles the client's data in the present phase
         self._call: Call | None = None
         self._task: asyncio.Task[None] | None = None  # work of the present phase that has to wait
         self._timer: Timer | None = None  # of the present phase
         self._write_timer: Timer | None = None
         self._written = 0  # bytes
         self._discard_until = 0.0
-        self._rejected = self._closing = self._lost = self._idle = False
+        self._rejected = self._closing = self._disconnected = self._idle = False
         self._lines = LineBuffer(self.limits.request_line)
-        self._early = b""  # data that arrived after the request line, before the supervisor has the request
+        self._early_data = b""  # data that arrived after the request line, before the supervisor has the request
         self._received_at = _boottime()  # when the request arrived, or earlier
         self._authentication_time = 0.0  # seconds
 
@@ -208,16 +208,16 @@ class Connection(asyncio.Protocol):
             self._closed.cancel()  # in the handshake
         elif self._idle:
             self._close()
-        elif self._receive in (self._receive_request, self._keep_early):
+        elif self._receive in (self._receive_request, self._receive_early_data):
             self._cancel_task()
-            self.end(_SHUTDOWN)
+            self.end_connection(_SHUTDOWN)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport, self._task = transport, None
         transport.set_write_buffer_limits(high=_HIGH_WATER)
         if self._rejected:
-            self.end(_TOO_MANY_CONNECTIONS, discard_input=True)
+            self.end_connection(_TOO_MANY_CONNECTIONS, discard_input=True)
         else:
             self._receive = self._receive_request
             self.set_timer(self.limits.request_timeout, self._on_request_timeout)
@@ -230,21 +230,21 @@ class Connection(asyncio.Protocol):
             self._fail()
 
     def eof_received(self) -> None:
-        self._on_lost()
+        self._on_disconnect()
         if self._call is not None:  # it is being stopped
             self._abort()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
-        self._on_lost()
+        self._on_disconnect()
         self._check_closed()
 
     def pause_writing(self) -> None:
-        self.reads = False
+        self.client_reads = False
         self._check_progress(before=-math.inf)
 
     def resume_writing(self) -> None:
-        self.reads = True
+        self.client_reads = True
         if self._write_timer is not None:
             self._write_timer.cancel()
         if self._closing:
@@ -252,10 +252,10 @@ class Connection(asyncio.Protocol):
         elif self._call is not None:
             self._call.confirm(0, reads=True)
 
-    def _on_lost(self) -> None:
-        if self._lost:
+    def _on_disconnect(self) -> None:
+        if self._disconnected:
             return
-        self._lost = True
+        self._disconnected = True
         log.debug("client disconnected", extra={"peer": self.peer})
         self._cancel_task()
         self._reservation.release()
@@ -265,7 +265,7 @@ class Connection(asyncio.Protocol):
             self.cancel_timer()
 
     def _check_progress(self, before: float) -> None:
-        """Disconnect a client that has read nothing for `limits.write_timeout` seconds; it had read `before` bytes."""
+        """Disconnect a client that has not read for `limits.write_timeout` seconds; it had read `before` bytes."""
         if self._transport is None:
             return
         unsent = self._transport.get_write_buffer_size()
@@ -284,33 +284,33 @@ class Connection(asyncio.Protocol):
             self._received_at = self._context.arrival_clock.earliest_arrival()
             self.cancel_timer()
         if not self._reservation.grow(len(data)):
-            self.end(_REQUEST_MEMORY_FULL, discard_input=True)
+            self.end_connection(_REQUEST_MEMORY_FULL, discard_input=True)
             return
         try:
             lines = self._lines.feed(data)
         except LineTooLong:
             reason = f"the request line is longer than {self.limits.request_line} bytes"
-            self.end(Failed("invalid_request", reason), discard_input=True)
+            self.end_connection(Failed("invalid_request", reason), discard_input=True)
             return
         if lines:
             self.cancel_timer()
-            self._receive = self._keep_early
-            self._early = b"\n".join((*lines[1:], self._lines.pending))
+            self._receive = self._receive_early_data
+            self._early_data = b"\n".join((*lines[1:], self._lines.pending))
             self._handle_line(lines[0])
         elif self._timer is None:
             self.set_timer(self.limits.request_timeout, self._on_request_timeout)
 
     def _on_request_timeout(self) -> None:
         reason = f"no complete request line within {self.limits.request_timeout:g} s"
-        self.end(Failed("invalid_request", reason))
+        self.end_connection(Failed("invalid_request", reason))
 
-    def _keep_early(self, data: bytes) -> None:
-        self._early += data
-        if len(self._early) > _MAX_EARLY_BYTES:
+    def _receive_early_data(self, data: bytes) -> None:
+        self._early_data += data
+        if len(self._early_data) > _MAX_EARLY_BYTES:
             self.pause_reading()
 
-    def _pop_early(self) -> bytes:
-        early, self._early = self._early, b""
+    def _pop_early_data(self) -> bytes:
+        early, self._early_data = self._early_data, b""
         if early:
             self.resume_reading()
         return early
@@ -326,21 +326,23 @@ class Connection(asyncio.Protocol):
             return
         if not self._admit(request):
             return
-        link = self._context.links.find()
+        link = self._context.links.find_link()
         if link is not None and isinstance(request, Request) and self._is_cached(request):
             self._start_call(request, link)
         else:
             self._run(self._handle_request(request))
 
     def _reject_invalid(self, error: ProtocolError) -> None:
-        self.end(Failed(error.type, error.message), discard_input=bool(self._early.strip()))
+        self.end_connection(Failed(error.type, error.message), discard_input=bool(self._early_data.strip()))
 
     def _admit(self, request: AnyRequest) -> bool:
         """Return whether the request can be handled; if the client has sent more than it may, reject it."""
         resumable = isinstance(request, Attach) or (isinstance(request, Request) and request.call is not None)
-        if resumable or not self._early.strip():
+        if resumable or not self._early_data.strip():
             return True
-        self.end(_AFTER_REQUEST, discard_input=True)  # with keep-alive, too, the client has to wait for the reply
+        self.end_connection(
+            _AFTER_REQUEST, discard_input=True
+        )  # also with keep-alive, the client must wait for the reply
         return False
 
     def _start_call(self, request: Request, link: Link) -> None:
@@ -348,23 +350,23 @@ class Connection(asyncio.Protocol):
         call_id = str(uuid.uuid4()) if terms is None else terms.id
         procedure = request.procedure[:_MAX_LOGGED_NAME]
         log.info("call accepted", extra={"call": call_id, "procedure": procedure, **self._log_fields(request)})
-        facts: dict[str, Any] = {"call": call_id, "procedure": request.procedure}  # see `harpd.supervisor.main`
-        facts["authentication"] = round(self._authentication_time, 6)
+        header: dict[str, Any] = {"call": call_id, "procedure": request.procedure}  # see `harpd.supervisor.main`
+        header["authentication"] = round(self._authentication_time, 6)
         if request.keep_alive:
-            facts["keep_alive"] = self.limits.keep_alive_timeout
+            header["keep_alive"] = self.limits.keep_alive_timeout
         if terms is not None:
-            facts["resumable"] = {name: getattr(terms, name) for name in _TERMS}
-            facts["resumable"]["received"] = self._received_at
+            header["resumable"] = {name: getattr(terms, name) for name in _TERMS}
+            header["resumable"]["received"] = self._received_at
         kind = BoundCall if terms is None else ResumableCall
-        self._call = kind(self, call_id, request.keep_alive, b"%b\n%b" % (dumps(facts), request.arguments))
+        self._call = kind(self, call_id, request.keep_alive, b"%b\n%b" % (dumps(header), request.arguments))
         self._call.start(link)
 
     def on_accepted(self, call: Call) -> None:
         self._reservation.release()
         self._call = call
         self._receive = call.on_client_data
-        if self._early:
-            call.on_client_data(self._pop_early())
+        if self._early_data:
+            call.on_client_data(self._pop_early_data())
 
     def restart(self, call: Call) -> bool:
         if self._context.links.is_active(call.link):
@@ -380,7 +382,7 @@ class Connection(asyncio.Protocol):
         self._lines = LineBuffer(self.limits.request_line)
         self._receive = self._receive_request
         self._idle = True
-        if self.stopping or self._lost:
+        if self.stopping or self._disconnected:
             self._close()
         elif received:
             self._receive_request(received)
@@ -399,7 +401,7 @@ class Connection(asyncio.Protocol):
     # Work for the request that has to wait.
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
-        """Do this work in a task; meanwhile the client's data waits."""
+        """Run this work in a task. Data that the client sends before its end waits."""
         self._task = asyncio.get_running_loop().create_task(self._run_guarded(work))
 
     async def _run_guarded(self, work: Coroutine[Any, Any, None]) -> None:
@@ -408,7 +410,7 @@ class Connection(asyncio.Protocol):
         except ProtocolError as error:
             self._reject_invalid(error)
         except SupervisorError as error:
-            self.end(Failed("procedure_loading_error", str(error)))
+            self.end_connection(Failed("procedure_loading_error", str(error)))
         except Exception:
             log.exception("connection failed", extra={"peer": self.peer})
             self._fail()
@@ -423,7 +425,7 @@ class Connection(asyncio.Protocol):
             begin = time.monotonic()
             authenticate = self._context.authenticator.authenticate
             if not await authenticate(request.user, request.password, self._log_fields(request)):
-                self.end(_AUTH_ERROR)
+                self.end_connection(_AUTH_ERROR)
                 return
             self._authentication_time = time.monotonic() - begin
         if isinstance(request, ListCalls):
@@ -444,19 +446,19 @@ class Connection(asyncio.Protocol):
         keep_alive = self.limits.keep_alive_timeout if request.keep_alive else None
         self.write(encode_message(replace(calls, keep_alive=keep_alive)))
         if request.keep_alive:
-            self.next_request(self._pop_early())
+            self.next_request(self._pop_early_data())
         else:
-            self.end()
+            self.end_connection()
 
     async def _attach(self, request: Attach) -> None:
         log.info("attach accepted", extra={"call": request.call, "since": request.since, **self._log_fields(request)})
-        facts = {"attach": request.call, "owner": request.owner, "secret": request.secret, "since": request.since}
+        header = {"attach": request.call, "owner": request.owner, "secret": request.secret, "since": request.since}
         keep_alive = {"keep_alive": self.limits.keep_alive_timeout} if request.keep_alive else {}
-        call = ResumableCall(self, request.call, request.keep_alive, dumps({**facts, **keep_alive}))
+        call = ResumableCall(self, request.call, request.keep_alive, dumps({**header, **keep_alive}))
         error = await self._context.links.attach(call.attach)
         if error is not None:
             self.write(error)
-            self.end()
+            self.end_connection()
 
     # From the call.
 
@@ -484,17 +486,17 @@ class Connection(asyncio.Protocol):
             self._timer.cancel()
             self._timer = None
 
-    def end(self, error: Failed | None = None, discard_input: bool = False) -> None:
+    def end_connection(self, error: Failed | None = None, discard_input: bool = False) -> None:
         """Send an error if there is one, and close the connection: its call has ended or is detached."""
         self._call = None
         self._reservation.release()
-        if error is not None and not self._lost:
+        if error is not None and not self._disconnected:
             level = logging.ERROR if error in (_CALL_DIED, _INTERNAL_ERROR) else logging.INFO
             fields = {"peer": self.peer, "type": error.type, "reason": error.message}
             log.log(level, "replied with an error", extra=fields)
             self.write(encode_message(error))
-        if discard_input and not self._lost:
-            self._receive = self._discard
+        if discard_input and not self._disconnected:
+            self._receive = self._discard_data
             self._discard_until = time.monotonic() + _MAX_DISCARD_TIME
             self.set_timer(_QUIET_TIME, self._close)
             self.resume_reading()
@@ -508,26 +510,26 @@ class Connection(asyncio.Protocol):
         self._abort()
         self._check_closed()
 
-    def _discard(self, data: bytes) -> None:
+    def _discard_data(self, data: bytes) -> None:
         self.set_timer(min(_QUIET_TIME, self._discard_until - time.monotonic()), self._close)
 
-    def _ignore(self, data: bytes) -> None:
+    def _ignore_data(self, data: bytes) -> None:
         pass
 
     def _fail(self) -> None:
         if self._call is None:
-            self.end(_INTERNAL_ERROR)
+            self.end_connection(_INTERNAL_ERROR)
         else:
             self._abort()  # stops or detaches the call
 
     def _close(self) -> None:
         """Close the connection when all written data is sent, as long as the client reads."""
         self._closing = True
-        self._receive = self._ignore
+        self._receive = self._ignore_data
         self.cancel_timer()
         if self._transport is not None:
             self._transport.set_write_buffer_limits(high=1, low=0)  # calls `pause_writing` if there is unsent data
-            if self.reads and not self._transport.is_closing():
+            if self.client_reads and not self._transport.is_closing():
                 self._transport.close()  # a second close makes abort raise AttributeError: asyncio of Python 3.11.2
         self._check_closed()
 
@@ -580,14 +582,14 @@ class BoundCall(Call):
         if is_first:
             retires = kind == ERROR and lines.startswith(_SHUTDOWN_PREFIX) and self._stop_event is None
             if retires and self._connection.restart(self):
-                return  # it began to retire before it received the request: it has not started the call
+                return  # it retired before it received the request: it has not started the call
             self._accepted = True
             self._request = b""
             self._connection.on_accepted(self)
-        if self._stop_event is not None and not is_first:  # the first ones tell the client whether the call started
+        if self._stop_event is not None and not is_first:  # the first lines show whether the call started
             return
         self._connection.write(lines)
-        self.confirm(len(lines), self._connection.reads)
+        self.confirm(len(lines), self._connection.client_reads)
         self._mid_line = not lines.endswith(b"\n")
         if kind in (END, ERROR):
             self._complete = True
@@ -604,13 +606,13 @@ class BoundCall(Call):
         if self._mid_line:
             self._connection.abort_call()
         elif self._complete:
-            self._connection.end()
+            self._connection.end_connection()
         elif self._unexpected_data:
-            self._connection.end(_AFTER_REQUEST, discard_input=True)
+            self._connection.end_connection(_AFTER_REQUEST, discard_input=True)
         else:
-            # Without an acknowledgement, "shutdown" promises that nothing was started: dispatchers start it again.
-            is_known = self._accepted or not (self.link.broken or self._timed_out)
-            self._connection.end(_SHUTDOWN if self._connection.stopping and is_known else _CALL_DIED)
+            # Without an acknowledgement, "shutdown" promises that the call was not started: dispatchers start it again.
+            is_start_decided = self._accepted or not (self.link.broken or self._timed_out)
+            self._connection.end_connection(_SHUTDOWN if self._connection.stopping and is_start_decided else _CALL_DIED)
 
     def on_client_data(self, data: bytes) -> None:
         if data.strip() and self._stop_event is None:
@@ -625,7 +627,7 @@ class BoundCall(Call):
         """Let the supervisor stop the call; its close of the channel proves that the processes have ended."""
         if self._complete:
             self.abandon()
-            self._connection.end()
+            self._connection.end_connection()
         elif self._stop_event is None:
             self._stop_event = event
             seconds = 2 * self._connection.limits.kill_grace + _STOP_MARGIN
@@ -640,11 +642,11 @@ class BoundCall(Call):
 
 
 class ResumableCall(Call):
-    """A resumable call. Its connection can end, and another one can attach to it later."""
+    """A resumable call. Its connection can end, and another connection can attach to it later."""
 
     _attached: asyncio.Future[bytes | None] | None = None  # until the first reply to `attach`
-    _waits = False  # until the supervisor accepts more commands
-    _unsent = b""  # data of the client, meanwhile
+    _waits_for_credit = False  # until the supervisor accepts more commands
+    _unsent_commands = b""  # data of the client that waits for it
 
     def __init__(self, connection: Connection, call_id: str, keep_alive: bool, request: bytes) -> None:
         super().__init__(connection, call_id, keep_alive, request)
@@ -673,7 +675,7 @@ class ResumableCall(Call):
         if not self._accepted and not self._is_accepted(kind, lines):
             return
         self._connection.write(lines)
-        self.confirm(len(lines), self._connection.reads)
+        self.confirm(len(lines), self._connection.client_reads)
         if not self._accepted:
             self._accepted = True
             self._connection.cancel_timer()
@@ -691,26 +693,29 @@ class ResumableCall(Call):
 
     def add_credit(self, size: int) -> None:
         super().add_credit(size)
-        if self._waits and self.may_send:
-            self._waits = False
+        if self._waits_for_credit and self.may_send:
+            self._waits_for_credit = False
             self._connection.cancel_timer()
             self._connection.resume_reading()
             self.on_client_data(b"")
 
     def on_closed(self) -> None:
         if self._attached is None or self._accepted:
-            self._connection.end()
+            self._connection.end_connection()
         elif not self._attached.done():
             self._attached.set_result(b"")
 
     def on_client_data(self, data: bytes) -> None:
-        """Send commands on, as many as the supervisor accepts now, and read no more until it has accepted all.
+        """Forward commands, as many as the supervisor accepts now; pause reading until it has accepted all.
 
-        A window at a time: a client that floods its call with commands must not delay the calls of others.
+        They are sent in windows: a client that floods its call with commands must not delay other calls.
         """
-        self._unsent += data
-        while self._unsent and self.may_send:
-            data, self._unsent = self._unsent[:COMMANDS_WINDOW], self._unsent[COMMANDS_WINDOW:]
+        self._unsent_commands += data
+        while self._unsent_commands and self.may_send:
+            data, self._unsent_commands = (
+                self._unsent_commands[:COMMANDS_WINDOW],
+                self._unsent_commands[COMMANDS_WINDOW:],
+            )
             try:
                 lines = self._lines.feed(data)
             except LineTooLong as error:
@@ -722,10 +727,10 @@ class ResumableCall(Call):
                 self.send_commands(b"".join([line + b"\n" for line in lines[:end]]))
             if end is not None:
                 self.abandon()
-                self._connection.next_request(b"\n".join((*lines[end:], self._lines.pending)) + self._unsent)
+                self._connection.next_request(b"\n".join((*lines[end:], self._lines.pending)) + self._unsent_commands)
                 return
-        if not self.may_send and not self._waits:
-            self._waits = True
+        if not self.may_send and not self._waits_for_credit:
+            self._waits_for_credit = True
             self._connection.pause_reading()
             self._connection.set_timer(self._connection.limits.write_timeout, self._on_timeout)
 
@@ -737,7 +742,7 @@ class ResumableCall(Call):
     def _detach(self) -> None:
         self.abandon()
         self.hang_up()
-        self._connection.end()
+        self._connection.end_connection()
 
     def _on_timeout(self) -> None:
         log.error("supervisor does not respond; detached", extra=self._log_fields)

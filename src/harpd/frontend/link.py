@@ -2,8 +2,8 @@
 
 A link carries all calls that this frontend has in a supervisor; `harpd.supervisor.frames` has the format and the flow
 control. New calls use the link to the active supervisor. A supervisor has only its own calls. So a request to attach is
-sent to one supervisor after the other, the active one first. The client receives "no such call" only if every running
-supervisor has sent this reply.
+sent to one supervisor after the other, the active one first. The client receives ``no_such_call`` only if every
+running supervisor has sent this reply.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Channel(ABC):
 
     @abstractmethod
     def on_closed(self) -> None:
-        """Handle that the supervisor has closed the channel, or that it has died; once, the last notification."""
+        """Handle that the supervisor has closed the channel, or has died; called once, as the last notification."""
 
 
 class Link(FrameSocket):
@@ -103,7 +103,7 @@ class Link(FrameSocket):
     def close(self) -> None:
         """Close the link; its channels are abandoned."""
         self._channels.clear()
-        self._lose()
+        self._close_socket()
 
     def add(self, channel: Channel) -> int:
         number = (self._last_number + 1) % frames.MAX_CHANNELS
@@ -139,7 +139,7 @@ class Link(FrameSocket):
                 channel.abandon()
                 channel.hang_up()
         if not self._channels and not self.shared:
-            self._lose()
+            self._close_socket()
 
     def _on_lost(self) -> None:
         self._notify_lost(self)
@@ -169,8 +169,8 @@ class SupervisorLinks:
         self._shared: dict[int, Link] = {}  # by the inode of the supervisor's socket
         self._all: set[Link] = set()
 
-    def find(self, name: str = ACTIVE_SOCKET) -> Link | None:
-        """Return the open link to the supervisor of this socket, usually the active one; None if there is none."""
+    def find_link(self, name: str = ACTIVE_SOCKET) -> Link | None:
+        """Return the open link to the supervisor of this socket, usually of the active one; None if no link is open."""
         inode = self.client.inode(name)
         link = None if inode is None else self._shared.get(inode)
         return None if link is None or link.broken else link
@@ -179,14 +179,14 @@ class SupervisorLinks:
         return link.inode is not None and link.inode == self.client.inode()
 
     async def connect_active(self, shared: bool = True) -> Link:
-        """Return a link to the active supervisor; wait a short time for one that is starting.
+        """Return a link to the active supervisor; wait a short time for a supervisor that is starting.
 
-        Unless it is shared, it is a new one for one call. Raises `SupervisorError`.
+        `shared`: calls share the link; otherwise it is opened for one call. Raises `SupervisorError`.
         """
         return await retry_until_active(partial(self._connect, ACTIVE_SOCKET, shared))
 
     async def attach(self, attach: Callable[[Link], Awaitable[bytes | None]]) -> bytes | None:
-        """Attach to a call in the supervisor that has it. If none has it, return the error line of the active one.
+        """Attach to a call in the supervisor that has it. If no supervisor has it, return the active one's error line.
 
         `attach` tries one link; it returns None, or the error line. b"": the supervisor died.
         Raises `SupervisorError`: a supervisor sent no reply, or none is active. So the call may exist.
@@ -208,10 +208,10 @@ class SupervisorLinks:
 
     async def _connect(self, name: str, shared: bool = True) -> Link:
         """Return a link to a supervisor; an open one if it is shared. Raises `SupervisorError`."""
-        if shared and (link := self.find(name)) is not None:
+        if shared and (link := self.find_link(name)) is not None:
             return link
         connection = await self.client.connect(name)
-        if shared and (link := self.find(name)) is not None:  # another task has connected meanwhile
+        if shared and (link := self.find_link(name)) is not None:  # another task has connected since
             connection.close()
             return link
         inode = self.client.inode(os.path.basename(connection.getpeername()))  # of the supervisor's own socket

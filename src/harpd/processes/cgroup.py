@@ -29,16 +29,16 @@ class Cgroup:
 
     @property
     def populated(self) -> bool:
-        """Whether it or a cgroup below it has a live process, also one that forks too fast for a scan of /proc."""
+        """Whether it or a cgroup below it has a live process. One that forks too fast for a scan counts."""
         return b"populated 1\n" in _read(f"{self.path}/cgroup.events")
 
     @property
     def can_kill(self) -> bool:
-        """Whether the kernel can kill all of its processes at once (since Linux 5.14)."""
+        """Whether the kernel can kill all of its processes in one step (since Linux 5.14)."""
         return os.access(f"{self.path}/cgroup.kill", os.W_OK)
 
     def kill(self) -> None:
-        """Kill all processes in it and below it at once, so that none can fork meanwhile; only since Linux 5.14."""
+        """Kill all processes in it and below it in one step, so that no process can fork; only since Linux 5.14."""
         with contextlib.suppress(OSError), open(f"{self.path}/cgroup.kill", "wb") as file:
             file.write(b"1")
 

@@ -21,12 +21,12 @@ def _prctl(option: int, value: int) -> None:
 
 
 def become_subreaper() -> None:
-    """Become the new parent of all descendants whose parent dies."""
+    """Become the new parent of all orphaned descendants."""
     _prctl(_SET_CHILD_SUBREAPER, 1)
 
 
 def never_dump_core() -> None:
-    """Disable core dumps of this process, whichever signal ends it and wherever the system sends them."""
+    """Disable core dumps of this process, for all signals and all destinations of core dumps."""
     _prctl(_SET_DUMPABLE, 0)
 
 

@@ -8,19 +8,19 @@ When a snapshot is complete
 
 /proc is first listed, then read, while processes continue to run. Pids are assigned in ascending order, and /proc is
 listed in that order. So a process that forks and exits in a tight loop is listed under one pid. When that pid is read,
-the process may be gone, and its child is not in the list. Therefore a snapshot lists /proc again until every process of
-the last list was read alive. Then it is *complete*: a process that is not in it did not live at the time of the last
-list, or its parent is in it. A process whose parent has died meanwhile is read again, because it has another parent by
-now. Only processes that live for a fraction of a millisecond prevent a complete snapshot.
+it may have ended, and its child is not in the list. Therefore a snapshot lists /proc again until every process of the
+last list was read alive. Then it is *complete*: a process that is not in it did not live at the time of the last list,
+or its parent is in it. A process with a dead parent is read again, because it has another parent now. Only processes
+that live for a fraction of a millisecond prevent a complete snapshot.
 
-After the highest pid the kernel begins again with low ones, which a list may have passed. So no such wrap may happen
-during the last list. It counts from the list before: a pid is assigned a little earlier than its process is listed.
+After the highest pid the kernel assigns low pids again, which a list may have passed. So this must not happen during
+the last list. It counts from the list before: a pid is assigned a little earlier than its process is listed.
 
-A host may have thousands of processes, so a snapshot is taken in steps (`Scan`): an event loop does other work between
-them. That changes nothing above: a slow scan lists /proc once more.
+A host may have thousands of processes, so a scan has steps (`Scan`): an event loop does other work between them. The
+rules above still apply: a slow scan lists /proc again.
 
-A process that started before a call is not of the call, and its pid belongs to it until the kernel has assigned that
-pid again. So a scan soon after another one does not read such processes again.
+A process that is older than all calls belongs to no call, and its pid is not reused within `_REUSE_SECONDS`. So a scan
+soon after an earlier scan does not read it again.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ class Snapshot(dict[int, Process]):
 
     #: Whether it has every process that lived at some time after its begin; see above.
     complete = True
-    #: The monotonic time at which it was begun.
-    began = 0.0
+    #: The monotonic time at which its scan was started.
+    started_at = 0.0
     #: The pid that the kernel had assigned last when it was complete.
     last_pid = 0
 
@@ -94,18 +94,18 @@ class CallTree:
     cgroup: Cgroup | None = None  #: Processes move out of it only on purpose (`su` may).
 
     def members(
-        self, processes: Mapping[int, Process], known: Iterable[tuple[int, int]] = (), late: bool = False
+        self, processes: Mapping[int, Process], previous: Iterable[tuple[int, int]] = (), ignore_session: bool = False
     ) -> list[Process]:
         """Return those processes of a snapshot that belong to the call and are alive.
 
-        `known` are the identities of processes that belonged to the call before; they and their children still do.
-        `late`: the call was not watched for a while. Its session id may belong to another session without a leader by
-        now, so only the cookie counts.
+        `previous` are the identities of processes that belonged to the call before; they and their children still do.
+        `ignore_session`: the call was not watched for a while. Its session id may now belong to another session without
+        a leader, so only the cookie counts.
         """
-        found = {pid for pid, start in known if pid in processes and processes[pid].start == start}
+        found = {pid for pid, start in previous if pid in processes and processes[pid].start == start}
         main = processes.get(self.pid)
         # A pid is not reused while it is a session id. A leader with another start time has a new session.
-        if main.start == self.start if main is not None else not late:
+        if main.start == self.start if main is not None else not ignore_session:
             found |= {p.pid for p in processes.values() if self.pid in (p.pid, p.session, p.group)}
         found |= {p.pid for p in processes.values() if p.start >= self.start and self.cookie in p.cookies}
         if self.cgroup is not None:
@@ -130,13 +130,13 @@ class CallTree:
         return {member.group for member in own if member.group > 1}
 
     def has_possible_escapes(
-        self, zygote: int, processes: Snapshot, mains: Container[tuple[int, int]], cookies: Container[bytes]
+        self, zygote: int, processes: Snapshot, main_processes: Container[tuple[int, int]], cookies: Container[bytes]
     ) -> bool:
         """Return whether an unknown process may belong to the call, whose main process has been reaped.
 
         The zygote is a subreaper, so orphans of a call become its children. A child of the zygote may belong to the
-        call, unless it is one of the calls' main processes `mains`, has one of the cookies, which are those of present
-        and recent calls, or is older than the call. The snapshot is from after the main process was reaped.
+        call, with three exceptions: it is one of the `main_processes` of calls; it has one of the cookies of present
+        and recent calls; it is older than the call. The snapshot is from after the main process was reaped.
         """
         if not processes.complete or zygote not in processes:
             return True
@@ -144,7 +144,7 @@ class CallTree:
             process.parent == zygote
             and process.start >= self.start
             and process.alive
-            and process.identity not in mains
+            and process.identity not in main_processes
             and not any(cookie in cookies for cookie in process.cookies)
             for process in processes.values()
         )
@@ -159,7 +159,7 @@ class Scan:
 
     def __init__(self, since: float = 0, earlier: Snapshot | None = None) -> None:
         self.snapshot = Snapshot()
-        self.snapshot.began = time.monotonic()
+        self.snapshot.started_at = time.monotonic()
         self._since = since
         self._earlier = earlier or Snapshot()
         self._steps = self._scan()
@@ -176,18 +176,20 @@ class Scan:
             was_ascending, before, last_pid = ascending, last_pid, _last_pid()
             ascending = before <= last_pid
             if not processes:
-                processes.update(self._known(new, last_pid))
+                processes.update(self._reusable(new, last_pid))
                 new -= processes.keys()
             new_alive = True
             for number, pid in enumerate(new):
                 if number and number % STEP_PROCESSES == 0:
                     yield
-                new_alive &= _add(pid, processes, since)
+                new_alive &= _add_process(pid, processes, since)
             # A dead process has no children: a process with a dead parent was read before it got another parent, and is
-            # read again. If its parent is the same, that one is not visible from here.
+            # read again. If its parent is the same, the parent is not visible from here.
             alive = {0, *(process.pid for process in processes.values() if process.alive)}
             orphans = [process for process in processes.values() if process.alive and process.parent not in alive]
-            same_parent = [_add(p.pid, processes, since) and processes[p.pid].parent == p.parent for p in orphans]
+            same_parent = [
+                _add_process(p.pid, processes, since) and processes[p.pid].parent == p.parent for p in orphans
+            ]
             processes.complete = was_ascending and ascending and new_alive and all(same_parent)
             if processes.complete:
                 processes.last_pid = last_pid
@@ -195,10 +197,10 @@ class Scan:
             if len(new) >= STEP_PROCESSES:
                 yield
 
-    def _known(self, pids: Container[int], last_pid: int) -> dict[int, Process]:
+    def _reusable(self, pids: Container[int], last_pid: int) -> dict[int, Process]:
         """Return the older processes of the earlier snapshot whose pids cannot have been assigned again."""
         earlier = self._earlier
-        if self.snapshot.began - earlier.began > _REUSE_SECONDS or not 0 < earlier.last_pid <= last_pid:
+        if self.snapshot.started_at - earlier.started_at > _REUSE_SECONDS or not 0 < earlier.last_pid <= last_pid:
             return {}
         return {
             pid: process
@@ -221,7 +223,7 @@ def _last_pid() -> int:
         return int(file.read().split()[4])
 
 
-def _add(pid: int, processes: dict[int, Process], since: float) -> bool:
+def _add_process(pid: int, processes: dict[int, Process], since: float) -> bool:
     """Read a process into `processes`; return whether it lives, or may not be read. `since`: see `Scan`."""
     try:
         process = _read(pid)
@@ -261,7 +263,7 @@ def _read_cookies(process: Process) -> frozenset[bytes] | None:
 
 
 def _read(pid: int) -> Process | None:
-    """Return a process without its cookies; None if it is gone. Raises PermissionError if it may not be read."""
+    """Return a process without its cookies; None if it has ended. Raises PermissionError if it may not be read."""
     try:
         name, fields = _read_stat(pid)
     except (FileNotFoundError, ProcessLookupError):
@@ -283,7 +285,7 @@ def _read_stat(pid: int) -> tuple[bytes, list[bytes]]:
 
 
 def start_time(pid: int, parent: int | None = None) -> int:
-    """Return the start time of a process in clock ticks since boot; 0: it is gone, not readable, or not of `parent`."""
+    """Return the start time of a process in clock ticks since boot; 0: ended, unreadable, or not of `parent`."""
     try:
         _, fields = _read_stat(pid)
     except (FileNotFoundError, ProcessLookupError, PermissionError):
@@ -292,7 +294,7 @@ def start_time(pid: int, parent: int | None = None) -> int:
 
 
 def wait_status(pid: int) -> int:
-    """Return the wait status of a process that has died and was not reaped; 0: it is gone, or that may not be read."""
+    """Return the wait status of a process that has died and was not reaped; 0: it was reaped, or may not be read."""
     try:
         _, fields = _read_stat(pid)
     except (FileNotFoundError, ProcessLookupError, PermissionError):
@@ -301,7 +303,7 @@ def wait_status(pid: int) -> int:
 
 
 def send_signal(number: signal.Signals, identity: tuple[int, int]) -> bool:
-    """Send a signal to this process and no later one of its pid; return False if it is gone or may not be signalled."""
+    """Send a signal to this process, not to a later one of its pid; return False if it has ended or may not get it."""
     pid, start = identity
     try:
         descriptor = os.pidfd_open(pid)
@@ -319,7 +321,7 @@ def send_signal(number: signal.Signals, identity: tuple[int, int]) -> bool:
 
 
 def kill_group(group: int) -> None:
-    """Kill all processes of a group of `CallTree.process_groups` at once, so that none can fork meanwhile.
+    """Kill all processes of a group of `CallTree.process_groups` in one step, so that no process can fork.
 
     The group has its id while it has members. Ids are assigned in ascending order: a free one is reused last.
     """

@@ -25,9 +25,9 @@ class StopReport:
         self.remaining: Mapping[tuple[int, int], Process] = {}
         self._outcomes: dict[tuple[int, int], dict[str, Any]] = {}  # as in the report
         self._found = 0
-        self._add(main)
+        self._add_process(main)
 
-    def _add(self, identity: tuple[int, int]) -> None:
+    def _add_process(self, identity: tuple[int, int]) -> None:
         self._found += 1
         if len(self._outcomes) < _MAX_LISTED:
             self._outcomes[identity] = {"pid": identity[0], "command": "", "signals": [], "ended": None}
@@ -37,7 +37,7 @@ class StopReport:
         found = {member.identity: member for member in members}
         for identity, member in found.items():
             if identity not in self.remaining and identity != self._main:
-                self._add(identity)
+                self._add_process(identity)
             if identity in self._outcomes:
                 self._outcomes[identity]["command"] = member.command
         for identity in self.remaining.keys() - found.keys():
@@ -61,11 +61,13 @@ class StopReport:
             ended = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
         self._outcomes[self._main]["ended"] = ended
 
-    def to_json(self, main_ended: bool, complete: bool, began: float, ended: float | None = None) -> dict[str, Any]:
+    def to_json(
+        self, main_ended: bool, complete: bool, started_at: float, ended: float | None = None
+    ) -> dict[str, Any]:
         """Return the report as values that JSON can represent. Spec: docs/protocol.md, Resumable calls.
 
         Until the main process has been reaped, it counts as a survivor. `complete`: no process can have escaped.
-        `began` and `ended` are Unix seconds; None: now.
+        `started_at` and `ended` are Unix seconds; None: now.
         """
         survivors = {identity: process.command for identity, process in self.remaining.items()}
         if not main_ended:
@@ -77,6 +79,6 @@ class StopReport:
             "survivors": [{"pid": pid, "command": command} for (pid, _), command in listed],
             "surviving": len(survivors),
             "complete": complete,
-            "began": began,
-            "ended": max(began, time.time() if ended is None else ended),  # the clock may have been set back
+            "began": started_at,
+            "ended": max(started_at, time.time() if ended is None else ended),  # the clock may have been set back
         }

@@ -4,8 +4,8 @@ Theory of operation
 ===================
 
 `Call.start` gives a worker its arguments, once the worker exists and the state file has the call (`Call.on_forked`).
-The output goes to the call's session (`Call._handle_output`). While the session is full, nothing is read, so the worker
-waits (back-pressure) and no output is lost. The end is decided once, by the first of these events:
+The output goes to the call's session (`Call._handle_output`). While the session is full, the call does not read. So the
+worker waits (back-pressure) and no output is lost. The end is decided once, by the first of these events:
 
 - a limit, a cancellation or a shutdown (`Call.stop`): output that the worker writes later does not count;
 - the worker's closing line (`Call._handle_closing`);
@@ -14,8 +14,8 @@ waits (back-pressure) and no output is lost. The end is decided once, by the fir
 A worker runs the procedure's code and is not trusted: each line must be a record, a traceback,
 or the closing line, which is the last. It cannot send the messages that only the supervisor sends.
 
-When the worker is dead and all stopped processes are gone (`Call.on_reaped`, `TerminationSequence`), the session
-receives exit info, and the stop report of a stopped call.
+When the worker and all stopped processes have ended (`Call.on_reaped`, `TerminationSequence`), the session receives
+exit info, and the stop report of a stopped call.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _READ_SIZE = 1 << 16
 _MAX_TRACEBACK_LENGTH = 16 * 1024
 #: Seconds for which records of a fast stream are gathered before they are read.
 _GATHER_SECONDS = 0.002
-#: How many reads drain the channel before a stop and after the end: as much as the channel holds.
+#: How many reads drain the channel before a stop and after the end: as much as fits into the channel.
 _MAX_DRAIN_READS = 16
 #: The most bytes of a line; no client reads a longer one.
 _MAX_LINE_BYTES = 64 * 1024 * 1024
@@ -91,7 +91,7 @@ class Session:
 
     @property
     def full(self) -> bool:
-        """Whether it should receive no more now; it calls `resume_reading` once it has room."""
+        """Whether the call should pause its output; the session calls `resume_reading` once it has room."""
         raise NotImplementedError
 
     def on_started(self) -> None:
@@ -104,13 +104,13 @@ class Session:
         """Handle the closing line: the end is decided."""
 
     def on_exit(self, exit_info: Callable[[], Raw], stop_report: Mapping[str, Any] | None) -> None:
-        """Handle that the worker has ended, and that all stopped processes are gone, or listed as survivors.
+        """Handle that the worker and all stopped processes have ended, or are listed as survivors.
 
-        `exit_info` is slow: call it only if it is needed. `stop_report` is None if nothing had to be stopped.
+        `exit_info` is slow: call it only if it is needed. `stop_report` is None if no process had to be stopped.
         """
 
     def on_closed(self, stop_report: Mapping[str, Any] | None) -> None:
-        """Separate from the call: no process remains to be stopped. `stop_report`: of survivors that are gone now."""
+        """Separate from the call: no process remains to be stopped. `stop_report`: of survivors that have ended now."""
 
     def stop(self, stop_reason: StopReason, detail: str | None = None, user: str | None = None) -> None:
         if self.call is not None:
@@ -122,19 +122,19 @@ class Session:
 
 
 class CallContext:
-    """What all calls of a supervisor share."""
+    """The state that all calls of a supervisor share."""
 
     def __init__(self, loop: EventLoop, instance: str, settings: Mapping[str, Any]) -> None:
         self.loop = loop
         self.instance = instance
         self.settings = settings  # for new calls, see `harpd.config.loaded`; a call has those of its start
-        self.calls: dict[str, Call] = {}  # the running ones, by id
+        self.calls: dict[str, Call] = {}  # the running calls, by id
         self.shutting_down = False
         self.quota = SpoolQuota(settings["spool_memory"])
         self.state_files = StateFiles(Path(settings["runtime_directory"]), instance)
         self.cgroup_directory = settings["cgroup"] or delegated_cgroup()
-        self._snapshot = Snapshot()  # the last one
-        self._scan: Scan | None = None  # of the next one, until all calls that wait for it have it
+        self._snapshot = Snapshot()  # the last snapshot
+        self._scan: Scan | None = None  # of the next snapshot, until all waiting calls have it
         self._waiting: list[tuple[float, Callable[[Snapshot], None]]] = []
         # Cookies of ended calls: they may have started services that still run.
         self._recent_cookies = deque[bytes](maxlen=_MAX_RECENT_COOKIES)
@@ -147,10 +147,10 @@ class CallContext:
     def take_snapshot(self, at: float, receive: Callable[[Snapshot], None]) -> None:
         """Pass all processes at this monotonic time or later, at most 0.02 s before now, to a function.
 
-        Many calls share a snapshot. It is taken in steps, one in each turn of the loop.
+        Many calls share a snapshot. Each turn of the loop runs one step of its scan.
         """
         at = max(at, time.monotonic() - _SNAPSHOT_MAX_AGE)
-        if self._snapshot.began >= at:
+        if self._snapshot.started_at >= at:
             receive(self._snapshot)
             return
         self._waiting.append((at, receive))
@@ -179,7 +179,7 @@ class CallContext:
     def _deliver_snapshot(self) -> None:
         """Pass the snapshot to one call in each turn of the loop; then begin the next scan if it is needed."""
         for number, (at, receive) in enumerate(self._waiting):
-            if self._snapshot.began >= at:
+            if self._snapshot.started_at >= at:
                 self.loop.call_later(0, self._deliver_snapshot)
                 del self._waiting[number]
                 receive(self._snapshot)
@@ -197,7 +197,7 @@ class CallContext:
 class Call:
     """A call, until its processes are dead; or until its closing line, if its worker becomes idle.
 
-    The constructor raises OSError if no descriptor is free; nothing has begun then.
+    The constructor raises OSError if no descriptor is free; no worker is assigned then.
     """
 
     def __init__(
@@ -219,7 +219,7 @@ class Call:
         self._stopped_by_user: str | None = None
         self._deadline: Timer | None = None  # the procedure's limit, then that of the worker's exit
         self._tree: CallTree | None = None  # None: the worker does not exist yet
-        self._termination: TerminationSequence | None = None  # None: nothing had to be stopped
+        self._termination: TerminationSequence | None = None  # None: no process had to be stopped
         self._exit_code: int | None = None  # of the worker; below 0: the signal that has killed it
         self._cpu: float | None = None
         self._memory: int | None = None
@@ -258,7 +258,7 @@ class Call:
         self._session.on_started()
         if self._stop_reason is None and self._info.timeout is not None:
             self._deadline = self._loop.call_later(self._info.timeout, lambda: self.stop(StopReason.TIMEOUT))
-        self._flush_arguments()  # at once: the worker waits for them
+        self._flush_arguments()  # immediately: the worker waits for them
         self.update_watch()
 
     def on_fork_failed(self, reason: str) -> None:
@@ -290,8 +290,8 @@ class Call:
 
     def update_watch(self) -> None:
         """Watch the channel for what can be done now. The session calls it when it has room."""
-        # Nothing is read before the acknowledgement is sent, which is the client's first line. Nothing is sent before
-        # the state is written: until then the procedure cannot have started any process.
+        # Output is read after the acknowledgement was sent, which is the client's first line. Arguments are sent after
+        # the state was written: before that, the procedure cannot have started any process.
         channel = self._worker.channel.fileno()
         if channel >= 0 and self._tree is not None and not self._has_closing_line:
             may_read = self._decided or not self._session.full
@@ -424,9 +424,9 @@ class Call:
     # The end.
 
     def stop(self, stop_reason: StopReason, detail: str | None = None, user: str | None = None) -> None:
-        """Stop the call. Only the first stop counts. No effect if the call has ended by itself.
+        """Stop the call. Only the first stop counts. No effect if the call has ended before.
 
-        `detail` is the caller's text for the error message, `user` the user for whom the caller stops it.
+        `detail` is the caller's text for the error message, `user` the user who requested the stop.
         """
         if not self._decided:
             self._drain()  # output from before the stop counts
@@ -443,7 +443,7 @@ class Call:
             self.update_watch()
 
     def kill(self) -> None:
-        """Kill all processes at once, if the call is being stopped, without the steps before that."""
+        """Kill all processes immediately, if the call is being stopped: skip the earlier steps."""
         if self._termination is not None:
             self._termination.kill()
 
@@ -550,7 +550,7 @@ class Call:
             "cpu": self._cpu,
             "memory": self._memory,
             "started": self._began,
-            "ended": self._began + self._loop.now() - self._began_at,  # never before it began: the clock may be set
+            "ended": self._began + self._loop.now() - self._began_at,  # never before its start: the clock may be set
             "authentication": self._authentication_seconds,
             "fork": None if self._fork_seconds is None else round(self._fork_seconds, 6),
         }

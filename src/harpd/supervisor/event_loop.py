@@ -1,6 +1,6 @@
 """A small event loop over epoll with descriptors and timers; it needs less memory than asyncio.
 
-Nearly all timers are cancelled before they are due, and long ones need not be exact. So timers that are due at about
+Nearly all timers are cancelled before they are due, and long timers need not be exact. So timers that are due at about
 the same time share a bucket, and only the times of the buckets are sorted: cancelling a timer deletes it from a dict.
 """
 
@@ -48,17 +48,17 @@ class EventLoop:
         self._watched: dict[int, tuple[int, Callback]] = {}
         self._buckets: dict[float, dict[Timer, None]] = {}  # by the time when they are due
         self._due_times: list[float] = []  # a heap of the keys
-        self._soon: list[Callback] = []
+        self._next_callbacks: list[Callback] = []
         self._running = True
         #: Returns the time of this loop: seconds since boot, the time of suspension included.
         self.now: Callable[[], float] = partial(time.clock_gettime, time.CLOCK_BOOTTIME)
 
     def watch(self, descriptor: int, events: int, callback: Callback) -> None:
         """Run the callback whenever the descriptor is ready for one of the events, or hangs up."""
-        known = self._watched.get(descriptor)
-        if known is None:
+        watched = self._watched.get(descriptor)
+        if watched is None:
             self._epoll.register(descriptor, events)
-        elif known[0] != events:
+        elif watched[0] != events:
             self._epoll.modify(descriptor, events)
         self._watched[descriptor] = (events, callback)
 
@@ -83,14 +83,14 @@ class EventLoop:
 
     def call_soon(self, callback: Callback) -> None:
         """Run the callback at the end of this turn."""
-        self._soon.append(callback)
+        self._next_callbacks.append(callback)
 
     def stop(self) -> None:
         self._running = False
 
     def run(self) -> None:
         while self._running:
-            # After a suspension, all timers are due: data that has arrived meanwhile is handled before them.
+            # After a suspension, all timers are due: data that arrived during the suspension is handled first.
             for descriptor, _ in self._epoll.poll(self._wait_seconds()) or self._epoll.poll(0):
                 watched = self._watched.get(descriptor)  # an earlier callback of this turn may have removed it
                 if watched is not None:
@@ -100,9 +100,9 @@ class EventLoop:
                         log.exception("callback failed")
             if self._due_times and self._due_times[0] <= self.now():
                 self._run_timers()
-            while self._soon:
-                soon, self._soon = self._soon, []
-                for callback in soon:
+            while self._next_callbacks:
+                callbacks, self._next_callbacks = self._next_callbacks, []
+                for callback in callbacks:
                     _run_callback(callback)
 
     def _wait_seconds(self) -> float:

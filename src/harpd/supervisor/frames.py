@@ -4,11 +4,11 @@ The frontend opens a link with the line `PREFACE`. Then both sides send frames: 
 kind, and the body. The frontend chooses the number of a channel, and a channel carries one call:
 
     frontend                                            supervisor
-    START   facts, a line feed, the arguments           LINES   complete lines for the client, or a part of a long line
-    ATTACH  facts                                       END     the same; the closing line of the call is the last one
+    START   header, a line feed, the arguments          LINES   complete lines for the client, or a part of a long line
+    ATTACH  header                                      END     the same; the closing line of the call is the last one
     COMMANDS  commands of the client                    ERROR   the same; the closing line is an error
     HANG_UP   the client has disconnected               CLOSED  the channel is closed; its number is free
-    CREDIT    bytes that the client's side has taken    CREDIT  bytes of commands that were handled
+    CREDIT    bytes of lines that were sent on          CREDIT  bytes of commands that were handled
 
 Flow control: each side sends at most a window of bytes that the other has not credited: `LINES_WINDOW` for lines,
 `COMMANDS_WINDOW` for commands, each plus the frame that exceeds it. So a slow client pauses its own call only. Short
@@ -16,9 +16,9 @@ calls need no credit.
 
 The loss of the link hangs up all of its channels.
 
-`FrameSocket` is the socket, the same at both ends. Data is gathered and sent once per turn of the event loop, which is
-another one in each process. A socket that cannot be sent to is still read: the peer may have sent data before its
-death.
+`FrameSocket` is the socket, the same at both ends. Data is gathered and sent once per turn of the event loop; the two
+processes have different event loops. A socket that cannot be sent to is still read: the peer may have sent data before
+its death.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ START, ATTACH, COMMANDS, HANG_UP, CREDIT, LINES, END, ERROR, CLOSED = range(1, 1
 #: The most bytes of lines in a frame. Short frames let other calls pass between two parts of a long line.
 MAX_LINES_BYTES = 64 * 1024
 LINES_WINDOW = 256 * 1024
-#: Small, because a command costs more time than a line: a window of the shortest ones takes less than a millisecond.
+#: Small, because a command costs more time than a line: a window of short commands takes less than a millisecond.
 COMMANDS_WINDOW = 512
-#: Channel numbers are below this one.
+#: Channel numbers are below this number.
 MAX_CHANNELS = 1 << 32
 
 _READ_SIZE = 128 * 1024
@@ -132,7 +132,7 @@ class FrameSocket(ABC):
     def __init__(
         self, connection: socket.socket, max_frame_bytes: int, call_soon: Callable[[Callable[[], None]], object]
     ) -> None:
-        self._channels: dict[int, Any] = {}  # the open ones, by number
+        self._channels: dict[int, Any] = {}  # the open channels, by number
         self._connection = connection
         self._call_soon = call_soon
         self._frames = FrameBuffer(max_frame_bytes)
@@ -140,7 +140,7 @@ class FrameSocket(ABC):
         self._flush_scheduled = False
         self._kernel_full = False  # the socket's buffer has no room
         self._blocked: dict[Callable[[], None], None] = {}  # in the order in which they continue
-        self.broken = False  # nothing can be sent; data may still be received
+        self.broken = False  # data cannot be sent, but may still be received
         self._lost = False
 
     def write(self, number: int, kind: int, body: bytes = b"") -> None:
@@ -170,7 +170,7 @@ class FrameSocket(ABC):
                 self._handle(number, kind, body)
         except InvalidFrame as error:
             self._log.error("invalid frame", extra={"reason": str(error)})
-            self._lose()
+            self._close_socket()
 
     def _flush(self) -> None:
         self._flush_scheduled = False
@@ -203,9 +203,9 @@ class FrameSocket(ABC):
         if data:
             self.receive(data)
         else:
-            self._lose()
+            self._close_socket()
 
-    def _lose(self) -> None:
+    def _close_socket(self) -> None:
         """Close the socket; once."""
         if not self._lost:
             self._lost = self.broken = True

@@ -48,7 +48,7 @@ class LinkChannel:
         self._number = number
         self._hung_up = False
         self._credit = frames.LINES_WINDOW
-        self._gathered = b""  # lines that are sent with the next ones
+        self._gathered = b""  # lines that are sent with the next lines
         self._waiting: deque[tuple[int, bytes]] = deque()
         self._handled_bytes = 0  # of commands, since the last credit
         self._closing = False
@@ -91,7 +91,7 @@ class LinkChannel:
         self.close_after_flush()
 
     def close_after_flush(self) -> None:
-        """Close once all lines are sent. The user receives nothing more."""
+        """Close once all lines are sent. The user receives no further notifications."""
         self.flush_gathered()
         self._closing = True
         self.resume()
@@ -99,7 +99,7 @@ class LinkChannel:
     def close(self) -> None:
         """Close now; lines that wait are discarded."""
         self._discard_waiting()
-        self._link.forget(self._number)
+        self._link.close_channel(self._number)
 
     def send_waiting(self) -> None:
         while self._waiting and self._credit > 0 and self._link.writable:
@@ -152,7 +152,7 @@ class LinkChannel:
 class Link(FrameSocket):
     """A link, after the preface.
 
-    `on_start` and `on_attach` receive each channel with the facts, and with the arguments. If one of them raises
+    `on_start` and `on_attach` receive each channel with the header, and with the arguments. If one of them raises
     KeyError or ProtocolError, the channel is closed. `on_lost` is called once, after all channels were hung up.
     """
 
@@ -187,7 +187,7 @@ class Link(FrameSocket):
             self._loop.call_later(_GATHER_SECONDS, self._flush_gathered)
         self._gathering.append(channel)
 
-    def forget(self, number: int) -> None:
+    def close_channel(self, number: int) -> None:
         """Close a channel; its number is free."""
         if self._channels.pop(number, None) is not None:
             self.write(number, frames.CLOSED)
@@ -216,12 +216,12 @@ class Link(FrameSocket):
         channel = self._channels[number] = LinkChannel(self, number)
         head = body[: body.find(b"\n")] if kind == frames.START else body
         try:
-            facts = loads(head)
-            check(isinstance(facts, dict), "expected an object")
+            header = loads(head)
+            check(isinstance(header, dict), "expected an object")
             if kind == frames.START:
-                self._on_start(channel, facts, Raw(memoryview(body)[len(head) + 1 :]))
+                self._on_start(channel, header, Raw(memoryview(body)[len(head) + 1 :]))
             else:
-                self._on_attach(channel, facts)
+                self._on_attach(channel, header)
         except (KeyError, InvalidJSON, ProtocolError) as error:
             log.error("invalid request", extra={"reason": repr(error)})
             channel.close()

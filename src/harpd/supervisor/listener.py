@@ -53,7 +53,7 @@ class Listener:
         self._listen()
 
     def _listen(self) -> None:
-        """Create the socket. Raises OSError; nothing is changed then, apart from files."""
+        """Create the socket. Raises OSError; then only files may be changed."""
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             # Bound through a descriptor: a socket's address has at most 107 bytes.
@@ -104,7 +104,7 @@ class Listener:
         os.rename(new_name, ACTIVE_SOCKET, src_dir_fd=self._directory, dst_dir_fd=self._directory)
 
     def retire(self) -> None:
-        """Leave the new calls to another supervisor: `restore` creates only this one's own socket from now on."""
+        """Leave the new calls to another supervisor: `restore` creates only this supervisor's socket from now on."""
         self._is_active = False
 
     def close(self) -> None:

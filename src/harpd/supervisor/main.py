@@ -3,14 +3,14 @@
 Theory of operation
 ===================
 
-``python -m harpd.supervisor.main LIFELINE`` inherits a socket whose other end its launcher has, and reads its settings,
-one JSON object, from stdin. It gives itself an *instance id* and listens at ``supervisor-INSTANCE`` in the runtime
+``python -m harpd.supervisor.main LIFELINE`` inherits a socket, of which the launcher has the other end, and reads its
+settings, one JSON object, from stdin. It chooses an *instance id* and listens at ``supervisor-INSTANCE`` in the runtime
 directory. When it can run calls, it also listens at ``supervisor``, instead of an earlier supervisor. It executes a
 zygote (`harpd.worker.zygote`), which loads the procedures file and forks the workers. A reload starts a new zygote for
 new calls; the old one exits after its last call. If the file cannot be loaded, the old zygote stays in use.
 
 A frontend opens one connection, the *link*, for all its calls; `harpd.supervisor.frames` has the format. Each call has
-a channel of the link. The first frame of a channel has facts, a JSON object:
+a channel of the link. The first frame of a channel has a header, a JSON object:
 
     START   {"call": ID, "procedure": NAME}, then the arguments
                                             start a connection-bound call, see `harpd.supervisor.sessions`
@@ -76,7 +76,7 @@ from harpd.supervisor.zygote_client import ZygoteClient
 
 log = logging.getLogger("harpd.supervisor")
 
-_KEPT_BYTES, _MAPPED_BYTES = 16 * 1024 * 1024, 8 * 1024 * 1024
+_RETAINED_BYTES, _MAPPED_BYTES = 16 * 1024 * 1024, 8 * 1024 * 1024
 
 #: Seconds between two checks for dead supervisors; and while orphaned processes are dying, or the exit is near.
 _CHECK_INTERVAL, _BUSY_CHECK_INTERVAL = 1.0, 0.05
@@ -89,7 +89,7 @@ _KILL_TIMEOUT = 2.0
 #: Seconds after which a supervisor without calls and launcher exits.
 _IDLE_EXIT_DELAY = 10.0
 #: The descriptor limit divided by this number is how many pipes of ended calls may stay open.
-_LEFT_OPEN_DIVISOR = 8
+_RELEASED_PIPES_DIVISOR = 8
 
 
 class Supervisor:
@@ -102,8 +102,8 @@ class Supervisor:
         self._registry = CallRegistry(self._context)
         self._links: set[Link] = set()
         self._lifeline = lifeline
-        max_left_open = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _LEFT_OPEN_DIVISOR
-        self._output = OutputCollector(loop, max_left_open, _output_limits(settings))
+        max_released_pipes = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _RELEASED_PIPES_DIVISOR
+        self._output = OutputCollector(loop, max_released_pipes, _output_limits(settings))
         self._zygote: ZygoteClient | None = None
         self._loading: ZygoteClient | None = None
         self._accepting = self._draining = self._retired = False
@@ -118,11 +118,11 @@ class Supervisor:
 
     def _check_repeatedly(self) -> None:
         """Clean up orphans, because another supervisor may die at any time; exit if that is due."""
-        soon = self._retired
+        is_busy = self._retired
         if self._restore_files():
-            soon |= self._registry.clean_up_orphans()
+            is_busy |= self._registry.clean_up_orphans()
         self._exit_if_idle()
-        self._loop.call_later(_BUSY_CHECK_INTERVAL if soon else _CHECK_INTERVAL, self._check_repeatedly)
+        self._loop.call_later(_BUSY_CHECK_INTERVAL if is_busy else _CHECK_INTERVAL, self._check_repeatedly)
 
     def _restore_files(self) -> bool:
         """Create sockets and state file again if they have been removed; return whether they exist."""
@@ -203,21 +203,21 @@ class Supervisor:
         else:
             send_final_reply(self._loop, connection, self._registry.list_calls(required_string(request, "calls")))
 
-    def _on_start(self, channel: LinkChannel, facts: Mapping[str, Any], arguments: Raw) -> None:
-        call_id, name = read_texts(facts, "call", "procedure")
+    def _on_start(self, channel: LinkChannel, header: Mapping[str, Any], arguments: Raw) -> None:
+        call_id, name = read_texts(header, "call", "procedure")
         if not CALL_ID.fullmatch(call_id):
             raise ProtocolError(f"call: expected a UUID, got {call_id!r}")
         if arguments[:1] not in (b"[", b"{") or arguments.find(b"\n") >= 0:
             raise ProtocolError("arguments: expected an array or an object")
-        call = self._create_call(channel, call_id, name, facts)
+        call = self._create_call(channel, call_id, name, header)
         if isinstance(call, Failed):
             channel.reject(encode_message(call))
         else:
-            call.start(arguments, facts.get("authentication"))
+            call.start(arguments, header.get("authentication"))
 
-    def _create_call(self, channel: LinkChannel, call_id: str, name: str, facts: Mapping[str, Any]) -> Call | Failed:
+    def _create_call(self, channel: LinkChannel, call_id: str, name: str, header: Mapping[str, Any]) -> Call | Failed:
         """Create a call, with a worker and a session; or return why it is rejected."""
-        requested, keep_alive = facts.get("resumable"), facts.get("keep_alive")
+        requested, keep_alive = header.get("resumable"), header.get("keep_alive")
         if not isinstance(requested, (dict, NoneType)):
             raise ProtocolError("resumable: expected an object")
         zygote, context = self._zygote, self._context
@@ -337,7 +337,7 @@ class Supervisor:
                 call.stop(StopReason.SHUTDOWN)
             self._flush_until = self._loop.now() + _FLUSH_TIMEOUT
             self._kill_at = self._flush_until + 2 * self._context.settings["kill_grace"]
-            # Exit in any case: perhaps no other process can kill this one. The next supervisor kills survivors.
+            # Exit in any case: other processes may not be able to kill it. The next supervisor kills survivors.
             self._exit_at = self._kill_at + _KILL_TIMEOUT
             self._exit_when_done()
 
@@ -371,7 +371,7 @@ def _output_limits(settings: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _finish_reload(settings: Mapping[str, Any], error: str | None) -> dict[str, Any]:
-    """Return the reply to a reload. The log is configured last, so that a failed reload changes nothing."""
+    """Return the reply to a reload. The log is configured last, so that a failed reload has no effect."""
     if error is not None:
         return {"error": error}
     try:
@@ -392,7 +392,7 @@ def main() -> NoReturn:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # the launcher handles signals to all of harpd
         signal.signal(number, signal.SIG_IGN)
     os.set_inheritable(lifeline, False)
-    tune_memory(_KEPT_BYTES, _MAPPED_BYTES)
+    tune_memory(_RETAINED_BYTES, _MAPPED_BYTES)
     loop = EventLoop()
     logs.write_per_turn(loop.call_soon)
     Supervisor(loop, socket.socket(fileno=lifeline), {"descriptors": soft, **settings})

@@ -1,8 +1,8 @@
-"""The registry of a supervisor's resumable calls: their owners, attachment, and ids that can no longer start.
+"""The registry of a supervisor's resumable calls: their owners, attachment, and tombstones.
 
 A dispatcher proves that a call is its own by its owner id and the call's secret; only a digest of the secret is stored.
-Other dispatchers' calls look as if they were absent. The reply that a call is absent is a promise: its id gets a
-tombstone, so that a delayed start of it is rejected. Ids that were used get one, too. A tombstone stays for
+A call of another dispatcher is reported as absent. The reply that a call is absent is a promise: its id gets a
+tombstone, so that a delayed start of it is rejected. Used ids get a tombstone, too. A tombstone stays for
 `_TOMBSTONE_TTL` seconds, longer than `_MAX_START_AGE`: a start that the frontend received longer ago is rejected.
 
 Spec: docs/protocol.md, Resumable calls.
@@ -35,26 +35,26 @@ _SESSIONS_PER_CALL = 20
 class TombstoneSet:
     """Tombstones by owner. Each stays for `ttl` seconds at least, and twice as long at most while others are added.
 
-    A busy host adds hundreds a second, so a tombstone is a hash of 64 bits, and all of a period are deleted at once.
+    A busy host adds hundreds a second, so a tombstone is a hash of 64 bits, and all of a period are deleted together.
     """
 
     def __init__(self, ttl: float, now: float) -> None:
         self._ttl = ttl
-        self._since = now
-        self._new: set[int] = set()
-        self._old: set[int] = set()
+        self._period_start = now
+        self._current: set[int] = set()
+        self._previous: set[int] = set()
 
     def add(self, owner: str, call_id: str, now: float) -> None:
-        age = now - self._since
+        age = now - self._period_start
         if age > self._ttl:
-            self._old = self._new if age <= 2 * self._ttl else set()
-            self._new = set()
-            self._since = now
-        self._new.add(hash((owner, call_id)))
+            self._previous = self._current if age <= 2 * self._ttl else set()
+            self._current = set()
+            self._period_start = now
+        self._current.add(hash((owner, call_id)))
 
     def contains(self, owner: str, call_id: str) -> bool:
         tombstone = hash((owner, call_id))
-        return tombstone in self._new or tombstone in self._old
+        return tombstone in self._current or tombstone in self._previous
 
 
 class CallRegistry:
@@ -104,17 +104,17 @@ class CallRegistry:
         self._context.state_files.mark_reported(session.id)
         self._tombstones.add(session.terms.owner, session.id, self._loop.now())
 
-    def attach(self, channel: LinkChannel, facts: Mapping[str, Any]) -> None:
+    def attach(self, channel: LinkChannel, header: Mapping[str, Any]) -> None:
         """Attach a link channel to a call, or reject the request. Raises KeyError and `ProtocolError`."""
-        call_id, owner, secret = read_texts(facts, "attach", "owner", "secret")
-        since = facts["since"]
+        call_id, owner, secret = read_texts(header, "attach", "owner", "secret")
+        since = header["since"]
         check(is_count(since), "since: expected a count")
         if call_id not in self._sessions:
             self.clean_up_orphans()  # perhaps its supervisor has just died
         session = self._sessions.get(call_id)
         digest = _digest(secret)
-        if session is not None and _is_same(session.terms.owner, owner) and _is_same(session.terms.secret, digest):
-            rejection = session.attach(channel, since, facts.get("keep_alive"))
+        if session is not None and _are_equal(session.terms.owner, owner) and _are_equal(session.terms.secret, digest):
+            rejection = session.attach(channel, since, header.get("keep_alive"))
         else:
             self._tombstones.add(owner, call_id, self._loop.now())
             message = "there is no such call here, and it will not start"
@@ -126,17 +126,17 @@ class CallRegistry:
 
     def list_calls(self, owner: str) -> bytes:
         self.clean_up_orphans()
-        calls = [call_id for call_id, session in self._sessions.items() if _is_same(session.terms.owner, owner)]
+        calls = [call_id for call_id, session in self._sessions.items() if _are_equal(session.terms.owner, owner)]
         return encode_message(CallList(tuple(calls), self._instance))
 
     def clean_up_orphans(self) -> bool:
-        """Kill the calls of dead supervisors and adopt the resumable ones; return whether to repeat that soon."""
+        """Kill the calls of dead supervisors and adopt the resumable calls; return whether to repeat it soon."""
         if self._context.shutting_down:  # the next supervisor adopts them
             return False
         result = self._context.state_files.clean_up(self._adopt)
         if result.killed:
             log.warning("killed orphaned processes", extra={"processes": result.killed})
-        return result.again
+        return result.repeat_soon
 
     def _adopt(self, result: CleanupResult) -> None:
         """Adopt the ends of the resumable calls that a clean-up has found."""
@@ -159,15 +159,15 @@ class CallRegistry:
                 log.error("cannot write state of call", extra={"call": call_id, "reason": str(error)})
 
 
-def read_texts(facts: Mapping[str, Any], *keys: str) -> list[str]:
+def read_texts(members: Mapping[str, Any], *keys: str) -> list[str]:
     """Return the strings of these keys. Raises KeyError and `ProtocolError`."""
-    return [check_string(key, facts[key]) for key in keys]
+    return [check_string(key, members[key]) for key in keys]
 
 
 def _digest(secret: str) -> str:
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _is_same(one: str, other: str) -> bool:
+def _are_equal(first: str, second: str) -> bool:
     """Compare two texts in a time that does not depend on where they differ."""
-    return hmac.compare_digest(one.encode("utf-8", "surrogatepass"), other.encode("utf-8", "surrogatepass"))
+    return hmac.compare_digest(first.encode("utf-8", "surrogatepass"), second.encode("utf-8", "surrogatepass"))

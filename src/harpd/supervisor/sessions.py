@@ -2,14 +2,14 @@
 
 Theory of operation. A connection-bound call, of a direct client or a legacy dispatcher, ends with its connection. Its
 output is sent as it arrives, through a bounded buffer; while that is full, the worker waits. The channel to the
-frontend is closed only when the call's processes are gone: the close proves it.
+frontend is closed only when the call's processes have ended: the close proves it.
 
 The dispatcher of a resumable call may disconnect and attach again. The records of the call go into a spool. The
-attached connection receives them from the number that it has requested, and each acknowledgement deletes the records
-that the dispatcher has stored. The end is sent once the worker has been reaped and all stopped processes are gone (or
-survive, as the stop report says): stop report, exit info, then the closing line. So when the closing line is sent, the
-worker has ended, and of the processes that had to be stopped only the survivors in the stop report remain. The
-dispatcher sends ``release`` when it has stored the end.
+attached connection receives them from the requested number on, and each acknowledgement deletes the records that the
+dispatcher has stored. The end is sent once the worker has been reaped, and all stopped processes have ended or are
+listed as survivors: stop report, exit info, then the closing line. So when the closing line is sent, the worker has
+ended, and only the survivors in the stop report remain of the processes that had to be stopped. The dispatcher sends
+``release`` when it has stored the end.
 
 At most a window of unacknowledged records is sent. So a dispatcher with a slow store need not stop reading, and
 receives all other messages in time.
@@ -49,7 +49,7 @@ _MAX_SECONDS = 1e9
 _WINDOW_BYTES = 1024 * 1024
 
 
-@lru_cache(maxsize=128)  # the calls of a dispatcher have the same one
+@lru_cache(maxsize=128)  # the calls of a dispatcher have equal terms
 def _encode_acknowledgement(streaming: bool, keep_alive: float | None, *terms: Any) -> bytes:
     granted = messages.GrantedTerms(*terms) if terms else None
     return encode_message(messages.Acknowledgement(streaming, granted, keep_alive))
@@ -152,7 +152,7 @@ class ResumableSession(Session):
         self._heartbeat_pending = False
         self._started_at: float | None = None
         self._closing_line = b""  # before the worker has ended
-        # Stop report, exit info and closing line; then, perhaps, the report of survivors that are gone.
+        # Stop report, exit info and closing line; then, perhaps, the report of survivors that have ended.
         self._end: list[bytes] = []
         self._end_sent = 0  # how many of these were sent on this connection
         self._ended_at = 0.0
@@ -204,7 +204,7 @@ class ResumableSession(Session):
         self._send_pending()
 
     def adopt(self, stop_report: Mapping[str, Any] | None) -> None:
-        """Adopt the call of a supervisor that has died. `on_closed` follows when the survivors are gone."""
+        """Adopt the call of a supervisor that has died. `on_closed` follows when the survivors have ended."""
         self._adopted = True
         self._started_at = self._loop.now()
         self.on_end(encode_message(Failed("call_died", "the supervisor of the call died")))
@@ -215,7 +215,7 @@ class ResumableSession(Session):
     def attach(self, channel: LinkChannel, since: int, keep_alive: float | None) -> Failed | None:
         """Attach a connection: send all records from number `since` on, and receive commands.
 
-        Return the error if some of these records are gone; then the connection is not attached.
+        Return the error if some of these records were deleted; then the connection is not attached.
         """
         if self._adopted:  # this supervisor does not have the earlier records
             self._spool.first = self._spool.end = since
@@ -244,7 +244,7 @@ class ResumableSession(Session):
             self._channel.send_soon(_encode_acknowledgement(terms.streaming, self._keep_alive, *granted))
 
     def _send_pending(self) -> None:
-        """Send all data that the attached connection has not received yet, while it is writable."""
+        """Send all data that the attached connection has not received, while it is writable."""
         channel = self._channel
         if channel is None or self._started_at is None:
             return
@@ -285,7 +285,7 @@ class ResumableSession(Session):
                 freed = self._spool.acknowledge(count)
                 self._quota.release(freed)
                 self._unacknowledged = 0 if count >= self._next else max(0, self._unacknowledged - freed)
-                self._next = max(self._next, self._spool.first)  # records that were acknowledged unread are gone
+                self._next = max(self._next, self._spool.first)  # records that were acknowledged unread were deleted
                 self.resume_reading()
                 self._send_pending()
             case messages.Heartbeat(elapsed):

@@ -1,4 +1,4 @@
-"""The spool of a resumable call: numbered records that its dispatcher has not acknowledged yet.
+"""The spool of a resumable call: numbered records that its dispatcher has not acknowledged.
 
 Records are stored as they were written, in chunks, with the time of their arrival. Acknowledged chunks are deleted, and
 no others. Pure: no clock, no input or output.
@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-#: Bytes that each call may buffer, however much the others have buffered.
+#: Bytes that each call may always buffer, even if the others have used up the memory.
 GUARANTEED_BYTES = 1024 * 1024
 
 
@@ -25,7 +25,7 @@ class Chunk:
 
 
 class Spool:
-    """The records of one call, from the first one that is not acknowledged."""
+    """The records of one call, from the first record that is not acknowledged."""
 
     def __init__(self) -> None:
         self.first = 0  # the number of the first record in the spool
@@ -39,7 +39,7 @@ class Spool:
         self.size += len(lines)
 
     def acknowledge(self, number: int) -> int:
-        """Delete chunks whose records are all below a number; return how many bytes that has freed."""
+        """Delete chunks with records below a number only; return how many bytes that has freed."""
         before = self.size
         while self._chunks:
             chunk = next(iter(self._chunks.values()))

@@ -1,4 +1,4 @@
-"""State files: they let a new supervisor stop and report the calls of one that was killed.
+"""State files: they let a new supervisor stop and report the calls of a killed one.
 
 Each supervisor has one file in ``calls/`` of the runtime directory, locked while it lives, with an entry for each call.
 It is not synced: it has to survive the supervisor, not the machine. When an entry is read, it may be old, and its pid
@@ -8,7 +8,7 @@ call are killed. A damaged entry is rejected alone: the others of its file stay 
 An entry has two purposes and is cleared when both are done: to stop processes of the call, and to report its end to its
 dispatcher. Space is reserved before a call starts. So no later change of an entry can find the disk full.
 
-The supervisor that finds the file of a dead one locks it until all processes of its calls are gone. Processes that
+The supervisor that finds the file of a dead one locks it until all processes of its calls have ended. Processes that
 cannot be killed are reported once, as survivors, and every clean-up tries again.
 
 Spec: docs/state-file.md.
@@ -44,7 +44,7 @@ log = logging.getLogger("harpd.supervisor")
 _SUFFIX, _UNLOCKED = ".1", "."
 #: Bytes of an entry: one page of memory, which the kernel writes in one piece.
 ENTRY_SIZE = 4096
-#: How many entries are reserved at once, and how many are read at most.
+#: How many entries are reserved in one step, and how many are read at most.
 _GROWTH, _MAX_ENTRIES = 16, 1 << 18
 #: The part of an entry that is overwritten to clear it: purpose and checksum.
 _CLEARED = bytes(10)
@@ -58,7 +58,7 @@ _ROUND_INTERVAL = 0.02
 
 
 class Purpose(Enum):
-    """What a later supervisor has to do for a call."""
+    """The work of a later supervisor for a call."""
 
     STOP_AND_REPORT = b"R"
     ONLY_REPORT = b"E"
@@ -136,7 +136,7 @@ class _OpenFile:
 
     @classmethod
     def create(cls, directory: Path, instance: str) -> _OpenFile:
-        """Create the file of this supervisor. No other supervisor sees it without its lock. Raises OSError."""
+        """Create the file of this supervisor. It is locked before other supervisors can find it. Raises OSError."""
         unlocked, path = directory / f"{_UNLOCKED}{instance}", directory / f"{instance}{_SUFFIX}"
         descriptor = os.open(unlocked, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -145,7 +145,7 @@ class _OpenFile:
 
     @classmethod
     def lock_dead(cls, path: Path) -> _OpenFile | None:
-        """Lock the file of a dead supervisor; None if it lives, if another one has cleaned up, or if it is no file."""
+        """Lock the file of a dead supervisor; None if it lives, another supervisor has cleaned up, or it is no file."""
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError:
@@ -191,7 +191,7 @@ class _OpenFile:
         os.pwrite(self._descriptor, data, entry.number * ENTRY_SIZE)
 
     def clear(self, entry: _Entry) -> None:
-        """Clear an entry. If that fails, a later supervisor looks for a call that is gone."""
+        """Clear an entry. If that fails, a later supervisor looks for an ended call."""
         try:
             os.pwrite(self._descriptor, _CLEARED, entry.number * ENTRY_SIZE)
         except OSError:
@@ -213,11 +213,11 @@ class CleanupResult:
     """The result of a clean-up."""
 
     killed: int = 0  # how many processes were killed for the first time
-    #: The calls of dead supervisors whose ends may have to be reported, by id; each once.
+    #: Calls of dead supervisors, by id, each once: their ends may have to be reported.
     calls: Mapping[str, CallState] = field(default_factory=dict)
-    #: By id: of each call with a surviving process, and once more when its last process is gone.
+    #: By id: of each call with a surviving process, and again when its last process has ended.
     stop_reports: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    again: bool = False  # whether killed processes may still be dying: clean up again soon
+    repeat_soon: bool = False  # whether killed processes may still be dying: clean up again soon
 
 
 class _Orphan(OrphanedCall):
@@ -231,7 +231,7 @@ class _Orphan(OrphanedCall):
 
 
 class StateFiles:
-    """The state file of one supervisor, and those of dead ones. Raises OSError if the file cannot be created."""
+    """The state file of one supervisor, and those of dead supervisors. Raises OSError if the file cannot be created."""
 
     def __init__(self, runtime_directory: Path, instance: str) -> None:
         self._directory = runtime_directory / "calls"
@@ -258,7 +258,7 @@ class StateFiles:
                 entry.number = free.pop()
                 if entry.purpose is not None:
                     file.write(entry)
-        except OSError:  # the numbers do not matter: the present file is gone
+        except OSError:  # the numbers do not matter: the present file is missing
             file.delete()
             raise
         self._file.close()
@@ -285,14 +285,14 @@ class StateFiles:
 
     def mark_ended(self, call_id: str) -> None:
         """Record that no process of the call has to be stopped; its end may still have to be reported."""
-        self._mark(call_id, Purpose.ONLY_REPORT)
+        self._reduce_entry(call_id, Purpose.ONLY_REPORT)
 
     def mark_reported(self, call_id: str) -> None:
         """Record that the call's end need not be reported; processes of it may still have to be stopped."""
-        self._mark(call_id, Purpose.ONLY_STOP)
+        self._reduce_entry(call_id, Purpose.ONLY_STOP)
 
-    def _mark(self, call_id: str, purpose: Purpose) -> None:
-        """Reduce an entry to one purpose; clear it if it had only the other one."""
+    def _reduce_entry(self, call_id: str, purpose: Purpose) -> None:
+        """Reduce an entry to one purpose; clear it if it had only the other purpose."""
         entry = self._entries.get(call_id)
         if entry is None or entry.purpose is purpose:
             return
@@ -303,10 +303,10 @@ class StateFiles:
         try:
             self._file.write(entry)
         except OSError:
-            pass  # a later supervisor does too much then, but nothing wrong
+            pass  # a later supervisor repeats work then, without harm
 
     def remove(self, call_id: str) -> None:
-        """Clear the entry of a call, if it has one: nothing has to be stopped or reported."""
+        """Clear the entry of a call, if it has one: its processes have ended, and its end is reported."""
         entry = self._entries.pop(call_id, None)
         if entry is not None:
             self._free.append(entry.number)
@@ -327,8 +327,8 @@ class StateFiles:
     def clean_up(self, adopt: Callable[[CleanupResult], None] = lambda result: None) -> CleanupResult:
         """Kill the remaining processes of dead supervisors' calls. It blocks for at most some tens of milliseconds.
 
-        `adopt` writes entries for the ends that this supervisor reports from now on; those of the dead ones are cleared
-        after that, so that no end is lost if this supervisor is killed, too.
+        `adopt` writes entries for the ends that this supervisor reports from now on; those of dead
+        supervisors are cleared afterwards, so that no end is lost if this supervisor is killed, too.
         """
         calls: dict[str, CallState] = {}
         found: list[_Orphan] = []
@@ -339,29 +339,29 @@ class StateFiles:
                 if entry.purpose is not Purpose.ONLY_REPORT:
                     found.append(_Orphan(state, file, entry))
         self._orphans += found
-        killed = self._kill(found)
-        again = any(orphan.is_fresh for orphan in self._orphans if not orphan.gone)
-        result = CleanupResult(killed, calls, self._stop_reports(), again)
+        killed = self._kill_orphans(found)
+        repeat_soon = any(orphan.is_fresh for orphan in self._orphans if not orphan.ended)
+        result = CleanupResult(killed, calls, self._stop_reports(), repeat_soon)
         adopt(result)
         self._update_orphans()
         return result
 
     def _lock_dead(self) -> Iterator[_OpenFile]:
         for name in sorted(os.listdir(self._directory)):
-            known = name in self._dead or name == self._file.path.name
-            if not known and name.endswith(_SUFFIX) and not name.startswith(_UNLOCKED):
+            is_locked = name in self._dead or name == self._file.path.name
+            if not is_locked and name.endswith(_SUFFIX) and not name.startswith(_UNLOCKED):
                 file = _OpenFile.lock_dead(self._directory / name)
                 if file is not None:
                     self._dead[name] = file
                     yield file
 
-    def _kill(self, found: list[_Orphan]) -> int:
-        """Scan for the processes of all orphans, and kill them; return how many are new."""
+    def _kill_orphans(self, found: list[_Orphan]) -> int:
+        """Scan for the processes of all orphans, and kill them; return how many were found for the first time."""
         if not self._orphans or (not found and time.monotonic() - self._last_round < _ROUND_INTERVAL):
             return 0
         killed = kill_orphans(self._orphans)
         for interval in _SCAN_INTERVALS:
-            if all(orphan.gone for orphan in found):
+            if all(orphan.ended for orphan in found):
                 break
             time.sleep(interval)
             killed += kill_orphans(self._orphans)
@@ -372,7 +372,7 @@ class StateFiles:
         """Return the stop reports that result from a round of killing."""
         stop_reports: dict[str, Mapping[str, Any]] = {}
         for orphan in self._orphans:
-            if not orphan.gone:
+            if not orphan.ended:
                 if orphan.entry.purpose is not Purpose.STOP_AND_REPORT:
                     continue
                 orphan.reported_survivors = orphan.survives
@@ -383,13 +383,13 @@ class StateFiles:
     def _update_orphans(self) -> None:
         """Update the state files after a round of killing."""
         for orphan in self._orphans:
-            if orphan.gone:
+            if orphan.ended:
                 orphan.file.clear(orphan.entry)
             elif orphan.entry.purpose is Purpose.STOP_AND_REPORT:
-                # This supervisor reports the end, and has its own entry for that.
+                # This supervisor reports the end, and has written its own entry.
                 orphan.entry.purpose = Purpose.ONLY_STOP
                 with contextlib.suppress(OSError):
                     orphan.file.write(orphan.entry)
-        self._orphans = [orphan for orphan in self._orphans if not orphan.gone]
+        self._orphans = [orphan for orphan in self._orphans if not orphan.ended]
         for name in self._dead.keys() - {orphan.file.path.name for orphan in self._orphans}:
             self._dead.pop(name).delete()

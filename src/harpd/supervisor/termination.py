@@ -1,18 +1,18 @@
-"""The termination sequence: it stops all processes of a call and no others, and proves that they are gone.
+"""The termination sequence: it stops all processes of a call and no others, and proves that they have ended.
 
 At a limit, the main process gets SIGXCPU, so that it can clean up. Then all processes get SIGTERM, then SIGKILL, with
-`kill_grace` seconds between the steps. Before SIGKILL, all are halted by SIGSTOP, until a scan finds no new one. The
-main process is killed last: it is a subreaper, so orphaned descendants stay its children. Processes that fork faster
-than they are halted are killed at once by process group. If the call has a cgroup, the kernel kills all processes in it
-at once, since Linux 5.14.
+`kill_grace` seconds between the steps. Before SIGKILL, all are halted by SIGSTOP, until a scan finds no new process.
+The main process is killed last: it is a subreaper, so orphaned descendants stay its children. Processes that fork
+faster than they are halted are killed by process group. If the call has a cgroup, the kernel kills all processes in it
+in one step, since Linux 5.14.
 
-The call is gone if none of its processes is in a snapshot from after the main process's death, its cgroup is empty, and
-no process can have escaped. A possible escape leads to further scans, then to an incomplete stop report. If a process
-survives SIGKILL for `kill_grace` seconds, that is reported once, and the scans continue.
+The call has ended if three conditions are met: a snapshot from after the main process's death has no process of it; its
+cgroup is empty; no process can have escaped. A possible escape leads to further scans, then to an incomplete stop
+report. If a process survives SIGKILL for `kill_grace` seconds, that is reported once, and the scans continue.
 
-A scan may take many milliseconds, so it is done in steps, between which the event loop does other work, and all calls
-that are stopped at about the same time share it. Each step of the sequence requests a scan. When it receives the
-snapshot, it first schedules the next step, so that the sequence continues if the step fails.
+A scan may take many milliseconds. So it has steps, and the event loop does other work between them. All calls that are
+stopped at about the same time share it. Each step of the sequence requests a scan. When it receives the snapshot, it
+first schedules the next step, so that the sequence continues if the step fails.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from harpd.supervisor.event_loop import EventLoop, Timer
 _FIRST_INTERVAL, _MAX_INTERVAL = 0.05, 1.0
 #: Seconds after SIGKILL, at least, before a process counts as a survivor.
 _DEATH_TIMEOUT = 2.0
-#: How often processes are halted, while scans find new ones, before they are killed.
+#: How often processes are halted, while scans find new processes, before they are killed.
 _MAX_HALTS = 20
 #: How many further scans follow from a possible escape, and the seconds between them.
 _MAX_ESCAPE_SCANS, _ESCAPE_SCAN_INTERVAL = 5, 0.02
@@ -41,8 +41,8 @@ _SESSION_TRUST = 10.0
 class TerminationSequence:
     """The end of the processes of one call. `harpd.supervisor.call.CallContext` has the functions for snapshots.
 
-    `on_survived` is called once, if a process has survived SIGKILL for `kill_grace` seconds; `on_gone` once, when the
-    main process has ended and all others are gone.
+    `on_survived` is called once, if a process has survived SIGKILL for `kill_grace` seconds; `on_ended` once, when the
+    main process and all others have ended.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class TerminationSequence:
         take_snapshot: Callable[[float, Callable[[Snapshot], None]], None],
         has_possible_escapes: Callable[[Snapshot, CallTree], bool],
         on_survived: Callable[[], None],
-        on_gone: Callable[[], None],
+        on_ended: Callable[[], None],
     ) -> None:
         self._loop = loop
         self._tree = tree
@@ -62,7 +62,7 @@ class TerminationSequence:
         self._take_snapshot = take_snapshot
         self._has_possible_escapes = has_possible_escapes
         self._on_survived = on_survived
-        self._on_gone = on_gone
+        self._on_ended = on_ended
         self._step: Timer | None = None
         self._step_number = 0
         self._check: Timer | None = None
@@ -75,12 +75,12 @@ class TerminationSequence:
         self._halts = self._escape_scans = 0
         self._interval = _FIRST_INTERVAL
         self._main_ended = self._complete = False
-        self._began = 0.0
+        self._started_at = 0.0
         self._ended: float | None = None
 
     def start(self, interrupt: bool) -> None:
         """Start to stop all processes. `interrupt`: with SIGXCPU to the main process."""
-        self._began = time.time()
+        self._started_at = time.time()
         self._changed_at = time.monotonic()
         self._step = self._loop.call_later(0, self._interrupt if interrupt else self._terminate)
 
@@ -89,21 +89,21 @@ class TerminationSequence:
         self._main_ended = True
         self._scanned_at = None  # the session id was in use until now
         self._report.record_exit(status)
-        self._began = self._began or time.time()
+        self._started_at = self._started_at or time.time()
         self._changed_at = time.monotonic()
-        self._check = self._loop.call_later(0, self._scan_until_gone)
+        self._check = self._loop.call_later(0, self._scan_until_ended)
 
     def kill(self) -> None:
-        """Continue at once with the last step, without another halt."""
+        """Continue immediately with the last step, without another halt."""
         self._halts = _MAX_HALTS
         self._kill()
 
     def stop_report(self) -> dict[str, Any]:
         """Return the stop report. Spec: docs/protocol.md, Resumable calls."""
-        return self._report.to_json(self._main_ended, self._complete, self._began, self._ended)
+        return self._report.to_json(self._main_ended, self._complete, self._started_at, self._ended)
 
     def _interrupt(self) -> None:
-        def interrupt() -> None:  # processes that are found now stay known when the main process ends
+        def interrupt() -> None:  # processes that are found now stay recorded when the main process ends
             self._step = self._loop.call_later(self._kill_grace, self._terminate)
             self._send(signal.SIGXCPU, self._main)
 
@@ -119,7 +119,7 @@ class TerminationSequence:
         self._begin_step(terminate)
 
     def _kill(self) -> None:
-        """Halt the remaining processes, then kill them; repeat until all are gone."""
+        """Halt the remaining processes, then kill them; repeat until all have ended."""
         self._begin_step(self._halt_and_kill)
 
     def _halt_and_kill(self) -> None:
@@ -141,15 +141,15 @@ class TerminationSequence:
                 delay = max(self._kill_grace, _DEATH_TIMEOUT)
                 self._survivor_check = self._loop.call_later(delay, self._report_survivors)
         self._changed_at = time.monotonic()
-        if self._is_gone():
+        if self._has_ended():
             self._finish()
 
     def _kill_members(self, members: Mapping[tuple[int, int], Process], new_remain: bool) -> None:
-        """Kill the halted processes. `new_remain`: scans still find new ones, so kill all at once, the main one too."""
+        """Kill the halted processes. `new_remain`: scans still find new processes, so kill all of them."""
         cgroup = self._tree.cgroup
-        at_once = new_remain or (cgroup is not None and cgroup.can_kill)
+        kill_all = new_remain or (cgroup is not None and cgroup.can_kill)
         main = members.keys() & {self._main}
-        targets = members.keys() if at_once else (members.keys() - main or main)
+        targets = members.keys() if kill_all else (members.keys() - main or main)
         for identity in targets:
             self._send(signal.SIGKILL, identity)
         excluded = {self._tree.pid} if main - targets else set()
@@ -163,28 +163,28 @@ class TerminationSequence:
             self._report.record_signal(number, identity)
 
     def _begin_step(self, step: Callable[[], None]) -> None:
-        """Scan, then run a step; a later step replaces one that waits."""
+        """Scan, then run a step; a later step replaces a waiting step."""
         if self._step is not None:
             self._step.cancel()
         self._step_number = number = self._step_number + 1
         self._scan(lambda: step() if number == self._step_number else None)
 
-    def _scan(self, then: Callable[[], None]) -> None:
-        """Take a snapshot of the present state, record the remaining processes, then call a function."""
+    def _scan(self, next_step: Callable[[], None]) -> None:
+        """Take a snapshot of the present state, record the remaining processes, then run a step."""
         requested_for = self._changed_at
 
         def on_snapshot(snapshot: Snapshot) -> None:
             if self._ended is not None:
                 return
-            if self._changed_at > requested_for:  # signals were sent meanwhile, or the main process has ended
-                self._scan(then)
+            if self._changed_at > requested_for:  # signals were sent since, or the main process has ended
+                self._scan(next_step)
                 return
             now = time.monotonic()
-            late = self._scanned_at is not None and now - self._scanned_at > _SESSION_TRUST
+            ignore_session = self._scanned_at is not None and now - self._scanned_at > _SESSION_TRUST
             self._scanned_at = now
             self._snapshot = snapshot
-            self._report.record(self._tree.members(snapshot, self._report.remaining, late))
-            then()
+            self._report.record(self._tree.members(snapshot, self._report.remaining, ignore_session))
+            next_step()
 
         self._take_snapshot(requested_for, on_snapshot)
 
@@ -192,7 +192,7 @@ class TerminationSequence:
         cgroup = self._tree.cgroup
         return self._main_ended and not self._report.remaining and not (cgroup is not None and cgroup.populated)
 
-    def _is_gone(self) -> bool:
+    def _has_ended(self) -> bool:
         """Return whether the last scan has found no process; after possible escapes, also several further scans."""
         if not self._is_empty():
             self._escape_scans = 0
@@ -201,17 +201,17 @@ class TerminationSequence:
         self._escape_scans += 1
         return self._complete or self._escape_scans > _MAX_ESCAPE_SCANS
 
-    def _scan_until_gone(self) -> None:
-        self._scan(self._check_gone)
+    def _scan_until_ended(self) -> None:
+        self._scan(self._check_ended)
 
-    def _check_gone(self) -> None:
-        self._check = self._loop.call_later(self._next_interval(), self._scan_until_gone)
-        if self._is_gone():
+    def _check_ended(self) -> None:
+        self._check = self._loop.call_later(self._next_interval(), self._scan_until_ended)
+        if self._has_ended():
             self._finish()
         elif self._escape_scans:
             self._changed_at = time.monotonic()
             self._check.cancel()
-            self._check = self._loop.call_later(_ESCAPE_SCAN_INTERVAL, self._scan_until_gone)
+            self._check = self._loop.call_later(_ESCAPE_SCAN_INTERVAL, self._scan_until_ended)
         elif self._step is None and not self._step_number:
             self._terminate()
 
@@ -219,7 +219,7 @@ class TerminationSequence:
         self._scan(self._check_survivors)
 
     def _check_survivors(self) -> None:
-        if self._is_empty():  # gone, which the next step reports; or they fork so fast that this scan missed them
+        if self._is_empty():  # ended, which the next step reports; or they fork so fast that this scan missed them
             self._survivor_check = self._loop.call_later(_MAX_INTERVAL, self._report_survivors)
         else:
             self._on_survived()
@@ -233,4 +233,4 @@ class TerminationSequence:
         for timer in (self._step, self._check, self._survivor_check):
             if timer is not None:
                 timer.cancel()
-        self._on_gone()
+        self._on_ended()

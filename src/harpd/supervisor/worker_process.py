@@ -7,7 +7,7 @@ channel closes, or is killed.
 
 Each line of its stdout and stderr becomes a log event with the call's id, up to a limit of lines and bytes a second. A
 pipe stays open after its call's end while a process has its writing end: a service that a procedure has started must
-not be killed by its next message. The number of such pipes is bounded; those of the oldest calls are closed first.
+not be killed by its next message. The number of these pipes is bounded; those of the oldest calls are closed first.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ output_log = logging.getLogger("harpd.call")
 
 #: Descriptors that are reserved for stopping calls and for control requests: 64, or one eighth of a low limit.
 _RESERVED, _RESERVED_SHARE = 64, 8
-#: Seconds in which a worker without a call has to exit by itself before it is killed.
+#: Seconds in which a worker without a call must exit before it is killed.
 _EXIT_TIMEOUT = 5.0
 #: Bytes per read. They are few, so that a call that prints without pause does not delay other calls.
 _OUTPUT_READ_SIZE = 512
-#: While lines are dropped: bytes per read, as many as the pipe holds, and seconds between two reads.
+#: While lines are dropped: bytes per read, as many as fit into the pipe, and seconds between two reads.
 _DROPPED_READ_SIZE, _DROPPED_READ_INTERVAL = 64 * 1024, 0.005
 #: The most bytes of a line in one event; a longer line is split into several.
 _MAX_LINE_BYTES = 8192
@@ -60,7 +60,7 @@ class WorkerUser(Protocol):
 
 
 class WorkerProcess:
-    """A worker from the fork command to its death. Raises OSError if no descriptor is free; nothing has begun then."""
+    """A worker from the fork command to its death. Raises OSError if no descriptor is free."""
 
     def __init__(self, output: OutputCollector) -> None:
         self._loop = output.loop
@@ -71,7 +71,7 @@ class WorkerProcess:
         self.procedure = ""  # that of all its calls
         self.served = 0  # how many calls it was assigned
         self._ended = False
-        self._cpu_before = 0.0  # seconds that it had used when the present call began
+        self._cpu_before = 0.0  # seconds that it had used at the start of the present call
         self.channel, far = socketpair(AF_UNIX, SOCK_STREAM)
         self.channel.setblocking(False)
         self.child_descriptors = [far.detach()]  # its own end of the channel, its stdout and its stderr
@@ -115,7 +115,7 @@ class WorkerProcess:
             self.call.on_fork_failed(reason)
 
     def on_reaped(self, status: int, cpu: float | None, memory: int | None) -> None:
-        """Notify its call of its own part of `cpu`, which is that of all calls; see `WorkerUser`."""
+        """Notify its call of the call's part of `cpu`, which is for all calls; see `WorkerUser`."""
         self._ended = True
         if self.call is None:
             self.release()
@@ -126,11 +126,11 @@ class WorkerProcess:
         output_log.warning("call output dropped", extra={**self._fields, "lines": lines, "bytes": size})
 
     def call_cpu_seconds(self, cpu: float | None = None) -> float:
-        """Return the part of `cpu` that its present call has used; by default of its own time, without children."""
+        """Return the part of `cpu` that its present call has used; by default of its present time, without children."""
         return round(max((self._cpu_seconds() if cpu is None else cpu) - self._cpu_before, 0.0), 6)
 
     def _cpu_seconds(self) -> float:
-        """Return the processor time that it has used. See clock_getcpuclockid(3)."""
+        """Return its processor time. See clock_getcpuclockid(3)."""
         try:
             return time.clock_gettime(~self.identity[0] << 3 | 2)
         except OSError:  # it has just ended
@@ -141,7 +141,7 @@ class WorkerProcess:
         return self._pipes[1].drain()
 
     def is_quiet(self) -> bool:
-        """Return whether it can be assigned a call: it lives, and has written nothing since its last call."""
+        """Return whether it can be assigned a call: it lives, and has not written since its last call."""
         try:
             data = self.channel.recv(1, MSG_PEEK)
         except BlockingIOError:
@@ -194,20 +194,20 @@ class WorkerProcess:
 
 
 class OutputCollector:
-    """What all pipes share. `max_left_open`: how many pipes of ended calls may stay open.
+    """The state that all pipes share. `max_released_pipes`: how many pipes of ended calls may stay open.
 
     `limits`: how many lines and bytes a second a new call may print.
     """
 
-    def __init__(self, loop: EventLoop, max_left_open: int, limits: tuple[int, int]) -> None:
+    def __init__(self, loop: EventLoop, max_released_pipes: int, limits: tuple[int, int]) -> None:
         self.limits = limits
         self.loop = loop
-        self.max_left_open = max_left_open
-        self.left_open: dict[OutputPipe, None] = {}  # pipes of ended calls, oldest first
+        self.max_released_pipes = max_released_pipes
+        self.released_pipes: dict[OutputPipe, None] = {}  # pipes of ended calls, oldest first
 
 
 class OutputPipe:
-    """The pipe of a process's stdout or stderr, as `stream` says. Raises OSError if no descriptor is free.
+    """The pipe of a process's stdout or stderr (`stream`). Raises OSError if no descriptor is free.
 
     Each line becomes an `event` if the limit accepts it.
     """
@@ -240,10 +240,10 @@ class OutputPipe:
     def release(self) -> None:
         """Release the pipe of an ended call; it stays open for processes that still print."""
         if self._descriptor >= 0:
-            left_open = self._collector.left_open
-            left_open[self] = None
-            while len(left_open) > self._collector.max_left_open:
-                next(iter(left_open))._close()
+            released_pipes = self._collector.released_pipes
+            released_pipes[self] = None
+            while len(released_pipes) > self._collector.max_released_pipes:
+                next(iter(released_pipes))._close()
 
     def _read(self) -> bool:
         """Read once, and log the lines that are complete; return whether there was data."""
@@ -271,10 +271,10 @@ class OutputPipe:
 
     def _drop(self, data: bytes) -> None:
         """Drop lines, without the cost of handling each; then pause, so that the flood costs others little time."""
-        whole, line_feed, self._partial_line = (self._partial_line + data).rpartition(b"\n")
+        complete_lines, line_feed, self._partial_line = (self._partial_line + data).rpartition(b"\n")
         if line_feed:
-            self._limit.drop(whole.count(b"\n") + 1, len(whole) + 1)
-            last = whole.rsplit(b"\n", _MAX_LAST_LINES)[-_MAX_LAST_LINES:]
+            self._limit.drop(complete_lines.count(b"\n") + 1, len(complete_lines) + 1)
+            last = complete_lines.rsplit(b"\n", _MAX_LAST_LINES)[-_MAX_LAST_LINES:]
             self._last.extend(line[:_MAX_LINE_BYTES] for line in last)
         if len(self._partial_line) > _MAX_LINE_BYTES:
             self._limit.drop(1, len(self._partial_line))
@@ -294,7 +294,7 @@ class OutputPipe:
 
     def _close(self) -> None:
         self.flush()
-        self._collector.left_open.pop(self, None)
+        self._collector.released_pipes.pop(self, None)
         self._collector.loop.unwatch(self._descriptor)
         os.close(self._descriptor)
         self._descriptor = -1

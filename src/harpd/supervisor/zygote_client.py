@@ -1,9 +1,9 @@
 """The supervisor's side of a zygote: start it, have it fork workers, receive reports of their deaths.
 
-Workers are forked ahead: a call is given to a pre-forked worker at once, and then the next worker is forked. The zygote
-replies to fork commands in their order. Workers that may serve another call of their procedure wait as idle workers. A
-worker that has died or written output gets no call; once a call's line was sent to a worker, the call is not given to
-another one.
+Workers are forked ahead: a call is sent to a pre-forked worker, and then the next worker is forked. The zygote replies
+to fork commands in their order. Workers that may serve another call of their procedure wait as idle workers. A worker
+that has died or written output gets no call; once a call's line was sent to a worker, the call is not sent to another
+worker.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _MAX_MESSAGE_BYTES = 1 << 18
 #: How many pre-forked workers there are, unless calls have just used them up. With 2, more calls of 4 and 16 clients
 #: wait for a fork; with 8, they are not faster. Each uses 0.7 MB.
 _PREFORKED = 4
-#: Seconds without a message while a fork or another reply is due, until an idle worker is shut down, and for the death
-#: of a zygote. The first two are checked every `_CHECK_INTERVAL` seconds.
+#: Seconds without a message while a reply is due; seconds until an idle worker is shut down; seconds for the death of a
+#: zygote. The first two are checked every `_CHECK_INTERVAL` seconds.
 _FORK_TIMEOUT, _IDLE_TIMEOUT, _DEATH_TIMEOUT = 10.0, 10.0, 5.0
 _CHECK_INTERVAL = 2.0
 #: Signals that the supervisor ignores. They have their default effect in the zygote and in programs that it executes.
@@ -73,7 +73,7 @@ class ZygoteClient:
         self._on_loaded: Callable[[str | None], None] | None = on_loaded
         self._on_lost = on_lost
         self._unsent: deque[tuple[bytes, Sequence[int]]] = deque()
-        # Workers without a call that had none before, oldest first. Some may be dead, the last ones not forked yet.
+        # Pre-forked workers, oldest first. Some may be dead, the last ones not forked yet.
         self._preforked: deque[WorkerProcess] = deque()
         self._forking: deque[WorkerProcess] = deque()  # in the order of the fork commands without a reply
         self._idle_since: dict[WorkerProcess, float] = {}  # idle workers, the longest idle one first
@@ -151,9 +151,9 @@ class ZygoteClient:
         worker.become_idle()
         self._idle_since[worker] = self._loop.now()
 
-    def limit_idle(self, most: int) -> None:
+    def limit_idle(self, max_idle: int) -> None:
         """Shut down the longest idle workers if there are more than `most`."""
-        while self._idle_since and len(self._idle_since) > most:
+        while self._idle_since and len(self._idle_since) > max_idle:
             worker = next(iter(self._idle_since))
             del self._idle_since[worker]
             worker.shut_down()
@@ -206,7 +206,7 @@ class ZygoteClient:
         self._watch_workers()
 
     def _watch_workers(self) -> None:
-        """Watch the workers of a zygote that is stuck; kill it if it has none."""
+        """Watch the workers of a zygote that is stuck; kill it if it has no workers."""
         for pid in self._children.keys() - self._pidfds.keys():
             try:
                 self._pidfds[pid] = os.pidfd_open(pid)
@@ -220,7 +220,7 @@ class ZygoteClient:
             self.kill()
 
     def _on_unreported_death(self, pid: int) -> None:
-        """Report the death of a worker whose zygote is stuck."""
+        """Report the death of a worker. Its zygote is stuck."""
         self._unwatch_worker(pid)
         if worker := self._children.pop(pid, None):
             worker.on_reaped(wait_status(pid), None, None)
@@ -233,7 +233,7 @@ class ZygoteClient:
             os.close(pidfd)
 
     def retire(self) -> None:
-        """Have the zygote exit once its last call has ended, and the workers without a call at once."""
+        """Have the zygote exit once its last call has ended, and the workers without a call immediately."""
         self._retired = True
         self.limit_idle(0)
         while self._preforked:

@@ -1,9 +1,9 @@
 """The worker, from its fork to its exit.
 
-The zygote forks it ahead, before there is a call for it. It waits at its channel, a stream socket whose other end the
-supervisor has, for the line of a call: its id, the number of its procedure, and the arguments, with spaces between.
-Then it changes the user, checks the arguments, runs the procedure, and writes the lines of the wire protocol to the
-channel. It exits after as many calls as the procedure allows, or when the supervisor closes its end of the channel; see
+The zygote forks it before there is a call for it. It waits at its channel, a stream socket to the supervisor, for the
+line of a call: its id, the number of its procedure, and the arguments, with spaces between. Then it changes the user,
+checks the arguments, runs the procedure, and writes the lines of the wire protocol to the channel. It exits after as
+many calls as the procedure allows, or when the supervisor closes its end of the channel; see
 `harpd.worker.process_end`.
 
 This is the most expensive part of a short call: a page of memory that a worker touches is copied for it, which costs
@@ -42,7 +42,7 @@ MAX_TEXT_LENGTH, _MAX_TRACEBACK_LENGTH = 64 * 1024, 16 * 1024
 _READ_SIZE = 1 << 16
 #: Flags of a code object that has ``*args`` or ``**kwargs``.
 _VARIABLE = 0x04 | 0x08
-#: A function that shows the signature of another one has one of these attributes.
+#: A function that shows the signature of another function has one of these attributes.
 _SIGNATURE_ATTRIBUTES = ("__wrapped__", "__signature__", "__text_signature__")
 
 
@@ -130,7 +130,7 @@ class _Channel:
             os._exit(0)
 
     def write(self, lines: bytes) -> None:
-        """Write whole lines; wait while the supervisor does not read. Signals must be deferred."""
+        """Write complete lines; wait while the supervisor does not read. Signals must be deferred."""
         # The procedure may have closed the descriptor, and its number may belong to another file by now.
         file = os.fstat(self._descriptor)
         if file.st_ino != self._file.st_ino or file.st_dev != self._file.st_dev:
@@ -140,7 +140,7 @@ class _Channel:
 
 
 class Worker:
-    """What a worker does. It is prepared once, in the zygote; each worker is a process that has called `run`.
+    """The work of a worker. It is prepared once, in the zygote; each worker is a process that has called `run`.
 
     The supervisor names the procedures by their index. `default_user` is for procedures without `uid` (None: that of
     harpd), `default_group` for those without `uid` and `gid` (None: the groups of the user).
@@ -177,7 +177,7 @@ class Worker:
             os.close(stdout)
             os.close(stderr)
             self.guard.deferred = None  # a signal that the zygote has received
-            self._end.begin()
+            self._end.record_counts()
             self._serve_calls(_Channel(channel))
         except OSError:
             os._exit(1)  # the supervisor has died: no process reads the result
@@ -197,7 +197,7 @@ class Worker:
                 lines = self._run_call(call_id, procedure, check, arguments, channel)
             except CallRejected as rejected:
                 kind, message = rejected.args
-                error = {"type": kind, "message": _cut(message)}
+                error = {"type": kind, "message": _shorten_text(message)}
                 lines, last = encode_value({"harp": VERSION, "error": error}) + b"\n", True
             channel.exit_if_forked()
             flush_output()
@@ -229,13 +229,13 @@ class Worker:
     def _run_call(
         self, call_id: bytes, procedure: Procedure, check: ArgumentCheck, arguments: bytes, channel: _Channel
     ) -> bytes:
-        """Run the procedure; return the last lines, whichever exception is raised. Raises `CallRejected`."""
+        """Run the procedure; return the last lines, also after an exception. Raises `CallRejected`."""
         try:
             try:
                 self.guard.deliver()
                 self._cookie.write(call_id)
                 positional, named = _decode_arguments(arguments, check)
-                # `StreamingProcedure` itself only looks for the `Result`, as this code does.
+                # `StreamingProcedure` would only look for the `Result`, as this code does.
                 run = procedure.function if type(procedure) is StreamingProcedure else procedure
                 value = run(*positional, **named)
                 streaming = procedure.streaming
@@ -324,16 +324,16 @@ def _encode_payload(value: Any, record: int | None = None) -> bytes:
 def _encode_exception(error: BaseException) -> bytes:
     """Return the closing line of a procedure that has raised an exception."""
     kind = type(error)
-    name = _cut(kind.__name__)
+    name = _shorten_text(kind.__name__)
     try:
-        message = _cut(str(error))
+        message = _shorten_text(str(error))
     except BaseException:  # noqa: BLE001 - a broken __str__ must not hide the exception
         message = "(str() of the exception failed)"
-    data = {"class": name, "module": _cut(str(kind.__module__))}
+    data = {"class": name, "module": _shorten_text(str(kind.__module__))}
     return encode_value({"exception": {"type": name, "message": message, "data": data}}) + b"\n"
 
 
-def _cut(text: str) -> str:
+def _shorten_text(text: str) -> str:
     """Return a text, or its beginning with a mark if it is longer than the text of an exception may be."""
     if len(text) <= MAX_TEXT_LENGTH:
         return text

@@ -1,4 +1,4 @@
-"""Procedures that are coroutines: an event loop runs each call to its end. Only files with such procedures load this.
+"""Procedures that are coroutines: an event loop runs each call to its end. Only files that need it load it.
 
 A signal of the supervisor would raise an exception somewhere in the loop, which may lose it. So the first one cancels
 the procedure's task instead, as `asyncio.timeout` does. A second one is raised where the code is.
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 def run_to_end(value: Any, guard: SignalGuard, write: Callable[[Any, int], None] | None) -> Any:
     """Run a coroutine in a new event loop, and return its value; then end all other tasks.
 
-    For a streaming procedure, `write` writes a record with its number. Asynchronous records, which are the value or
-    what the coroutine returns, are written; the value is then their `Result`, or an empty tuple.
+    For a streaming procedure, `write` writes a record with its number. Asynchronous records are the value, or
+    the return value of the coroutine. They are written; the value is then their `Result`, or an empty tuple.
     """
 
     async def run() -> Any:
@@ -57,7 +57,7 @@ async def _write_records(records: Any, write: Callable[[Any, int], None]) -> Any
             try:
                 await asyncio.sleep(0)  # other tasks run, and a limit takes effect even if the records need no wait
             except asyncio.CancelledError as cancelled:
-                if hasattr(iterator, "athrow"):  # a generator cleans up as if it was raised there
+                if hasattr(iterator, "athrow"):  # a generator cleans up, as after an exception at its `yield`
                     await iterator.athrow(cancelled)
                 raise
             number += 1

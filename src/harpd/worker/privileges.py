@@ -17,7 +17,7 @@ _OVERFLOW_GROUP = 65534
 
 
 class UserError(Exception):
-    """The user or group is unknown, or the change to it failed. The message says which and why."""
+    """The user or group is unknown, or the change to it failed. The message names it and has the reason."""
 
 
 def change_user(user: Identity | None, groups: Sequence[Identity] | None) -> None:

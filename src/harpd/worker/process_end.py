@@ -1,11 +1,11 @@
-"""The end of a worker's process: as far as its calls left something to do, it ends as Python does.
+"""The end of a worker's process: if its calls require it, the process ends as Python does.
 
 Python joins threads, runs exit handlers (which remove temporary directories and end children of `multiprocessing`) and
-closes files. That takes milliseconds. Nearly all calls leave nothing to do: their workers end after a cheap check.
+closes files. That takes milliseconds. Nearly all calls need none of this: their workers end after a cheap check.
 
-The interpreter itself is not finalized, because that would also end what the zygote has created for all workers: a
-temporary directory, a connection. Exit handlers and finalizers that were registered while the procedures file was
-loaded do not run, and a file that was opened then is flushed but not closed.
+The interpreter is not finalized, because that would also end objects that the zygote has created for all workers: a
+temporary directory, a connection. Exit handlers and finalizers that the procedures file registers while it is loaded
+do not run. A file that it opens then is flushed but not closed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from harpd.worker.signals import SignalGuard
 
-#: The types in which Python buffers what is written to a file. Files of other types, as of `gzip`, have one of these.
+#: The types in which Python buffers the data of files. Files of other types, as of `gzip`, have one of these.
 _BUFFERS = {_io.TextIOWrapper, _io.BufferedWriter, _io.BufferedRandom, _io.BufferedRWPair}
 _STDERR = 2
 
@@ -42,25 +42,27 @@ class ProcessEnd:
     def __init__(self) -> None:
         modules: dict[str, Any] = sys.modules
         atexit._clear()
-        # Exit handlers of the standard library that the zygote has registered, and what they work on.
+        # Exit handlers of the standard library that the zygote has registered, and their inputs.
         self._handlers: list[Callable[[], object]] = []
-        self._works: list[Sized] = []
-        self._always = False
+        self._handler_inputs: list[Sized] = []
+        self._always_finish = False
         if weakref := modules.get("weakref"):
             for info in weakref.finalize._registry.values():
                 info.atexit = False
             self._handlers.append(weakref.finalize._exitfunc)
-            self._works.append(weakref.finalize._registry)
+            self._handler_inputs.append(weakref.finalize._registry)
         if util := modules.get("multiprocessing.util"):
             children = modules["multiprocessing.process"]._children
             children.clear()
             self._handlers.append(util._exit_function)
-            self._works += [util._finalizer_registry, children]
+            self._handler_inputs += [util._finalizer_registry, children]
         if logging := modules.get("logging"):
             self._handlers.append(logging.shutdown)
-            self._works.append(logging._handlerList)
-            at_once = (logging.StreamHandler, logging.NullHandler)  # these write each event at once
-            self._always = not all(isinstance(handler(), (*at_once, type(None))) for handler in logging._handlerList)
+            self._handler_inputs.append(logging._handlerList)
+            unbuffered = (logging.StreamHandler, logging.NullHandler)  # these do not buffer events
+            self._always_finish = not all(
+                isinstance(handler(), (*unbuffered, type(None))) for handler in logging._handlerList
+            )
         # Those of stdout and stderr are flushed after each call.
         self._files = [file for file in gc.get_objects() if type(file) in _BUFFERS and not _is_standard(file)]
         _flush(self._files)
@@ -69,24 +71,24 @@ class ProcessEnd:
         os.close(lowest_free)
         for descriptor in range(_STDERR + 1, lowest_free + _DESCRIPTORS):
             self._descriptors.register(descriptor, 0)
-        self._before = self._count()
+        self._counts_before = self._count()
 
-    def begin(self) -> None:
-        """Count what a process has that was just forked. Threads of the zygote count too, though they are gone."""
-        self._before = self._count()
+    def record_counts(self) -> None:
+        """Count the resources of a newly forked process. Threads of the zygote count, though they do not exist here."""
+        self._counts_before = self._count()
 
     def _count(self) -> tuple[int, ...]:
-        """Return the numbers of what a process may leave: threads, exit handlers, closed descriptors, and others."""
+        """Return the numbers of resources at the end: threads, exit handlers, closed descriptors, and others."""
         try:
             closed = len(self._descriptors.poll(0))  # the others have no event, as none was asked for
         except OSError:  # more descriptors than a process may have
             closed = -1
-        return _thread._count(), atexit._ncallbacks(), closed, *map(len, self._works)
+        return _thread._count(), atexit._ncallbacks(), closed, *map(len, self._handler_inputs)
 
     def finish(self, guard: SignalGuard) -> None:
         """Do what Python does when a process ends. A signal of the supervisor, which guard raises, cuts it short."""
         _flush(self._files)
-        if self._count() == self._before and not self._always:
+        if self._count() == self._counts_before and not self._always_finish:
             return
         modules: dict[str, Any] = sys.modules
         try:

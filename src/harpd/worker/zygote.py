@@ -148,7 +148,7 @@ class _Zygote:
             self._supervisor.close()
             os.close(self._child_deaths)
             os.close(self._wakeup)
-            self._adopted.begin()
+            self._adopted.start_reaping()
             worker.run(channel, stdout, stderr)
         except BaseException:  # noqa: BLE001 - no exception may reach the zygote's code
             sys.excepthook(*sys.exc_info())
@@ -183,7 +183,7 @@ def _ignore_signals() -> None:
 def main() -> NoReturn:
     """Run the zygote."""
     descriptor, supervisor = map(int, sys.argv[1:])
-    os.environ.pop("LD_BIND_NOW", None)  # set for this process only
+    os.environ.pop("LD_BIND_NOW", None)  # set in this process only
     _ignore_signals()
     sys.setrecursionlimit(10_000)  # each level of a nested payload needs one frame or more
     for stream in (sys.stdout, sys.stderr):  # a line is logged when it is printed, and printing does not fail

@@ -1,7 +1,7 @@
 """Recorder of function entries. Python imports it at the start of each process whose PYTHONPATH has this directory.
 
 While recording is switched on, each entry appends one line to a file that all processes share: process id,
-module, function. Each line is written at once, so no entry is lost when a process leaves by `os._exit`.
+module, function. Each line is written immediately, so no entry is lost when a process leaves by `os._exit`.
 A forked process inherits the recorder; threads inherit it from `threading`.
 
 An entry is a `call` event of `sys.setprofile`: the call of a Python function, or the resumption of a generator or a
