@@ -28,7 +28,7 @@ Step: TypeAlias = Callable[[System], None]
 def synopsis_dispatcher(system: System) -> None:
     """The client's synopsis: jobs through the dispatcher
 
-    A job has an id at once; its records can be followed while it runs. This one never ends by itself: it reaches its
+    A job has an id immediately; its records can be followed while it runs. This job never returns: it reaches its
     limit of 5 seconds, and its result is an error.
     """
     rpc = harp.HarpCaller("localhost", system.harpcallerd)
