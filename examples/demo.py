@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import os
 import re
 import signal
 import subprocess
@@ -41,6 +42,7 @@ authentication:
   users:
     {user}: "plain:{password}"
 runtime_directory: {directory}/run
+default_user: {default_user}
 """
 
 HARPCALLER_TOML = """\
@@ -92,7 +94,9 @@ def system(directory: Path) -> Iterator[tuple[int, int]]:
     """Run both daemons while the block runs; yield the ports of harpcallerd and harpd."""
     make_certificates(directory)
     harpd_conf, toml = directory / "harpd.conf", directory / "harpcaller.toml"
-    harpd_conf.write_text(HARPD_CONF.format(directory=directory, user=USER, password=PASSWORD))
+    default_user = "nobody" if os.geteuid() == 0 else os.geteuid()  # only root can run calls as another user
+    fields = {"directory": directory, "user": USER, "password": PASSWORD, "default_user": default_user}
+    harpd_conf.write_text(HARPD_CONF.format(**fields))
     harpd_conf.chmod(0o600)
     with ExitStack() as running:
         harpd_port = running.enter_context(

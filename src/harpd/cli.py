@@ -155,7 +155,7 @@ def parser() -> argparse.ArgumentParser:
     add("-r", "--procedures", metavar="FILE", type=_path, default="/etc/harpd/harpd.py", help="(%(default)s)")
     add("-l", "--logging", metavar="FILE", type=_path, help="YAML for Python's logging.config.dictConfig")
     add("-t", "--test", action="store_true", help="check the configuration and all files that it names")
-    default = "default {0} for procedures without {1} (name or numeric id)"
+    default = "default {0} for procedures without {1} (name or numeric id), instead of that of the configuration"
     add("-u", "--default-user", metavar="USER", type=_identity, help=default.format("user", "uid"))
     add("-g", "--default-group", metavar="GROUP", type=_identity, help=default.format("group", "gid"))
     add("--syslog", action="store_true", help="log to syslog instead of stderr")

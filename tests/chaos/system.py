@@ -201,7 +201,8 @@ class System:
         procedures = Path(__file__).with_name("procedures.py").read_text()
         limits = {"kill_grace": KILL_GRACE, **_HOSTS[name]}
         port = self._port()
-        files = Harpd(self.run / name, procedures, {"network": {"port": port}, "limits": limits})
+        changes = {"network": {"port": port}, "limits": limits, "environment": {VARIABLE: None}}
+        files = Harpd(self.run / name, procedures, changes)
         server_files(files.directory, ("127.0.0.1", "localhost", name + DOMAIN))
         environment = _marked(self.marks[name])
         frontend = Service(f"{name} frontend", files.command("frontend"), environment, files.log_file)

@@ -26,6 +26,7 @@ import yaml
 from support.certificates import server_files
 from support.daemonlog import DEADLINE, DaemonLog
 from support.deadline import wait_until
+from support.leftovers import COOKIE_VARIABLE
 from support.other_user import as_user
 
 _LOGGING: dict[str, Any] = {
@@ -112,6 +113,8 @@ class Harpd(DaemonLog):
             },
             "authentication": {"module": "harpd.auth.inconfig", "users": {self.user: f"plain:{self.password}"}},
             "runtime_directory": str(self.runtime_directory),
+            **({"default_user": "root"} if os.geteuid() == 0 and not self._prefix else {}),
+            "environment": {COOKIE_VARIABLE: None},  # a process that a test leaves behind is found by it
         }
         for name, section in changes.items():
             usual = configuration.get(name)

@@ -17,13 +17,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["Snapshot", "find_leftover_tasks", "find_leftovers", "new_since", "snapshot"]
+__all__ = ["COOKIE_VARIABLE", "Snapshot", "find_leftover_tasks", "find_leftovers", "new_since", "snapshot"]
 
 #: Seconds within which processes, threads and tasks must have ended.
 DEADLINE = 10.0
 
-#: Every process that the tests start inherits this, so it is found even when its parent has died.
-_COOKIE = ("HARP_TESTS", str(uuid.uuid4()))
+#: Every process that the tests start inherits this variable, so it is found even when its parent has died.
+COOKIE_VARIABLE = "HARP_TESTS"
+_COOKIE = (COOKIE_VARIABLE, str(uuid.uuid4()))
 os.environ.update([_COOKIE])
 
 _PROC = Path("/proc")

@@ -37,6 +37,7 @@ from harpd.supervisor.frames import (
 )
 from harpd.supervisor.listener import ACTIVE_SOCKET
 from support.deadline import wait_until
+from support.leftovers import COOKIE_VARIABLE
 from support.other_user import as_user
 from support.state_entries import read_entries
 
@@ -85,6 +86,7 @@ class Supervisor:
             "procedures": str(self.procedures_file),
             "python_path": {"prepend": [], "append": []},
             "default_user": None,
+            "environment": {COOKIE_VARIABLE: None},
             "default_group": None,
             "max_calls": 500,
             "kill_grace": 60.0,

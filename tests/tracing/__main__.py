@@ -243,7 +243,7 @@ def running(directory: Path) -> Iterator[System]:
     recording = Recording(directory)
     path = os.pathsep.join(filter(None, (str(_STARTUP), os.environ.get("PYTHONPATH"))))
     os.environ.update({recorder.DIRECTORY: str(directory), "PYTHONPATH": path})  # the daemons inherit both
-    harpd = Harpd(directory / "harpd", _PROCEDURES)
+    harpd = Harpd(directory / "harpd", _PROCEDURES, {"environment": {recorder.DIRECTORY: None, "PYTHONPATH": None}})
     harpd.logging_file.write_text(harpd.logging_file.read_text().replace("DEBUG", "INFO"))
     with harpd:
         settings = {"ca_file": str(harpd.ca_file), "log_level": "info"}

@@ -31,6 +31,7 @@ from harp_daemon.settings import ConfigError
 from harp_daemon.sockets import ResolveError, resolve
 from harpd.auth import AuthDB
 from harpd.config.settings import Configuration, load, load_yaml, one_line, server_context
+from harpd.worker.environment import call_environment, enter_surroundings
 from harpd.worker.privileges import UserError, resolve_credentials
 from harpd.worker.procedures import LOAD_TIMEOUT, load_procedures
 
@@ -38,6 +39,11 @@ from harpd.worker.procedures import LOAD_TIMEOUT, load_procedures
 _SUPERVISOR_LIMITS = (
     *("max_calls", "kill_grace", "spool", "spool_memory", "disconnect_timeout", "result_ttl"),
     *("output_lines", "output_bytes"),
+)
+#: The error of a root harpd without a default user; a warning if the file is one of a legacy harpd.
+ROOT_CALLS = (
+    "default_user: missing; procedures without uid would run as root. Add a line: 'default_user: nobody', "
+    "or another account with few rights; or 'default_user: root' to run them as root on purpose"
 )
 
 
@@ -50,8 +56,8 @@ class CommandLine:
     procedures: Path  #: The procedures file.
     logging: Path | None  #: The file for `logging.config.dictConfig`.
     test: bool  #: Check the configuration, and exit.
-    default_user: str | int | None  #: The user of procedures without `uid`.
-    default_group: str | int | None  #: The group of procedures without `gid`.
+    default_user: str | int | None  #: The user of procedures without `uid`; None: that of the configuration.
+    default_group: str | int | None  #: The group of procedures without `gid`, likewise.
     syslog: bool  #: Log to syslog.
     daemon: bool  #: The program runs in the background: its child processes must not use the terminal.
     pidfile: Path | None  #: The file for the process id.
@@ -69,6 +75,23 @@ class SupervisorConfig:
     configuration: Configuration
     log: dict[str, Any]  #: Arguments for `harp_daemon.logs.configure`: JSON values.
 
+    @property
+    def runs_calls_as_root(self) -> bool:
+        """Whether procedures without `uid` run as root, although no setting says so."""
+        return self.default_user is None and os.geteuid() == 0
+
+    @property
+    def default_user(self) -> str | int | None:
+        """The user of procedures without `uid`; None: that of harpd."""
+        option = self.options.default_user
+        return self.configuration.default_user if option is None else option
+
+    @property
+    def default_group(self) -> str | int | None:
+        """The group of procedures without `gid`; None: those of the user."""
+        option = self.options.default_group
+        return self.configuration.default_group if option is None else option
+
     def configure_log(self) -> None:
         """Configure this process's log. Raises `ConfigError`."""
         try:
@@ -82,11 +105,12 @@ class SupervisorConfig:
         return {
             "procedures": str(options.procedures),
             "python_path": configuration.python.search_paths(),
-            "default_user": options.default_user,
-            "default_group": options.default_group,
+            "default_user": self.default_user,
+            "default_group": self.default_group,
             **{name: getattr(configuration.limits, name) for name in _SUPERVISOR_LIMITS},
             "exit_info": msgspec.structs.asdict(configuration.exit_info),
             "cgroup": configuration.cgroup,
+            "environment": configuration.environment,
             "outlive": outlive,
             "runtime_directory": str(runtime_directory),
             "logging": self.log,
@@ -111,7 +135,10 @@ def load_supervisor_config(options: CommandLine) -> SupervisorConfig:
     log_config = None if options.logging is None else load_yaml(options.logging)
     if options.logging is not None and not isinstance(log_config, dict):
         raise ConfigError(f"{options.logging}: expected a mapping, as logging.config.dictConfig takes it")
-    return SupervisorConfig(options, configuration, {"syslog": options.syslog, "config": log_config})
+    config = SupervisorConfig(options, configuration, {"syslog": options.syslog, "config": log_config})
+    if config.runs_calls_as_root and not configuration.is_legacy:
+        raise ConfigError(f"{options.config}: {ROOT_CALLS}")
+    return config
 
 
 def load_config(options: CommandLine) -> LoadedConfig:
@@ -242,6 +269,15 @@ def _services_without_output(file: Path) -> list[int]:
     return found
 
 
+def _enter_surroundings(configuration: Configuration) -> None:
+    """Give this process the surroundings in which harpd loads the procedures file."""
+    environment = call_environment(os.environ, configuration.environment)
+    sys.path[:] = map(os.path.abspath, sys.path)
+    enter_surroundings()
+    os.environ.clear()
+    os.environ.update(environment)
+
+
 def _load_everything(options: CommandLine) -> list[str]:
     config = load_config(options)
     config.configure_log()
@@ -250,6 +286,7 @@ def _load_everything(options: CommandLine) -> list[str]:
     except ResolveError as error:
         raise ConfigError(f"{options.config}: network.address: {error}") from error
     threads_before = threading.active_count()
+    _enter_surroundings(config.configuration)
     procedures = load_procedures(options.procedures)
     warnings = config.users.warnings() if isinstance(config.users, AuthDB) else []
     for line in _services_without_output(options.procedures):
@@ -267,8 +304,10 @@ def _load_everything(options: CommandLine) -> list[str]:
         warnings.append(f"{options.procedures}: exposes no procedure; decorate functions with @procedure")
     if (running := threading.active_count() - threads_before) > 0:
         warnings.append(f"{options.procedures}: started {running} thread(s), which will be missing in calls")
-    default_groups = None if options.default_group is None else (options.default_group,)
-    accounts: list[tuple[str, Any, Any]] = [("the default user and group", options.default_user, default_groups)]
+    if config.runs_calls_as_root:
+        warnings.append(f"{options.config}: {ROOT_CALLS}")
+    default_groups = None if config.default_group is None else (config.default_group,)
+    accounts: list[tuple[str, Any, Any]] = [("the default user and group", config.default_user, default_groups)]
     accounts += [(f"{options.procedures}: {name}", found.uid, found.gid) for name, found in procedures.items()]
     for owner, user, groups in accounts:
         try:

@@ -25,9 +25,12 @@ from harp_daemon.settings import (
     describe_value,
     set_minimum_version,
 )
+from harpd.worker.environment import OWN_PREFIX
 
 # The maximum of one year stands for "no limit". It excludes infinity and NaN, which are typing errors.
 Seconds: TypeAlias = Annotated[float, Meta(gt=0, le=365 * 86400, extra={"unit": "seconds"})]
+#: A user or a group: its id or its name.
+Identity: TypeAlias = Annotated[int, Meta(ge=0)] | Annotated[str, Meta(min_length=1)]
 
 
 class Network(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -113,11 +116,27 @@ class Configuration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     runtime_directory: str | None = None
     #: The directory of the parent cgroup of the calls' cgroups; None: the service's own, if it was delegated.
     cgroup: str | None = None
+    #: The user and the group of procedures without `uid` and `gid`: id or name. The command line has priority.
+    default_user: Identity | None = None
+    default_group: Identity | None = None
+    #: Variables of the environment of calls; null: the value that harpd itself has.
+    environment: dict[str, str | None] = {}
 
     def __post_init__(self) -> None:
+        for name in self.environment:
+            if not name or name.startswith(OWN_PREFIX) or not name.isprintable() or "=" in name:
+                own = f"no {OWN_PREFIX}..., which harpd sets itself"
+                raise ValueError(f"environment.{name}: expected the name of a variable, {own}")
         module = self.authentication.get("module")
         if not isinstance(module, str) or not module:
             raise ValueError(f"authentication.module: expected the name of a module, got {describe_value(module)}")
+
+    @property
+    def is_legacy(self) -> bool:
+        """Whether it has no setting that a legacy harpd does not know."""
+        own = self.network
+        network = Network(certfile=own.certfile, keyfile=own.keyfile, address=own.address, port=own.port)
+        return self == Configuration(network=network, authentication=self.authentication, python=self.python)
 
     def __repr__(self) -> str:
         # The section `authentication` may contain passwords.

@@ -19,8 +19,8 @@ def cookie_for(call_id: str) -> bytes:
 
 
 def reserve_cookie() -> dict[str, str]:
-    """Return an environment for a zygote: that of this process, with space for a cookie."""
-    return {**os.environ, _NAME: _UNUSED}
+    """Return the entry of a zygote's environment that has space for a cookie."""
+    return {_NAME: _UNUSED}
 
 
 def find_cookies(environment: bytes) -> frozenset[bytes]:

@@ -156,6 +156,9 @@ class Supervisor:
                 self._context.quota.limit = settings["spool_memory"]
                 fields = {"file": settings["procedures"], "procedures": len(zygote.procedures)}
                 log.info("procedures loaded", extra=fields)
+                if settings["default_user"] is None and os.geteuid() == 0:
+                    hint = "write default_user into harpd.conf: another user, or root"
+                    log.warning("procedures without uid run as root", extra={"hint": hint})
             on_done(error)
 
         def on_lost() -> None:

@@ -28,6 +28,7 @@ from harpd.processes.process_tree import start_time, wait_status
 from harpd.supervisor.event_loop import READ, WRITE
 from harpd.supervisor.output_limit import OutputLimit
 from harpd.supervisor.worker_process import OutputCollector, OutputPipe, WorkerProcess, WorkerUser
+from harpd.worker.environment import call_environment
 from harpd.worker.procedures import LOAD_TIMEOUT
 
 log = logging.getLogger("harpd.supervisor")
@@ -52,6 +53,7 @@ class ProcedureInfo:
     streaming: bool
     timeout: float | None  # seconds
     max_calls: int  # of one worker process
+    uid: int | None  # of its calls; None: its user is unknown
 
 
 class ZygoteClient:
@@ -91,7 +93,8 @@ class ZygoteClient:
             for stream in ("stdout", "stderr"):
                 self._pipes.append(OutputPipe(output, stream, limit, "procedures file printed"))
                 closing.callback(os.close, self._pipes[-1].writing_end)
-            self.pid = _spawn(zygote_end, *(pipe.writing_end for pipe in self._pipes))
+            environment = call_environment(os.environ, settings["environment"])
+            self.pid = _spawn(zygote_end, environment, *(pipe.writing_end for pipe in self._pipes))
             self._pidfd = os.pidfd_open(self.pid)
             undo.pop_all()
         self._socket.setblocking(False)
@@ -101,7 +104,8 @@ class ZygoteClient:
         search_path = settings["python_path"]
         command = {
             "load": settings["procedures"],
-            "path": [*search_path["prepend"], *sys.path, *search_path["append"]],
+            # Absolute, because the zygote has another working directory.
+            "path": [*map(os.path.abspath, (*search_path["prepend"], *sys.path, *search_path["append"]))],
             "default_user": settings["default_user"],
             "default_group": settings["default_group"],
             "descriptors": settings["descriptors"],
@@ -330,8 +334,8 @@ class ZygoteClient:
             case {"failed": reason}:
                 self._forking.popleft().on_fork_failed(reason)
                 self._close_if_done()
-            case {"procedure": name, "streaming": streaming, "timeout": timeout, "max_calls": max_calls}:
-                self.procedures[name] = ProcedureInfo(len(self.procedures), streaming, timeout, max_calls)
+            case {"procedure": name, **options}:
+                self.procedures[name] = ProcedureInfo(len(self.procedures), **options)
             case {"loaded": _, "threads": threads}:
                 if threads:  # threads do not survive fork, so the calls do not have them
                     log.warning("procedures file started threads", extra={"threads": threads})
@@ -346,16 +350,22 @@ def _log_dropped_output(lines: int, size: int) -> None:
     log.warning("output of procedures file dropped", extra={"lines": lines, "bytes": size})
 
 
-def _spawn(zygote_end: socket.socket, stdout: int, stderr: int) -> int:
+def _spawn(zygote_end: socket.socket, environment: Mapping[str, str], stdout: int, stderr: int) -> int:
     """Execute a zygote with its end of the socket and its output; other descriptors close on exec. Return its pid."""
     os.set_inheritable(zygote_end.fileno(), True)
-    program = "from harpd.worker.zygote import main; main()"  # `-m` would load modules that no worker needs
-    arguments = [sys.executable, "-P", "-c", program, str(zygote_end.fileno()), str(os.getpid())]
+    # `-m` would load modules that no worker needs. The path is an argument, because calls do not get PYTHONPATH.
+    program = "import sys; sys.path[:] = sys.argv[3:]; from harpd.worker.zygote import main; main()"
+    numbers = [str(zygote_end.fileno()), str(os.getpid())]
+    arguments = [sys.executable, "-P", "-c", program, *numbers, *map(os.path.abspath, sys.path)]
     # The linker resolves all symbols at the start: otherwise each worker resolves those that it uses, and copies pages.
-    environment = {**reserve_cookie(), "LD_BIND_NOW": "1"}
-    output = [(os.POSIX_SPAWN_DUP2, stdout, 1), (os.POSIX_SPAWN_DUP2, stderr, 2)]
+    environment = {**environment, **reserve_cookie(), "LD_BIND_NOW": "1"}
+    files = [
+        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+        (os.POSIX_SPAWN_DUP2, stdout, 1),
+        (os.POSIX_SPAWN_DUP2, stderr, 2),
+    ]
     return os.posix_spawn(
-        sys.executable, arguments, environment, file_actions=output, setsigdef=_IGNORED_SIGNALS, setsigmask=()
+        sys.executable, arguments, environment, file_actions=files, setsigdef=_IGNORED_SIGNALS, setsigmask=()
     )
 
 

@@ -24,7 +24,8 @@ from harp.protocol.json_text import InvalidJSON, NotJSON, encode_value, loads
 from harpd.proc import Cancelled, Procedure, Result, StreamingProcedure, TimeLimit, is_asynchronous
 from harpd.processes.cookie import EnvCookie
 from harpd.processes.prctl import become_subreaper, die_with_parent
-from harpd.worker.privileges import UserError, change_user
+from harpd.worker.environment import oom_score_is_changed, reset_oom_score
+from harpd.worker.privileges import UserError, change_user, is_present_user
 from harpd.worker.process_end import ProcessEnd
 from harpd.worker.signals import SignalGuard, exit_with
 
@@ -160,8 +161,11 @@ class Worker:
         self._cookie = cookie
         self._default_user = default_user
         self._default_groups = None if default_group is None else (default_group,)
+        if default_group is None and is_present_user(default_user):
+            self._default_user = None  # no call has to change anything: each look-up costs as much as the call itself
         if any(map(is_asynchronous, procedures)):
             import harpd.worker.coroutines  # noqa: F401 - so that not each call has to load it
+        self._resets_oom_score = oom_score_is_changed()
         self._end = ProcessEnd()
 
     def run(self, channel: int, stdout: int, stderr: int) -> NoReturn:
@@ -176,6 +180,8 @@ class Worker:
             os.dup2(stderr, 2)
             os.close(stdout)
             os.close(stderr)
+            if self._resets_oom_score:
+                reset_oom_score()
             self.guard.deferred = None  # a signal that the zygote has received
             self._end.record_counts()
             self._serve_calls(_Channel(channel))

@@ -6,6 +6,8 @@ import grp
 import os
 import pwd
 
+from harpd.worker.environment import user_variables
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,12 +39,30 @@ def change_user(user: Identity | None, groups: Sequence[Identity] | None) -> Non
             except (OSError, OverflowError):
                 break
     drop_privileges(uid, gid, group_ids)
-    if entry is not None:
-        os.environ.update(USER=entry.pw_name, LOGNAME=entry.pw_name, HOME=entry.pw_dir or "/")
-    elif uid is not None:  # without an entry, so the variables are another user's
-        os.environ["HOME"] = "/"
-        os.environ.pop("USER", None)
-        os.environ.pop("LOGNAME", None)
+    if uid is not None:
+        if entry is None:
+            os.environ.pop("USER", None)  # of another user
+            os.environ.pop("LOGNAME", None)
+        os.environ.update(user_variables(entry))
+
+
+def user_id(user: Identity | None) -> int | None:
+    """Return the id of a user, by default of this process's; None: the system does not know the name."""
+    try:
+        return os.geteuid() if user is None else _find_user(user)[0]
+    except UserError:
+        return None
+
+
+def is_present_user(user: Identity | None) -> bool:
+    """Return whether this process runs as a user already, with no further groups, or without the right to drop them."""
+    try:
+        uid, gid, _, _ = resolve_credentials(user, None)
+    except UserError:
+        return False
+    if set(os.getresuid()) != {uid}:
+        return False
+    return uid != 0 or (set(os.getresgid()) == {gid} and set(os.getgroups()) <= {gid})
 
 
 def resolve_credentials(

@@ -5,13 +5,13 @@ It is leaner than the supervisor, because the cost of a fork grows with the memo
 forked, so it has never had a key or a password in memory. It exits when the supervisor closes the socket, and is killed
 when the supervisor dies.
 
-`main` has two arguments: the descriptor of a SOCK_SEQPACKET socket, and the supervisor's pid. The messages are JSON
-objects:
+`main` has two arguments: the descriptor of a SOCK_SEQPACKET socket, and the supervisor's pid; `sys.path` follows. The
+messages are JSON objects:
 
     supervisor -> zygote, once, first:
         {"load": PATH, "path": [STR], "default_user": USER, "default_group": GROUP, "descriptors": NUMBER}
     zygote -> supervisor, the first for each procedure, then one of the others; after an error it exits:
-        {"procedure": NAME, "streaming": BOOL, "timeout": SECONDS|null, "max_calls": NUMBER}
+        {"procedure": NAME, "streaming": BOOL, "timeout": SECONDS|null, "max_calls": NUMBER, "uid": NUMBER|null}
         {"loaded": NUMBER, "threads": NUMBER}
         {"error": MESSAGE}
     supervisor -> zygote, for each worker, with three descriptors (channel, stdout, stderr):
@@ -45,6 +45,8 @@ from harpd.processes.cookie import EnvCookie
 from harpd.processes.prctl import become_subreaper, die_with_parent
 from harpd.worker.adopted import AdoptedChildren
 from harpd.worker.child import Worker, flush_output
+from harpd.worker.environment import enter_surroundings
+from harpd.worker.privileges import user_id
 from harpd.worker.procedures import ProceduresError, load_procedures
 from harpd.worker.signals import CALL_SIGNALS
 from harpd.worker.spawned import announce
@@ -84,7 +86,8 @@ class _Zygote:
             os._exit(0)
         for name, procedure in procedures.items():
             message = {"procedure": name, "streaming": procedure.streaming, "timeout": procedure.timeout}
-            self._send({**message, "max_calls": procedure.max_calls_per_process})
+            user = command["default_user"] if procedure.uid is None else procedure.uid
+            self._send({**message, "max_calls": procedure.max_calls_per_process, "uid": user_id(user)})
         worker = Worker(list(procedures.values()), self._cookie, command["default_user"], command["default_group"])
         # Flush the streams, so that workers do not write buffered text again, and occupy the descriptors 0 to 2.
         flush_output()
@@ -182,7 +185,8 @@ def _ignore_signals() -> None:
 
 def main() -> NoReturn:
     """Run the zygote."""
-    descriptor, supervisor = map(int, sys.argv[1:])
+    descriptor, supervisor = map(int, sys.argv[1:3])
+    enter_surroundings()
     os.environ.pop("LD_BIND_NOW", None)  # set in this process only
     _ignore_signals()
     sys.setrecursionlimit(10_000)  # each level of a nested payload needs one frame or more
