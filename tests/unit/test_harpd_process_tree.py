@@ -35,7 +35,8 @@ from support.deadline import wait_until
 from support.hopper import group_lives, hopping, is_hopper
 
 #: A tree whose main process is 100; no process of this system has this start time and environment.
-TREE = CallTree(100, 50, b"HARPD_CALL=none of this system")
+UID = 1000
+TREE = CallTree(100, 50, b"HARPD_CALL=none of this system", uid=UID)
 
 
 def table(*processes: Process) -> Snapshot:
@@ -54,9 +55,10 @@ def process(
     parent: int = 0,
     group: int = 0,
     session: int = 0,
+    uid: int = UID,
 ) -> Process:
     cookies = frozenset({TREE.cookie} if has_cookie else ())
-    return Process(pid, start, parent, group, session, state, cookies=cookies)
+    return Process(pid, start, parent, group, session, state, cookies=cookies, uid=uid if has_cookie else None)
 
 
 MAIN = process(100, 50, group=100, session=100)
@@ -77,6 +79,15 @@ def test_members_by_cookie() -> None:
     has_cookie = process(300, has_cookie=True, session=300, parent=1)
     older = process(301, 49, has_cookie=True, session=301, parent=1)
     assert members(table(has_cookie, older, process(302, parent=300))) == {300, 302}
+
+
+def test_members_by_cookie_are_of_the_same_user() -> None:
+    forged = process(300, has_cookie=True, uid=UID + 1, session=300, parent=1)
+    assert members(table(forged, process(301, parent=300))) == set()
+    main_of_other_user = process(100, 50, has_cookie=True, uid=UID + 1, group=100, session=100)
+    assert members(table(main_of_other_user, forged)) == {100, 300}
+    tree = CallTree(TREE.pid, TREE.start, TREE.cookie)
+    assert tree.members(table(process(300, has_cookie=True, parent=1))) == []
 
 
 def test_members_of_previous_scan_stay_with_children() -> None:
@@ -149,13 +160,22 @@ def test_process_without_first_thread_is_alive() -> None:
     assert members(table(Process(101, 60, 1, 100, 100, "Z", threads=1))) == set()
 
 
+def groups(*found: Process, others: tuple[Process, ...] = ()) -> set[int]:
+    return TREE.process_groups(found, {one.identity for one in found}, table(*found, *others))
+
+
 def test_process_groups_of_members() -> None:
-    before = process(100, 50, group=7, session=7)  # it is still in its zygote's session
-    assert TREE.process_groups([before]) == set()
-    assert TREE.process_groups([MAIN, process(101, group=100), process(102, group=102)]) == {100, 102}
-    assert (
-        TREE.process_groups([process(103, group=0), process(104, group=1)]) == set()
-    )  # kill(-1) would signal all processes
+    before = process(100, 50, group=7, session=7)  # right after the fork
+    assert groups(before) == set()
+    assert groups(MAIN, process(101, group=100), process(102, group=102)) == {100, 102}
+    assert groups(process(103, group=0), process(104, group=1)) == set()
+
+
+def test_process_groups_with_other_processes_are_none_of_the_call() -> None:
+    member = process(300, has_cookie=True, group=40, session=40)
+    service = process(40, 10, group=40, session=40)
+    assert groups(MAIN, member, others=(service,)) == {100}
+    assert groups(MAIN, member, others=(process(40, 10, "Z", group=40, session=40),)) == {100, 40}
 
 
 HEADLESS = """

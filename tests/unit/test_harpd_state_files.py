@@ -111,7 +111,7 @@ def lives(pid: int) -> bool:
 
 
 def tree(call_id: str, pid: int) -> CallTree:
-    return CallTree(pid, start_time(pid), cookie_for(call_id))
+    return CallTree(pid, start_time(pid), cookie_for(call_id), uid=os.getuid())
 
 
 def clean_up_fully(records: StateFiles, until_gone: bool = True) -> list[CleanupResult]:
@@ -231,7 +231,7 @@ def test_clean_up_leaves_other_files(tmp_path: Path, new: StateFiles, name: str)
 
 def test_clean_up_kills_fork_loop(supervisors: Supervisors, tmp_path: Path, old: StateFiles, new: StateFiles) -> None:
     with hopping(tmp_path, HARPD_CALL="a") as group:
-        old.write("a", CallTree(group, 0, cookie_for("a")), None)
+        old.write("a", CallTree(group, 0, cookie_for("a"), uid=os.getuid()), None)
         supervisors.kill(old)
         clean_up_fully(new)
         assert not group_lives(group)
@@ -421,8 +421,8 @@ def test_clean_up_other_start_time_or_cookie_kills_no_process(
 ) -> None:
     with process("a") as pid:
         states = [
-            ("a", CallTree(pid, start_time(pid) + 1, cookie_for("a"))),
-            ("b", CallTree(pid, start_time(pid) - 1, cookie_for("b"))),
+            ("a", CallTree(pid, start_time(pid) + 1, cookie_for("a"), uid=os.getuid())),
+            ("b", CallTree(pid, start_time(pid) - 1, cookie_for("b"), uid=os.getuid())),
         ]
         contents = [encode_state(call_id, BOOT, other, None) for call_id, other in states]
         data = [encode_entry(Purpose.STOP_AND_REPORT, content).ljust(ENTRY_SIZE, b"\0") for content in contents]

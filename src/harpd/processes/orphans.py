@@ -34,6 +34,7 @@ class OrphanedCall:
         self._started_at = time.time()
         self._found_at = time.monotonic()
         self._logged = False
+        self._groups: set[int] = set()  # those that the last scan has found
 
     @property
     def is_fresh(self) -> bool:
@@ -53,6 +54,8 @@ class OrphanedCall:
         """Record the processes that remain; return how many of them are new."""
         previous, cgroup = self._report.remaining.keys(), self._tree.cgroup
         self._report.record(self._tree.members(processes, previous, ignore_session=True))
+        remaining = self._report.remaining
+        self._groups = self._tree.process_groups(remaining.values(), remaining, processes)
         self.ended = processes.complete and not self.survives and not (cgroup is not None and cgroup.populated)
         if self.survives and not self.is_fresh and not self._logged:
             self._logged = True
@@ -67,7 +70,7 @@ class OrphanedCall:
         for identity in self._report.remaining:
             if send_signal(signal.SIGKILL, identity):
                 self._report.record_signal(signal.SIGKILL, identity)
-        for group in self._tree.process_groups(self._report.remaining.values()):
+        for group in self._groups:
             kill_group(group)
         if self._tree.cgroup is not None:
             self._tree.cgroup.kill()

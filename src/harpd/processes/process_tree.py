@@ -61,6 +61,7 @@ class Process:
     threads: int = 1
     flags: int = 0  #: The kernel flags of its first thread.
     cookies: frozenset[bytes] = frozenset()  #: The environment cookies at its execution, if they may be read.
+    uid: int | None = None  #: Its real user id; None: it is unknown, because it has no cookie.
 
     @property
     def identity(self) -> tuple[int, int]:
@@ -92,6 +93,9 @@ class CallTree:
     start: int  #: The start time of the main process.
     cookie: bytes  #: The environment cookie that the processes inherit, see `harpd.processes.cookie`.
     cgroup: Cgroup | None = None  #: Processes move out of it only on purpose (`su` may).
+    #: The user id of the call. Another user's processes can have any environment. So their cookies do not count; None:
+    #: it is unknown, and none counts.
+    uid: int | None = None
 
     def members(
         self, processes: Mapping[int, Process], previous: Iterable[tuple[int, int]] = (), ignore_session: bool = False
@@ -107,7 +111,15 @@ class CallTree:
         # A pid is not reused while it is a session id. A leader with another start time has a new session.
         if main.start == self.start if main is not None else not ignore_session:
             found |= {p.pid for p in processes.values() if self.pid in (p.pid, p.session, p.group)}
-        found |= {p.pid for p in processes.values() if p.start >= self.start and self.cookie in p.cookies}
+        own_uids = {self.uid}  # and that of the main process, which may have changed it
+        if main is not None and main.start == self.start:
+            own_uids.add(main.uid)
+        own_uids.discard(None)
+        found |= {
+            p.pid
+            for p in processes.values()
+            if p.start >= self.start and self.cookie in p.cookies and p.uid in own_uids
+        }
         if self.cgroup is not None:
             found |= self.cgroup.pids() & processes.keys()
         children: dict[int, list[int]] = {}
@@ -121,13 +133,26 @@ class CallTree:
                     unvisited.append(child)
         return [processes[pid] for pid in found if processes[pid].alive]
 
-    def process_groups(self, members: Iterable[Process]) -> set[int]:
-        """Return the process groups of these members. They have no other members, because the call has created them.
+    def process_groups(
+        self, targets: Iterable[Process], members: Container[tuple[int, int]], processes: Mapping[int, Process]
+    ) -> set[int]:
+        """Return those process groups of some members that have no living process of anybody else.
 
-        Until the main process has created its own, right after the fork, it is in its zygote's and has no children.
+        A process with a cookie of the call may be in the group of a service, so a group is not the call's because a
+        member is in it. Until the main process has created its own group, right after the fork, it is in its zygote's
+        and has no children.
+
+        Args:
+            targets: the members whose groups are looked for.
+            members: the identities of all members.
+            processes: the snapshot in which they were found.
         """
-        own = (member for member in members if member.pid != self.pid or member.session == self.pid)
-        return {member.group for member in own if member.group > 1}
+        own = (target for target in targets if target.pid != self.pid or target.session == self.pid)
+        groups = {target.group for target in own if target.group > 1}
+        if not groups:
+            return groups
+        others = (p for p in processes.values() if p.alive and not p.flags & _EXITING and p.identity not in members)
+        return groups - {other.group for other in others}
 
     def has_possible_escapes(
         self, zygote: int, processes: Snapshot, main_processes: Container[tuple[int, int]], cookies: Container[bytes]
@@ -135,8 +160,8 @@ class CallTree:
         """Return whether an unknown process may belong to the call, whose main process has been reaped.
 
         The zygote is a subreaper, so orphans of a call become its children. A child of the zygote may belong to the
-        call, with three exceptions: it is one of the `main_processes` of calls; it has one of the cookies of present
-        and recent calls; it is older than the call. The snapshot is from after the main process was reaped.
+        call, with three exceptions: it is one of the `main_processes` of calls; it has one of the cookies of other
+        present and recent calls; it is older than the call. The snapshot is from after the main process was reaped.
         """
         if not processes.complete or zygote not in processes:
             return True
@@ -145,7 +170,7 @@ class CallTree:
             and process.start >= self.start
             and process.alive
             and process.identity not in main_processes
-            and not any(cookie in cookies for cookie in process.cookies)
+            and not any(cookie in cookies and cookie != self.cookie for cookie in process.cookies)
             for process in processes.values()
         )
 
@@ -233,7 +258,11 @@ def _add_process(pid: int, processes: dict[int, Process], since: float) -> bool:
         processes.pop(pid, None)
         return False
     cookies = _read_cookies(process) if process.start >= since else frozenset()
-    processes[pid] = replace(process, cookies=cookies) if cookies else process
+    if cookies:
+        process = replace(process, cookies=cookies, uid=_read_uid(pid))
+    elif cookies is None:
+        process = replace(process, flags=process.flags | _EXITING)
+    processes[pid] = process
     return process.alive and cookies is not None
 
 
@@ -260,6 +289,14 @@ def _read_cookies(process: Process) -> frozenset[bytes] | None:
         return frozenset()
     except OSError:
         return None
+
+
+def _read_uid(pid: int) -> int | None:
+    """Return the real user id of a process: that of its starter, also if it executes a setuid program; None: gone."""
+    with suppress(OSError), open(f"/proc/{pid}/status", "rb") as file:
+        text = file.read()
+        return int(text[text.index(b"\nUid:") + 5 :].split(None, 1)[0])
+    return None
 
 
 def _read(pid: int) -> Process | None:

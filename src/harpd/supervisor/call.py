@@ -247,7 +247,7 @@ class Call:
         if worker.served == 1 and context.cgroup_directory is not None:
             worker.cgroup = create_cgroup(context.cgroup_directory, self.id, pid)
         self._fork_seconds = time.monotonic() - self._requested_at
-        self._tree = CallTree(pid, start, cookie_for(self.id), worker.cgroup)
+        self._tree = CallTree(pid, start, cookie_for(self.id), worker.cgroup, self._info.uid)
         try:
             context.state_files.write(self.id, self._tree, self._session.stored)
         except OSError as error:  # it is needed only if this supervisor is killed

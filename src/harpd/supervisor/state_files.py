@@ -82,8 +82,9 @@ def encode_state(call_id: str, boot: str, tree: CallTree, session: Raw | None) -
     """Return the content of a call's entry. Processes are identified until the next boot, so it has the boot id."""
     cgroup = b"" if tree.cgroup is None else b',"cgroup":%b' % dumps(tree.cgroup.path)
     resumable = b"" if session is None else b',"resumable":%b' % session
+    uid = b"" if tree.uid is None else b',"uid":%d' % tree.uid
     head = f'{{"call":"{call_id}","boot":"{boot}","pid":{tree.pid},"start":{tree.start}'
-    return b"%b%b%b}" % (head.encode(), cgroup, resumable)
+    return b"%b%b%b%b}" % (head.encode(), uid, cgroup, resumable)
 
 
 def encode_entry(purpose: Purpose, content: bytes) -> bytes:
@@ -105,15 +106,17 @@ def decode_entry(data: bytes, boot: str) -> tuple[Purpose, bytes, CallState] | N
     try:
         members = loads(content)
         call_id, pid, start, cgroup = members["call"], members["pid"], members["start"], members.get("cgroup")
-        valid = type(pid) is int and type(start) is int and pid > 1 and start >= 0 and CALL_ID.fullmatch(call_id)
+        uid = members.get("uid")
+        numbers = (pid, start, 0 if uid is None else uid)
+        valid = all(type(number) is int and number >= 0 for number in numbers) and pid > 1
         # Its own cgroup and no other one: all processes in it are killed.
-        if not valid or not (cgroup is None or cgroup.endswith(f"/call-{call_id}")):
+        if not (valid and CALL_ID.fullmatch(call_id)) or not (cgroup is None or cgroup.endswith(f"/call-{call_id}")):
             raise InvalidEntry("it does not describe a call")
         if members["boot"] != boot:
             return None
     except (InvalidJSON, KeyError, TypeError, AttributeError) as error:
         raise InvalidEntry(f"it does not describe a call: {error!r}") from error
-    tree = CallTree(pid, start, cookie_for(call_id), None if cgroup is None else Cgroup(cgroup))
+    tree = CallTree(pid, start, cookie_for(call_id), None if cgroup is None else Cgroup(cgroup), uid)
     return Purpose(purpose), content, CallState(call_id, tree, members.get("resumable"))
 
 

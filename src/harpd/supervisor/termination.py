@@ -153,7 +153,8 @@ class TerminationSequence:
         for identity in targets:
             self._send(signal.SIGKILL, identity)
         excluded = {self._tree.pid} if main - targets else set()
-        for group in self._tree.process_groups(members[identity] for identity in targets) - excluded:
+        of_targets = (members[identity] for identity in targets)
+        for group in self._tree.process_groups(of_targets, members, self._snapshot) - excluded:
             kill_group(group)
         if cgroup is not None:
             cgroup.kill()

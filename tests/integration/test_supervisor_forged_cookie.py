@@ -1,0 +1,106 @@
+"""Another user's process with a forged cookie in the process group of a root service: the service survives."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import pytest
+
+from support.deadline import wait_until
+from support.state_entries import read_entries
+from support.supervisor import DEADLINE, PLAIN, Supervisor, is_running
+
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root"),
+]
+
+ATTACKER = 54321
+PROCEDURES = f"""
+import signal, time
+from harpd.proc import procedure
+
+def resist(started):
+    for number in (signal.SIGTERM, signal.SIGXCPU):
+        signal.signal(number, signal.SIG_IGN)
+    open(started, "w").close()
+    while True:
+        time.sleep(600)
+
+of_root = procedure(resist)
+of_attacker = procedure(uid={ATTACKER})(resist)
+"""
+#: A service that root has started; its child has become the attacker, and forges the cookie in the environment that
+#: it is executed with.
+SERVICE = f"""
+import os, sys, time
+if os.fork() == 0:
+    os.setresgid({ATTACKER}, {ATTACKER}, {ATTACKER})
+    os.setresuid({ATTACKER}, {ATTACKER}, {ATTACKER})
+    os.execve("/bin/sleep", ["sleep", "600"], {{"HARPD_CALL": sys.argv[1]}})
+time.sleep(600)
+"""
+
+
+class Service(NamedTuple):
+    """A service and the attacker's process in its process group."""
+
+    main: psutil.Process
+    attacker: psutil.Process
+
+
+@contextmanager
+def service(call_id: str) -> Iterator[Service]:
+    """Run a service with a forged cookie of a call in its process group."""
+    with subprocess.Popen([sys.executable, "-c", SERVICE, call_id], start_new_session=True) as process:
+        try:
+            main = psutil.Process(process.pid)
+            wait_until(
+                lambda: [child for child in main.children() if child.name() == "sleep"], DEADLINE, "the attacker"
+            )
+            (attacker,) = main.children()
+            assert os.getpgid(attacker.pid) == process.pid
+            yield Service(main, attacker)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    """A directory in which every user may create files."""
+    with tempfile.TemporaryDirectory(prefix="harp-test-") as directory:
+        os.chmod(directory, 0o777)
+        yield Path(directory)
+
+
+@pytest.mark.parametrize("how", ["cancel", "death of the supervisor"])
+@pytest.mark.parametrize("procedure", ["of_root", "of_attacker"])
+def test_service_with_forged_cookie_in_its_group_survives(
+    tmp_path: Path, shared: Path, procedure: str, how: str
+) -> None:
+    call_id = str(uuid.uuid4())
+    started = shared / "started"
+    with Supervisor(tmp_path / "supervisor", PROCEDURES, kill_grace=0.3) as supervisor:
+        with supervisor.call(procedure, [str(started)], call_id) as call:
+            assert call.line() == PLAIN
+            wait_until(started.exists, DEADLINE, "the procedure")
+            with service(call_id) as found:
+                if how == "cancel":
+                    call.stop()
+                else:
+                    supervisor.kill()
+                    supervisor.start()
+                    wait_until(lambda: not read_entries(supervisor.runtime_directory), DEADLINE, "the clean-up")
+                assert is_running(found.main)
+                # It has claimed to be of the call. It may stop processes of its own user, and root's call is not of it.
+                assert is_running(found.attacker) == (procedure == "of_root")
