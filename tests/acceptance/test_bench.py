@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def bench(*options: str) -> str:
-    """Run `./dev bench`; return what it printed."""
+    """Run `./dev bench`; return its output."""
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "bench", *options],
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
@@ -31,7 +31,7 @@ def bench(*options: str) -> str:
     try:
         printed, _ = process.communicate()
     except BaseException:
-        process.send_signal(signal.SIGTERM)  # so that it ends what it has started
+        process.send_signal(signal.SIGTERM)  # so that it ends its processes
         process.communicate()
         raise
     assert process.returncode == 0, printed

@@ -25,7 +25,7 @@ HOSTS = ("web1", "web2", "web3")
 
 
 def chaos(*options: str) -> tuple[int, str]:
-    """Run `./dev chaos`; return its exit status and what it printed."""
+    """Run `./dev chaos`; return its exit status and its output."""
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "chaos", *options],
         env={**os.environ, "PYTHONPATH": str(TESTS)},
@@ -37,7 +37,7 @@ def chaos(*options: str) -> tuple[int, str]:
     try:
         printed, _ = process.communicate()
     except BaseException:
-        process.send_signal(signal.SIGTERM)  # so that it ends what it has started
+        process.send_signal(signal.SIGTERM)  # so that it ends its processes
         process.communicate()
         raise
     return process.returncode, printed

@@ -60,7 +60,7 @@ def started(job: harp.RemoteCall) -> psutil.Process:
 
 
 def wait_for_death(processes: list[psutil.Process], seconds: float = 60.0) -> None:
-    """Wait until none of them runs; how soon init takes notice of its orphans' deaths is init's affair."""
+    """Wait until they have ended. Zombies count as ended: the time until init reaps them is unknown."""
     wait_until(lambda: all(is_dead(process.pid) for process in processes), seconds, f"the death of {processes}")
 
 
@@ -76,7 +76,7 @@ def test_dispatcher_sigkill_loses_no_job(system: System, tmp_path: Path) -> None
     waiting = [host.mark(str(order), str(number)) for number in range(5)]
     system.dispatcher.kill()
     system.dispatcher.restart()
-    assert not is_dead(process.pid)  # its host holds the call
+    assert not is_dead(process.pid)  # its host has the call
     assert first.details()["state"] == "running"
     assert first.cancel(wait=True)
     assert is_dead(process.pid)
@@ -199,7 +199,7 @@ ACKNOWLEDGED = b'{"harp":1,"stream_result":true}\n'
 
 
 def silent(connection: socket.socket) -> None:
-    """Accept the connection and send nothing."""
+    """Accept the connection, and be silent."""
 
 
 def no_tls(connection: socket.socket) -> None:

@@ -1,4 +1,4 @@
-"""Many jobs at once: none is lost or times out, limits and order hold, and slow readers delay no other client."""
+"""Many jobs in parallel: all return, limits and order are kept, and slow readers delay no other client."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from harpd.proc import procedure
 
 @procedure
 def mark_turn(path, number):
-    # What is true, known independently of the dispatcher: who runs at which moment, in one log.
+    # The facts, independent of the dispatcher: a log of the start and end of each call.
     with open(path, "a") as log:
         fcntl.flock(log, fcntl.LOCK_EX)
         log.write(f"start {number}\\n")
@@ -44,7 +44,7 @@ def test_harpd_two_hundred_jobs_run_in_parallel(system: System, tmp_path: Path) 
     assert [job.get() for job in jobs] == list(range(200))
     starts = [job.start_time() or 0 for job in jobs]
     ends = [job.end_time() or 0 for job in jobs]
-    assert max(starts) <= min(ends)  # they did run at once
+    assert max(starts) <= min(ends)  # they ran at the same time
 
 
 def test_queue_of_eight_runs_a_thousand_jobs(system: System, tmp_path: Path) -> None:

@@ -1,11 +1,11 @@
-"""The README's quick start, followed word by word: its commands are taken from its text.
+"""The README's quick start, followed word by word: its commands are read from its text.
 
 Two machines are made of namespaces, where that is permitted, with the README's addresses and system directories of
 their own; the same is done in two directories of this machine on loopback, as any user. Differences from a
 reader's machines:
 
 - `apt-get` only checks that its packages are installed here. pip installs the project literally, but other
-  packages from wheels that are made of the ones installed here: tests need no network.
+  packages from wheels that are made of the packages installed here: tests need no network.
 - `systemctl` is `support/systemctl.py`, which runs the commands of the units: there is no systemd in a namespace.
 - `editor` writes the password into the hosts file, as the text asks.
 """

@@ -1,4 +1,4 @@
-"""Cancel races start and finish, ten thousand times: after a confirmed cancel nothing starts.
+"""Cancel races start and finish, ten thousand times: no job starts after a confirmed cancel.
 
 The dispatcher and its SQLite file are real; harpd is a TLS server here that records when it reads a request. Server and
 clients share one loop and one clock, so that the order of "read a request" and "read the cancel's reply" is known.
@@ -77,7 +77,7 @@ class RecordingHarpd:
             writer.close()
 
     async def _keep(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Go on until the end is stored; a stop ends the call at once."""
+        """Continue until the end is stored; a stop ends the call immediately."""
         writer.write(json.dumps({"harp": 1, "stream_result": False, "call": TERMS}).encode() + b"\n")
         closing = b'{"exit_info":{}}\n{"result":null}\n'
         try:
@@ -126,12 +126,12 @@ async def test_confirmed_cancel_starts_no_call_afterwards(tmp_path: Path, resuma
     async def race(port: int, number: int) -> None:
         async with slots:
             harpd.reading[number] = asyncio.Event()
-            # Half of the jobs wait in a queue, where a cancel meets a claim; the others start at once.
+            # Half of the jobs wait in a queue, where a cancel meets a claim; the others start immediately.
             queue = {"name": {"lane": number % 8}, "concurrency": 2} if number % 2 else None
             call = {"host": "h", "procedure": "p", "arguments": [number], "queue": queue}
             job = (await ask(port, call))["job_id"]
             match chance.randrange(4):
-                case 0:  # at once: mostly before the start
+                case 0:  # immediately: usually before the start
                     pass
                 case 1:  # at the very start
                     await harpd.reading[number].wait()

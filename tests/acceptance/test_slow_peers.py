@@ -44,7 +44,7 @@ def same(value):
 
 @streaming_procedure
 def torrent(path, size):
-    # Its file has the number of the records that it has passed on.
+    # Its file has the number of the sent records.
     with open(path, "wb", buffering=0) as file:
         number = 0
         while True:
@@ -116,11 +116,11 @@ def system(tmp_path_factory: pytest.TempPathFactory, hostile: HostileHost) -> It
             yield System(harpd, dispatcher)
 
 
-# What others do meanwhile.
+# The requests of other clients at the same time.
 
 
 class Others:
-    """The calls of others: fast ones, directly or as jobs, each of which has to return its value.
+    """The calls of others: short calls, directly or as jobs; each must return its value.
 
     Args:
         call: calls the procedure `same` with a value, and returns its result.
@@ -194,7 +194,7 @@ def memory(pid: int, which: str) -> int:
 
 
 def wait_until_still(progress: list[Path]) -> None:
-    """Wait until procedures have passed on records and have stopped doing so."""
+    """Wait until procedures have passed on records and have paused."""
 
     def numbers() -> list[bytes]:
         return [path.read_bytes() if path.exists() else b"" for path in progress]
@@ -211,7 +211,7 @@ def wait_until_still(progress: list[Path]) -> None:
 def test_clients_that_do_not_read_pause_their_calls(system: System, direct: Others, tmp_path: Path, kind: str) -> None:
     """More calls than the memory of all spools: each may have 1 MiB, and what is on its way to the client.
 
-    A client that acknowledges records without reading them never fills the window: they are held back behind it.
+    A client that acknowledges records without reading them never fills the window: they wait behind it.
     """
     harpd, count = system.harpd, 24
     bound = count * (MIB + 2 * CHUNK + 256 * KIB) + USUAL
@@ -326,7 +326,7 @@ def received_records_until_one(client: LineClient) -> int:
 
 
 def test_lines_without_end_stay_within_the_memory_of_all_spools(system: System, direct: Others, tmp_path: Path) -> None:
-    """At twice the memory of all spools, a line may have 1 MiB; the calls with longer ones are stopped."""
+    """At twice the memory of all spools, a line may have 1 MiB; the calls with longer lines are stopped."""
     harpd, count = system.harpd, 6
     # A line grows by pieces of 64 KiB, and is copied when it is put together.
     bound = 2 * SPOOL_MEMORY + count * (MIB + CHUNK) + 2 * SPOOL_MEMORY + USUAL
@@ -399,7 +399,7 @@ def test_commands_to_a_suspended_supervisor_are_not_read(system: System) -> None
         finally:
             os.kill(supervisor, signal.SIGCONT)
             client.close()
-    assert sent < 20 * MIB  # what the buffers of the two sockets take
+    assert sent < 20 * MIB  # the size of the buffers of the two sockets
     wait_until(lambda: harpd.status()["resumable"] == 0, DEADLINE, "the end of the call")
 
 
@@ -415,7 +415,7 @@ def test_long_requests_that_stop_in_the_middle_share_a_limit(system: System, dir
 
 
 def test_long_requests_without_password_delay_no_other(system: System, direct: Others) -> None:
-    """Long lines are decoded, piece by piece or in a thread, before the password is known to be wrong."""
+    """Long lines are decoded, piece by piece or in a thread, before the password is checked."""
     harpd = system.harpd
     values = [[number, {"key": "x" * 20, "more": [1.5, None, True]}] for number in range(40_000)]
     auth = {"user": harpd.user, "password": "wrong"}
@@ -487,7 +487,7 @@ def flooding(hostile: HostileHost) -> Iterator[None]:
 @pytest.mark.parametrize("size", [100, 10_000, 1_000_000])
 @pytest.mark.usefixtures("flooding")
 def test_host_that_floods_delays_no_other(system: System, jobs: Others, rpc: harp.HarpCaller, size: int) -> None:
-    """Its records wait for the store within 8 MiB and the longest record, whatever the window says."""
+    """Its records wait for the store within 8 MiB and the longest record, for any window."""
     bound = 2 * (8 * MIB + MIB + 160 * KIB) + MIB + FREED + USUAL  # and the batch that is being committed
     with bounded(dispatcher=(system.dispatcher.pid, bound)):
         flood = rpc.hostile.flood(size)
@@ -514,7 +514,7 @@ def test_host_with_endless_lines_costs_only_its_jobs(system: System, jobs: Other
 
 
 def never_reading(system: System, request: dict[str, Any]) -> DispatcherClient:
-    """Return a client that sends a request and reads nothing; its own buffer is small."""
+    """Return a client that sends a request and does not read; its buffer is small."""
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     connection.settimeout(DEADLINE)
@@ -528,7 +528,7 @@ def never_reading(system: System, request: dict[str, Any]) -> DispatcherClient:
 def test_followers_that_do_not_read_delay_no_other(
     system: System, jobs: Others, rpc: harp.HarpCaller, size: int
 ) -> None:
-    """Each has one batch of about 64 KiB or one record, and what its socket has taken."""
+    """Each has one batch of about 64 KiB or one record, and the data in its socket."""
     total, count = 6 * MIB, 40
     job = rpc.web01.records(total // size, size)
     assert job.get() is None

@@ -52,7 +52,7 @@ def flood_until(path):
 
 @contextmanager
 def system(directory: Path, harpd: dict[str, Any] | None = None, **dispatcher: Any) -> Iterator[System]:
-    """A whole system, its harpd as two services, and nothing left of it at the end."""
+    """A complete system, with harpd as two services; at the end, no process remains."""
     with Harpd(directory / "harpd", PROCEDURES + OWN, harpd or {"limits": {"kill_grace": 0.5}}, services=True) as one:
         settings = {"ca_file": str(one.ca_file), **dispatcher}
         credentials = (one.user, one.password)

@@ -17,7 +17,7 @@ PROCESSES = ["client", "dispatcher", "frontend", "supervisor", "zygote", "call",
 
 
 def trace(*options: str) -> str:
-    """Run `./dev trace`; return what it printed."""
+    """Run `./dev trace`; return its output."""
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "tracing", *options],
         env={**os.environ, "PYTHONPATH": str(TESTS)},

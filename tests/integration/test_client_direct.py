@@ -172,7 +172,7 @@ def test_direct_stream_closed_early_cancels_the_call(shell: Shell, tls: ssl.SSLC
 
 
 def test_direct_stream_returns_records_before_a_break(shell: Shell, tls: ssl.SSLContext) -> None:
-    """Many records arrive at once, then the connection ends without an end of TLS, before the reader has read them."""
+    """Many records arrive together, then the connection ends without an end of TLS, before the reader has read them."""
     count = 20_000
 
     def script(conn: PeerConnection) -> None:

@@ -135,7 +135,7 @@ def test_submit_many_refusal_is_raised(shell: Shell) -> None:
 
 
 def test_submit_many_break_is_not_repeated(shell: Shell) -> None:
-    """The dispatcher knows the request: that it closed without a reply does not mean that it stored no job."""
+    """The dispatcher supports the request. It may have stored the job before it closed without a reply."""
     with Peer(KNOWS_MANY, answering()) as peer, pytest.raises(harp.CommunicationError, match="closed the connection"):
         shell.caller(peer).submit_many([harp.Call("web01", "p")] * 2)
     assert len(peer.requests) == 2
@@ -494,7 +494,7 @@ def test_stream_returns_batches_in_every_form(shell: Shell) -> None:
     timed = [b'{"packet":%d,"time":1.5,"data":[%d]}' % (number, number) for number in range(100)]
     end = b'{"result":null}'
     for lines in (tight, spaced, mixed):
-        with Peer(lambda conn: asked_for(conn, *lines, end)) as peer:  # noqa: B023 - used at once
+        with Peer(lambda conn: asked_for(conn, *lines, end)) as peer:  # noqa: B023 - used immediately
             assert shell.caller(peer).job(JOB).follow(since=0).all() == [[number] for number in range(100)]
         with Peer(lambda conn: asked_for(conn, *lines[40:], end)) as peer:  # noqa: B023
             found = shell.caller(peer).job(JOB).follow(recent=60, numbered=True).all()

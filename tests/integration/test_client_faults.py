@@ -71,7 +71,7 @@ def too_long(conn: PeerConnection) -> None:
         conn.until_closed()
 
 
-#: What the peer does, and the client's error.
+#: The behaviour of the peer, and the client's error.
 FAULTS: list[tuple[str, Script, str]] = [
     ("closes at once", lambda conn: None, "closed the connection before|reset by peer|Broken pipe"),
     ("resets at once", lambda conn: conn.reset(), "reset by peer|Broken pipe|closed the connection"),
@@ -168,7 +168,7 @@ def saying(data: bytes) -> Script:
         (saying(b"\x16\x03\x03\xff\xff" + b"\0" * 64), "TLS handshake: "),
         (saying(b"\0" * 1000), "TLS handshake: "),
         (lambda conn: None, "TLS handshake: "),
-        (lambda conn: conn.reset(), "TLS handshake: |cannot connect: "),  # whichever detects it first
+        (lambda conn: conn.reset(), "TLS handshake: |cannot connect: "),  # the first detection wins
     ],
     ids=["text", "garbage", "zeros", "close", "reset"],
 )
@@ -180,7 +180,7 @@ def test_tls_with_invalid_server_raises(shell: Shell, script: Script, message: s
 
 
 def test_tls_reset_before_handshake_closes_the_socket() -> None:
-    """The socket is closed, and nothing is sent on it without encryption."""
+    """The socket is closed; no data is sent without encryption."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         sock = socket.create_connection(listener.getsockname())
         accepted, _ = listener.accept()
@@ -241,7 +241,7 @@ def test_connect_to_silent_host_times_out(shell: Shell, monkeypatch: pytest.Monk
 
 
 def test_connect_with_slow_resolver_times_out(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The attempt ends in time; the resolver itself has no time limit."""
+    """The attempt ends in time; the resolver has no time limit."""
     resolved = threading.Event()
 
     def resolve(*args: Any, flags: int = 0, **kwargs: Any) -> list[Any]:

@@ -89,7 +89,7 @@ def test_default_on_legacy_dispatcher_sends_question_once(shell: Shell) -> None:
 
 
 def test_default_on_full_dispatcher_closes_each_connection(shell: Shell) -> None:
-    """It knows the key and does not grant keep-alive, because it has nearly `max_connections`."""
+    """It supports the key and does not grant keep-alive, because it has nearly `max_connections`."""
     with Peer(answering(SUBMITTED), keeping([MANY]), answering({"result": 5})) as peer:
         assert shell.caller(peer, keep_alive=None).web01.p().get() == 5
         assert peer.connections[1].closed.wait(30)

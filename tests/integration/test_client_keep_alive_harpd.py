@@ -215,7 +215,7 @@ def test_keep_alive_connection_closed_by_harpd_is_not_used(shell: Shell, tls: ss
 def test_keep_alive_connection_with_extra_data_is_closed(
     shell: Shell, tls: ssl.SSLContext, surplus: object, late: bool
 ) -> None:
-    """Extra data from harpd is never taken for the reply to the next call."""
+    """Extra data from harpd is never read as the reply to the next call."""
     returned, sent = threading.Event(), threading.Event()
 
     def script(conn: PeerConnection) -> None:
@@ -331,7 +331,7 @@ def test_keep_alive_invalid_reply_is_not_ambiguous(shell: Shell, tls: ssl.SSLCon
 
 @pytest.mark.parametrize("lines", [[PLAIN, {"stream": 1}], [STREAM, {"stream": 1}, PLAIN], [PLAIN, b"garbage\n"]])
 def test_keep_alive_invalid_end_closes_the_connection(shell: Shell, tls: ssl.SSLContext, lines: list[object]) -> None:
-    """Its end may still arrive, and must not be taken for the end of the next call."""
+    """Its end may still arrive, and must not be read as the end of the next call."""
     with Peer(keeping(lines), keeping(result(2)), tls=tls) as peer:
         server = shell.server(peer, keep_alive=True)
         with pytest.raises(harp.CommunicationError, match=r"received while waiting|column 1"):
@@ -467,7 +467,7 @@ def test_harp_server_has_no_public_attribute() -> None:
 
 
 def run(program: str, peer: Peer) -> None:
-    """Run a program that must print nothing, no warnings either."""
+    """Run a program that must have no output and no warnings."""
     command = [sys.executable, "-X", "dev", "-W", "error", "-c", program, peer.host, str(peer.port)]
     done = subprocess.run(command, timeout=60, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -2,7 +2,7 @@
 
 A seed makes a history: a job with some records and an end, and for each connection a way to break off: an empty reply,
 a cut within or between lines, a reset, a refusal, garbage, a delay, half a line. Both shells read the job. An error may
-be raised; then the reader asks again, as a program would. What it has read at the end must be the job.
+be raised; then the reader asks again, as a program would. Its records at the end must be those of the job.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class History:
             self._break(conn, rng, keep)
 
     def _break(self, conn: PeerConnection, rng: random.Random, sent: bytes) -> None:
-        """End a connection in some way. Garbage and refusals begin a line, so that they are lines of their own."""
+        """End a connection in some way. Garbage and refusals begin a line, so that they are separate lines."""
         at_line = not sent or sent.endswith(b"\n")
         match rng.randrange(6):
             case 0:
@@ -118,7 +118,7 @@ class History:
                 conn.sock.shutdown(socket.SHUT_WR)
 
     def _reply(self, request: dict[str, Any], stored: int, ended: bool) -> bytes:
-        """Return what a dispatcher may have sent to a request when it is interrupted."""
+        """Return the replies that a dispatcher may have sent before an interruption."""
         if "get_result" in request:
             return line_of(self.end) if ended else b"" if request.get("wait", True) else line_of({"no_result": True})
         if "get_status" in request:
@@ -258,7 +258,7 @@ def test_stream_has_no_gap_and_no_false_end(shell: Shell, seed: int) -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_follow_from_now_has_no_gap(shell: Shell, seed: int) -> None:
-    """Without a number, the first record is any; the ones after it follow without a gap."""
+    """Without a number, the first record is any; later records follow without a gap."""
     history = History(seed)
     with Peer(always=history.play) as peer:
         job = shell.caller(peer, reconnect=5, request_timeout=5).job(JOB)

@@ -48,7 +48,7 @@ def many_descriptors() -> Iterator[None]:
 
 
 def never_reading(dispatcher: Harpcallerd, job: str) -> LineClient:
-    """Return a follower that sends a request and reads nothing; its own buffer is small."""
+    """Return a follower that sends a request and does not read; its buffer is small."""
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     connection.settimeout(DEADLINE)
@@ -93,7 +93,7 @@ async def test_thousand_followers_get_every_record_in_order(dispatcher: Harpcall
 
 
 def test_followers_that_never_read_use_little_memory(dispatcher: Harpcallerd, peer: Peer) -> None:
-    """50 of them, each with 20 MB to read, use less than a tenth of that; another one gets everything."""
+    """50 of them, each with 20 MB to read, use less than a tenth of that; another follower gets all records."""
     record = "x" * 100_000
     records = 200
     job = dispatcher.submit("web01", "feed", record)

@@ -59,7 +59,7 @@ def connections(dispatcher: Harpcallerd) -> int:
 def test_clients_that_do_not_read_share_a_limited_memory(
     tmp_path: Path, peer: Peer, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each of the clients that then read gets its whole reply, and a short reply is not delayed meanwhile."""
+    """Each of the clients that then read gets its complete reply, and does not delay a short reply."""
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "131072")  # the C library returns freed memory at once
     settings = {"reply_memory": LIMIT, "write_timeout": 3600, "request_line": 2 * LONG}
     with Harpcallerd(tmp_path, {"web01": peer.port}, settings=settings) as dispatcher, ExitStack() as stack:

@@ -21,7 +21,7 @@ from support.shells import Shell, shell_of
 
 JOB = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
 SHORT = 0.3
-#: Far more than the time-outs of the tests, and far less than the usual ones.
+#: Far more than the time-outs of the tests, and far less than the usual time-outs.
 LONG = 20.0
 
 REQUESTS: list[Callable[[Any], Any]] = [

@@ -36,7 +36,7 @@ def dispatcher(tmp_path: Path, peer: Peer) -> Iterator[Harpcallerd]:
 
 
 def failure(dispatcher: Harpcallerd, *arguments: str) -> str:
-    """Return the error of a command that must fail with 1: one line on stderr, nothing else."""
+    """Return the error of a command that must fail with 1: exactly one line on stderr."""
     done = dispatcher.control(*arguments)
     assert done.returncode == 1
     assert done.stdout == ""

@@ -81,7 +81,7 @@ def echo(conn: PeerConnection) -> None:
 
 @contextmanager
 def host(directory: Path, script: Script, first: tuple[Script, ...] = ()) -> Iterator[Peer]:
-    """Run a host whose calls follow `script`, except the first ones, which follow `first`."""
+    """Run a host. Its first calls follow `first`, later calls `script`."""
     with Peer(*first, always=script, tls=server_context(server_files(directory))) as peer:
         yield peer
 

@@ -203,7 +203,7 @@ async def test_cancel_during_recovery_stops_the_call(tmp_path: Path) -> None:
 
 
 async def test_failed_run_leaves_no_pending_stop(tmp_path: Path) -> None:
-    """A client that waits for the stop is notified; the job holds its slot until the next start."""
+    """A client that waits for the stop is notified; the job keeps its slot until the next start."""
     opened = await open_store(tmp_path / "store")
 
     class Faulty(Switched):

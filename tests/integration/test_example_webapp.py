@@ -1,4 +1,4 @@
-"""The example of a web application: it tells a failed job, an unknown job and a missing reply apart."""
+"""The example of a web application: it distinguishes a failed job, an unknown job and a missing reply."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def harpd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harpd]:
 
 
 class Others:
-    """Calls of others that run meanwhile: a connection-bound one and a resumable one."""
+    """Calls of others that run at the same time: a connection-bound and a resumable call."""
 
     def __init__(self, harpd: Harpd, directory: Path) -> None:
         self._harpd = harpd
@@ -35,7 +35,7 @@ class Others:
             assert client.message()["stream_result"] is False
 
     def check(self) -> None:
-        """Check that both calls return on their own connections, and that a new one can be made."""
+        """Check that both calls return on their own connections, and that a new connection is accepted."""
         assert self._harpd.call("echo", 1)[-1] == {"result": [1]}
         self._go.touch()
         assert self._bound.message() == {"result": "bound"}

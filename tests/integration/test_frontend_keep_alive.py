@@ -22,7 +22,7 @@ from support.harpd import OWNER, SECRET, Harpd, LineClient
 from support.procedures_file import PROCEDURES
 from support.scripted_supervisors import make_current, supervisor
 
-#: Longer than a test waits, so that an idle connection does not look like one that was closed.
+#: Longer than a test waits, so that an idle connection does not look closed.
 IDLE = 600.0
 ID = "00000000-0000-4000-8000-0000000000cc"
 
@@ -294,7 +294,7 @@ async def test_next_request_counts_from_its_arrival(tmp_path: Path) -> None:
 
 
 async def test_stopping_frontend_does_not_deny_an_unknown_start(tmp_path: Path) -> None:
-    """Without an acknowledgement, the error shutdown promises that nothing was started."""
+    """Without an acknowledgement, the error shutdown promises that no call was started."""
     harpd = Harpd(tmp_path / "harpd", "", services=True)
     directory = harpd.runtime_directory
     directory.mkdir()

@@ -324,7 +324,7 @@ def test_reload_changed_listen_needs_restart(tmp_path: Path) -> None:
     path = tmp_path / "socket"
     with Harpcallerd(tmp_path / "one", settings={"listen": ["127.0.0.1:0"]}) as dispatcher:
         dispatcher.configure({"listen": ["127.0.0.1:0", f"unix:{path}"]})
-        for _ in range(2):  # the second reload changes nothing, but the restart is still needed
+        for _ in range(2):  # the second reload has no effect, but the restart is still needed
             done = dispatcher.control("reload")
             assert done.returncode == 0
             assert done.stderr == "harpcallerd: warning: the change of listen needs a restart\n"

@@ -1,4 +1,4 @@
-"""What a call leaves running or unsaved when its procedure returns: the table of docs/procedures.md, Leftovers."""
+"""Running tasks and unsaved data of a call when its procedure returns: the table of docs/procedures.md, Leftovers."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def start(arguments, log, **options):
 
 
 def test_check_of_file_that_forks_returns(tmp_path: Path) -> None:
-    """A process that the file has started, and that holds the report's pipe, is killed as well."""
+    """A process that the file has started, and that has the report's pipe open, is killed, too."""
     text = "import os, time\nif not os.fork():\n    time.sleep(3600)\n"
     harpd = Harpd(tmp_path, PROCEDURES + text)
     arguments = ("--test", "--config", str(harpd.config_file), "--procedures", str(harpd.procedures_file))
@@ -113,7 +113,7 @@ def wait_for(path):
 
 
 def test_zygote_halted_by_a_procedure_is_replaced(tmp_path: Path) -> None:
-    """Calls end with what is known, and calls that run continue."""
+    """Ended calls are reported, and running calls continue."""
     with Harpd(tmp_path / "harpd", HALTING) as harpd:
         zygote = harpd.zygote
         with harpd.start_resumable("wait_for", str(tmp_path / "go")) as running:

@@ -80,7 +80,7 @@ async def test_data_before_the_request_is_its_reply(tmp_path: Path) -> None:
 
 
 async def test_long_lines_stay_in_order_until_the_end(tmp_path: Path) -> None:
-    """Each long line is decoded in a thread; the host closes at once, with data in all buffers."""
+    """Each long line is decoded in a thread; the host closes immediately, with data in all buffers."""
     lengths = [200_000, 10, 70_000, 90_000, 5, 300_000] * 4
 
     def script(conn: PeerConnection) -> None:

@@ -39,7 +39,7 @@ def port() -> Iterator[int]:
 
 
 def refusing(type_: str, data: Any = None) -> Script:
-    """Reply to a start that nothing was started."""
+    """Reply to a start that no call was started."""
 
     def script(conn: PeerConnection) -> None:
         assert "procedure" in conn.expect()

@@ -1,4 +1,4 @@
-"""Names of hosts that hang, and addresses that do not answer: nobody else waits for them."""
+"""Names of hosts that hang, and addresses that do not answer: they delay no other host."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ async def test_connect_first_reports_an_error_if_all_refuse() -> None:
 
 @contextmanager
 def closed_port() -> Iterator[int]:
-    """Yield a port on which nothing listens, and that no other process gets."""
+    """Yield a port without a listener that no other process gets."""
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         yield bound.getsockname()[1]

@@ -128,7 +128,7 @@ def long_record():
 
 
 async def test_resumable_run_repeated_errors_slow_reattaching(tmp_path: Path) -> None:
-    """An acknowledgement is not progress. The job holds its slot until the host reports the end."""
+    """An acknowledgement is not progress. The job keeps its slot until the host reports the end."""
     attaches: list[float] = []
 
     def script(conn: PeerConnection) -> None:

@@ -347,7 +347,7 @@ async def test_reattach_acknowledges_the_records_again(tmp_path: Path) -> None:
 
 
 async def test_outage_lasts_until_the_host_has_stopped_the_call(tmp_path: Path) -> None:
-    """The host's `kill_grace` is longer than `host_timeout`: the slot is held until its processes must be gone."""
+    """The host's `kill_grace` is longer than `host_timeout`: the slot stays until its processes must have ended."""
 
     def begin(conn: PeerConnection) -> None:
         started(conn, disconnect_timeout=1.0, kill_grace=1000.0)

@@ -1,4 +1,4 @@
-"""harpd's runtime directory: the default one, and one that is cleaned while harpd runs."""
+"""harpd's runtime directory: its default, and a clean-up of it while harpd runs."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_cleaned_runtime_directory_costs_no_call(tmp_path: Path, clean: Callable
 
 @pytest.mark.parametrize("clean", [remove_directory, remove_active_socket])
 def test_retired_supervisor_does_not_take_the_new_calls(tmp_path: Path, clean: Callable[[Path], None]) -> None:
-    """It creates its own socket again, but not the one of new calls, which it would reject until its last call ends."""
+    """It creates its own socket again, but not that of new calls, which it would reject until its last call ends."""
     with Harpd(tmp_path / "harpd", PROCEDURES, services=True) as harpd:
         with harpd.start_resumable("wait_for", str(tmp_path / "go")) as running:
             running.line()
@@ -102,7 +102,7 @@ def test_retired_supervisor_does_not_take_the_new_calls(tmp_path: Path, clean: C
             assert harpd.supervisor != retired
             for _ in range(3):
                 clean(harpd.runtime_directory)
-                time.sleep(1.2)  # until both supervisors have looked at their files; the order is not known
+                time.sleep(1.2)  # until both supervisors have looked at their files; in any order
                 wait_until((harpd.runtime_directory / "supervisor").exists, DEADLINE, "the socket")
                 assert harpd.supervisor != retired
             assert harpd.call("echo", 1)[-1] == {"result": [1]}

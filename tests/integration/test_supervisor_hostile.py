@@ -178,7 +178,7 @@ def test_zygote_hanging_is_replaced_and_calls_continue(tmp_path: Path) -> None:
 
 
 def test_start_without_contact_is_stopped_after_fork(supervisor: Supervisor, tmp_path: Path) -> None:
-    """Contact counts from the arrival of the connection, however long the start was delayed since then."""
+    """Contact counts from the arrival of the connection, even if the start was delayed for long."""
     now = time.clock_gettime(time.CLOCK_BOOTTIME)
     with supervisor.call_resumable("wait_for", str(tmp_path / "go"), disconnect_timeout=5, received=now - 6) as call:
         (line,) = call.lines()
@@ -202,7 +202,7 @@ def test_start_without_contact_is_stopped_after_fork(supervisor: Supervisor, tmp
 
 
 def test_attach_after_supervisor_death_finds_call(tmp_path: Path) -> None:
-    """The call is found even if the next supervisor dies at once."""
+    """The call is found even if the next supervisor dies immediately."""
     first = Supervisor(tmp_path / "supervisor", PROCEDURES + OWN).start()
     with first.call_resumable("wait_for", str(tmp_path / "go")) as call:
         call.line()

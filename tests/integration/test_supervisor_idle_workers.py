@@ -1,4 +1,4 @@
-"""Workers that serve many calls: which calls share one, what a call sees of earlier calls, and when a worker ends."""
+"""Workers that serve many calls: which calls share a worker, the effects of earlier calls, and when a worker ends."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ QUIET = 0.5
 
 
 class Link:
-    """The frontend's end of a link; nothing is credited by itself."""
+    """The frontend's end of a link; it sends credit only when the test does."""
 
     def __init__(self, supervisor: Supervisor) -> None:
         self.socket = supervisor.connect().socket
@@ -46,7 +46,7 @@ class Link:
         self.socket.sendall(encode_frame(channel, START, header + b"\n" + json.dumps(arguments).encode()))
 
     def frames_until_quiet(self) -> list[Frame]:
-        """Return the frames that arrive until no more do."""
+        """Return frames until a pause."""
         frames: list[Frame] = []
         self.socket.settimeout(QUIET)
         try:
@@ -88,7 +88,7 @@ def size(frames: list[Frame]) -> int:
 
 
 def stands(process: psutil.Process) -> bool:
-    """Return whether the process does nothing for a while."""
+    """Return whether the process is idle for a time."""
     before = process.cpu_times()
     time.sleep(QUIET)  # the processor time of this interval is measured
     return process.cpu_times().user - before.user < QUIET / 10

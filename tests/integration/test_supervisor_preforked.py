@@ -1,4 +1,4 @@
-"""Pre-forked workers: each serves one call, none is left over, and the death of one fails no call."""
+"""Pre-forked workers: each serves one call, all end, and the death of a worker fails no call."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_preforked_worker_killed_fails_no_call(supervisor: Supervisor) -> None:
 
 
 def test_preforked_worker_killed_with_arguments_fails_its_call(supervisor: Supervisor, tmp_path: Path) -> None:
-    """A call whose arguments were sent to a worker is not given to another one: it might start twice."""
+    """After its arguments were sent to a worker, a call is not sent to another: it might start twice."""
     path = tmp_path / "notes"
     for number in range(3):
         waiting = preforked(supervisor)
@@ -137,7 +137,7 @@ def test_preforked_workers_end_with_zygote(supervisor: Supervisor) -> None:
 
 
 def test_preforked_workers_are_no_possible_escapes(supervisor: Supervisor, tmp_path: Path) -> None:
-    """Workers that the zygote forks while a call is stopped are known, so the stop report is complete."""
+    """Workers that the zygote forks while a call is stopped are recorded, so the stop report is complete."""
     for number in range(5):
         path = tmp_path / str(number)
         with supervisor.call_resumable("resist", str(path)) as call:

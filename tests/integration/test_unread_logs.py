@@ -1,4 +1,4 @@
-"""Daemons whose stderr nobody reads continue to serve, enforce limits, and stop."""
+"""Daemons with unread stderr continue to serve, enforce limits, and stop."""
 
 from __future__ import annotations
 

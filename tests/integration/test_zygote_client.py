@@ -114,7 +114,7 @@ def quick_checks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_zygote_is_not_abandoned_after_a_suspension(tmp_path: Path) -> None:
-    """The machine was suspended before the zygote could reply, and it gets no processor at once after that."""
+    """The machine was suspended before the zygote could reply, and it gets the processor late."""
     clock, call = Clock(tmp_path, PROCEDURES), IdleCall()
     zygote = clock.zygote
 

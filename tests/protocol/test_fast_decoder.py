@@ -1,4 +1,4 @@
-"""The fast decoder of requests: it returns what the decoder of the protocol returns, or nothing."""
+"""The fast decoder of requests: it returns the value of the usual decoder, or None."""
 
 from __future__ import annotations
 

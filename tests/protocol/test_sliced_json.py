@@ -59,7 +59,7 @@ def keys_in(value: Any) -> Any:
 
 
 def outcome(decode: Callable[[], Iterable[str] | None]) -> Any:
-    """Return the keys of the object that a function returns; None if there is none."""
+    """Return the keys of the object that a function returns; None if it returns none."""
     try:
         found = decode()
     except InvalidJSON as error:

@@ -16,7 +16,7 @@ from harpcaller.store.sqlite.writes import Writes
 
 
 async def test_claim_does_not_look_at_lanes_of_a_full_host_again(tmp_path: Path) -> None:
-    """A claim looks at as many waiting lanes as the host has room for, however many wait."""
+    """A claim looks at as many waiting lanes as the host has room for, for any number of lanes."""
     await (await open_store(tmp_path)).close()
     with closing(connect(tmp_path / FILE_NAME)) as db:
         active, looked = ActiveJobs(db), list[int]()

@@ -1,4 +1,4 @@
-"""Simulated hosts of the measurements: to a dispatcher they are like real ones."""
+"""Simulated hosts of the measurements: to a dispatcher they are like real hosts."""
 
 from __future__ import annotations
 

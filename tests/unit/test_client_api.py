@@ -1,4 +1,4 @@
-"""The public API: everything in docs/client-api.md exists, and inspecting objects sends nothing."""
+"""The public API: everything in docs/client-api.md exists, and inspecting objects sends no request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pool of waiting connections: which one is used next, which are closed, and that none is used twice at once."""
+"""The pool of waiting connections: which one is used next, which are closed, and that no connection is used twice."""
 
 from __future__ import annotations
 

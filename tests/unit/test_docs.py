@@ -128,7 +128,7 @@ OTHER_WORDS = {
     "host": r"\bminions?\b",
 }
 
-#: Phrases that readers have to read twice, or that say nothing; and the plain words to use.
+#: Phrases that readers have to read twice, or without a meaning; and the plain words to use.
 BANNED_PHRASES = {
     r"\bwhoever\b": "name the actor",
     r"\bwho(so)? asks\b": "the caller, the client",

@@ -1,4 +1,4 @@
-"""The cgroup of a call: its members, and killing all at once."""
+"""The cgroup of a call: its members, and killing all of them."""
 
 from __future__ import annotations
 

@@ -248,7 +248,7 @@ def list_slowly(path):
         return list_at_once(path)
     if lists < int(sys.argv[1]):
         found = list_at_once(path)
-        hop()  # listed, and gone when it is read
+        hop()  # listed, and ended when it is read
         return found
     low = [name for name in list_at_once(path) if name.isdecimal() and int(name) < limit // 2]
     last.write_text(str(limit - 1))
@@ -349,7 +349,7 @@ def test_scan_reads_pids_that_were_assigned_since() -> None:
 
 
 def complete_snapshot() -> Snapshot:
-    """Return a complete snapshot that was begun just now, however long it took."""
+    """Return a complete snapshot that seems to have been started just now."""
     found = take_snapshot()
     while not found.complete:
         found = take_snapshot()

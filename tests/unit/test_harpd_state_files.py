@@ -55,7 +55,7 @@ class Supervisors:
         return records
 
     def kill(self, records: StateFiles) -> None:
-        """Close the locks of a supervisor, as its death does: on its own file and on those of dead ones."""
+        """Close the locks of a supervisor, as its death does: on its own file and on those of dead supervisors."""
         del self._alive[records]
         calls = self._directory / "calls"
         living = {str(calls / f"{name}.1") for name in self._alive.values()}
@@ -318,7 +318,7 @@ IDS = ("first", "second", "third")
 
 
 def intact_file() -> bytes:
-    """Return a state file of three calls whose processes are gone."""
+    """Return a state file of three calls without processes."""
     contents = [encode_state(one, BOOT, CallTree(2**22 + 1, 5, cookie_for(one)), None) for one in IDS]
     return b"".join(encode_entry(Purpose.STOP_AND_REPORT, content).ljust(ENTRY_SIZE, b"\0") for content in contents)
 

@@ -1,4 +1,4 @@
-"""Tombstones: ids that can no longer start."""
+"""Tombstones: ids that must not start."""
 
 from __future__ import annotations
 

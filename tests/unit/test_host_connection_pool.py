@@ -1,4 +1,4 @@
-"""The pool of idle connections to hosts: which connection is returned, when one expires, how many the pool holds."""
+"""The pool of idle connections to hosts: which connection is returned, when one expires, how many the pool stores."""
 
 from __future__ import annotations
 

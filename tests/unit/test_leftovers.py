@@ -1,4 +1,4 @@
-"""What tests leave behind is found, and what belongs to longer-lived fixtures is not taken for it."""
+"""Leftovers of tests are found; resources of longer-lived fixtures do not count."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The common part of both shells' connections: connecting, errors, received lines, the test for idleness.
 
 Each error of socket, ssl, json and the protocol becomes a `CommunicationError` whose message contains host, port and
-cause. Its `__cause__` is the original: an `OSError` if the network or the peer broke the connection, an `EOFError` if
-the peer closed it between lines, a `ValueError` if the peer sent invalid data.
+cause. Its `__cause__` is the original: `OSError` if the connection broke; `EOFError` if the peer closed it between
+lines; `ValueError` if the peer sent invalid data.
 """
 
 from __future__ import annotations

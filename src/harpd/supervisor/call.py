@@ -14,8 +14,8 @@ worker waits (back-pressure) and no output is lost. The end is decided once, by 
 A worker runs the procedure's code and is not trusted: each line must be a record, a traceback,
 or the closing line, which is the last. It cannot send the messages that only the supervisor sends.
 
-When the worker and all stopped processes have ended (`Call.on_reaped`, `TerminationSequence`), the session receives
-exit info, and the stop report of a stopped call.
+When the worker and all stopped processes have ended, the session receives exit info, and the stop report of a stopped
+call. See `Call.on_reaped` and `TerminationSequence`.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ The dispatcher of a resumable call may disconnect and attach again. The records 
 attached connection receives them from the requested number on, and each acknowledgement deletes the records that the
 dispatcher has stored. The end is sent once the worker has been reaped, and all stopped processes have ended or are
 listed as survivors: stop report, exit info, then the closing line. So when the closing line is sent, the worker has
-ended, and only the survivors in the stop report remain of the processes that had to be stopped. The dispatcher sends
-``release`` when it has stored the end.
+ended. Only the survivors in the stop report remain of the stopped processes. The dispatcher sends ``release`` when it
+has stored the end.
 
 At most a window of unacknowledged records is sent. So a dispatcher with a slow store need not stop reading, and
 receives all other messages in time.
