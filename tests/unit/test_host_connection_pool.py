@@ -26,7 +26,7 @@ class FakeConnection:
 
     def __init__(self, keep_alive: float | None = 60.0, opened_at: float | None = None) -> None:
         self.keep_alive = keep_alive
-        self.opened_at = pool_module.time.monotonic() if opened_at is None else opened_at
+        self.opened_at = cast(Any, pool_module).time.monotonic() if opened_at is None else opened_at
         self.tls_version: tuple[int, ...] = ()
         self.is_reusable = True
         self.end: str | None = None
