@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from contextlib import closing
+from itertools import count
 from pathlib import Path
 from uuid import UUID
 
-from harp.protocol.ends import Failed
+from harp.protocol.ends import Failed, Returned
 from harp.protocol.json_text import Raw
 from harpcaller.model.jobs import Job, NewJob, State
 from harpcaller.store.sqlite import FILE_NAME, open_store
@@ -22,7 +23,7 @@ async def test_claim_does_not_look_at_lanes_of_a_full_host_again(tmp_path: Path)
         active, looked = ActiveJobs(db), list[int]()
         lanes = [active.add_lane(f"queue:{number}", 1) for number in range(1000)]
         for lane in lanes:
-            active.add_queued(lane)
+            active.add_queued(lane, None)
         running: list[ActiveJob] = []
 
         def head(seq: int, lane: Lane) -> Job:
@@ -38,7 +39,7 @@ async def test_claim_does_not_look_at_lanes_of_a_full_host_again(tmp_path: Path)
                 head, limit=limit, max_calls_per_host=most, max_new=lambda host: new
             ):
                 found.append(lanes.index(lane))
-                running.append(ActiveJob(str(seq), seq, lane, "web01", State.RUNNING))
+                running.append(ActiveJob(str(seq), seq, lane, None, "web01", State.RUNNING))
                 active.give_slot(running[-1])
             return len(looked), found
 
@@ -47,7 +48,7 @@ async def test_claim_does_not_look_at_lanes_of_a_full_host_again(tmp_path: Path)
         active.release_slot(running.pop(0))
         assert claim(2) == (1, [2])
         assert lanes[3].head is not None
-        active.remove_queued(lanes[3].head, lanes[3])
+        active.remove_queued(ActiveJob("cancelled", lanes[3].head, lanes[3], None))
         active.release_slot(running.pop(0))
         assert claim(2) == (1, [4])
         active.release_slot(running.pop(0))
@@ -57,6 +58,48 @@ async def test_claim_does_not_look_at_lanes_of_a_full_host_again(tmp_path: Path)
         assert claim(5) == (3, [7, 8, 9])
         assert claim(9, new=1) == (1, [10])
         assert claim(9, new=0) == (0, [])
+
+
+async def test_claim_does_not_look_at_waiting_jobs_of_a_full_owner(tmp_path: Path) -> None:
+    """However many jobs wait for their owner, on one host and on many, a claim looks at those that may start only."""
+    await (await open_store(tmp_path)).close()
+    with closing(connect(tmp_path / FILE_NAME)) as db:
+        writes = Writes(db)
+        writes.begin_transaction()
+        numbers = count(1)
+
+        def add(many: int, owner: str, hosts: int = 1) -> None:
+            for number in range(many):
+                call = f"web{number % hosts}", "p", Raw(b"[]"), 600.0, 600.0
+                writes.add_job(NewJob(str(UUID(int=next(numbers))), *call, owner=owner, max_running=2), 1.0)
+            writes.flush()
+
+        def claim() -> tuple[int, list[Job]]:
+            """Return how much SQLite did for a claim, and the claimed jobs."""
+            done = list[None]()
+            db.set_progress_handler(lambda: done.append(None), 1)
+            claimed = writes.claim_jobs(2.0, 100, 1000)
+            db.set_progress_handler(None, 1)
+            return len(done), claimed
+
+        add(5000, "a")
+        add(5000, "a", hosts=5000)
+        _, [first, second] = claim()
+        assert (first.host, second.host) == ("web0", "web0")
+        assert claim() == (0, [])
+        add(3, "b")
+        much, found = claim()
+        assert [job.owner for job in found] == ["b", "b"]
+        writes.finish_job(first.id, Returned(Raw(b"1")), 3.0)
+        writes.flush()
+        one, [third] = claim()
+        assert (third.owner, third.host) == ("a", "web0")
+        assert one < 2 * much
+        for _ in range(20):  # the cost of each does not grow
+            writes.finish_job(third.id, Returned(Raw(b"1")), 3.0)
+            writes.flush()
+            more, [third] = claim()
+            assert more < 2 * much
 
 
 async def test_failed_attempt_does_not_read_all_waiting_jobs_again(tmp_path: Path) -> None:

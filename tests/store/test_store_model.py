@@ -26,7 +26,7 @@ from harp.protocol.ends import End, Failed
 from harp.protocol.json_text import Raw
 from harpcaller.model.jobs import NO_METADATA, JobMetadata, NewJob, Records, StopState
 from harpcaller.model.lanes import canonical
-from harpcaller.store import RequestIDReused
+from harpcaller.store import LimitReached, RequestIDReused
 from support.backends import BACKENDS, Opener
 from support.jobs import ENDS, new_id, new_job
 from support.store_model import ModelStore
@@ -35,6 +35,8 @@ HOSTS = st.sampled_from(["one", "two", "three"])
 # Two of these names are equal as JSON values.
 QUEUES = st.sampled_from([Raw(b"{}"), Raw(b'{"a":1,"b":2}'), Raw(b'{ "b": 2.0, "a": 1 }'), Raw(b'{"a":true}')])
 SMALL = st.integers(0, 4)
+#: Owners, and how many of their jobs may run; the first one has jobs of both kinds.
+OWNERS = st.sampled_from([(None, None), ("a", None), ("a", 2), ("b", 1), ("c\ud800", 1)])
 #: Request ids and digests of calls; some are submitted again, some are reused for another call.
 REQUESTED = st.lists(st.tuples(st.sampled_from("abcdef"), st.sampled_from([b"1", b"1", b"1", b"2"])), max_size=5)
 END_VALUES = st.sampled_from(list(ENDS.values()))
@@ -81,14 +83,43 @@ class Comparison(RuleBasedStateMachine):
     def outcome(self, asked: Any) -> Any:
         try:
             return asked()
-        except (ValueError, LookupError, RequestIDReused) as error:
+        except (ValueError, LookupError, RequestIDReused, LimitReached) as error:
             return type(error)
 
-    @rule(target=jobs, host=HOSTS, queue=st.none() | QUEUES, concurrency=st.integers(1, 3), start_within=SMALL)
-    def add(self, host: str, queue: Raw | None, concurrency: int, start_within: int) -> str:
-        job = new_job(host, queue, concurrency, start_within=float(start_within))
+    @rule(
+        target=jobs,
+        host=HOSTS,
+        queue=st.none() | QUEUES,
+        concurrency=st.integers(1, 3),
+        start_within=SMALL,
+        owner=OWNERS,
+        end=st.none() | st.just(NOT_STARTED),
+    )
+    def add(
+        self,
+        host: str,
+        queue: Raw | None,
+        concurrency: int,
+        start_within: int,
+        owner: tuple[str | None, int | None],
+        end: Failed | None,
+    ) -> str:
+        submitter: dict[str, Any] = {"owner": owner[0], "max_running": owner[1], "end": end}
+        job = new_job(host, queue, concurrency, start_within=float(start_within), **submitter)
         self.both("add_job", job, self.now)
         return job.id
+
+    @rule(
+        target=jobs,
+        count=st.integers(0, 4),
+        owner=OWNERS,
+        max_queued=st.none() | st.integers(1, 5),
+    )
+    def add_limited(self, count: int, owner: tuple[str | None, int | None], max_queued: int | None) -> Any:
+        limits: dict[str, Any] = {"owner": owner[0], "max_running": owner[1], "max_queued": max_queued}
+        jobs = [new_job("one", **limits) for _ in range(count)]
+        outcome = self.both("add_jobs", jobs, self.now)
+        return multiple(*(outcome if isinstance(outcome, list) else ()))
 
     @rule(target=jobs, hosts=st.lists(HOSTS, min_size=5, max_size=20), queue=st.none() | QUEUES)
     def add_at_once(self, hosts: list[str], queue: Raw | None) -> Any:
@@ -101,9 +132,12 @@ class Comparison(RuleBasedStateMachine):
     async def all_at_once(self, jobs: list[NewJob]) -> list[Any]:
         return await asyncio.gather(*(self.store.add_job(job, self.now) for job in jobs), return_exceptions=True)
 
-    @rule(target=jobs, requested=REQUESTED, queue=st.none() | QUEUES)
-    def add_requested(self, requested: list[tuple[str, bytes]], queue: Raw | None) -> Any:
-        jobs = [new_job("one", queue, request_id=request_id, call_digest=digest) for request_id, digest in requested]
+    @rule(target=jobs, requested=REQUESTED, queue=st.none() | QUEUES, owner=st.sampled_from(["", "a", "b"]))
+    def add_requested(self, requested: list[tuple[str, bytes]], queue: Raw | None, owner: str) -> Any:
+        jobs = [
+            new_job("one", queue, request_id=request_id, call_digest=digest, request_ids_of=owner)
+            for request_id, digest in requested
+        ]
         outcome = self.both("add_jobs", jobs, self.now)
         return multiple(*(outcome if isinstance(outcome, list) else ()))
 
@@ -199,6 +233,7 @@ class Comparison(RuleBasedStateMachine):
         assert found == self.model.read_records(job_id, first)
         self.both("get_job", job_id)
         self.both("get_details", job_id)
+        self.both("find_subjects", [job_id, new_id()], 1000)
 
     @rule(
         ended=st.booleans(),

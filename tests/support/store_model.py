@@ -21,10 +21,11 @@ from harpcaller.model.jobs import (
     Records,
     State,
     StopState,
+    Subject,
     state_of,
 )
 from harpcaller.model.lanes import canonical
-from harpcaller.store import QueueStatus, RequestIDReused, UnknownJob
+from harpcaller.store import LimitReached, QueueStatus, RequestIDReused, UnknownJob
 
 
 class ModelStore:
@@ -35,7 +36,8 @@ class ModelStore:
         self.records: dict[str, list[tuple[Raw, float]]] = {}
         self.metadata: dict[str, JobMetadata] = {}
         self.limits: dict[str, tuple[Raw, int]] = {}
-        self.requests: dict[str, tuple[str, bytes, float]] = {}  # by request id: job id, digest, time
+        # by request id and owner: job id, digest, time
+        self.requests: dict[tuple[str, str], tuple[str, bytes, float]] = {}
         self._places = itertools.count(1)
 
     def list_slot_holders(self) -> list[Job]:
@@ -45,28 +47,37 @@ class ModelStore:
         return [job for _, job in self.jobs.values() if self._lane(job) == self._lane(job_of_lane)]
 
     def _lane(self, job: Job) -> tuple[str, str]:
-        return ("host", job.host) if job.queue is None else ("queue", canonical(job.queue))
+        if job.queue is not None:
+            return "queue", canonical(job.queue)
+        return ("host", job.host) if job.max_running is None else ("host of " + str(job.owner), job.host)
 
     def add_job(self, job: NewJob, now: float) -> str:
         if job.request_id is not None:
-            first, digest, _ = self.requests.get(job.request_id, (None, b"", 0.0))
-            if first is not None and first in self.jobs:
-                if digest != job.call_digest:
-                    raise RequestIDReused(job.request_id, first)
-                return first
+            for owner in (job.request_ids_of, ""):
+                first, digest, _ = self.requests.get((job.request_id, owner), ("", b"", 0.0))
+                if first in self.jobs:
+                    if digest != job.call_digest:
+                        raise RequestIDReused(job.request_id, first if owner == job.request_ids_of else None)
+                    return first
         if job.id in self.jobs:
             raise ValueError
+        queued = [other for _, other in self.jobs.values() if other.state is State.QUEUED and other.owner == job.owner]
+        if job.max_queued is not None and len(queued) >= job.max_queued:
+            raise LimitReached("queued", may_pass=True)
         if job.request_id is not None:
-            self.requests[job.request_id] = (job.id, job.call_digest, now)
+            self.requests[job.request_id, job.request_ids_of] = (job.id, job.call_digest, now)
         if job.queue is not None:
             self.limits.setdefault(canonical(job.queue), (job.queue, job.concurrency))
         stored = Job(
             job.id, State.QUEUED, job.host, job.procedure, job.arguments, job.timeout, job.max_exec_time,
-            job.queue, job.info, now, None, None, None, 0, start_within=job.start_within,
+            job.queue, job.info, now, None, None, None, 0, start_within=job.start_within, owner=job.owner,
+            max_running=job.max_running,
         )  # fmt: skip
         self.jobs[job.id] = (next(self._places), stored)
         self.records[job.id] = []
         self.metadata[job.id] = NO_METADATA
+        if job.end is not None:
+            self.finish_job(job.id, job.end, now)
         return job.id
 
     def add_jobs(self, jobs: Sequence[NewJob], now: float) -> list[str]:
@@ -75,7 +86,7 @@ class ModelStore:
         before = dict(self.jobs), dict(self.records), dict(self.metadata), dict(self.limits), dict(self.requests)
         try:
             return [self.add_job(job, now) for job in jobs]
-        except RequestIDReused:
+        except (RequestIDReused, LimitReached):
             self.jobs, self.records, self.metadata, self.limits, self.requests = before
             raise
 
@@ -97,7 +108,13 @@ class ModelStore:
     def _may_start(self, job: Job, max_calls_per_host: int) -> bool:
         if sum(other.host == job.host for other in self.list_slot_holders()) >= max_calls_per_host:
             return False
-        return self._has_room(job)
+        return self._has_room(job) and not self._is_owner_full(job)
+
+    def _is_owner_full(self, job: Job) -> bool:
+        return job.max_running is not None and self._count_running(job.owner) >= job.max_running
+
+    def _count_running(self, owner: str | None) -> int:
+        return sum(other.owner == owner for other in self.list_slot_holders())
 
     def _has_room(self, job: Job) -> bool:
         if job.queue is None:
@@ -124,7 +141,7 @@ class ModelStore:
                 continue
             waits_since = since if job.tried is None or job.tried >= restarted else job.tried
             deadline = max(job.submitted, waits_since) + job.start_within
-            if job.host != host or not self._has_room(job):
+            if job.host != host or not self._has_room(job) or self._is_owner_full(job):
                 waiting_lanes.add(lane)
             elif deadline <= now and job.submitted <= failed:
                 ended.append(job.id)
@@ -208,6 +225,13 @@ class ModelStore:
             raise UnknownJob(job_id)
         return self.jobs[job_id][1]
 
+    def find_subjects(self, job_ids: Sequence[str], max_bytes: int) -> dict[str, Subject]:
+        found = {job_id: self.jobs[job_id][1] for job_id in job_ids if job_id in self.jobs}
+        return {
+            id_: Subject(job.owner, job.host, job.procedure, Raw(job.arguments[:max_bytes]), job.queue)
+            for id_, job in found.items()
+        }
+
     def get_details(self, job_id: str) -> JobDetails:
         job = self.get_job(job_id)
         size = sum(len(value) for value, _ in self.records[job_id])
@@ -219,7 +243,8 @@ class ModelStore:
         holders = [other.id for other in self.in_lane(job) if other.holds_slot]
         limit = None if job.queue is None else self.limits[canonical(job.queue)][1]
         on_host = sum(other.host == job.host for other in self.list_slot_holders())
-        return QueuePosition(queued.index(job.id) + 1, limit, len(holders), tuple(holders[:10]), on_host)
+        of_owner = 0 if job.max_running is None else self._count_running(job.owner)
+        return QueuePosition(queued.index(job.id) + 1, limit, len(holders), tuple(holders[:10]), on_host, of_owner)
 
     def read_records(self, job_id: str, first: int) -> Records:
         found = self.records.get(job_id, [])[first:]

@@ -70,6 +70,11 @@ class NewJob(Struct, frozen=True):
     start_within: float = 0.0  # seconds for which a start that certainly did not happen is tried again
     request_id: str | None = None  # all submissions with the same request id are one job
     call_digest: bytes = b""  # of the submitted call, if it has a request id
+    owner: str | None = None  # the principal that submits it
+    request_ids_of: str = ""  # the owner whose request ids its own is among; empty: those of all clients
+    max_running: int | None = None  # it waits while as many jobs of its owner hold a slot
+    max_queued: int | None = None  # it is refused if more jobs of its owner would be queued
+    end: Failed | None = None  # it is stored as a job that has ended before it was queued
 
 
 class Job(Struct, frozen=True):
@@ -93,6 +98,18 @@ class Job(Struct, frozen=True):
     stop: StopState | None = None  # None: it was not stopped
     start_within: float = 0.0  # seconds for which a start that certainly did not happen is tried again
     tried: float | None = None  # time of the first start, if the job was queued again after it
+    owner: str | None = None  # the principal that submitted it; None: unknown, because it is from before access rules
+    max_running: int | None = None  # it waits while as many jobs of its owner hold a slot
+
+
+class Subject(Struct, frozen=True):
+    """What decides who may do something with a job."""
+
+    owner: str | None
+    host: str
+    procedure: str
+    arguments: Raw  # perhaps only their beginning
+    queue: Raw | None
 
 
 class JobMetadata(Struct, frozen=True):
@@ -125,6 +142,7 @@ class QueuePosition(Struct, frozen=True):
     slots_held: int  # number of jobs of the lane that hold a slot
     slot_holders: tuple[str, ...]  # ids of the oldest of these jobs
     slots_held_on_host: int  # number of jobs that hold a slot on its host, with or without a queue
+    slots_held_by_owner: int = 0  # number of jobs of its owner that hold a slot, if the job has `max_running`
 
 
 class JobDetails(Struct, frozen=True):

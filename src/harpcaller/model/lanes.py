@@ -2,6 +2,9 @@
 
 Each queued job is in one lane: the lane of its queue or, if it has no queue, the lane of its host. Only the head of a
 lane may start; between heads, the order of submission decides. A search for jobs to start therefore reads only heads.
+
+Jobs without a queue that have a limit for their owner are in a lane of their host and owner. So an owner who has
+reached its limit delays nobody else. A queue has one lane for all owners, because its jobs start first in, first out.
 """
 
 from __future__ import annotations
@@ -58,6 +61,17 @@ def queue_lane(name: Raw) -> str:
 def host_lane(host: str) -> str:
     """Return the key of the lane for the jobs of this host that have no queue."""
     return "host:" + _digest(host)
+
+
+def owner_lane(host: str, owner: str) -> str:
+    """Return the key of the lane for the jobs of this host and owner that have no queue, and a limit for the owner."""
+    return f"{host_lane(host)}/{_digest(owner)}"
+
+
+def lane_of_host(lane: str) -> str | None:
+    """Return the lane of the host of an owner's lane; None if the lane is of another kind."""
+    host, separator, _ = lane.partition("/")
+    return host if separator else None
 
 
 def _digest(text: str) -> str:

@@ -15,11 +15,24 @@ class UnknownJob(LookupError):
     """No job has this id."""
 
 
-class RequestIDReused(Exception):
-    """A job was submitted with the request id of another call. It is not stored."""
+class SubmissionRefused(Exception):
+    """A submission that the stored jobs do not allow. Nothing is stored."""
 
-    def __init__(self, request_id: str, job_id: str) -> None:
-        super().__init__(f"request_id {request_id!r} was used for another call: job {job_id}")
+
+class RequestIDReused(SubmissionRefused):
+    """A job was submitted with the request id of another call, and the job `job_id`; None: it is of another owner."""
+
+    def __init__(self, request_id: str, job_id: str | None) -> None:
+        job = "" if job_id is None else f": job {job_id}"
+        super().__init__(f"request_id {request_id!r} was used for another call{job}")
+
+
+class LimitReached(SubmissionRefused):
+    """A job was submitted above a limit of its owner. `may_pass`: another attempt may succeed."""
+
+    def __init__(self, message: str, may_pass: bool) -> None:
+        super().__init__(message)
+        self.may_pass = may_pass
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,6 +115,7 @@ class Store:
     set_prune_time = _writes(Writes.set_prune_time)
     list_slot_holders = _reads(reads.list_slot_holders)
     get_job = _reads(reads.get_job)
+    find_subjects = _reads(reads.find_subjects)
     get_details = _reads(reads.get_details)
     read_records = _reads(reads.read_records)
     get_identity = _reads(reads.get_identity)

@@ -9,10 +9,10 @@ SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'jobs';
 SELECT lane, concurrency FROM queues;
 
 -- name: queued_to_cache
-SELECT seq, lane FROM jobs INDEXED BY jobs_queued_of_lane WHERE state = 'queued' ORDER BY lane, seq;
+SELECT seq, lane, owner FROM jobs INDEXED BY jobs_queued_of_lane WHERE state = 'queued' ORDER BY lane, seq;
 
 -- name: slot_holders_to_cache
-SELECT seq, id, lane, host, state, records FROM jobs
+SELECT seq, id, lane, owner, host, state, records FROM jobs
 WHERE seq IN (SELECT seq FROM jobs INDEXED BY jobs_holding WHERE holds_slot = 1);
 
 -- name: add_queue
@@ -22,24 +22,25 @@ INSERT INTO queues (lane, name, concurrency) VALUES (?, ?, ?);
 DELETE FROM queues WHERE lane = ?;
 
 -- name: add_job
-INSERT INTO jobs (seq, id, lane, host, state, submitted, started, holds_slot) VALUES (?, ?, ?, ?, ?, ?, ?, ?);
+INSERT INTO jobs (seq, id, lane, host, state, submitted, started, holds_slot, owner) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?);
 
 -- name: add_call
-INSERT INTO calls (job, procedure, arguments, timeout, max_exec_time, queue, info, start_within)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?);
+INSERT INTO calls (job, procedure, arguments, timeout, max_exec_time, queue, info, start_within, max_running)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?);
 
 -- name: find_request_id
--- The job's id is NULL if the job was deleted or is not inserted yet.
-SELECT request_ids.job, jobs.id, request_ids.call_digest
-FROM request_ids LEFT JOIN jobs ON jobs.seq = request_ids.job WHERE request_ids.request_id = ?;
+-- The owner's own one comes first. The job's id is NULL if the job was deleted or is not inserted yet.
+SELECT request_ids.job, jobs.id, request_ids.call_digest, request_ids.owner = :owner
+FROM request_ids LEFT JOIN jobs ON jobs.seq = request_ids.job
+WHERE request_ids.request_id = :request_id AND request_ids.owner IN (:owner, x'') ORDER BY request_ids.owner DESC;
 
 -- name: add_request_id
 -- It replaces the request id of a deleted job.
-INSERT OR REPLACE INTO request_ids (request_id, job, call_digest, submitted) VALUES (?, ?, ?, ?);
+INSERT OR REPLACE INTO request_ids (request_id, owner, job, call_digest, submitted) VALUES (?, ?, ?, ?, ?);
 
 -- name: delete_request_ids
-DELETE FROM request_ids WHERE request_id IN (
-    SELECT request_id FROM request_ids WHERE submitted < :before ORDER BY submitted LIMIT :limit
+DELETE FROM request_ids WHERE (request_id, owner) IN (
+    SELECT request_id, owner FROM request_ids WHERE submitted < :before ORDER BY submitted LIMIT :limit
 );
 
 -- name: start_job
@@ -53,7 +54,7 @@ WHERE seq = ? AND state = 'running';
 -- name: expired
 -- The jobs of a host's lane that have waited long enough for a start: since :since, or since their first attempt if it
 -- was before :restarted. Jobs submitted after the latest attempt, at :failed, do not expire.
-SELECT jobs.seq, jobs.id
+SELECT jobs.seq, jobs.id, jobs.owner
 FROM jobs INDEXED BY jobs_queued_of_lane JOIN calls ON calls.job = jobs.seq
 WHERE jobs.lane = :lane AND jobs.state = 'queued' AND jobs.submitted <= :failed
     AND max(jobs.submitted, iif(jobs.tried < :restarted, jobs.tried, :since)) + calls.start_within <= :now
@@ -65,7 +66,7 @@ FROM jobs INDEXED BY jobs_queued_of_lane JOIN calls ON calls.job = jobs.seq
 WHERE jobs.lane = :lane AND jobs.state = 'queued';
 
 -- name: find_queued_job
-SELECT seq, lane FROM jobs WHERE id = ? AND state = 'queued';
+SELECT seq, lane, owner FROM jobs WHERE id = ? AND state = 'queued';
 
 -- name: find_job
 SELECT seq FROM jobs WHERE id = ?;
@@ -90,7 +91,7 @@ ON CONFLICT (job) DO UPDATE SET
     exit_info = coalesce(excluded.exit_info, exit_info);
 
 -- name: queued_of_lane
-SELECT seq, id FROM jobs INDEXED BY jobs_queued_of_lane WHERE lane = ? AND state = 'queued' ORDER BY seq LIMIT ?;
+SELECT seq, id, owner FROM jobs INDEXED BY jobs_queued_of_lane WHERE lane = ? AND state = 'queued' ORDER BY seq LIMIT ?;
 
 -- name: add_chunk
 INSERT INTO records (job, first, count, bytes, timestamps) VALUES (?, ?, ?, ?, ?);
@@ -133,6 +134,11 @@ DELETE FROM orphaned_records WHERE job = :seq AND NOT EXISTS (SELECT 1 FROM reco
 -- name: get_job
 SELECT * FROM job_view WHERE id = :id;
 
+-- name: get_subject
+-- At most :bytes of each payload.
+SELECT jobs.owner, jobs.host, calls.procedure, substr(calls.arguments, 1, :bytes), substr(calls.queue, 1, :bytes)
+FROM jobs JOIN calls ON calls.job = jobs.seq WHERE jobs.id = :id;
+
 -- name: get_job_by_seq
 SELECT * FROM job_view WHERE seq = :seq;
 
@@ -151,8 +157,12 @@ SELECT
     ),
     queues.concurrency,
     (SELECT count(*) FROM jobs INDEXED BY jobs_holding WHERE holds_slot = 1 AND lane = waiting.lane),
-    (SELECT count(*) FROM jobs INDEXED BY jobs_holding WHERE holds_slot = 1 AND host = waiting.host)
-FROM jobs AS waiting LEFT JOIN queues ON queues.lane = waiting.lane
+    (SELECT count(*) FROM jobs INDEXED BY jobs_holding WHERE holds_slot = 1 AND host = waiting.host),
+    CASE WHEN calls.max_running IS NULL THEN 0 ELSE (
+        SELECT count(*) FROM jobs
+        WHERE seq IN (SELECT seq FROM jobs INDEXED BY jobs_holding WHERE holds_slot = 1) AND owner IS waiting.owner
+    ) END
+FROM jobs AS waiting JOIN calls ON calls.job = waiting.seq LEFT JOIN queues ON queues.lane = waiting.lane
 WHERE waiting.seq = :seq;
 
 -- name: slot_holders

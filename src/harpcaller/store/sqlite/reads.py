@@ -9,11 +9,19 @@ from typing import Any
 
 from harp.protocol.json_text import Raw
 from harpcaller.model.ids import is_job_id
-from harpcaller.model.jobs import Identity, Job, JobDetails, JobMetadata, QueuePosition, Records, State
+from harpcaller.model.jobs import Identity, Job, JobDetails, JobMetadata, QueuePosition, Records, State, Subject
 from harpcaller.model.lanes import queue_lane
 from harpcaller.store import QueueStatus, UnknownJob
 from harpcaller.store.sqlite.file import MAX_INTEGER, QUERIES
-from harpcaller.store.sqlite.rows import PACKET_BYTES, decode_job, encode_name, split_records, split_timestamps
+from harpcaller.store.sqlite.rows import (
+    PACKET_BYTES,
+    decode_job,
+    decode_name,
+    decode_owner,
+    encode_name,
+    split_records,
+    split_timestamps,
+)
 
 _PAGE_BYTES = 8 * 1024 * 1024  # A page of a list ends when its payloads have this size.
 _MAX_HOLDERS = 10  # Maximum number of slot holders in a queue position.
@@ -22,6 +30,20 @@ _MAX_HOLDERS = 10  # Maximum number of slot holders in a queue position.
 def get_job(db: sqlite3.Connection, job_id: str) -> Job:
     """Return a job. Raises `UnknownJob`."""
     return decode_job(_find_row(db, job_id))
+
+
+def find_subjects(db: sqlite3.Connection, job_ids: Sequence[str], max_bytes: int) -> dict[str, Subject]:
+    """Return what decides who may do something with each of these jobs; unknown ones are missing.
+
+    Each payload has at most `max_bytes`.
+    """
+    found: dict[str, Subject] = {}
+    for job_id in filter(is_job_id, job_ids):
+        rows = db.execute(QUERIES["get_subject"], {"id": job_id, "bytes": max_bytes}).fetchall()
+        for owner, host, procedure, arguments, queue in rows:
+            names = decode_owner(owner), decode_name(host), decode_name(procedure)
+            found[job_id] = Subject(*names, Raw(arguments), None if queue is None else Raw(queue))
+    return found
 
 
 def _find_row(db: sqlite3.Connection, job_id: str) -> Sequence[Any]:
@@ -51,9 +73,9 @@ def get_details(db: sqlite3.Connection, job_id: str) -> JobDetails:
 
 
 def _queue_position(db: sqlite3.Connection, seq: int) -> QueuePosition:
-    [(position, concurrency, slots_held, on_host)] = db.execute(QUERIES["queue_position"], {"seq": seq}).fetchall()
+    [(position, concurrency, slots_held, *others)] = db.execute(QUERIES["queue_position"], {"seq": seq}).fetchall()
     holders = db.execute(QUERIES["slot_holders"], {"seq": seq, "limit": _MAX_HOLDERS}).fetchall()
-    return QueuePosition(position, concurrency, slots_held, tuple(job_id for (job_id,) in holders), on_host)
+    return QueuePosition(position, concurrency, slots_held, tuple(job_id for (job_id,) in holders), *others)
 
 
 def read_records(db: sqlite3.Connection, job_id: str, first: int, max_bytes: int) -> Records:

@@ -33,6 +33,16 @@ def decode_name(name: bytes) -> str:
     return name.decode("utf-8", "surrogatepass")
 
 
+def encode_owner(owner: str | None) -> bytes | None:
+    """Return the owner of a job as it is stored."""
+    return None if owner is None else encode_name(owner)
+
+
+def decode_owner(owner: bytes | None) -> str | None:
+    """Return the owner that `encode_owner` encoded."""
+    return None if owner is None else decode_name(owner)
+
+
 def encode_end_body(end: End) -> bytes | None:
     """Return the bytes that are stored for an end in addition to its state, or None.
 
@@ -57,13 +67,14 @@ def _decode_end(state: State, body: bytes | None) -> End | None:
 def decode_job(row: Sequence[Any]) -> Job:
     """Return the job in a row of the view job_view."""
     _, _, job_id, text, host, procedure, arguments, timeout, max_exec_time, queue, info, *state_columns = row
-    submitted, started, ended, body, records, holds_slot, stop, start_within, tried = state_columns
+    submitted, started, ended, body, records, holds_slot, stop, start_within, tried, owner, max_running = state_columns
     state = State(text)
     names = decode_name(host), decode_name(procedure)
     payloads = None if queue is None else Raw(queue), Raw(info)
     call = *names, Raw(arguments), timeout, max_exec_time, *payloads
     outcome = ended, _decode_end(state, body), records, bool(holds_slot), None if stop is None else StopState(stop)
-    return Job(job_id, state, *call, submitted, started, *outcome, start_within, tried)
+    submitter = decode_owner(owner), max_running
+    return Job(job_id, state, *call, submitted, started, *outcome, start_within, tried, *submitter)
 
 
 def join_records(records: Sequence[Raw]) -> bytes:

@@ -29,7 +29,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple, TypeVar
 
-from harpcaller.store import RequestIDReused, StorageError
+from harpcaller.store import StorageError, SubmissionRefused
 from harpcaller.store.sqlite.file import storage_errors
 from harpcaller.store.sqlite.reserve import Reserve
 from harpcaller.store.sqlite.writes import PAYLOAD_BYTES, PRUNING, Writes
@@ -204,7 +204,7 @@ class Writer:
     def _run_verb(self, verb: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any], *_: object) -> Any:
         try:
             return verb(self._writes, *args, **options)
-        except RequestIDReused as refusal:
+        except SubmissionRefused as refusal:
             return refusal
 
 

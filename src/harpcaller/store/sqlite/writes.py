@@ -10,6 +10,7 @@ memory is read from the file again.
 from __future__ import annotations
 
 import sqlite3
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache
 from itertools import chain
@@ -33,16 +34,18 @@ from harpcaller.model.jobs import (
     StopState,
     state_of,
 )
-from harpcaller.model.lanes import host_lane, queue_lane
-from harpcaller.store import RequestIDReused
+from harpcaller.model.lanes import host_lane, owner_lane, queue_lane
+from harpcaller.store import LimitReached, RequestIDReused
 from harpcaller.store.sqlite.active import ActiveJob, ActiveJobs, Lane
 from harpcaller.store.sqlite.file import MAX_INTEGER, QUERIES
 from harpcaller.store.sqlite.rows import (
     ENTRY_BYTES,
     PACKET_BYTES,
     decode_job,
+    decode_owner,
     encode_end_body,
     encode_name,
+    encode_owner,
     join_records,
     join_timestamps,
 )
@@ -60,13 +63,17 @@ _STEP_PAGES = 512
 _STEP_REQUEST_IDS = 1000
 _SHORT_NAME = 256  # The lanes of names up to this length are cached.
 _host_lane = lru_cache(1024)(host_lane)
+_owner_lane = lru_cache(1024)(owner_lane)
 _queue_lane = lru_cache(1024)(queue_lane)
 
 
 def _lane_of(job: NewJob) -> str:
     if job.queue is not None:
         return _queue_lane(job.queue) if len(job.queue) <= _SHORT_NAME else queue_lane(job.queue)
-    return _host_lane(job.host) if len(job.host) <= _SHORT_NAME else host_lane(job.host)
+    is_short = len(job.host) <= _SHORT_NAME
+    if job.max_running is None:
+        return _host_lane(job.host) if is_short else host_lane(job.host)
+    return (_owner_lane if is_short else owner_lane)(job.host, job.owner or "")
 
 
 class Writes:
@@ -138,7 +145,8 @@ class Writes:
         """Store a queued job on stable storage, and its queue if it is new; return the job's id.
 
         If a job with the same request id is stored, return the id of that job and change no row. Raises
-        `RequestIDReused` if that job has another call, and `ValueError` if a job with this id exists.
+        `RequestIDReused` if that job has another call, `LimitReached` for more jobs than its owner may have queued, and
+        `ValueError` if a job with this id exists. A job with an `end` is stored as one that has ended.
         """
         return self.add_jobs((job,), now)[0]
 
@@ -146,6 +154,8 @@ class Writes:
         """Store queued jobs in this order as `add_job` does, all or none; return their ids in the same order."""
         with_request_id = [job for job in jobs if job.request_id is not None]
         stored_as = self._find_submitted_before(with_request_id) if with_request_id else {}
+        if limited := [job for job in jobs if job.max_queued is not None and job.id not in stored_as]:
+            self._check_queued(limited)
         request_ids: list[tuple[Any, ...]] = []
         for job in jobs:
             if job.id in stored_as:
@@ -154,12 +164,17 @@ class Writes:
             lane = self._active.lanes.get(key) or self._add_lane(key, job)
             limits = float(job.timeout), float(job.max_exec_time)
             call = job.host, job.procedure, job.arguments, *limits, job.queue, job.info
-            queued = Job(job.id, State.QUEUED, *call, now, None, None, None, 0, start_within=job.start_within)
-            seq = self._active.add_queued(lane)
+            submitter = job.start_within, None, job.owner, job.max_running
+            queued = Job(job.id, State.QUEUED, *call, now, None, None, None, 0, False, None, *submitter)
+            seq = self._active.add_queued(lane, job.owner)
             lane.waits_until = min(lane.waits_until, now + job.start_within)
             self._added[seq] = lane, queued
+            if job.end is not None:
+                ended = ActiveJob(job.id, seq, lane, job.owner)
+                self._end(ended, job.end, now, None, False, NO_METADATA)
             if job.request_id is not None:
-                request_ids.append((encode_name(job.request_id), seq, job.call_digest, now))
+                key_of_id = encode_name(job.request_id), encode_name(job.request_ids_of)
+                request_ids.append((*key_of_id, seq, job.call_digest, now))
         if request_ids:
             self.db.executemany(QUERIES["add_request_id"], request_ids)
         return [stored_as.get(job.id, job.id) for job in jobs]
@@ -167,25 +182,41 @@ class Writes:
     def _find_submitted_before(self, jobs: Sequence[NewJob]) -> dict[str, str]:
         """Return the jobs whose request id was used before: their ids, and the id of the first job with it."""
         stored_as: dict[str, str] = {}
-        first_jobs: dict[str, tuple[str, bytes]] = {}
+        first_jobs: dict[tuple[str, str], tuple[str, bytes, bool]] = {}
         for job in jobs:
-            request_id = job.request_id or ""
-            first = first_jobs.get(request_id) or self._find_request_id(request_id) or (job.id, job.call_digest)
-            first_jobs[request_id] = first
-            if first[1] != job.call_digest:
-                raise RequestIDReused(request_id, first[0])
-            if first[0] != job.id:
-                stored_as[job.id] = first[0]
+            key = request_id, _ = job.request_id or "", job.request_ids_of
+            first = first_jobs.get(key) or self._find_request_id(*key) or (job.id, job.call_digest, True)
+            first_jobs[key] = first
+            job_id, digest, is_own = first
+            if digest != job.call_digest:
+                raise RequestIDReused(request_id, job_id if is_own else None)
+            if job_id != job.id:
+                stored_as[job.id] = job_id
         return stored_as
 
-    def _find_request_id(self, request_id: str) -> tuple[str, bytes] | None:
-        """Return the id of the job that was submitted with a request id, and the digest of its call."""
-        for seq, job_id, digest in self.db.execute(QUERIES["find_request_id"], (encode_name(request_id),)).fetchall():
+    def _find_request_id(self, request_id: str, owner: str) -> tuple[str, bytes, bool] | None:
+        """Return the id of the job that was submitted with a request id of an owner, and the digest of its call.
+
+        The last value is False if the request id is one of those of all clients.
+        """
+        key = {"request_id": encode_name(request_id), "owner": encode_name(owner)}
+        for seq, job_id, digest, is_own in self.db.execute(QUERIES["find_request_id"], key).fetchall():
             if seq in self._added:
                 job_id = self._added[seq][1].id
             if job_id is not None:
-                return job_id, digest
+                return job_id, digest, bool(is_own)
         return None
+
+    def _check_queued(self, jobs: Sequence[NewJob]) -> None:
+        """Raise `LimitReached` if these jobs and those that are queued are more than their owner may have."""
+        new: Counter[str | None] = Counter()
+        for job in jobs:
+            assert job.max_queued is not None
+            new[job.owner] += 1
+            queued = self._active.owners[job.owner].queued if job.owner in self._active.owners else 0
+            if queued + new[job.owner] > job.max_queued:
+                message = f"{queued} jobs of {job.owner} are queued; the limit is {job.max_queued}"
+                raise LimitReached(message, may_pass=new[job.owner] <= job.max_queued)
 
     def _add_lane(self, key: str, job: NewJob) -> Lane:
         if job.queue is None:
@@ -196,7 +227,7 @@ class Writes:
 
     def _remove_lane_if_empty(self, lane: Lane) -> None:
         if lane.is_empty:
-            del self._active.lanes[lane.key]
+            self._active.remove_lane(lane)
             if lane.concurrency is not None:
                 self.db.execute(QUERIES["delete_queue"], (lane.key,))
 
@@ -225,9 +256,13 @@ class Writes:
                 self._added[seq] = lane, job
             else:
                 self._execute_guarded(QUERIES["start_job"], [(started, seq)])
-            self._active.give_slot(ActiveJob(job.id, seq, lane, job.host, State.RUNNING))
+            self._active.give_slot(ActiveJob(job.id, seq, lane, job.owner, job.host, State.RUNNING))
             claimed.append(job)
         return claimed
+
+    def _waits_for_owner(self, lane: Lane) -> bool:
+        """Return whether the jobs of a lane wait because their owner has as many slots as it may have."""
+        return lane.head is not None and self._active.is_owner_full(self._head(lane.head, lane))
 
     def _head(self, seq: int, lane: Lane) -> Job:
         """Return the head of a lane. A job that was read from the file is cached until it starts."""
@@ -272,26 +307,34 @@ class Writes:
         self.flush()
         key = _host_lane(host)
         ended: list[ActiveJob] = []
-        times = {"lane": key, "now": now, "since": since, "failed": failed, "restarted": restarted, "limit": limit}
-        of_host = self._active.lanes.get(key)
-        if of_host is not None and of_host.waits_until <= now:  # otherwise no job has expired
-            expired = self.db.execute(QUERIES["expired"], times).fetchall()
-            ended = [ActiveJob(id_, seq, of_host) for seq, id_ in expired]
-            for job in ended:
-                self._end(job, end, now, None, False, NO_METADATA)
-            self.flush()
-            if len(ended) < limit:
-                [(deadline,)] = self.db.execute(QUERIES["next_deadline"], times).fetchall()
-                of_host.waits_until = deadline or 0.0
-        deadlines = [] if of_host is None or of_host.head is None else [of_host.waits_until]
+        deadlines: list[float] = []
+        times = {"now": now, "since": since, "failed": failed, "restarted": restarted}
+        for of_host in [self._active.lanes.get(each) for each in (key, *self._active.owner_lanes.get(key, ()))]:
+            if of_host is None or self._waits_for_owner(of_host):
+                continue
+            if of_host.waits_until <= now:  # otherwise no job has expired
+                room = limit - len(ended)
+                parameters = {**times, "lane": of_host.key, "limit": room}
+                expired = self.db.execute(QUERIES["expired"], parameters).fetchall()
+                for seq, id_, owner in expired:
+                    ended.append(ActiveJob(id_, seq, of_host, decode_owner(owner)))
+                    self._end(ended[-1], end, now, None, False, NO_METADATA)
+                self.flush()
+                if len(expired) < room:
+                    [(deadline,)] = self.db.execute(QUERIES["next_deadline"], parameters).fetchall()
+                    of_host.waits_until = deadline or 0.0
+            if of_host.head is not None:
+                deadlines.append(of_host.waits_until)
         for lane in self._active.list_waiting_queues(host):
             while lane.head is not None and (head := self._head(lane.head, lane)).host == host:
+                if self._active.is_owner_full(head):
+                    break
                 waits_since = head.tried if head.tried is not None and head.tried < restarted else since
                 deadline = max(head.submitted, waits_since) + head.start_within
                 if deadline > now or head.submitted > failed or len(ended) >= limit:
                     deadlines.append(deadline)
                     break
-                job = ActiveJob(head.id, lane.head, lane)
+                job = ActiveJob(head.id, lane.head, lane, head.owner)
                 self._end(job, end, now, None, False, NO_METADATA)
                 ended.append(job)
         return [job.id for job in sorted(ended, key=attrgetter("seq"))], min(deadlines, default=None)
@@ -377,7 +420,7 @@ class Writes:
         if lane is None:
             return []
         rows = self.db.execute(QUERIES["queued_of_lane"], (lane.key, limit)).fetchall()
-        jobs = [ActiveJob(job_id, seq, lane) for seq, job_id in rows]
+        jobs = [ActiveJob(job_id, seq, lane, decode_owner(owner)) for seq, job_id, owner in rows]
         if len(jobs) < limit:
             holders = self._active.slot_holders.values()
             jobs += [job for job in holders if job.lane is lane and job.state is State.RUNNING]
@@ -390,8 +433,8 @@ class Writes:
         if not is_job_id(job_id):
             return None
         self.flush()
-        for seq, key in self.db.execute(QUERIES["find_queued_job"], (job_id,)).fetchall():
-            return ActiveJob(job_id, seq, self._active.lanes[key])
+        for seq, key, owner in self.db.execute(QUERIES["find_queued_job"], (job_id,)).fetchall():
+            return ActiveJob(job_id, seq, self._active.lanes[key], decode_owner(owner))
         return None
 
     def _cancel(self, job: ActiveJob, now: float, stop_request: Raw | None) -> State:
@@ -405,7 +448,7 @@ class Writes:
         self, job: ActiveJob, end: End, now: float, stop: StopState | None, keep_slot: bool, metadata: JobMetadata
     ) -> None:
         if job.state is State.QUEUED:
-            self._active.remove_queued(job.seq, job.lane)
+            self._active.remove_queued(job)
         elif not keep_slot:
             self._active.release_slot(job)
         self._remove_lane_if_empty(job.lane)
@@ -533,7 +576,8 @@ def _insert_many(statement: str) -> str:
 
 
 def _job_row(seq: int, lane: Lane, job: Job) -> tuple[Any, ...]:
-    return seq, job.id, lane.key, encode_name(job.host), job.state, job.submitted, job.started, job.holds_slot
+    owner = encode_owner(job.owner)
+    return seq, job.id, lane.key, encode_name(job.host), job.state, job.submitted, job.started, job.holds_slot, owner
 
 
 def _call_row(seq: int, job: Job) -> tuple[Any, ...]:
@@ -546,6 +590,7 @@ def _call_row(seq: int, job: Job) -> tuple[Any, ...]:
         job.queue,
         job.info,
         job.start_within,
+        job.max_running,
     )
 
 
