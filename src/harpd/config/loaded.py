@@ -77,7 +77,7 @@ class SupervisorConfig:
 
     @property
     def runs_calls_as_root(self) -> bool:
-        """Whether procedures without `uid` run as root, although no setting says so."""
+        """Whether procedures without `uid` run as root, without a setting for it."""
         return self.default_user is None and os.geteuid() == 0
 
     @property

@@ -119,7 +119,7 @@ class Configuration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     #: The user and the group of procedures without `uid` and `gid`: id or name. The command line has priority.
     default_user: Identity | None = None
     default_group: Identity | None = None
-    #: Variables of the environment of calls; null: the value that harpd itself has.
+    #: Variables of the environment of calls; null: the value of harpd's environment.
     environment: dict[str, str | None] = {}
 
     def __post_init__(self) -> None:

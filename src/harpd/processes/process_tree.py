@@ -136,7 +136,7 @@ class CallTree:
     def process_groups(
         self, targets: Iterable[Process], members: Container[tuple[int, int]], processes: Mapping[int, Process]
     ) -> set[int]:
-        """Return those process groups of some members that have no living process of anybody else.
+        """Return those process groups of some members that have no other living process.
 
         A process with a cookie of the call may be in the group of a service, so a group is not the call's because a
         member is in it. Until the main process has created its own group, right after the fork, it is in its zygote's
@@ -292,7 +292,7 @@ def _read_cookies(process: Process) -> frozenset[bytes] | None:
 
 
 def _read_uid(pid: int) -> int | None:
-    """Return the real user id of a process: that of its starter, also if it executes a setuid program; None: gone."""
+    """Return the real user id of a process: that of its starter, also if it executes a setuid program; None: ended."""
     with suppress(OSError), open(f"/proc/{pid}/status", "rb") as file:
         text = file.read()
         return int(text[text.index(b"\nUid:") + 5 :].split(None, 1)[0])

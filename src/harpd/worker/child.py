@@ -162,7 +162,7 @@ class Worker:
         self._default_user = default_user
         self._default_groups = None if default_group is None else (default_group,)
         if default_group is None and is_present_user(default_user):
-            self._default_user = None  # no call has to change anything: each look-up costs as much as the call itself
+            self._default_user = None  # no call has to change anything: each look-up costs as much as a short call
         if any(map(is_asynchronous, procedures)):
             import harpd.worker.coroutines  # noqa: F401 - so that not each call has to load it
         self._resets_oom_score = oom_score_is_changed()

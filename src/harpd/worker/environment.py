@@ -1,4 +1,4 @@
-"""The surroundings of calls: a few variables, umask and working directory, whatever harpd itself was started with.
+"""The surroundings of calls: a few variables, umask and working directory, independent of those of harpd.
 
 The environment of a daemon may have keys of a cloud, passwords from a service file, or ``LD_PRELOAD``. None of that is
 for calls. `harpd --test` loads the procedures file in the same surroundings.
@@ -13,16 +13,16 @@ TYPE_CHECKING = False  # not from `typing`: the zygote loads this module, and it
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-#: The variables that calls have from harpd's own environment, and their values if it has none.
+#: The variables that calls have from harpd's own environment, and their defaults.
 _INHERITED = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     "LANG": "C.UTF-8",
 }
-#: The shell and the home of a user who has no entry in the user database.
+#: The shell and the home of a user without an entry in the user database.
 _SHELL, _HOME = "/bin/sh", "/"
 _OOM_SCORE = "/proc/self/oom_score_adj"
 UMASK, DIRECTORY = 0o022, "/"
-#: The beginning of the variables that harpd itself sets; no configuration may.
+#: The prefix of the variables that harpd sets; no configuration may set them.
 OWN_PREFIX = "HARPD_"
 
 
@@ -44,7 +44,7 @@ def call_environment(own: Mapping[str, str], configured: Mapping[str, str | None
 
 
 def user_variables(entry: pwd.struct_passwd | None) -> dict[str, str]:
-    """Return the variables of a user with this entry in the user database; None: it has none."""
+    """Return the variables of a user with this entry in the user database; None: no entry."""
     if entry is None:
         return {"HOME": _HOME, "SHELL": _SHELL}
     names = {"USER": entry.pw_name, "LOGNAME": entry.pw_name}
@@ -74,7 +74,7 @@ def oom_score_is_changed() -> bool:
 
 
 def reset_oom_score() -> None:
-    """Let the kernel treat this process as any other one when memory is short, whatever harpd has."""
+    """Let the kernel treat this process as any other process when memory is short, also if harpd is protected."""
     try:
         with open(_OOM_SCORE, "wb", buffering=0) as file:
             file.write(b"0")
