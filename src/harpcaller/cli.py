@@ -17,6 +17,7 @@ from harp_daemon.process import ProcessError, detach, occupy_standard_descriptor
 from harp_daemon.program import add_version, written_output
 from harp_daemon.settings import ConfigError
 from harp_daemon.sliced_json import decode_slices
+from harpcaller.access.commands import add_commands, answer_question
 from harpcaller.api.control_client import ControlClient, ControlError, NotRunning
 from harpcaller.config import DEFAULT_FILE, DEFAULT_MAX_AGE, load
 from harpcaller.store import StorageError
@@ -37,6 +38,8 @@ examples:
   harpcallerd queue-list '{"service": "nginx"}'         the queued and running jobs of a queue
   harpcallerd queue-cancel '{"service": "nginx"}'       cancel them
   harpcallerd --socket=./control stop --print-pid       the daemon that uses this control socket
+  harpcallerd access who --host=web07 --procedure=restart_nginx
+                                                        who may call it; see: harpcallerd access --help
 
 signals:
   HUP         reload the configuration, all or nothing
@@ -96,6 +99,7 @@ def _status(parsed: Namespace) -> int:
         return 1
     (status,) = daemon.send_command("status")
     print(status.decode() if parsed.full else "harpcallerd is running")
+    _warn_of_access(status)
     _warn_of_hosts(status)
     return 0
 
@@ -165,6 +169,13 @@ def _warn_of_hosts(status: Raw) -> None:
             print(f"harpcallerd: warning: {name}{source['error']} ({age})", file=sys.stderr)
 
 
+def _warn_of_access(status: Raw) -> None:
+    """Print a warning on stderr if the latest contents of the access file are not in use."""
+    access = loads(status).get("access")
+    if access and access["error"] is not None:
+        print(f"harpcallerd: warning: {access['error']} (rules are {access['age']:.0f} s old)", file=sys.stderr)
+
+
 def _print_problems(problems: list[str]) -> int:
     """Print the rejected lines and other problems of the hosts registry; return the exit status."""
     for problem in problems:
@@ -223,6 +234,15 @@ def _queue_cancel(parsed: Namespace) -> None:
     print(json.dumps(reply))
 
 
+def _access(parsed: Namespace) -> int:
+    try:
+        lines, status = answer_question(parsed)
+    except ConfigError as error:
+        raise ControlError(str(error)) from error
+    print("\n".join(lines))
+    return status
+
+
 def _print_reply(parsed: Namespace) -> None:
     _print_lines(_send(parsed))
 
@@ -266,9 +286,13 @@ def parser() -> argparse.ArgumentParser:
     commands = program.add_subparsers(dest="command", metavar="COMMAND")
 
     def add(name: str, run: Callable[[Namespace], int | None], help: str) -> Callable[..., argparse.Action]:
+        command = add_parser(name, run, help)
+        return command.add_argument
+
+    def add_parser(name: str, run: Callable[[Namespace], int | None], help: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, parents=[socket], help=help, description=f"{help[0].upper()}{help[1:]}.")
         command.set_defaults(run=run)
-        return command.add_argument
+        return command
 
     option = add("start", _start, "run the dispatcher")
     option("--debug", action="store_true", help="log at debug level, including the arguments of calls")
@@ -283,6 +307,9 @@ def parser() -> argparse.ArgumentParser:
     option("--timeout", metavar="S", type=_number, help="wait at most S seconds")
     option("--print-pid", action="store_true", help="print its process id")
     add("reload", _reload, "reload the configuration, all or nothing")
+    access = add_parser("access", _access, "ask the access file who may do what; needs no daemon")
+    access.add_argument("--config", **path, default=argparse.SUPPRESS, help=f"TOML file ({DEFAULT_FILE})")
+    add_commands(access)
     option = add("backup", _backup, "copy the jobs to a file while the dispatcher runs")
     option("file", metavar="FILE", type=_absolute_path, help="a new file, or an earlier backup, which is replaced")
     option = add("restore", _restore, "copy the jobs of a backup to a stopped dispatcher without jobs")

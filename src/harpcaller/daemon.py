@@ -22,6 +22,7 @@ from harp_daemon.expiry import Validity, log_expiry_regularly, read_validities
 from harp_daemon.process import ProcessError, notify_service_manager
 from harp_daemon.settings import ConfigError, report_restart_needed
 from harp_daemon.sockets import Listener, ListenError, listen_unix
+from harpcaller.access.source import PolicySource, exposed_listeners
 from harpcaller.api.client_server import ClientServer, listen
 from harpcaller.api.control_server import ControlServer
 from harpcaller.config import Config, file_errors, load
@@ -63,6 +64,13 @@ def check(config: Config) -> tuple[list[str], list[str]]:
             errors += [f"{config.file}: ca_file: {reason}" for reason in expired]
     except ConfigError as error:
         errors.append(str(error))
+    try:
+        PolicySource(config)
+    except ConfigError as error:
+        errors.append(str(error))
+    if exposed := exposed_listeners(config):
+        reason = f"every client of {', '.join(exposed)} may call every procedure; see docs/access.md"
+        warnings.append(f"{config.file}: access_file: not set: {reason}")
     try:
         if config.hosts_file is not None:
             with file_errors(config, "hosts_file"):

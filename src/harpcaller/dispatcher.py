@@ -30,6 +30,7 @@ from harp.protocol.ends import Cancelled, End
 from harp.protocol.json_text import Raw, dumps
 from harp.protocol.schema import encode_object
 from harp_daemon.timer_wheel import TimerWheel
+from harpcaller.access.source import PolicySource, exposed_listeners
 from harpcaller.config import MAX_SECONDS, Config
 from harpcaller.explain import ExplainContext, describe_job
 from harpcaller.hosts.capabilities import HostCapabilities
@@ -85,6 +86,7 @@ class Dispatcher:
         self.store = store
         self._wall = wall
         self._notifier = Notifier()
+        self.access = PolicySource(config)  #: The policy.
         self._tls = HostTLS(config)
         self._runner = Runner(lambda: self.registry.is_ready, wall())
         self.registry = HostsRegistry(config, self._runner.request_claim)
@@ -347,8 +349,9 @@ class Dispatcher:
         The APIs apply the limits of requests, and the program applies the log settings. Raises `ConfigError` without a
         change if a certificate file or the hosts file is invalid.
         """
-        tls = HostTLS(config)
+        tls, access = HostTLS(config), PolicySource(config)
         self.registry.update_config(config)
+        self.access = access
         reported, self.config = frozenset(self.config.ignored), config
         self._tls = tls
         self._runner.context = replace(self._runner.context, config=config, tls=tls)
@@ -391,6 +394,8 @@ class Dispatcher:
             log.warning("jobs are never deleted; set max_age", extra={"file": str(config.file)})
         else:
             log.info("ended jobs are deleted after max_age", extra={"hours": config.max_age})
+        if exposed := exposed_listeners(config):
+            log.warning("clients need no rights; set access_file", extra={"listeners": exposed})
         if config.hosts_file is None and config.host_db_script is None:
             log.warning("no hosts; set hosts_file or host_db_script")
         for warning in self._tls.warnings:

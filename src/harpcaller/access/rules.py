@@ -28,6 +28,8 @@ from harp.protocol.json_text import MAX_DEPTH, InvalidJSON, Raw, decode_checked,
 MAX_EXAMINED = 64 * 1024
 MAX_PATTERN_TEXT = 1024  #: A longer text matches no pattern: the time of some patterns grows faster than their text.
 
+ROLE = "role:"  #: The beginning of a role in `who`.
+
 Scalar: TypeAlias = str | int | float | bool
 
 
@@ -264,31 +266,30 @@ class Rule:
             return "expected arguments, got none"
         return self.arguments.find_mismatch(examined.arguments)
 
-    def find_unmet(self, principals: Iterable[str], action: Action, examined: Examined) -> Iterator[str]:
-        """Yield ``KEY: expected X, got Y`` for each condition that is not met."""
-        target = examined.target
-        if not self.who.match_any(principals):
-            yield f"who: expected {', '.join(self.written_who)}, got {', '.join(principals)}"
+    def find_unmet(self, names: Iterable[str], action: Action, examined: Examined) -> Iterator[tuple[str, str]]:
+        """Yield key and ``expected X, got Y`` of each condition that is not met; `names` are those of the client."""
+        target, names = examined.target, tuple(names)
+        if not self.who.match_any(names):
+            yield "who", f"expected {', '.join(self.written_who)}, got {', '.join(names)}"
         if action not in self.actions:
-            key = "allow" if self.allows else "deny"
-            yield f"{key}: expected {', '.join(sorted(self.actions))}, got {action}"
+            yield "allow" if self.allows else "deny", f"expected {', '.join(sorted(self.actions))}, got {action}"
         if self.hosts is not None and not self.hosts.match(target.host):
-            yield f"hosts: expected {self.hosts}, got {target.host or 'no host'}"
+            yield "hosts", f"expected {self.hosts}, got {target.host or 'no host'}"
         if self.procedures is not None and not self.procedures.match(target.procedure):
-            yield f"procedures: expected {self.procedures}, got {target.procedure or 'no procedure'}"
-        if not self.match_owner(principals, action, target.owner):
-            yield f"jobs: expected own jobs, got one of {target.owner or 'an unknown owner'}"
+            yield "procedures", f"expected {self.procedures}, got {target.procedure or 'no procedure'}"
+        if not self.match_owner(names, action, target.owner):
+            yield "jobs", f"expected own jobs, got one of {target.owner or 'an unknown owner'}"
         try:
             if not self.match_queue(examined):
                 got = "no queue" if target.queue is None else target.queue.decode("utf-8", "replace")
-                yield f"queues: expected {' or '.join(map(str, self.queues or ()))}, got {got}"
+                yield "queues", f"expected {' or '.join(map(str, self.queues or ()))}, got {got}"
         except Unreadable as error:
-            yield f"queues: {error}"
+            yield "queues", str(error)
         try:
             if (mismatch := self.find_argument(examined)) is not None:
-                yield f"arguments: {mismatch}"
+                yield "arguments", mismatch
         except Unreadable as error:
-            yield f"arguments: {error}"
+            yield "arguments", str(error)
 
 
 class Unreadable(Exception):

@@ -20,6 +20,7 @@ from harpcaller.access.rules import (
     ANY_OTHER,
     NO_QUEUE,
     RATE_NAMES,
+    ROLE,
     Action,
     Arguments,
     Check,
@@ -36,8 +37,7 @@ T = TypeVar("T")
 
 _HEADER = re.compile(rb"[ \t]*\[\[[ \t]*rule[ \t]*\]\][ \t]*(?:#.*)?")
 _PRINCIPAL = re.compile(r"\*|(?:(?:token|cert|user|uid|gid):|anonymous@).+", re.DOTALL)
-_PREFIXES = ("token:", "cert:", "user:", "uid:", "gid:", "role:", "anonymous@")
-_ROLE = "role:"
+_PREFIXES = ("token:", "cert:", "user:", "uid:", "gid:", ROLE, "anonymous@")
 _RATE = re.compile(r"([1-9]\d{0,8})/(s|min|h)", re.ASCII)
 _BYTES = re.compile(r"([1-9]\d{0,17}) ?(B|KiB|MiB|GiB)", re.ASCII)
 _UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
@@ -116,14 +116,14 @@ def _expand(
     """Return the principals that texts name, in their order; a role is expanded. `inside`: the roles around it."""
     found: dict[str, None] = {}
     for text in texts:
-        if not text.startswith(_ROLE):
-            if _PRINCIPAL.fullmatch(text) is None:
+        if not text.startswith(ROLE):
+            if not is_principal(text):
                 raise _Wrong(f'expected a principal such as "token:shop" or "role:web", got {text!r}{_near(text)}')
             found[text] = None
             continue
-        name = text.removeprefix(_ROLE)
+        name = text.removeprefix(ROLE)
         if name not in roles:
-            near = "".join(f"; did you mean {_ROLE}{close}?" for close in get_close_matches(name, roles, 1))
+            near = "".join(f"; did you mean {ROLE}{close}?" for close in get_close_matches(name, roles, 1))
             raise _Wrong(f"expected a role of [roles], got {text!r}{near}")
         if name in inside:
             raise _Wrong(f"expected roles that do not contain themselves, got {' -> '.join([*inside, name])}")
@@ -135,6 +135,11 @@ def _near(text: str) -> str:
     kind, _, rest = text.partition(":")
     close = get_close_matches(f"{kind}:", _PREFIXES, 1)
     return f"; did you mean {close[0]}{rest}?" if close and rest else ""
+
+
+def is_principal(text: str) -> bool:
+    """Return whether a text has the form of a principal, or of a glob of principals."""
+    return _PRINCIPAL.fullmatch(text) is not None
 
 
 # Rules.

@@ -105,6 +105,7 @@ class ControlServer(Server):
             pid=os.getpid(),
             store=str(self._dispatcher.store.path),
             calls=self._dispatcher.active_calls,
+            access=self._dispatcher.access.describe(),
             hosts_registry=registry,
         )
 

@@ -1,0 +1,125 @@
+"""The commands ``harpcallerd access``: questions about the access file, which need no daemon."""
+
+from __future__ import annotations
+
+import argparse
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+from harp.protocol.json_text import InvalidJSON, Raw, loads
+from harp_daemon.settings import ConfigError
+from harpcaller.access.client import Client
+from harpcaller.access.explain import explain_clients, explain_decision, explain_rights
+from harpcaller.access.policy import Action, Policy, Target, load
+from harpcaller.access.rules import ON_JOBS, ROLE
+from harpcaller.access.rules_file import is_principal
+from harpcaller.config import load as load_config
+
+_EXAMPLES = """\
+examples:
+  harpcallerd access who --host=web07 --procedure=restart_nginx
+                                                        who may call it, by which rule
+  harpcallerd access test --as=token:shop --host=web01 --procedure=clear_cache --arguments='{"site": "blog"}'
+                                                        whether this call is allowed, and why
+  harpcallerd access explain cert:anna.ops.example.net  all that this client may do
+  harpcallerd access explain token:shop anonymous@127.0.0.1:3502 --file=./access.toml
+                                                        with a new file, before it is in use
+
+A client has several principals: each also has anonymous@LISTENER of the address that it is connected to.
+
+exit status: 0 success (test: allowed), 1 failure (test: denied), 2 wrong usage, 3 the output cannot be written
+"""
+
+
+def add_commands(parser: argparse.ArgumentParser) -> None:
+    """Add the questions to the parser of ``harpcallerd access``."""
+    parser.epilog = _EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    questions = parser.add_subparsers(dest="question", metavar="QUESTION", required=True)
+
+    def add(name: str, answer: Callable[[Namespace], tuple[list[str], int]], help: str) -> argparse.ArgumentParser:
+        question = questions.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
+        question.set_defaults(answer=answer)
+        question.add_argument("--file", metavar="FILE", type=Path, help="the access file (access_file of --config)")
+        return question
+
+    def add_target(question: argparse.ArgumentParser) -> None:
+        option = question.add_argument
+        option("--host", metavar="HOST", help="name of the host")
+        option("--procedure", metavar="NAME", help="name of the procedure")
+        option("--arguments", metavar="JSON", type=_arguments, help="arguments of the call, an object or an array")
+        option("--queue", metavar="JSON", type=_queue, help="name of the queue, an object")
+        option("--action", choices=[str(action) for action in Action], default="call", help="default: %(default)s")
+        option("--owner", metavar="PRINCIPAL", help="owner of the job that is read or cancelled (default: the client)")
+
+    question = add("test", _test, "show whether an action is allowed, by which rule, or which rules come close")
+    principal = "principal of the client, or role:NAME of its token; may be repeated"
+    question.add_argument(
+        "--as", dest="principals", metavar="PRINCIPAL", action="append", required=True, help=principal
+    )
+    add_target(question)
+    question = add("explain", _explain, "show all that a client may do")
+    question.add_argument("principals", metavar="PRINCIPAL", nargs="+", help=principal)
+    add_target(add("who", _who, "show who may do something: the first line that names a client decides"))
+
+
+def answer_question(parsed: Namespace) -> tuple[list[str], int]:
+    """Return the lines of the answer and the exit status. Raises `ConfigError`."""
+    lines, status = parsed.answer(parsed)
+    return lines, status
+
+
+def _test(parsed: Namespace) -> tuple[list[str], int]:
+    client = _client(parsed.principals)
+    policy, action = _policy(parsed), Action(parsed.action)
+    target = _target(parsed, client.owner if action in ON_JOBS else None)
+    allowed = policy.decide(client, action, target).allowed
+    return explain_decision(policy, client, action, target), 0 if allowed else 1
+
+
+def _explain(parsed: Namespace) -> tuple[list[str], int]:
+    client = _client(parsed.principals)
+    return explain_rights(_policy(parsed), client), 0
+
+
+def _who(parsed: Namespace) -> tuple[list[str], int]:
+    return explain_clients(_policy(parsed), Action(parsed.action), _target(parsed, None)), 0
+
+
+def _policy(parsed: Namespace) -> Policy:
+    if parsed.file is not None:
+        return load(parsed.file)
+    config = load_config(parsed.config)
+    if config.access_file is None:
+        raise ConfigError(f"{config.file}: access_file: not set: every client may call everything; use --file")
+    return load(config.access_file)
+
+
+def _client(names: list[str]) -> Client:
+    for name in names:
+        if not name.startswith(ROLE) and not is_principal(name):
+            raise ConfigError(f'{name}: expected a principal such as "token:shop" or "cert:anna.example.net"')
+    return Client(tuple(names), "", "", authenticated=True)
+
+
+def _target(parsed: Namespace, owner: str | None) -> Target:
+    return Target(parsed.host, parsed.procedure, parsed.arguments, parsed.queue, parsed.owner or owner)
+
+
+def _arguments(text: str) -> Raw:
+    return _json(text, (dict, list), "a JSON object or array")
+
+
+def _queue(text: str) -> Raw:
+    return _json(text, (dict,), "a JSON object")
+
+
+def _json(text: str, kinds: tuple[type, ...], expected: str) -> Raw:
+    try:
+        value = loads(text)
+    except InvalidJSON as error:
+        raise argparse.ArgumentTypeError(f"expected {expected}: {error}") from error
+    if not isinstance(value, kinds):
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text}")
+    return Raw(text.encode("utf-8", "surrogateescape"))

@@ -1,0 +1,66 @@
+"""The policy in use: that of `access_file`, which is read again after a change.
+
+A changed file with an error is not used: the policy stays as it was, and the log has an error.
+"""
+
+from __future__ import annotations
+
+import time
+from ipaddress import ip_address
+from typing import Any
+
+from harp_daemon.settings import ConfigError
+from harp_daemon.watched_file import WatchedFile
+from harpcaller.access.policy import ALLOW_ALL, Policy, parse
+from harpcaller.config import Address, Config, file_errors
+
+
+class PolicySource:
+    """The policy of a configuration, or `ALLOW_ALL` without `access_file`. Raises `ConfigError`."""
+
+    def __init__(self, config: Config) -> None:
+        self._watched = _watch(config)
+
+    @property
+    def policy(self) -> Policy:
+        """The policy to use for one request."""
+        return ALLOW_ALL if self._watched is None else self._watched.value
+
+    def describe(self) -> dict[str, Any] | None:
+        """Return file, number of rules, age in seconds and the error of the latest contents; None without a file."""
+        if self._watched is None:
+            return None
+        rules = len(self.policy.rules)
+        age = max(0.0, time.time() - self._watched.read_at)
+        return {"file": str(self._watched.file), "rules": rules, "age": age, "error": self._watched.error}
+
+
+def exposed_listeners(config: Config) -> list[str]:
+    """Return the addresses from which other machines can call everything: those beyond loopback, without a file."""
+    return [] if config.access_file else [str(address) for address in config.listen if not _is_local(address)]
+
+
+def _is_local(address: Address) -> bool:
+    try:
+        return address.path is not None or ip_address(address.host or "0.0.0.0").is_loopback  # noqa: S104
+    except ValueError:
+        return address.host == "localhost"
+
+
+def _watch(config: Config) -> WatchedFile[Policy] | None:
+    file = config.access_file
+    if file is None:
+        return None
+
+    def parse_text(text: bytes) -> Policy:
+        try:
+            return parse(file, text)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+
+    try:
+        with file_errors(config, "access_file"):
+            file.read_bytes()
+        return WatchedFile(file, parse_text)
+    except (OSError, ValueError) as error:
+        raise ConfigError(str(error)) from error
