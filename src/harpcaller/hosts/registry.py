@@ -226,7 +226,7 @@ class HostsRegistry:
         return await asyncio.shield(task)
 
     async def compare(self) -> list[HostChange]:
-        """Run the script and read the file; return what a refresh would change, without a change.
+        """Run the script and read the file; return what a refresh would change.
 
         Raises `RefreshFailed` if the script fails or the file cannot be read.
         """

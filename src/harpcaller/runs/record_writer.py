@@ -52,7 +52,7 @@ class RecordWriter:
         return self._bytes - self._longest > _RESUMABLE_LIMIT if resumable else self._bytes > _BOUND_LIMIT
 
     def add_records(self, records: Sequence[Raw], timestamp: float) -> None:
-        """Buffer the next records, at least one, with the Unix time at which they were made."""
+        """Buffer the next records, at least one, with the Unix time of their creation."""
         if self.closed:
             self.count += len(records)  # discarded, but acknowledged to the host
             return
