@@ -95,7 +95,6 @@ class Dispatcher:
         # A call that a host lists, and that has no run, is an orphan.
         self._orphan_reaper = OrphanReaper(self._group, self._runner.runs.__contains__)
         self._requests: set[asyncio.Task[Any]] = set()
-        self._bulk = asyncio.Lock()  # locked while the store writes a request with many jobs
 
     async def __aenter__(self) -> Self:
         identity = await self.store.get_identity()
@@ -202,17 +201,12 @@ class Dispatcher:
 
     @_shielded
     async def submit_many(self, calls: Sequence[Call], client: str) -> list[str]:
-        """Store jobs, all or none, as `submit` does; return their ids in the same order.
-
-        Only one such request is in the store at a time, so that the jobs of other clients are stored in between.
-        """
+        """Store jobs, all or none, as `submit` does; return their ids in the same order."""
         if not calls:
             return []
         # In a thread, so that many jobs do not block the event loop.
         jobs = await asyncio.to_thread(self._new_jobs, calls)
-        async with self._bulk:
-            self._runner.request_claim()
-            job_ids = await self.store.add_jobs(jobs, self._wall())
+        job_ids = await self.store.add_jobs(jobs, self._wall(), self._runner.request_claim)
         new = [job for job, job_id in zip(jobs, job_ids, strict=True) if job.id == job_id]
         ids = {"first": job_ids[0], "last": job_ids[-1]}
         log.info("jobs submitted", extra={"jobs": len(new), "again": len(jobs) - len(new), **ids, "client": client})

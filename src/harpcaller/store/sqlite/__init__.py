@@ -12,6 +12,7 @@ One thread writes, several threads read:
 - `reserve` is disk space for pruning on a full disk.
 - `writes` and `reads` are the verbs on a connection; their SQL is in ``queries.sql``.
 - `active` has the lanes and slots of the active jobs in memory, so that writes need not read rows.
+- `staging` stores many jobs of one request, all or none, in short transactions.
 - `rows` converts jobs, metadata and records to columns and back.
 """
 
@@ -21,7 +22,7 @@ import asyncio
 import logging
 import os
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from functools import wraps
@@ -29,11 +30,15 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from msgspec.structs import replace
+
+from harpcaller.model.jobs import NewJob
 from harpcaller.store import StorageError
 from harpcaller.store.sqlite import reads
 from harpcaller.store.sqlite.file import FILE_NAME, connect, lock, prepare, storage_errors
+from harpcaller.store.sqlite.staging import STEP_JOBS, check_calls, encode_jobs, split
 from harpcaller.store.sqlite.writer import Writer
-from harpcaller.store.sqlite.writes import Writes
+from harpcaller.store.sqlite.writes import Writes, insert_staged_jobs
 
 __all__ = ["FILE_NAME", "Store", "open_store"]
 
@@ -42,6 +47,7 @@ log = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 
+_RETRY_DELAY = 1.0  # Seconds until a failed step of staged jobs is repeated.
 _READERS = 4  # Reading threads and connections. They need Python's lock most of the time: more would not be faster.
 
 
@@ -98,11 +104,13 @@ class Store:
             with storage_errors(path):
                 for _ in range(_READERS):
                     self._idle_readers.put(stack.enter_context(closing(connect(path, query_only=True))))
+                with closing(connect(path)) as connection:
+                    insert_staged_jobs(connection)
                 self._writer = Writer(path, connect(path), loop)
             self._resources = stack.pop_all()
+        self._bulk = asyncio.Lock()  # held by the call of `add_jobs` that is being executed
+        self._staged_ids: frozenset[str] = frozenset()  # the request ids of its jobs while they are staged
 
-    add_job = _writes(Writes.add_job)
-    add_jobs = _writes(Writes.add_jobs)
     claim_jobs = _writes(Writes.claim_jobs, last=True)
     requeue_job = _writes(Writes.requeue_job)
     fail_waiting = _writes(Writes.fail_waiting)
@@ -123,11 +131,78 @@ class Store:
     list_queues = _reads(reads.list_queues)
     get_prune_time = _reads(reads.get_prune_time)
 
+    _add_job = _writes(Writes.add_job)
+    _add_jobs = _writes(Writes.add_jobs)
+    _check_request_ids = _writes(Writes.check_request_ids)
+    _stage_jobs = _writes(Writes.stage_jobs)
+    _insert_staged = _writes(Writes.insert_staged)
     _delete_jobs = _writes(Writes.delete_jobs)
     _delete_orphaned_records = _writes(Writes.delete_orphaned_records)
     _delete_request_ids = _writes(Writes.delete_request_ids)
     _release_free_pages = _writes(Writes.release_free_pages)
     _checkpoint = _reads(reads.checkpoint)
+
+    def add_job(self, job: NewJob, now: float) -> asyncio.Future[str]:
+        """Store a queued job as `Writes.add_job` does."""
+        if job.request_id in self._staged_ids:
+            return asyncio.ensure_future(self._add_job_after_bulk(job, now))
+        return self._add_job(job, now)
+
+    async def _add_job_after_bulk(self, job: NewJob, now: float) -> str:
+        async with self._bulk:
+            return await self._add_job(job, now)
+
+    async def add_jobs(
+        self, jobs: Sequence[NewJob], now: float, before_step: Callable[[], object] = lambda: None
+    ) -> list[str]:
+        """Store queued jobs in this order, all or none; return their ids in the same order, as `add_job` does.
+
+        One call is executed at a time. Many jobs are staged, so that other verbs do not wait for all of them: the first
+        ones may be claimed before this returns. If a step fails after the jobs were stored, it is repeated.
+        `before_step` is called before each transaction that inserts some of them.
+        """
+        async with self._bulk:
+            if len(jobs) <= STEP_JOBS:
+                before_step()
+                return await self._add_jobs(jobs, now)
+            return await self._add_in_steps(split(jobs), now, before_step)
+
+    async def _add_in_steps(
+        self, parts: Sequence[Sequence[NewJob]], now: float, before_step: Callable[[], object]
+    ) -> list[str]:
+        with_ids = [[job for job in part if job.request_id is not None] for part in parts]
+        self._staged_ids = frozenset(job.request_id or "" for checked in with_ids for job in checked)
+        try:
+            calls: dict[tuple[str, str], tuple[str, bytes]] = {}
+            for checked in filter(None, with_ids):
+                check_calls(checked, calls)
+                await self._check_request_ids(checked)
+            rows = []
+            for part in parts:
+                rows.append(encode_jobs(part))
+                await asyncio.sleep(0)
+            limited = [job for part in parts for job in part if job.max_queued is not None]
+            steps = await self._stage_jobs(rows, limited, now)
+            ids: list[str] = []
+            for step, part in zip(steps, parts, strict=True):
+                checked_jobs = [replace(job, max_queued=None) for job in part]
+                ids += await self._insert_step(step, checked_jobs, now, before_step)
+            return ids
+        finally:
+            self._staged_ids = frozenset()
+
+    async def _insert_step(
+        self, step: int, jobs: Sequence[NewJob], now: float, before_step: Callable[[], object]
+    ) -> list[str]:
+        while True:
+            before_step()
+            try:
+                return await self._insert_staged(step, jobs, now)
+            except StorageError as error:
+                if self._closed:
+                    raise
+                log.error("cannot insert staged jobs; retrying", extra={"reason": str(error)})
+                await asyncio.sleep(_RETRY_DELAY)
 
     async def prune_jobs(self, ended_before: float, limit: int) -> int:
         """Delete up to `limit` jobs that ended before a time, with their records; return how many were deleted.

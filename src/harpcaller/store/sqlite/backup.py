@@ -14,6 +14,7 @@ from pathlib import Path
 
 from harpcaller.store import StorageError
 from harpcaller.store.sqlite.file import FILE_NAME, QUERIES, connect, is_copy, lock, prepare, storage_errors
+from harpcaller.store.sqlite.writes import insert_staged_jobs
 
 
 def back_up(store: Path, target: Path) -> None:
@@ -82,6 +83,7 @@ def restore(backup: Path, directory: Path, queued: str | None, now: float) -> in
 
 def _handle_queued(backup: Path, path: Path, queued: str | None, now: float) -> int:
     with closing(connect(path)) as db:
+        insert_staged_jobs(db)
         [(jobs,)] = db.execute(QUERIES["count_queued"]).fetchall()
         if jobs and queued is None:
             raise StorageError(

@@ -43,6 +43,15 @@ DELETE FROM request_ids WHERE (request_id, owner) IN (
     SELECT request_id, owner FROM request_ids WHERE submitted < :before ORDER BY submitted LIMIT :limit
 );
 
+-- name: stage_jobs
+INSERT INTO staged_jobs (submitted, jobs) VALUES (?, ?) RETURNING step;
+
+-- name: staged_jobs
+SELECT step, submitted, jobs FROM staged_jobs ORDER BY step;
+
+-- name: unstage_jobs
+DELETE FROM staged_jobs WHERE step = ?;
+
 -- name: start_job
 -- A guarded write: a job that is not queued does not change, and the transaction fails.
 UPDATE jobs SET state = 'running', started = ?, holds_slot = 1 WHERE seq = ? AND state = 'queued';

@@ -49,6 +49,7 @@ from harpcaller.store.sqlite.rows import (
     join_records,
     join_timestamps,
 )
+from harpcaller.store.sqlite.staging import decode_jobs
 
 # Records are appended to a chunk below this size. It fits in a page, so rewriting it costs one page, like a new chunk.
 _GROWING_CHUNK_BYTES = 2048
@@ -217,6 +218,25 @@ class Writes:
             if queued + new[job.owner] > job.max_queued:
                 message = f"{queued} jobs of {job.owner} are queued; the limit is {job.max_queued}"
                 raise LimitReached(message, may_pass=new[job.owner] <= job.max_queued)
+
+    # Many jobs of one request: see `staging`.
+
+    def check_request_ids(self, jobs: Sequence[NewJob]) -> None:
+        """Raise `RequestIDReused` if one of these jobs, all with a request id, has that of another call."""
+        self._find_submitted_before(jobs)
+
+    def stage_jobs(self, rows: Sequence[bytes], limited: Sequence[NewJob], now: float) -> list[int]:
+        """Store jobs that `staging.encode_jobs` encoded, all or none; return the numbers of their steps.
+
+        `limited` are those of them with a limit of queued jobs. Raises `LimitReached`.
+        """
+        self._check_queued(limited)
+        return [self.db.execute(QUERIES["stage_jobs"], (now, row)).fetchone()[0] for row in rows]
+
+    def insert_staged(self, step: int, jobs: Sequence[NewJob], now: float) -> list[str]:
+        """Insert the jobs of a step instead of its row; return their ids as `add_jobs` does."""
+        self._execute_guarded(QUERIES["unstage_jobs"], [(step,)])
+        return self.add_jobs(jobs, now)
 
     def _add_lane(self, key: str, job: NewJob) -> Lane:
         if job.queue is None:
@@ -543,15 +563,35 @@ class Writes:
         return int(pages)
 
 
+def insert_staged_jobs(db: sqlite3.Connection) -> None:
+    """Insert all staged jobs: those of a request that a crash has interrupted. In one transaction."""
+    rows = db.execute(QUERIES["staged_jobs"]).fetchall()
+    if not rows:
+        return
+    writes = Writes(db)
+    db.execute("BEGIN IMMEDIATE")
+    writes.begin_transaction()
+    for step, submitted, row in rows:
+        writes.insert_staged(step, decode_jobs(row), submitted)
+    writes.flush()
+    db.execute("COMMIT")
+
+
 def _end_bytes(job_id: str, end: End, now: float, **options: object) -> int:
     payload = getattr(end, "result" if isinstance(end, Returned) else "data", None)
     return len(payload) if isinstance(payload, bytes) else 0
 
 
+def _count_bytes(jobs: Sequence[NewJob]) -> int:
+    return sum(len(job.arguments) + _JOB_BYTES for job in jobs)
+
+
 #: For verbs that may write long payloads: functions that return their approximate bytes, from the verb's arguments.
 PAYLOAD_BYTES: dict[Callable[..., Any], Callable[..., int]] = {
     Writes.add_job: lambda job, now: len(job.arguments),
-    Writes.add_jobs: lambda jobs, now: sum(len(job.arguments) + _JOB_BYTES for job in jobs),
+    Writes.add_jobs: lambda jobs, now: _count_bytes(jobs),
+    Writes.stage_jobs: lambda rows, limited, now: sum(map(len, rows)),
+    Writes.insert_staged: lambda step, jobs, now: _count_bytes(jobs),
     Writes.append_records: lambda job_id, first, records: sum(map(len, records.values)) + PACKET_BYTES * len(records),
     Writes.finish_job: _end_bytes,
 }

@@ -1,0 +1,206 @@
+"""Many jobs of one request: stored all or none, without a transaction that others wait for."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harp.protocol.ends import Failed
+from harp.protocol.json_text import Raw
+from harpcaller.model.jobs import NewJob, State
+from harpcaller.store import LimitReached, RequestIDReused, StorageError
+from harpcaller.store.sqlite import Store, backup
+from harpcaller.store.sqlite.staging import STEP_JOBS, decode_jobs, encode_jobs
+from store.conftest import Reopen
+from support.deadline import eventually
+from support.jobs import claimed, new_job
+
+MANY = 3 * STEP_JOBS + 10
+
+
+def many(**attributes: Any) -> list[NewJob]:
+    return [new_job(f"host{n % 3}", [None, {"q": n % 7}][n % 2], **attributes) for n in range(MANY)]
+
+
+async def stored_ids(store: Store) -> list[str]:
+    return [job.id for _, job in await store.list_jobs(ended=True)]
+
+
+def test_staged_jobs_are_decoded_unchanged() -> None:
+    jobs = [
+        new_job(
+            "\ud800ho\x00st", {"q": "é"}, 7, arguments=Raw('["\U0001f600", 1e400]'.encode()), info=Raw(b'{"a": 1}')
+        ),
+        new_job(request_id="\udfff", call_digest=bytes(range(256)), start_within=2.5, timeout=0.1),
+        new_job(owner="token:\udfff", request_ids_of="token:a", max_running=3),
+        new_job(end=Failed("access_denied", "no rule", Raw(b'{"rule": null}'))),
+        new_job(end=Failed("access_denied", "no rule")),
+    ]
+    assert decode_jobs(encode_jobs(jobs)) == jobs
+
+
+async def test_many_jobs_are_stored_in_order(reopen: Reopen) -> None:
+    store = await reopen()
+    jobs = many()
+    assert await store.add_jobs(jobs, 2.5) == [job.id for job in jobs]
+    listed = [job for _, job in await store.list_jobs()]
+    assert [(job.id, job.host, job.queue, job.arguments) for job in listed] == [
+        (job.id, job.host, job.queue, job.arguments) for job in jobs
+    ]
+    assert {job.submitted for job in listed} == {2.5}
+    store = await reopen()
+    assert await stored_ids(store) == [job.id for job in jobs]
+
+
+async def test_other_verbs_run_between_the_steps(store: Store) -> None:
+    jobs, other = many(), new_job("other")
+    ended: list[str] = []
+    steps = 0
+
+    def before_step() -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 2:
+            adding = asyncio.ensure_future(store.add_job(other, 3.0))
+            adding.add_done_callback(lambda _: ended.append("other"))
+
+    ids = await store.add_jobs(jobs, 2.5, before_step)
+    ended.append("many")
+    assert ended == ["other", "many"]
+    assert ids == [job.id for job in jobs]
+    assert (await stored_ids(store)).index(other.id) < MANY, "it did not wait for all steps"
+    assert steps == 4
+
+
+async def test_first_jobs_start_before_the_last_is_inserted(store: Store) -> None:
+    jobs = many()
+    claims: list[asyncio.Future[Any]] = []
+    await store.add_jobs(jobs, 2.5, lambda: claims.append(store.claim_jobs(3.0, 1, 1000)))
+    claimed_jobs = [job for claim in claims for job in await claim]
+    assert claimed_jobs[0].id == jobs[0].id
+    assert len(claimed_jobs) == 4
+    assert await claimed(store)  # the others can start, too
+
+
+async def test_request_id_of_another_call_stages_nothing(store: Store) -> None:
+    known = new_job(request_id="known", call_digest=b"one")
+    await store.add_job(known, 1.0)
+    jobs = many()
+    conflict = new_job(request_id="known", call_digest=b"other")
+    with pytest.raises(RequestIDReused, match=known.id):
+        await store.add_jobs([*jobs, conflict], 2.0)
+    first = new_job(request_id="twice", call_digest=b"one")
+    with pytest.raises(RequestIDReused, match=first.id):
+        await store.add_jobs([first, *jobs, new_job(request_id="twice", call_digest=b"other")], 2.0)
+    assert await stored_ids(store) == [known.id]
+    assert await store.list_queues() == []
+
+
+async def test_limit_of_queued_jobs_counts_all_steps(store: Store) -> None:
+    jobs = [new_job(owner="token:a", max_queued=MANY - 1) for _ in range(MANY)]
+    with pytest.raises(LimitReached, match=f"the limit is {MANY - 1}"):
+        await store.add_jobs(jobs, 2.0)
+    assert await stored_ids(store) == []
+    fitting = [new_job(owner="token:a", max_queued=MANY) for _ in range(MANY)]
+    assert await store.add_jobs(fitting, 3.0) == [job.id for job in fitting]
+    with pytest.raises(LimitReached):
+        await store.add_job(new_job(owner="token:a", max_queued=MANY), 4.0)
+
+
+async def test_submission_meanwhile_gets_the_staged_job(store: Store) -> None:
+    jobs = [new_job(request_id=f"r{n}", call_digest=b"%d" % n) for n in range(MANY)]
+    again = new_job(request_id=f"r{MANY - 1}", call_digest=b"%d" % (MANY - 1))
+    other = new_job(request_id=f"r{MANY - 2}", call_digest=b"other")
+    repeated: list[asyncio.Future[str]] = []
+
+    def before_step() -> None:
+        if not repeated:
+            repeated.extend(store.add_job(job, 3.0) for job in (again, other))
+
+    ids = await store.add_jobs(jobs, 2.0, before_step)
+    assert ids == [job.id for job in jobs]
+    assert await repeated[0] == jobs[-1].id
+    with pytest.raises(RequestIDReused, match=jobs[-2].id):
+        await repeated[1]
+    submitted_again = [new_job(request_id=job.request_id, call_digest=job.call_digest) for job in [again, *jobs]]
+    assert await store.add_jobs(submitted_again, 4.0) == [jobs[-1].id, *ids]
+    assert len(await stored_ids(store)) == MANY
+
+
+KILLED = """
+import asyncio, os, signal, sys
+from pathlib import Path
+from harpcaller.store.sqlite import open_store
+from support.deadline import eventually
+from support.jobs import new_job
+
+async def main(directory, count, killed_at):
+    store = await open_store(Path(directory))
+    steps = 0
+    def before_step():
+        nonlocal steps
+        steps += 1
+        if steps == killed_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+    jobs = [new_job(request_id=f"r{n}", call_digest=b"c", info=b"%d" % n) for n in range(count)]
+    await store.add_jobs(jobs, 2.0, before_step)
+
+asyncio.run(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
+"""
+
+
+@pytest.mark.parametrize("killed_at", [1, 3])
+async def test_crash_between_the_steps_loses_no_job(reopen: Reopen, tmp_path: Path, killed_at: int) -> None:
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "store"), str(MANY), str(killed_at)]
+    killed = await asyncio.to_thread(subprocess.run, command, check=False, env=os.environ, timeout=60)
+    assert killed.returncode == -9
+    copy = tmp_path / "copy"
+    await asyncio.to_thread(backup.back_up, tmp_path / "store" / "harpcaller.sqlite", copy)
+    (tmp_path / "restored").mkdir()
+    assert backup.restore(copy, tmp_path / "restored", "cancel", time.time()) == MANY
+    store = await reopen()
+    listed = [job for _, job in await store.list_jobs()]
+    assert [job.info for job in listed] == [b"%d" % n for n in range(MANY)]
+    assert {job.state for job in listed} == {State.QUEUED}
+    again = [new_job(request_id=f"r{n}", call_digest=b"c") for n in range(MANY)]
+    assert await store.add_jobs(again, 3.0) == [job.id for job in listed]
+    store = await reopen()
+    assert len(await stored_ids(store)) == MANY
+
+
+async def test_failed_step_is_repeated(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    jobs, steps = many(), 0
+    other = sqlite3.connect(store.path, isolation_level=None)
+
+    def before_step() -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 2:
+            other.execute("BEGIN IMMEDIATE")  # another program locks the file for longer than the writer waits
+
+    adding = asyncio.create_task(store.add_jobs(jobs, 2.0, before_step))
+    await eventually(lambda: "cannot insert staged jobs; retrying" in caplog.messages)
+    other.execute("ROLLBACK")
+    other.close()
+    assert await adding == [job.id for job in jobs]
+    assert await stored_ids(store) == [job.id for job in jobs]
+    assert steps == 5
+
+
+async def test_closing_ends_the_repetition(reopen: Reopen) -> None:
+    store = await reopen()
+    adding = asyncio.create_task(store.add_jobs(many(), 2.0))
+    await asyncio.sleep(0)
+    await store.close()
+    with pytest.raises(StorageError, match="closed"):
+        await adding
+    store = await reopen()
+    assert len(await stored_ids(store)) in (0, MANY), "all or none"
