@@ -315,14 +315,15 @@ async def test_full_disk_does_not_end_running_calls(tmp_path: Path) -> None:
     with Harpd(tmp_path / "harpd", PROCEDURES + OWN) as harpd:
         credentials = {"user": harpd.user, "password": harpd.password}
         host = {"hostname": "web01", "address": "127.0.0.1", "port": harpd.port, "credentials": credentials}
-        settings: dict[str, Any] = {"resumable_calls": True, "disconnect_timeout": 1.0, "host_timeout": 11.0}
+        settings: dict[str, Any] = {"resumable_calls": True, "disconnect_timeout": 3.0, "host_timeout": 13.0}
         async with running(tmp_path, json.dumps(host) + "\n", store=store, **settings) as dispatcher:
             flood = await dispatcher.submit(call("flood_until", arguments=[str(done)]), "test")
             quiet = await dispatcher.submit(call("wait_for", arguments=[str(done), 5]), "test")
             await until(dispatcher, flood, lambda job: job.records > 0, "the first record")
+            await eventually(lambda: harpd.status()["calls"] == 2, what="both calls")
             store.off = True
             began = time.monotonic()
-            while time.monotonic() - began < 4.0:
+            while time.monotonic() - began < 6.0:
                 await asyncio.sleep(0.1)
                 assert harpd.status()["calls"] == 2
             done.touch()

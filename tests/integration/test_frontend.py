@@ -392,9 +392,9 @@ def test_authentication_module_failures_reject_the_user(own: Harpd) -> None:
     rejected = error("auth_error", "unknown user or wrong password")[0]
     for user in ("bad", "raises", "exits", "falsy", "async", "generator", "not implemented", "method", "hangs"):
         assert ask_as(own, user) == rejected
+    own.wait_event("authentication timed out", user="hangs")
     assert [event["error"] for event in own.events("authentication module failed")] == ["ValueError", "SystemExit"]
     assert all("own_users.py:" in event["location"] for event in own.events("authentication module failed"))
-    assert own.events("authentication timed out", user="hangs")
     assert ask_as(own, "good") == {"result": []}  # one thread hangs, the other works
     assert not [line for line in own.log_lines() if "hush" in line]
 
@@ -402,11 +402,12 @@ def test_authentication_module_failures_reject_the_user(own: Harpd) -> None:
 def test_truthy_answer_of_a_module_counts_with_a_warning(own: Harpd) -> None:
     for user in ("truthy", "truthy", "good"):
         assert ask_as(own, user) == {"result": []}
+    own.wait_event("authentication module returned no bool")
     (warning,) = own.events("authentication module returned no bool")
     assert (warning["level"], warning["user"], warning["type"]) == ("warning", "truthy", "str")
     own.reload()
     assert ask_as(own, "truthy") == {"result": []}
-    assert len(own.events("authentication module returned no bool")) == 2
+    wait_until(lambda: len(own.events("authentication module returned no bool")) == 2, what="the warning of the reload")
 
 
 MISTAKES = ["alice:$5$saltsalt$0IyaXrmV7.sGNS6tirgqHLqX/G.FBvgkYA.lpPdS5sA"] * 2
