@@ -69,7 +69,7 @@ def call(
 
 def error_of(text: str) -> str:
     with pytest.raises(ConfigError) as caught:
-        policy(text)
+        policy(f"{text}\n")
     return str(caught.value)
 
 
@@ -322,6 +322,11 @@ def test_wrong_file_is_refused_with_the_place(text: str, error: str) -> None:
     assert message.startswith(f"{FILE}: ")
     assert error in message
     assert "\n" not in message
+
+
+def test_file_that_ends_within_a_line_is_refused() -> None:
+    with pytest.raises(ConfigError, match="expected a line feed at the end, got none; the file may be incomplete"):
+        policy(rule('hosts = ["web*"]').rstrip("\n"))
 
 
 def test_missing_file_is_a_config_error(tmp_path: Path) -> None:

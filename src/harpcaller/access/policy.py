@@ -87,7 +87,7 @@ class Policy:
             if rule.queues is not None or rule.arguments is not None:
                 examined = examined or Examined(target)
                 try:
-                    if not rule.match_queue(examined) or rule.find_argument(examined) is not None:
+                    if not (rule.match_queue(examined) and rule.match_arguments(examined)):
                         continue
                 except Unreadable as error:
                     return Decision(False, rule.number, rule.line, f"{rule.place} cannot judge it: {error}")

@@ -24,7 +24,7 @@ from msgspec import Struct
 
 from harp.protocol.json_text import MAX_DEPTH, InvalidJSON, Raw, decode_checked, decode_text, reject_constant
 
-#: Maximum length in bytes of arguments and of queue names that rules look at. Decoding them takes at most 2 ms.
+#: Maximum length in bytes of arguments and of queue names that rules look at. Decoding them takes at most 5 ms.
 MAX_EXAMINED = 64 * 1024
 MAX_PATTERN_TEXT = 1024  #: A longer text matches no pattern: the time of some patterns grows faster than their text.
 
@@ -160,30 +160,40 @@ class Check:
     optional: bool = False  # whether the argument may be missing
     position: int | None = None  # of a positional argument, from 1
 
-    def find_mismatch(self, value: Any) -> str | None:
-        """Return ``expected X, got Y`` for a value that does not meet the conditions, else None."""
-        if self.enum is not None and not any(is_equal(one, value) for one in self.enum):
-            return f"expected one of {', '.join(map(_describe, self.enum))}, got {_describe(value)}"
-        if self.pattern is not None:
-            if not isinstance(value, str) or len(value) > MAX_PATTERN_TEXT:
-                return f"expected a text of at most {MAX_PATTERN_TEXT} characters, got {_describe(value)}"
-            if self.pattern.fullmatch(value) is None:
-                return f"expected a text that matches {self.pattern.pattern}, got {_describe(value)}"
-        if self.minimum is not None and not (_is_number(value) and value >= self.minimum):
-            return f"expected a number of at least {self.minimum}, got {_describe(value)}"
-        if self.maximum is not None and not (_is_number(value) and value <= self.maximum):
-            return f"expected a number of at most {self.maximum}, got {_describe(value)}"
-        return None
+    def match(self, value: Any) -> bool:
+        """Return whether a decoded value meets the conditions."""
+        return (
+            (self.enum is None or any(is_equal(one, value) for one in self.enum))
+            and (self.pattern is None or self._match_pattern(value))
+            and (self.minimum is None or (_is_number(value) and value >= self.minimum))
+            and (self.maximum is None or (_is_number(value) and value <= self.maximum))
+        )
+
+    def _match_pattern(self, value: Any) -> bool:
+        assert self.pattern is not None
+        is_text = isinstance(value, str) and len(value) <= MAX_PATTERN_TEXT
+        return is_text and self.pattern.fullmatch(value) is not None
 
     def __str__(self) -> str:
         parts = [
             f"one of {', '.join(map(_describe, self.enum))}" if self.enum is not None else "",
-            f"matches {self.pattern.pattern}" if self.pattern is not None else "",
+            f"a text that matches {self.pattern.pattern}" if self.pattern is not None else "",
             f"at least {self.minimum}" if self.minimum is not None else "",
             f"at most {self.maximum}" if self.maximum is not None else "",
         ]
-        text = ", ".join(filter(None, parts)) or "any value"
-        return f"{text} (optional)" if self.optional else text
+        return ", ".join(filter(None, parts)) or "any value"
+
+
+class Mismatch(NamedTuple):
+    """An argument that does not meet its conditions; as text, ``NAME: expected X, got Y``."""
+
+    name: str | int  # a number is the position of an argument without a name
+    check: Check | None  # None: no such argument is allowed
+    got: str
+
+    def __str__(self) -> str:
+        name = f"position {self.name}" if isinstance(self.name, int) else _describe(self.name)
+        return f"{name}: expected {self.check or 'no such argument'}, got {self.got}"
 
 
 ANY_OTHER = "*"  #: In place of the name of an argument: all those that the rule does not name.
@@ -201,25 +211,41 @@ class Arguments:
         self._other = checks.get(ANY_OTHER)
         self._named = {name: check for name, check in checks.items() if name != ANY_OTHER}
         self._names = {check.position: name for name, check in self._named.items() if check.position is not None}
+        self._required = [name for name, check in self._named.items() if not check.optional]
 
-    def find_mismatch(self, arguments: Any) -> str | None:
-        """Return ``NAME: expected X, got Y`` if decoded arguments do not meet the conditions."""
+    def match(self, arguments: Any) -> bool:
+        """Return whether decoded arguments meet the conditions."""
+        return next(self._find_mismatches(arguments), None) is None
+
+    def find_mismatch(self, arguments: Any) -> Mismatch | None:
+        """Return the first argument of decoded ones that does not meet the conditions."""
+        for name, value in self._find_mismatches(arguments):
+            got = "none" if value is _MISSING else _describe(value)
+            return Mismatch(name, self._check_of(name), got)
+        return None
+
+    def _check_of(self, name: str | int) -> Check | None:
+        """Return the check of a named argument, or of a position without a name."""
+        return self._other if isinstance(name, int) else self._named.get(name, self._other)
+
+    def _find_mismatches(self, arguments: Any) -> Iterator[tuple[str | int, Any]]:
+        by_name: Mapping[str | int, Any] = arguments
         if isinstance(arguments, list):
-            pairs = [(self._names.get(at), f"position {at}", value) for at, value in enumerate(arguments, 1)]
-        else:
-            pairs = [(name, json.dumps(name[:_MAX_QUOTE]), value) for name, value in arguments.items()]
-        missing = {name for name, check in self._named.items() if not check.optional}
-        for name, shown, value in pairs:
-            check = self._other if name is None else self._named.get(name, self._other)
-            if check is None:
-                return f"{shown}: expected no such argument, got {_describe(value)}"
-            if (mismatch := check.find_mismatch(value)) is not None:
-                return f"{shown}: {mismatch}"
-            missing.discard(name or "")
-        return f"{min(missing)}: expected an argument, got none" if missing else None
+            by_name = {self._names.get(position, position): value for position, value in enumerate(arguments, 1)}
+        for name, value in by_name.items():
+            check = self._check_of(name)
+            if check is None or not check.match(value):
+                yield name, value
+        for name in self._required:
+            if name not in by_name:
+                yield name, _MISSING
 
     def __str__(self) -> str:
-        return "; ".join(f"{name}: {check}" for name, check in self.checks.items())
+        optional = {True: " (optional)", False: ""}
+        return "; ".join(f"{name}: {check}{optional[check.optional]}" for name, check in self.checks.items())
+
+
+_MISSING = object()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -258,13 +284,11 @@ class Rule:
             return NO_QUEUE in self.queues
         return any(pattern.match(examined.queue) for pattern in self.queues if isinstance(pattern, QueuePattern))
 
-    def find_argument(self, examined: Examined) -> str | None:
-        """Return ``NAME: expected X, got Y`` for an argument that does not meet its condition. Raises `Unreadable`."""
+    def match_arguments(self, examined: Examined) -> bool:
+        """Return whether the conditions on the arguments are met. Raises `Unreadable`."""
         if self.arguments is None:
-            return None
-        if examined.target.arguments is None:
-            return "expected arguments, got none"
-        return self.arguments.find_mismatch(examined.arguments)
+            return True
+        return examined.target.arguments is not None and self.arguments.match(examined.arguments)
 
     def find_unmet(self, names: Iterable[str], action: Action, examined: Examined) -> Iterator[tuple[str, str]]:
         """Yield key and ``expected X, got Y`` of each condition that is not met; `names` are those of the client."""
@@ -286,8 +310,10 @@ class Rule:
         except Unreadable as error:
             yield "queues", str(error)
         try:
-            if (mismatch := self.find_argument(examined)) is not None:
-                yield "arguments", mismatch
+            if self.arguments is not None and not self.match_arguments(examined):
+                is_known = target.arguments is not None
+                mismatch = self.arguments.find_mismatch(examined.arguments) if is_known else None
+                yield "arguments", str(mismatch or "expected arguments, got none")
         except Unreadable as error:
             yield "arguments", str(error)
 
@@ -340,8 +366,10 @@ def _decode(text: Raw | None, scan_value: _Scanner) -> Any:
         raise Unreadable(f"expected at most {MAX_EXAMINED} bytes, got {len(text)}")
     try:
         return decode_text(decode_checked(text, MAX_DEPTH), scan_value)
-    except (InvalidJSON, ArithmeticError) as error:
+    except InvalidJSON as error:
         raise Unreadable(f"expected JSON without repeated names, got {error}") from error
+    except ArithmeticError as error:
+        raise Unreadable("expected numbers that are not too large, got another one") from error
 
 
 def _is_number(value: Any) -> bool:

@@ -68,6 +68,8 @@ def read_rules(path: Path, text: bytes) -> tuple[list[Rule], dict[str, tuple[str
     except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: expected TOML: {error}") from error
     where = str(path)
+    if text and not text.endswith(b"\n"):  # a rule without its last conditions would allow more
+        raise ConfigError(f"{path}: expected a line feed at the end, got none; the file may be incomplete")
     try:
         _check_keys(document, ("roles", "rule"))
         with _key("roles"):
