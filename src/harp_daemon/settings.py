@@ -71,6 +71,17 @@ def convert(file: Path, document: Any, settings: type[T], convert_value: Callabl
         raise ConfigError(f"{file}: {_describe_error(error, document)}") from error
 
 
+def convert_entry(key: str, value: Any, settings: type[T]) -> T:
+    """Return the value of an entry of a mapping as a value of a class of settings.
+
+    Raises ValueError: it is invalid; the message begins with `key`.
+    """
+    try:
+        return msgspec.convert(value, settings)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"{key}.{_describe_error(error, value)}".replace(".the file:", ":")) from error
+
+
 def check_choice(key: str, value: object, choices: Iterable[str]) -> None:
     """Raise ValueError unless the value of a key, as text, is one of the choices."""
     if str(value) not in choices:

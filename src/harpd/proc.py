@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         uid: Identity | None
         gid: Groups | None
         max_calls_per_process: int
+        users: Sequence[str] | None
 
 
 __all__ = ["Cancelled", "Procedure", "Result", "StreamingProcedure", "TimeLimit", "procedure", "streaming_procedure"]
@@ -66,10 +67,12 @@ class Procedure:
         gid: the group, id or name, or a list of groups (first: primary, all: supplementary). None: for a user in the
             user database, its primary group; for another user, group 65534; without `uid`, the default of harpd.
         max_calls_per_process: how many calls a process serves, one after the other. 1: each call has its own.
+        users: the names of the users who may call it, of those whose rights in the configuration allow it; None: all
+            of these.
 
     Raises:
         TypeError: an argument is of the wrong type.
-        ValueError: `timeout` is not positive, `gid` is an empty list, or `max_calls_per_process` is less than 1.
+        ValueError: an argument has a wrong value; the message names it.
 
     Spec: docs/procedures.md, Classes.
     """
@@ -82,6 +85,7 @@ class Procedure:
     uid: Identity | None = None
     gid: tuple[Identity, ...] | None = None
     max_calls_per_process: int = 1
+    users: tuple[str, ...] | None = None
 
     def __init__(
         self,
@@ -90,12 +94,16 @@ class Procedure:
         uid: Identity | None = None,
         gid: Groups | None = None,
         max_calls_per_process: int = 1,
+        *,
+        users: Sequence[str] | None = None,
     ) -> None:
         if not callable(function):
             raise TypeError(f"expected a function, got {function!r}")
         self.function = function
         self.timeout, self.uid, self.max_calls_per_process = timeout, uid, max_calls_per_process
-        self.gid = gid  # type: ignore[assignment]  # until it is checked
+        # Until they are checked:
+        self.gid = gid  # type: ignore[assignment]
+        self.users = users  # type: ignore[assignment]
         check_options(self)
         self.__doc__ = function.__doc__
         self.__name__ = getattr(function, "__name__", type(self).__name__)
@@ -212,7 +220,7 @@ def check_function(procedure: Procedure) -> None:
 
 
 def check_options(procedure: Procedure) -> None:
-    """Check the options, which a subclass may have set; convert `gid` to a tuple. Raises TypeError or ValueError."""
+    """Check the options, which a subclass may have set; convert lists to tuples. Raises TypeError or ValueError."""
     timeout, calls = procedure.timeout, procedure.max_calls_per_process
     gid: Any = procedure.gid
     if timeout is not None:
@@ -232,8 +240,18 @@ def check_options(procedure: Procedure) -> None:
             _check_identity("gid", group)
     if isinstance(calls, bool) or not isinstance(calls, int):
         raise TypeError(f"max_calls_per_process: expected a number of calls, got {calls!r}")
+    if procedure.users is not None:
+        procedure.users = _check_users(procedure.users)
     if calls < 1:
         raise ValueError(f"max_calls_per_process: expected a number of calls, at least 1, got {calls!r}")
+
+
+def _check_users(users: Any) -> tuple[str, ...]:
+    if not isinstance(users, (list, tuple)) or not all(isinstance(user, str) for user in users):
+        raise TypeError(f"users: expected a list of names of users, got {users!r}")
+    if not users:
+        raise ValueError("users: expected at least one user")
+    return tuple(users)
 
 
 def _check_identity(key: str, identity: Identity) -> None:
@@ -252,7 +270,7 @@ if TYPE_CHECKING:
 
 
 def procedure(function: Callable[..., Any] | None = None, /, **options: Unpack[Options]) -> Any:
-    """Expose a function: ``@procedure`` or ``@procedure(timeout=SECONDS, uid=..., gid=..., max_calls_per_process=N)``.
+    """Expose a function: ``@procedure`` or ``@procedure(timeout=SECONDS, uid=..., gid=..., ...)``.
 
     Return a `Procedure`, which documents the options and errors. Spec: docs/procedures.md.
     """

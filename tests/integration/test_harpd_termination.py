@@ -415,6 +415,7 @@ def test_load_hanging_is_replaced_by_next(own: Harpd) -> None:
             "procedures": str(own.directory / "hangs.py"),
             "python_path": {"prepend": [], "append": []},
             "default_user": None,
+            "rights": {},
             "environment": {},
             "default_group": None,
             "max_calls": 10,

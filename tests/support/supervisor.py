@@ -86,6 +86,7 @@ class Supervisor:
             "procedures": str(self.procedures_file),
             "python_path": {"prepend": [], "append": []},
             "default_user": None,
+            "rights": {},
             "environment": {COOKIE_VARIABLE: None},
             "default_group": None,
             "max_calls": 500,
@@ -225,11 +226,18 @@ class Supervisor:
         return channel
 
     def call(
-        self, procedure: str, arguments: Any = (), call_id: str | None = None, resumable: dict[str, Any] | None = None
+        self,
+        procedure: str,
+        arguments: Any = (),
+        call_id: str | None = None,
+        resumable: dict[str, Any] | None = None,
+        **members: Any,
     ) -> Channel:
-        """Start a call and return immediately."""
+        """Start a call and return immediately; `members` are more ones of the header."""
         call_id = call_id or str(uuid.uuid4())
-        header = {"call": call_id, "procedure": procedure} | ({} if resumable is None else {"resumable": resumable})
+        header = {"call": call_id, "procedure": procedure, **members}
+        if resumable is not None:
+            header["resumable"] = resumable
         channel = self.open_channel(START, header, json.dumps(arguments).encode())
         channel.id = call_id
         return channel

@@ -30,6 +30,7 @@ from harp_daemon.process import describe_exit
 from harp_daemon.settings import ConfigError
 from harp_daemon.sockets import ResolveError, resolve
 from harpd.auth import AuthDB
+from harpd.auth.rights import UserRights
 from harpd.config.settings import Configuration, load, load_yaml, one_line, server_context
 from harpd.worker.environment import call_environment, enter_surroundings
 from harpd.worker.privileges import UserError, resolve_credentials
@@ -76,6 +77,11 @@ class SupervisorConfig:
     log: dict[str, Any]  #: Arguments for `harp_daemon.logs.configure`: JSON values.
 
     @property
+    def rights_section(self) -> dict[str, dict[str, Any]]:
+        """The rights of users, as `harpd.auth.rights.UserRights` takes them: JSON values."""
+        return {user: msgspec.structs.asdict(rights) for user, rights in self.configuration.rights.items()}
+
+    @property
     def runs_calls_as_root(self) -> bool:
         """Whether procedures without `uid` run as root, without a setting for it."""
         return self.default_user is None and os.geteuid() == 0
@@ -111,6 +117,7 @@ class SupervisorConfig:
             "exit_info": msgspec.structs.asdict(configuration.exit_info),
             "cgroup": configuration.cgroup,
             "environment": configuration.environment,
+            "rights": self.rights_section,
             "outlive": outlive,
             "runtime_directory": str(runtime_directory),
             "logging": self.log,
@@ -124,6 +131,7 @@ class LoadedConfig(SupervisorConfig):
 
     context: ssl.SSLContext
     users: AuthDB
+    rights: UserRights
     #: Mistakes that prevent neither start nor reload, each with its place. ``--test`` fails with the first.
     problems: list[str]
     validities: list[Validity]  #: Of the certificates that clients see.
@@ -155,7 +163,8 @@ def load_config(options: CommandLine) -> LoadedConfig:
     except BaseException:
         sys.path[:] = previous_path
         raise
-    return LoadedConfig(options, configuration, common.log, context, users, problems, validities)
+    rights = UserRights(common.rights_section)
+    return LoadedConfig(options, configuration, common.log, context, users, rights, problems, validities)
 
 
 def _open_users(section: dict[str, Any], file: Path) -> tuple[AuthDB, list[str]]:

@@ -22,9 +22,11 @@ from harp_daemon.settings import (
     Count,
     check_choice,
     convert,
+    convert_entry,
     describe_value,
     set_minimum_version,
 )
+from harpd.auth.rights import parse_network
 from harpd.worker.environment import OWN_PREFIX
 
 # The maximum of one year stands for "no limit". It excludes infinity and NaN, which are typing errors.
@@ -97,6 +99,20 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
                 raise ValueError(f"{total}: expected at least {minimum}, as limits.{single}, got {value}")
 
 
+class Rights(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """An entry of section `rights`: the rights of one user."""
+
+    procedures: list[str] | None = None  #: Patterns of the names of procedures that it may call; None: all.
+    peers: list[str] | None = None  #: Addresses and networks from which it may send requests; None: all.
+
+    def __post_init__(self) -> None:
+        for peer in self.peers or ():
+            try:
+                parse_network(peer)
+            except ValueError as error:
+                raise ValueError(f"peers: expected addresses or networks as 192.0.2.0/24: {error}") from error
+
+
 class ExitInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Section `exit_info`: parts of a call's exit info that may contain secrets and are therefore off by default."""
 
@@ -119,10 +135,14 @@ class Configuration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     #: The user and the group of procedures without `uid` and `gid`: id or name. The command line has priority.
     default_user: Identity | None = None
     default_group: Identity | None = None
+    #: The rights of users by name; ``*``: of all users without an entry. Empty: each user may call all procedures.
+    rights: dict[str, Any] = {}  # values: `Rights`
     #: Variables of the environment of calls; null: the value of harpd's environment.
     environment: dict[str, str | None] = {}
 
     def __post_init__(self) -> None:
+        rights = {user: convert_entry(f"rights.{user}", value, Rights) for user, value in self.rights.items()}
+        msgspec.structs.force_setattr(self, "rights", rights)
         for name in self.environment:
             if not name or name.startswith(OWN_PREFIX) or not name.isprintable() or "=" in name:
                 own = f"no {OWN_PREFIX}..., which harpd sets itself"

@@ -144,6 +144,7 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, accepted: socket.socket, peer: str, context: ConnectionContext) -> None:
         self.peer = peer
+        self._address = peer.rpartition(":")[0].strip("[]")
         self.limits = context.config.configuration.limits
         self.client_reads = True  # the client reads: its write buffer is not full
         self.stopping = False  # the frontend stops
@@ -327,7 +328,12 @@ class Connection(asyncio.Protocol):
         if not self._admit(request):
             return
         link = self._context.links.find_link()
-        if link is not None and isinstance(request, Request) and self._is_cached(request):
+        if (
+            link is not None
+            and isinstance(request, Request)
+            and self._is_cached(request)
+            and self._may_connect(request)
+        ):
             self._start_call(request, link)
         else:
             self._run(self._handle_request(request))
@@ -351,6 +357,7 @@ class Connection(asyncio.Protocol):
         procedure = request.procedure[:_MAX_LOGGED_NAME]
         log.info("call accepted", extra={"call": call_id, "procedure": procedure, **self._log_fields(request)})
         header: dict[str, Any] = {"call": call_id, "procedure": request.procedure}  # see `harpd.supervisor.main`
+        header["user"] = request.user
         header["authentication"] = round(self._authentication_time, 6)
         if request.keep_alive:
             header["keep_alive"] = self.limits.keep_alive_timeout
@@ -398,6 +405,10 @@ class Connection(asyncio.Protocol):
         self._authentication_time = time.monotonic() - begin
         return is_cached
 
+    def _may_connect(self, request: AnyRequest) -> bool:
+        """Return whether the user of the request, whose password is right, may send it from this address."""
+        return self._context.config.rights.may_connect(request.user, self._address)
+
     # Work for the request that has to wait.
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
@@ -428,6 +439,11 @@ class Connection(asyncio.Protocol):
                 self.end_connection(_AUTH_ERROR)
                 return
             self._authentication_time = time.monotonic() - begin
+        if not self._may_connect(request):
+            log.warning("user denied from this address", extra=self._log_fields(request))
+            hint = "see the setting rights of harpd"
+            self.end_connection(Failed("access_denied", f"user {request.user!r} may not connect from here; {hint}"))
+            return
         if isinstance(request, ListCalls):
             await self._list_calls(request)
         elif isinstance(request, Attach):

@@ -36,6 +36,7 @@ from harp.protocol.call_output import RECORD_PREFIX
 from harp.protocol.ends import Failed
 from harp.protocol.harpd import encode_message
 from harp.protocol.json_text import InvalidJSON, Raw, dumps, loads
+from harpd.auth.rights import UserRights
 from harpd.processes.cgroup import create_cgroup, delegated_cgroup
 from harpd.processes.cookie import cookie_for
 from harpd.processes.process_tree import CallTree, Scan, Snapshot, send_signal
@@ -128,6 +129,7 @@ class CallContext:
         self.loop = loop
         self.instance = instance
         self.settings = settings  # for new calls, see `harpd.config.loaded`; a call has those of its start
+        self.rights = UserRights(settings["rights"])
         self.calls: dict[str, Call] = {}  # the running calls, by id
         self.shutting_down = False
         self.quota = SpoolQuota(settings["spool_memory"])

@@ -20,6 +20,8 @@ a channel of the link. The first frame of a channel has a header, a JSON object:
     ATTACH  {"attach": ID, "owner": ..., "secret": ..., "since": NUMBER}
                                             attach to a resumable call
 
+START has the "user" whose password the frontend has checked; the supervisor checks the rights of this user.
+
 Both may have "keep_alive": SECONDS, which the acknowledgement repeats. START may have "authentication": SECONDS, the
 duration of the password check, which exit info repeats. The supervisor sends the lines for the client, see
 docs/protocol.md. A connection with another first line receives one line:
@@ -62,6 +64,7 @@ from harp.protocol.json_text import JSONObject, Raw, dumps, loads
 from harp.protocol.schema import ProtocolError, check, required_string
 from harp_daemon import logs
 from harp_daemon.process import tune_memory
+from harpd.auth.rights import UserRights
 from harpd.supervisor.call import Call, CallContext, StopReason
 from harpd.supervisor.event_loop import READ, EventLoop
 from harpd.supervisor.frames import VERSION
@@ -88,6 +91,8 @@ _FLUSH_TIMEOUT = 2.0
 _KILL_TIMEOUT = 2.0
 #: Seconds after which a supervisor without calls and launcher exits.
 _IDLE_EXIT_DELAY = 10.0
+#: Most characters of a user name or a procedure name in the log.
+_MAX_LOGGED_NAME = 64
 #: The descriptor limit divided by this number is how many pipes of ended calls may stay open.
 _RELEASED_PIPES_DIVISOR = 8
 
@@ -152,6 +157,7 @@ class Supervisor:
                     self._zygote.retire()
                 self._zygote = zygote
                 self._context.settings = settings
+                self._context.rights = UserRights(settings["rights"])
                 self._output.limits = _output_limits(settings)
                 self._context.quota.limit = settings["spool_memory"]
                 fields = {"file": settings["procedures"], "procedures": len(zygote.procedures)}
@@ -207,24 +213,26 @@ class Supervisor:
             send_final_reply(self._loop, connection, self._registry.list_calls(required_string(request, "calls")))
 
     def _on_start(self, channel: LinkChannel, header: Mapping[str, Any], arguments: Raw) -> None:
-        call_id, name = read_texts(header, "call", "procedure")
+        call_id, name, user = read_texts({"user": "", **header}, "call", "procedure", "user")
         if not CALL_ID.fullmatch(call_id):
             raise ProtocolError(f"call: expected a UUID, got {call_id!r}")
         if arguments[:1] not in (b"[", b"{") or arguments.find(b"\n") >= 0:
             raise ProtocolError("arguments: expected an array or an object")
-        call = self._create_call(channel, call_id, name, header)
+        call = self._create_call(channel, call_id, name, user, header)
         if isinstance(call, Failed):
             channel.reject(encode_message(call))
         else:
             call.start(arguments, header.get("authentication"))
 
-    def _create_call(self, channel: LinkChannel, call_id: str, name: str, header: Mapping[str, Any]) -> Call | Failed:
+    def _create_call(
+        self, channel: LinkChannel, call_id: str, name: str, user: str, header: Mapping[str, Any]
+    ) -> Call | Failed:
         """Create a call, with a worker and a session; or return why it is rejected."""
         requested, keep_alive = header.get("resumable"), header.get("keep_alive")
         if not isinstance(requested, (dict, NoneType)):
             raise ProtocolError("resumable: expected an object")
         zygote, context = self._zygote, self._context
-        rejection = self._check_start(call_id, name, resumable=requested is not None)
+        rejection = self._check_start(call_id, name, user, resumable=requested is not None)
         if rejection is not None:
             return rejection
         assert zygote is not None
@@ -250,7 +258,7 @@ class Supervisor:
             session.attach(channel, 0, keep_alive)
         return call
 
-    def _check_start(self, call_id: str, name: str, resumable: bool) -> Failed | None:
+    def _check_start(self, call_id: str, name: str, user: str, resumable: bool) -> Failed | None:
         if self._retired and resumable:
             return self._registry.wrong_instance()
         if self._context.shutting_down or self._retired:
@@ -259,8 +267,13 @@ class Supervisor:
             return Failed("shutdown", "harpd is draining and accepts no new calls")
         if self._zygote is None:
             return Failed("procedure_loading_error", "harpd is loading the procedures file again")
+        if not self._context.rights.may_call(user, name):  # first, so that it does not learn which procedures exist
+            return _deny_call(call_id, name, user, "its rights in the configuration of harpd")
         if name not in self._zygote.procedures:
             return Failed("no_such_procedure", f"there is no procedure {name!r}", {"procedure": name})
+        users = self._zygote.procedures[name].users
+        if users is not None and user not in users:
+            return _deny_call(call_id, name, user, "the option users of the procedure")
         limit = self._context.settings["max_calls"]
         if len(self._context.calls) >= limit:
             return Failed("too_many_calls", f"{limit} calls are running on this host, the limit max_calls")
@@ -367,6 +380,14 @@ class Supervisor:
         self._listener.close()
         self._context.state_files.close()
         self._loop.stop()
+
+
+def _deny_call(call_id: str, name: str, user: str, cause: str) -> Failed:
+    """Log that a user has called a procedure without the right to; return the error. `cause`: what denies it."""
+    fields = {"call": call_id, "procedure": name[:_MAX_LOGGED_NAME], "user": user[:_MAX_LOGGED_NAME], "cause": cause}
+    log.warning("call denied", extra=fields)
+    message = f"user {user!r} may not call {name!r} on this host, because of {cause}"
+    return Failed("access_denied", message, {"procedure": name})
 
 
 def _output_limits(settings: Mapping[str, Any]) -> tuple[int, int]:

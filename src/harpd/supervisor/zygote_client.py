@@ -54,6 +54,7 @@ class ProcedureInfo:
     timeout: float | None  # seconds
     max_calls: int  # of one worker process
     uid: int | None  # of its calls; None: its user is unknown
+    users: Sequence[str] | None  # who may call it; None: each user who has the right to
 
 
 class ZygoteClient:

@@ -11,7 +11,8 @@ messages are JSON objects:
     supervisor -> zygote, once, first:
         {"load": PATH, "path": [STR], "default_user": USER, "default_group": GROUP, "descriptors": NUMBER}
     zygote -> supervisor, the first for each procedure, then one of the others; after an error it exits:
-        {"procedure": NAME, "streaming": BOOL, "timeout": SECONDS|null, "max_calls": NUMBER, "uid": NUMBER|null}
+        {"procedure": NAME, "streaming": BOOL, "timeout": SECONDS|null, "max_calls": NUMBER,
+         "uid": NUMBER|null, "users": [NAME]|null}
         {"loaded": NUMBER, "threads": NUMBER}
         {"error": MESSAGE}
     supervisor -> zygote, for each worker, with three descriptors (channel, stdout, stderr):
@@ -87,7 +88,8 @@ class _Zygote:
         for name, procedure in procedures.items():
             message = {"procedure": name, "streaming": procedure.streaming, "timeout": procedure.timeout}
             user = command["default_user"] if procedure.uid is None else procedure.uid
-            self._send({**message, "max_calls": procedure.max_calls_per_process, "uid": user_id(user)})
+            message |= {"max_calls": procedure.max_calls_per_process, "uid": user_id(user), "users": procedure.users}
+            self._send(message)
         worker = Worker(list(procedures.values()), self._cookie, command["default_user"], command["default_group"])
         # Flush the streams, so that workers do not write buffered text again, and occupy the descriptors 0 to 2.
         flush_output()
