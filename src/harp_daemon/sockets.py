@@ -39,6 +39,11 @@ class Listener:
         self._identity = _file_identity(path) if path is not None else None
 
     @property
+    def is_tls(self) -> bool:
+        """Whether its clients must speak TLS."""
+        return self.name.startswith("tls:")
+
+    @property
     def fields(self) -> dict[str, str | int]:
         """The address, as fields for the log."""
         if self.path is not None:

@@ -10,9 +10,9 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
 log = logging.getLogger(__name__)
 
@@ -31,12 +31,16 @@ class _Identity(NamedTuple):
     inode: int
 
 
+_Identities: TypeAlias = tuple[_Identity, ...]
+
+
 class WatchedFile(Generic[T]):
     """The parsed contents of a file; the previous contents while the file changes, is invalid or is refused.
 
     `parse` returns the value of a file's contents, or raises ValueError. `accept` is called with the value in use and
     the new value, and raises ValueError to refuse the new value. `in_use` is the value until the file is accepted,
-    `if_missing` the value until the file exists. Raises OSError or ValueError if the first contents are invalid.
+    `if_missing` the value until the file exists. A change of a file `beside` it counts as a change of the file. Raises
+    OSError or ValueError if the first contents are invalid.
     """
 
     def __init__(
@@ -46,18 +50,20 @@ class WatchedFile(Generic[T]):
         accept: Callable[[T, T], None] = lambda old, new: None,
         in_use: T | None = None,
         if_missing: T | None = None,
+        beside: Sequence[Path] = (),
     ) -> None:
         self.file = file
+        self._files = (file, *beside)
         self.error: str | None = None  #: Why the file's current contents are not in use; None: they are in use.
         self.read_at = time.time()  #: Unix time at which the contents in use were read.
         self.version = 0  #: A number that changes with the contents in use.
         self._parse = parse
         self._accept = accept
-        self._identity: _Identity | None  # of the latest contents that were used or refused
-        self._pending = _identify_if_exists(file)  # at the last check
+        self._identity: _Identities | None  # of the latest contents that were used or refused
+        self._pending = _identify_if_exists(self._files)  # at the last check
         self._newest = self._pending, if_missing  # the latest parsed contents, which may not be in use
         if self._pending is not None or if_missing is None:
-            self._newest = _identify(file), parse(file.read_bytes())
+            self._newest = _identify(self._files), parse(file.read_bytes())
         first = self._newest[1]
         assert first is not None
         self._identity, self._value = (self._newest[0], first) if in_use is None else (None, in_use)
@@ -81,7 +87,7 @@ class WatchedFile(Generic[T]):
         value = self.value
         if self.is_settled:
             return value
-        identity = _identify_if_exists(self.file)
+        identity = _identify_if_exists(self._files)
         if identity is not None and identity != self._newest[0]:
             try:
                 self._newest = identity, self._parse(self.file.read_bytes())
@@ -104,7 +110,7 @@ class WatchedFile(Generic[T]):
             self.error = f"it has changed again and again for {_MAX_WAIT:g} s"
 
     def _check(self, force: bool) -> None:
-        identity = _identify_if_exists(self.file)
+        identity = _identify_if_exists(self._files)
         if identity != self._pending:
             self._pending, self._pending_since = identity, time.monotonic()
         if identity == self._identity and self.is_settled and not (force and self.error):
@@ -115,13 +121,13 @@ class WatchedFile(Generic[T]):
 
     def _has_settled(self) -> bool:
         # The clock of the file system may differ from this clock; then only the time since the first check counts.
-        changed_at = self._pending.changed / 1e9 if self._pending else time.time()
+        changed_at = max(each.changed for each in self._pending) / 1e9 if self._pending else time.time()
         return max(time.time() - changed_at, time.monotonic() - self._pending_since) >= SETTLE_SECONDS
 
-    def _read(self, identity: _Identity | None, force: bool) -> None:
+    def _read(self, identity: _Identities | None, force: bool) -> None:
         try:
             value = self._parse(self.file.read_bytes())
-            if _identify(self.file) != identity:  # it has changed during the read
+            if _identify(self._files) != identity:  # it has changed during the read
                 self.is_settled = False
                 return
             if not force:
@@ -136,13 +142,15 @@ class WatchedFile(Generic[T]):
         self._identity = identity
 
 
-def _identify(file: Path) -> _Identity:
-    status = os.stat(file)
-    return _Identity(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+def _identify(files: Iterable[Path]) -> _Identities:
+    return tuple(
+        _Identity(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+        for status in map(os.stat, files)
+    )
 
 
-def _identify_if_exists(file: Path) -> _Identity | None:
+def _identify_if_exists(files: Iterable[Path]) -> _Identities | None:
     try:
-        return _identify(file)
+        return _identify(files)
     except OSError:
         return None

@@ -9,6 +9,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ examples:
   harpcallerd queue-list                                the names of the queues, one per line
   harpcallerd queue-list '{"service": "nginx"}'         the queued and running jobs of a queue
   harpcallerd queue-cancel '{"service": "nginx"}'       cancel them
+  harpcallerd token add shop --role=web --expires=90d   print a new token once; the dispatcher may run or not
+  harpcallerd token revoke shop                         it is refused within a second, on open connections, too
   harpcallerd --socket=./control stop --print-pid       the daemon that uses this control socket
   harpcallerd access who --host=web07 --procedure=restart_nginx
                                                         who may call it; see: harpcallerd access --help
@@ -243,6 +246,60 @@ def _access(parsed: Namespace) -> int:
     return status
 
 
+# Tokens. Without a running daemon, the file is changed here.
+
+
+def _token_add(parsed: Namespace) -> None:
+    roles, expires = parsed.role or [], parsed.expires
+    added = _on_tokens(
+        parsed,
+        lambda daemon: loads(next(daemon.send_command("token-add", name=parsed.name, roles=roles, expires=expires))),
+        lambda file: {"token": _tokens_module().add_token(file, parsed.name, roles, expires)[0]},
+    )
+    print("harpcallerd: store the token now: it is not shown again", file=sys.stderr)
+    print(added["token"])
+
+
+def _token_list(parsed: Namespace) -> None:
+    def read(file: Path) -> list[Any]:
+        tokens = _tokens_module()
+        return [tokens.describe_token(token) for token in tokens.read_tokens(file).values()]
+
+    for item in _on_tokens(parsed, lambda daemon: [*map(loads, daemon.send_command("token-list"))], read):
+        print(json.dumps(item))
+
+
+def _token_revoke(parsed: Namespace) -> None:
+    revoked = _on_tokens(
+        parsed,
+        lambda daemon: loads(next(daemon.send_command("token-revoke", name=parsed.name)))["revoked"],
+        lambda file: _tokens_module().revoke_token(file, parsed.name),
+    )
+    if not revoked:
+        raise ControlError(f"there is no token {parsed.name}")
+
+
+def _on_tokens(parsed: Namespace, by_daemon: Callable[[ControlClient], Any], by_file: Callable[[Path], Any]) -> Any:
+    """Return what the daemon replies; without a running one, what the function of the tokens file returns."""
+    try:
+        return by_daemon(ControlClient(parsed.socket))
+    except NotRunning:
+        pass
+    try:
+        file = load(parsed.config).tokens_file
+        if file is None:
+            raise ControlError(f'{parsed.config}: tokens_file: expected a path, got none; add tokens_file = "tokens"')
+        return by_file(file)
+    except (ConfigError, ValueError, _tokens_module().TokenError) as error:
+        raise ControlError(str(error)) from error
+
+
+def _tokens_module() -> Any:
+    from harpcaller.access import tokens  # only these commands need it
+
+    return tokens
+
+
 def _print_reply(parsed: Namespace) -> None:
     _print_lines(_send(parsed))
 
@@ -343,6 +400,23 @@ def parser() -> argparse.ArgumentParser:
     option = add("prune-jobs", _send_silently, "delete old ended jobs with their records")
     option("--age", metavar="DAYS", type=_days, help="delete jobs that ended more than DAYS ago (default: max_age)")
     option("--trust-clock", action="store_true", help="also after a leap of the clock: its present time is right")
+    token = commands.add_parser("token", parents=[socket], help="add, list or revoke tokens of clients")
+    token.add_argument("--config", **path, default=argparse.SUPPRESS, help=f"TOML file ({DEFAULT_FILE})")
+    of_tokens = token.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    def add_action(name: str, run: Callable[[Namespace], int | None], help: str) -> Callable[..., argparse.Action]:
+        action = of_tokens.add_parser(name, parents=[socket], help=help, description=f"{help[0].upper()}{help[1:]}.")
+        action.set_defaults(run=run)
+        action.add_argument("--config", **path, default=argparse.SUPPRESS, help=f"TOML file ({DEFAULT_FILE})")
+        return action.add_argument
+
+    option = add_action("add", _token_add, "print a new token; only its digest is stored")
+    option("name", metavar="NAME", help="its name; its principal is token:NAME")
+    option("--role", metavar="ROLE", action="append", help="a role of access_file that it has; may be repeated")
+    option("--expires", metavar="WHEN", type=_time, help="90d, 12h, or a date such as 2030-01-31 (default: never)")
+    add_action("list", _token_list, "list the tokens, one JSON object per line")
+    option = add_action("revoke", _token_revoke, "revoke a token, on open connections, too")
+    option("name", metavar="NAME")
     add("reopen-logs", _send_silently, "reopen the log files, after a rotation")
     return program
 
@@ -388,6 +462,17 @@ def _count(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def _time(text: str) -> float:
+    """Return the Unix time of an option: a time from now, or a date, at whose beginning in UTC it is."""
+    units = {"h": 3600, "d": 86400}
+    try:
+        if text[-1:] in units:
+            return time.time() + _number(text[:-1]) * units[text[-1]]
+        return datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp()
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected 90d, 12h or a date such as 2030-01-31, got {text}") from error
 
 
 def _queue(text: str) -> Raw:

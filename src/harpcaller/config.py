@@ -8,13 +8,15 @@ Spec: docs/settings-dispatcher.md.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -44,23 +46,53 @@ class Address:
     host: str | None  #: A name or an address; None for all addresses of the machine.
     port: int  #: The TCP port; 0 for any free port.
     path: Path | None = None  #: The path of a Unix socket; None for TCP.
+    tls: bool = False  #: Whether clients must speak TLS.
 
     @classmethod
     def parse(cls, text: str) -> Self | None:
-        """Parse ``ADDRESS:PORT``, ``*:PORT``, ``[IPV6]:PORT`` or ``unix:/PATH``; return None for any other text."""
+        """Parse ``ADDRESS:PORT``, ``*:PORT``, ``[IPV6]:PORT``, each also after ``tls:``, or ``unix:/PATH``.
+
+        Return None for any other text.
+        """
         if text.startswith("unix:/"):
             return cls(None, 0, Path(text.removeprefix("unix:")))
-        match = _ADDRESS.fullmatch(text)
+        match = _ADDRESS.fullmatch(text.removeprefix("tls:"))
         if match is None or int(match["port"]) > 65535:
             return None
         host = match["bracketed"] or match["plain"]
-        return cls(None if host == "*" else host, int(match["port"]))
+        return cls(None if host == "*" else host, int(match["port"]), tls=text.startswith("tls:"))
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only users of this machine can connect."""
+        if self.path is not None or self.host == "localhost":
+            return True
+        try:
+            return self.host is not None and ip_address(self.host.partition("%")[0]).is_loopback
+        except ValueError:
+            return False  # another name: it may resolve to any address
 
     def __str__(self) -> str:
         if self.path is not None:
             return f"unix:{self.path}"
         host = "*" if self.host is None else f"[{self.host}]" if ":" in self.host else self.host
-        return f"{host}:{self.port}"
+        return f"{'tls:' if self.tls else ''}{host}:{self.port}"
+
+
+class TLSFiles(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Section `tls`: the certificate of the listeners with TLS, and the authorities of their clients."""
+
+    certfile: Path  #: PEM file with the certificate and the chain to its authority.
+    keyfile: Path  #: PEM file with the key of the certificate.
+    client_ca_file: Path | None = None  #: PEM file with the authorities of clients' certificates.
+    crl_file: Path | None = None  #: PEM file with the revocation lists of these authorities.
+    minimum: str = DEFAULT_TLS_MINIMUM  #: Minimum TLS version of clients.
+
+    def __post_init__(self) -> None:
+        if self.minimum not in TLS_VERSIONS:
+            raise ValueError(f"minimum: expected one of {', '.join(TLS_VERSIONS)}, got {self.minimum!r}")
+        if self.crl_file is not None and self.client_ca_file is None:
+            raise ValueError("crl_file: expected client_ca_file beside it, got none")
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -70,7 +102,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ignored: tuple[str, ...] = ()  #: The keys of the file that only the legacy dispatcher uses. Not a key.
 
     listen: tuple[Address, ...] = (Address("127.0.0.1", 3502),)  #: Listening addresses for clients.
+    tls: TLSFiles | None = None  #: Certificate of the listening addresses with TLS.
+    tokens_file: Path | None = None  #: Tokens of clients.
     max_connections: Count = 10_000  #: Maximum number of client connections.
+    #: Maximum number of connections of one address that have sent no valid request.
+    max_connections_per_peer: Count = 1_000
     request_line: Bytes = 16 * 1024 * 1024  #: Maximum length of a request line in bytes.
     request_memory: Bytes = 256 * 1024 * 1024  #: Maximum total bytes of long requests that are being read or stored.
     reply_memory: Bytes = 256 * 1024 * 1024  #: Maximum total bytes of long replies that clients have not read.
@@ -119,6 +155,22 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             least = f"at least {_STOP_MARGIN:g} more than disconnect_timeout ({self.disconnect_timeout:g})"
             raise ValueError(f"host_timeout: expected {least}, got {self.host_timeout:g}")
 
+    @property
+    def unsafe_listeners(self) -> tuple[Address, ...]:
+        """The addresses at which everyone who can reach them can call every procedure."""
+        if self.access_file is not None:
+            return ()
+        return tuple(dict.fromkeys(address for address in self.listen if not address.is_local))
+
+    @property
+    def safe_lines(self) -> tuple[str, str, str]:
+        """The lines of the file that make its listening addresses safe."""
+        addresses = [str(replace(address, tls=not address.is_local)) for address in dict.fromkeys(self.listen)]
+        tls = self.tls or TLSFiles(certfile=Path("server.pem"), keyfile=Path("server.key"))
+        files = ((name, getattr(tls, name)) for name in ("certfile", "keyfile", "client_ca_file", "crl_file"))
+        members = ", ".join(f"{name} = {json.dumps(str(path))}" for name, path in files if path is not None)
+        return f"listen = {json.dumps(addresses)}", f"tls = {{{members}}}", 'access_file = "access.toml"'
+
     def describe_max_age(self) -> str:
         """Return what `max_age` means, for `--test`."""
         if self.max_age is None:
@@ -160,7 +212,10 @@ def load(file: Path = DEFAULT_FILE) -> Config:
         changed["max_age"] = None
     if "listen" in members:
         changed["listen"] = _parse_addresses(file, members["listen"])
-    return msgspec.structs.replace(config, **changed)
+    config = msgspec.structs.replace(config, **changed)
+    if config.tls is None and (needing := [str(address) for address in config.listen if address.tls]):
+        raise ConfigError(f"{file}: tls: expected a section with certfile and keyfile, as {needing[0]} needs; got none")
+    return config
 
 
 def _parse_addresses(file: Path, texts: object) -> tuple[Address, ...]:

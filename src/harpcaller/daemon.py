@@ -22,7 +22,8 @@ from harp_daemon.expiry import Validity, log_expiry_regularly, read_validities
 from harp_daemon.process import ProcessError, notify_service_manager
 from harp_daemon.settings import ConfigError, report_restart_needed
 from harp_daemon.sockets import Listener, ListenError, listen_unix
-from harpcaller.access.source import PolicySource, exposed_listeners
+from harpcaller.access.identities import Identities
+from harpcaller.access.source import PolicySource
 from harpcaller.api.client_server import ClientServer, listen
 from harpcaller.api.control_server import ControlServer
 from harpcaller.config import Config, file_errors, load
@@ -55,9 +56,9 @@ def check(config: Config) -> tuple[list[str], list[str]]:
     errors = []
     lists = []
     warnings: list[str] = []
+    now = datetime.now(UTC)
     try:
         warnings = HostTLS(config).warnings
-        now = datetime.now(UTC)
         authorities = [each for each in _validities(config) if each.file == config.ca_file]
         expired = [*filter(None, [each.describe_error(now) for each in authorities])]
         if expired and len(expired) == len(authorities):  # collections of authorities often contain old certificates
@@ -68,8 +69,18 @@ def check(config: Config) -> tuple[list[str], list[str]]:
         PolicySource(config)
     except ConfigError as error:
         errors.append(str(error))
-    if exposed := exposed_listeners(config):
-        reason = f"every client of {', '.join(exposed)} may call every procedure; see docs/access.md"
+    try:
+        Identities(config)
+    except ConfigError as error:
+        errors.append(str(error))
+    if config.tls is not None:
+        own = [each.describe_error(now) for each in _validities(config) if each.file == config.tls.certfile]
+        errors += [f"{config.file}: tls.certfile: {reason}" for reason in filter(None, own)]
+    if exposed := ", ".join(map(str, config.unsafe_listeners)):
+        lines = "".join(f"\n    {line}" for line in config.safe_lines)
+        reason = (
+            f"every client of {exposed} may call every procedure; these lines change that, see docs/access.md:{lines}"
+        )
         warnings.append(f"{config.file}: access_file: not set: {reason}")
     try:
         if config.hosts_file is not None:
@@ -86,10 +97,11 @@ def check(config: Config) -> tuple[list[str], list[str]]:
 
 
 def _validities(config: Config) -> list[Validity]:
-    """Return the validity of the certificates by which hosts are accepted. May block."""
+    """Return the validity of the certificates that clients see, and of those by which peers are accepted. May block."""
     validities = []
-    for file in (config.ca_file, config.known_certs_file):
-        with suppress(OSError):  # `HostTLS` reports it
+    of_clients = (config.tls.certfile, config.tls.client_ca_file) if config.tls else ()
+    for file in (config.ca_file, config.known_certs_file, *of_clients):
+        with suppress(OSError):  # the use of the file reports it
             validities += [] if file is None else read_validities(file)
     return validities
 
@@ -112,6 +124,7 @@ async def run(
     try:
         async with AsyncExitStack() as stack:
             control = stack.enter_context(closing(_open_control(socket)))
+            identities = Identities(config)
             listeners = listen(config)
             for listener in listeners:
                 stack.callback(listener.close)
@@ -119,9 +132,9 @@ async def run(
                 store = await open_store(config.stream_directory)
             stack.push_async_callback(store.close)
             dispatcher = await stack.enter_async_context(Dispatcher(config, store, wall))
-            clients = await stack.enter_async_context(aclosing(ClientServer(dispatcher)))
-            reloader = _Reloader(dispatcher, debug)
-            controller = ControlServer(dispatcher, stop.set, reloader.reload)
+            clients = await stack.enter_async_context(aclosing(ClientServer(dispatcher, identities)))
+            reloader = _Reloader(dispatcher, clients, debug)
+            controller = ControlServer(dispatcher, stop.set, reloader.reload, lambda: clients.identities)
             await stack.enter_async_context(aclosing(controller))
             controller.serve([control])
             clients.serve(listeners)
@@ -143,8 +156,9 @@ async def run(
 class _Reloader:
     """Reloads the configuration file, one reload at a time; `debug` as in `configure_log`."""
 
-    def __init__(self, dispatcher: Dispatcher, debug: bool) -> None:
+    def __init__(self, dispatcher: Dispatcher, clients: ClientServer, debug: bool) -> None:
         self._dispatcher = dispatcher
+        self._clients = clients
         self._debug = debug
         self._at_start = dispatcher.config
         self._lock = asyncio.Lock()
@@ -170,9 +184,11 @@ class _Reloader:
             before = self._dispatcher.config
             try:
                 config = await asyncio.to_thread(load, before.file)
+                identities = Identities(config, self._clients.identities)
                 try:
                     configure_log(config, self._debug)
                     await self._dispatcher.reload(config)
+                    self._clients.identities = identities
                 except BaseException:
                     configure_log(before, self._debug)
                     raise

@@ -30,7 +30,7 @@ from harp.protocol.ends import Cancelled, End
 from harp.protocol.json_text import Raw, dumps
 from harp.protocol.schema import encode_object
 from harp_daemon.timer_wheel import TimerWheel
-from harpcaller.access.source import PolicySource, exposed_listeners
+from harpcaller.access.source import PolicySource
 from harpcaller.config import MAX_SECONDS, Config
 from harpcaller.explain import ExplainContext, describe_job
 from harpcaller.hosts.capabilities import HostCapabilities
@@ -388,8 +388,9 @@ class Dispatcher:
             log.warning("jobs are never deleted; set max_age", extra={"file": str(config.file)})
         else:
             log.info("ended jobs are deleted after max_age", extra={"hours": config.max_age})
-        if exposed := exposed_listeners(config):
-            log.warning("clients need no rights; set access_file", extra={"listeners": exposed})
+        if exposed := [str(address) for address in config.unsafe_listeners]:
+            fields = {"listeners": exposed, "lines": "; ".join(config.safe_lines)}
+            log.warning("clients need no rights; set access_file", extra=fields)
         if config.hosts_file is None and config.host_db_script is None:
             log.warning("no hosts; set hosts_file or host_db_script")
         for warning in self._tls.warnings:

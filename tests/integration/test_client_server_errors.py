@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from harpcaller.access.identities import Identities
 from harpcaller.api.client_server import ClientServer, listen
 from harpcaller.config import Address
 from harpcaller.store.sqlite import Store, open_store
@@ -55,7 +56,7 @@ async def service(directory: Path, verb: str, sound: int = 0, *hosts: str) -> As
     try:
         faulty: Any = Faulty(store, verb, sound)
         async with running(directory, *hosts, store=faulty, listen=(Address("127.0.0.1", 0),)) as dispatcher:
-            async with aclosing(ClientServer(dispatcher)) as server:
+            async with aclosing(ClientServer(dispatcher, Identities(dispatcher.config))) as server:
                 (listener,) = listeners = listen(dispatcher.config)
                 server.serve(listeners)
                 yield int(listener.fields["port"])

@@ -19,7 +19,7 @@ from support.peers import Peer
 from support.scripted import connection_of, scripted_harpd
 
 UNKNOWN = "00000000-0000-4000-8000-000000000000"
-REFUSAL = {"type": "too_many_connections", "message": "more clients are connected than max_connections allows"}
+REFUSAL = {"type": "too_many_connections", "message": "too many clients are connected, in all or from here"}
 
 
 @pytest.fixture(scope="module")

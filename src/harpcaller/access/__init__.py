@@ -4,7 +4,17 @@ from __future__ import annotations
 
 
 class AuthError(Exception):
-    """A request whose `auth` proves no identity. The message is for the client; it contains no part of the token."""
+    """A request whose `auth` proves no identity. The message is for the client.
+
+    `reason` is for the log, and `token` the name in the token, if it has the form of one: neither contains its secret.
+    `delay`: seconds until the request may be refused.
+    """
+
+    def __init__(self, message: str, reason: str = "", token: str = "", delay: float = 0.0) -> None:
+        super().__init__(message)
+        self.reason = reason or message
+        self.token = token
+        self.delay = delay
 
 
 class AccessDenied(Exception):

@@ -6,13 +6,12 @@ A changed file with an error is not used: the policy stays as it was, and the lo
 from __future__ import annotations
 
 import time
-from ipaddress import ip_address
 from typing import Any
 
 from harp_daemon.settings import ConfigError
 from harp_daemon.watched_file import WatchedFile
 from harpcaller.access.policy import ALLOW_ALL, Policy, parse
-from harpcaller.config import Address, Config, file_errors
+from harpcaller.config import Config, file_errors
 
 
 class PolicySource:
@@ -33,18 +32,6 @@ class PolicySource:
         rules = len(self.policy.rules)
         age = max(0.0, time.time() - self._watched.read_at)
         return {"file": str(self._watched.file), "rules": rules, "age": age, "error": self._watched.error}
-
-
-def exposed_listeners(config: Config) -> list[str]:
-    """Return the addresses from which other machines can call everything: those beyond loopback, without a file."""
-    return [] if config.access_file else [str(address) for address in config.listen if not _is_local(address)]
-
-
-def _is_local(address: Address) -> bool:
-    try:
-        return address.path is not None or ip_address(address.host or "0.0.0.0").is_loopback  # noqa: S104
-    except ValueError:
-        return address.host == "localhost"
 
 
 def _watch(config: Config) -> WatchedFile[Policy] | None:

@@ -9,6 +9,8 @@ import asyncio
 import ipaddress
 import logging
 import socket
+import ssl
+import time
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -21,8 +23,11 @@ from harp_daemon.settings import ConfigError
 from harp_daemon.sockets import Listener, ListenError, listen_tcp, listen_unix
 from harpcaller.access import AuthError, RateLimited
 from harpcaller.access.client import Client
-from harpcaller.api.connection import ClientDisconnected, Connection, Server
+from harpcaller.access.identities import Identities, anonymous, certified
+from harpcaller.access.tokens import Token, parse_token
+from harpcaller.api.connection import UNSENT_BYTES, ClientDisconnected, Connection, Server
 from harpcaller.api.fast_decoder import decode_request
+from harpcaller.api.tls_connection import TLSConnection
 from harpcaller.config import Config
 from harpcaller.dispatcher import Dispatcher
 from harpcaller.model.jobs import Job
@@ -31,6 +36,8 @@ from harpcaller.store import RequestIDReused, StorageError, UnknownJob
 
 log = logging.getLogger(__name__)
 
+#: Seconds between two checks whether clients have lost their rights, and between two writes of tokens' last uses.
+_CHECK_EVERY, _WRITE_USES_EVERY = 0.25, 60.0
 _MAX_MESSAGE = 1000  #: Maximum length of an error message in characters: it may quote the client's data.
 
 
@@ -51,15 +58,28 @@ def listen(config: Config) -> list[Listener]:
 
 
 class ClientServer(Server):
-    """The server of the client API. The dispatcher executes the requests; its configuration sets their limits."""
+    """The server of the client API. The dispatcher executes the requests; its configuration sets their limits.
 
-    def __init__(self, dispatcher: Dispatcher) -> None:
-        self._dispatcher = dispatcher
-        refusal = protocol.Refused("too_many_connections", "more clients are connected than max_connections allows")
-        rejection, memory = protocol.encode_reply(refusal), dispatcher.config.request_memory
+    `identities` decide who a client is; a reload may replace them.
+    """
+
+    def __init__(self, dispatcher: Dispatcher, identities: Identities) -> None:
+        refusal = protocol.Refused("too_many_connections", "too many clients are connected, in all or from here")
         super().__init__(
-            lambda: dispatcher.config.max_connections, rejection, memory, lambda: dispatcher.config.reply_memory
+            max_connections=lambda: dispatcher.config.max_connections,
+            rejection=protocol.encode_reply(refusal),
+            request_memory=dispatcher.config.request_memory,
+            reply_memory=lambda: dispatcher.config.reply_memory,
+            max_per_peer=lambda: dispatcher.config.max_connections_per_peer,
         )
+        self.identities = identities
+        self._dispatcher = dispatcher
+        self._tls = identities.tls
+        # Each function returns why a proof of the client is void; None: it is not.
+        self._proofs: dict[Connection, list[Callable[[], str | None]]] = {}
+        self._uses_written_at = time.monotonic()
+        self._writing: asyncio.Future[None] | None = None
+        self._check = self.timers.call_later(_CHECK_EVERY, self._check_proofs)
         self._loopback_logged = False
 
     def serve(self, listeners: Sequence[Listener]) -> None:
@@ -69,6 +89,8 @@ class ClientServer(Server):
             log.info("harpcallerd is serving", extra=listener.fields)
             if listener.path is not None:
                 continue  # the owner and the group of its file
+            if self._dispatcher.config.access_file is not None:
+                continue  # its rules decide
             address = ipaddress.ip_address(str(listener.fields["address"]).partition("%")[0])
             if not address.is_loopback:
                 log.warning("listening address is not loopback", extra=listener.fields)
@@ -77,7 +99,91 @@ class ClientServer(Server):
                 log.info("every local user can call procedures")
 
     def _identify(self, accepted: socket.socket, peer: str, listener: Listener) -> Client:
-        return Client((f"anonymous@{listener.name}",), listener.name, peer)
+        return anonymous(peer, listener)
+
+    def _connect(self, accepted: socket.socket, peer: str, listener: Listener) -> Connection:
+        if not listener.is_tls:
+            return super()._connect(accepted, peer, listener)
+        self._tls = self.identities.tls or self._tls  # without a section now, a restart will not listen with TLS
+        assert self._tls is not None
+        accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+        tls, context = self._tls, self._tls.context
+        version, client = tls.version, anonymous(peer, listener)
+
+        def find_error() -> str | None:
+            is_current = self._tls is tls and tls.version == version
+            return None if is_current else "the certificates that the dispatcher accepts have changed; connect again"
+
+        def identify(socket: ssl.SSLSocket) -> Client:
+            found = certified(client, socket)
+            if found.authenticated:
+                self._add_proof(connection, find_error)
+            return found
+
+        return (connection := TLSConnection(accepted, client, self, context, identify))
+
+    def _serve(self, connection: Connection) -> asyncio.Future[None]:
+        client = connection.client
+        if not client.listener.startswith("unix:"):
+            return super()._serve(connection)
+        found = self.identities.of_user(client)
+        if found is not None:
+            connection.client = found
+            return super()._serve(connection)
+
+        async def look_up() -> None:
+            connection.client = await self.identities.look_up_user(client)
+
+        connection.run(connection.begin_later(look_up()))
+        return connection.closed
+
+    # Tokens, and proofs that become void.
+
+    def _authenticate(self, connection: Connection, text: str | None) -> None:
+        """Check the proofs of a request. Raises `AuthError`."""
+        if text is not None and not connection.is_identified:
+            connection.client, token = self.identities.of_token(connection.client, text)
+            self._add_proof(connection, lambda: self._find_token_error(token))
+            connection.token = parse_token(text)
+        elif text is not None and (connection.token is None or parse_token(text) != connection.token):
+            raise AuthError("the first request authenticates a connection; use another connection for another token")
+        for find_error in self._proofs.get(connection, ()):
+            if (error := find_error()) is not None:
+                raise AuthError(error)
+
+    def _find_token_error(self, token: Token) -> str | None:
+        tokens = self.identities.tokens
+        is_current = tokens is not None and tokens.is_current(token)
+        return None if is_current else "the token was revoked, or has expired"
+
+    def _add_proof(self, connection: Connection, find_error: Callable[[], str | None]) -> None:
+        if connection not in self._proofs:
+            self._proofs[connection] = []
+            connection.closed.add_done_callback(lambda _: self._proofs.pop(connection, None))
+        self._proofs[connection].append(find_error)
+
+    def _check_proofs(self) -> None:
+        """Close the connections of clients that have lost their rights."""
+        self._check = self.timers.call_later(_CHECK_EVERY, self._check_proofs)
+        self.identities.refresh()
+        for connection, checks in list(self._proofs.items()):
+            error = next(filter(None, (find_error() for find_error in checks)), None)
+            if error is not None:
+                connection.expel(protocol.encode_reply(protocol.Refused("auth_error", error, refused=True)))
+        tokens = self.identities.tokens
+        is_due = time.monotonic() - self._uses_written_at >= _WRITE_USES_EVERY
+        if is_due and tokens is not None and (self._writing is None or self._writing.done()):
+            self._uses_written_at = time.monotonic()
+            self._writing = asyncio.ensure_future(asyncio.to_thread(tokens.write_uses))
+
+    async def aclose(self) -> None:
+        """See `Server`; also write the last uses of tokens."""
+        self._check.cancel()
+        await super().aclose()
+        if self._writing is not None:
+            await self._writing
+        if self.identities.tokens is not None:
+            await asyncio.to_thread(self.identities.tokens.write_uses)
 
     def _request_limits(self) -> tuple[int, float]:
         config = self._dispatcher.config
@@ -99,8 +205,10 @@ class ClientServer(Server):
         """Execute the request that `decoded` returns."""
         try:
             request, connection.keep_alive, token = decoded()
-            if token is not None:
-                raise AuthError("this dispatcher has no tokens: tokens_file is not set")
+            if token is not None or self._proofs:
+                self._authenticate(connection, token)
+            connection.is_identified = True
+            self.acceptor.confirm(connection)
             if not isinstance(request, (protocol.Call, protocol.SubmitMany)):
                 connection.release_memory()
             match request:
@@ -255,8 +363,13 @@ class ClientServer(Server):
                 failure = protocol.Refused(kind, _shorten(error.message))
                 log.info("request refused", extra={"client": client, "reason": failure.message})
             case AuthError():
+                fields = {"client": client, "reason": error.reason, "token": error.token or None}
+                log.info("client not authenticated", extra={key: value for key, value in fields.items() if value})
                 failure = protocol.Refused("auth_error", str(error), refused=True)
-                log.info("client not authenticated", extra={"client": client, "reason": failure.message})
+                if error.delay:
+                    connection.on_disconnect(connection.abort)
+                    self.timers.call_later(error.delay, lambda: self._refuse(connection, failure))
+                    return
             case RateLimited():
                 retry_after = error.retry_after if (known := connection.client.authenticated) else None
                 failure = protocol.Refused("rate_limited", str(error), retry_after=retry_after, refused=known)
@@ -271,7 +384,10 @@ class ClientServer(Server):
             case _:
                 log.error("request failed: internal error", extra={"client": client}, exc_info=error)
                 failure = protocol.Refused("internal_error", "internal error of the dispatcher; see its log")
-        connection.write(protocol.encode_reply(failure))
+        self._refuse(connection, failure)
+
+    def _refuse(self, connection: Connection, refusal: protocol.Refused) -> None:
+        connection.write(protocol.encode_reply(refusal))
         connection.close()
 
 

@@ -17,9 +17,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import ssl
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
 from harp.protocol.lines import LineBuffer, LineTooLong
@@ -29,13 +30,18 @@ from harp_daemon.memory_quota import MemoryQuota, Reservation
 from harp_daemon.sockets import Listener
 from harp_daemon.timer_wheel import Timer, TimerWheel
 from harpcaller.access.client import Client
+from harpcaller.api.handshakes import HandshakeQueue
 from harpcaller.api.reply_memory import ReplyMemory, ReplyShare
 
 log = logging.getLogger(__name__)
 
 _READ_BYTES = 64 * 1024
 _CLOSE_TIMEOUT = 2.0  #: Maximum seconds for a client to read the last reply and close.
-_UNSENT_BYTES = 64 * 1024  #: Maximum unsent bytes in the kernel's buffer for a client.
+UNSENT_BYTES = 64 * 1024  #: Maximum unsent bytes in the kernel's buffer for a client.
+#: The errors of a socket that has no data now, or cannot send now. TLS may have to send before it can receive; if it
+#: cannot, because the client does not read, that counts as the end of input.
+_NO_DATA = (BlockingIOError, InterruptedError, ssl.SSLWantReadError)
+_CANNOT_SEND = (BlockingIOError, InterruptedError, ssl.SSLWantWriteError)
 _DRAIN_TIMEOUT = 5.0  #: Maximum seconds that a closing server waits for the requests in progress.
 
 
@@ -46,8 +52,9 @@ class ClientDisconnected(Exception):
 class Server(ABC):
     """A server of client connections: it answers each request, then calls `Connection.read_request` or `close`.
 
-    A connection over `max_connections` receives the line `rejection`. `request_memory` is the maximum number of bytes
-    of all long requests that are being received or answered; `reply_memory` returns the maximum for all long replies.
+    A connection over `max_connections` or `max_per_peer` receives the line `rejection`. `request_memory` is the maximum
+    number of bytes of all long requests that are being received or answered; `reply_memory` returns the maximum for all
+    long replies.
     """
 
     def __init__(
@@ -56,12 +63,14 @@ class Server(ABC):
         rejection: bytes,
         request_memory: int,
         reply_memory: Callable[[], int],
+        max_per_peer: Callable[[], int] | None = None,
     ) -> None:
         self.memory = MemoryQuota(request_memory)
         self.reply_memory = ReplyMemory(reply_memory)
         self.timers = TimerWheel()
+        self.handshakes = HandshakeQueue()
         self._rejection = rejection
-        self.acceptor = Acceptor(self._connect, self._serve, self._reject, max_connections, rejection)
+        self.acceptor = Acceptor(self._connect, self._serve, self._reject, max_connections, rejection, max_per_peer)
 
     @abstractmethod
     def _request_limits(self) -> tuple[int, float]:
@@ -100,16 +109,19 @@ class Server(ABC):
 
     def _connect(self, accepted: socket.socket, peer: str, listener: Listener) -> Connection:
         if accepted.family != socket.AF_UNIX:
-            accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
+            accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         return Connection(accepted, self._identify(accepted, peer, listener), self)
 
     def _serve(self, connection: Connection) -> asyncio.Future[None]:
-        connection.read_request()
+        connection.begin(connection.read_request)
         return connection.closed
 
     def _reject(self, connection: Connection) -> asyncio.Future[None]:
-        connection.write(self._rejection)
-        connection.close()
+        def send_rejection() -> None:
+            connection.write(self._rejection)
+            connection.close()
+
+        connection.begin(send_rejection)
         return connection.closed
 
 
@@ -123,9 +135,13 @@ class Connection:
         self.has_extra_input = False  #: Whether the client has sent data after its request, which is discarded.
         self.received_at = 0.0  #: Time at which the last request was complete, on the monotonic clock.
         self.keep_alive = False  #: Whether the last request requested keep-alive; set by the server.
+        self.is_identified = False  #: Whether the first request has been accepted; set by the server.
+        #: The name and the digest of the token in the first request; set by the server.
+        self.token: tuple[str, str] | None = None
         #: Called once when all data is in the kernel's buffer, or the connection is closed.
         self.on_sent: Callable[[], object] | None = None
         self._socket = accepted
+        self._send: Callable[[Any], int] = accepted.send
         self._server = server
         self._memory = Reservation(server.memory)
         self._reply_share = ReplyShare(server.reply_memory)
@@ -142,6 +158,18 @@ class Connection:
         self.closed: asyncio.Future[None] = self._loop.create_future()
         self.closed.add_done_callback(self._on_closed)
         self._loop.add_reader(accepted.fileno(), self._on_readable)
+
+    def begin(self, on_ready: Callable[[], object]) -> None:
+        """Call a function when the connection can be used."""
+        on_ready()
+
+    async def begin_later(self, preparation: Awaitable[None]) -> None:
+        """Begin after a preparation. Until then, what the client sends is not read."""
+        self._loop.remove_reader(self._socket.fileno())
+        await preparation
+        if not self.closed.done():
+            self._loop.add_reader(self._socket.fileno(), self._on_readable)
+            self.begin(self.read_request)
 
     # Requests.
 
@@ -182,7 +210,7 @@ class Connection:
     def _on_readable(self) -> None:
         try:
             data = self._socket.recv(_READ_BYTES)
-        except (BlockingIOError, InterruptedError):
+        except _NO_DATA:
             return
         except OSError:
             data = b""
@@ -282,8 +310,8 @@ class Connection:
         if self.closed.done():
             return
         try:
-            sent = self._socket.send(data)
-        except (BlockingIOError, InterruptedError):
+            sent = self._send(data)
+        except _CANNOT_SEND:
             sent = 0
         except OSError:
             self.abort()
@@ -383,6 +411,18 @@ class Connection:
         if not self.closed.done():
             self.closed.set_result(None)
             self._release()
+
+    def expel(self, reply: bytes) -> None:
+        """Close the connection of a client that has lost its rights, if it waits for its next request or for a reply.
+
+        Other requests are being answered, and end soon.
+        """
+        if self._is_reading or self._unsent is not None:
+            self.abort()
+        elif self._on_disconnect is not None:
+            self.write(reply)
+            self.close()
+            self._notify_disconnected()
 
     def _on_closed(self, closed: asyncio.Future[None]) -> None:
         if closed.cancelled():

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import socket
@@ -20,6 +21,8 @@ from harp_daemon.settings import ConfigError
 from harp_daemon.sliced_json import decode_slices
 from harp_daemon.sockets import Listener
 from harpcaller.access.client import LOCAL_ADMINISTRATOR, Client
+from harpcaller.access.identities import Identities
+from harpcaller.access.tokens import TokenError, TokenStore, add_token, describe_token, revoke_token
 from harpcaller.api.connection import Connection, Server
 from harpcaller.dispatcher import Dispatcher
 from harpcaller.hosts.registry import RefreshFailed
@@ -41,11 +44,15 @@ class ControlServer(Server):
     """The server of the connections to the control socket.
 
     `stop` stops the daemon. `reload` reads the configuration again and returns the changed keys that need a restart, or
-    raises `ConfigError`.
+    raises `ConfigError`. `identities` returns the proofs that the daemon accepts, for the commands about tokens.
     """
 
     def __init__(
-        self, dispatcher: Dispatcher, stop: Callable[[], None], reload: Callable[[], Awaitable[list[str]]]
+        self,
+        dispatcher: Dispatcher,
+        stop: Callable[[], None],
+        reload: Callable[[], Awaitable[list[str]]],
+        identities: Callable[[], Identities | None] = lambda: None,
     ) -> None:
         rejection = _line(error="too many connections to the control socket")
         memory = _MAX_CONNECTIONS * _MAX_REQUEST
@@ -53,6 +60,7 @@ class ControlServer(Server):
         self._dispatcher = dispatcher
         self._stop_daemon = stop
         self._reload_daemon = reload
+        self._identities = identities
 
     def _identify(self, accepted: socket.socket, peer: str, listener: Listener) -> Client:
         return LOCAL_ADMINISTRATOR
@@ -70,7 +78,7 @@ class ControlServer(Server):
         match error:
             case UnknownJob():
                 message = f"there is no job {error}"
-            case ProtocolError() | StorageError() | ConfigError() | RefreshFailed() | PruneRefused():
+            case ProtocolError() | StorageError() | ConfigError() | RefreshFailed() | PruneRefused() | TokenError():
                 message = str(error)
             case _:
                 log.error("command failed: internal error", exc_info=error)
@@ -190,6 +198,36 @@ class ControlServer(Server):
     async def _prune_jobs(self, age: float | None = None, trust_clock: bool = False) -> Items:
         yield Envelope(pruned=await self._dispatcher.prune(age, trust_clock))
 
+    async def _token_add(self, name: str, roles: list[str] | None = None, expires: float | None = None) -> Items:
+        store = self._tokens()
+        try:
+            text, token = await asyncio.to_thread(add_token, store.file, name, roles or (), expires)
+        except ValueError as error:
+            raise ProtocolError(str(error)) from error
+        store.refresh()
+        log.info("token added", extra={"token": name, "roles": list(token.roles)})
+        yield Envelope(token=text, **describe_token(token))
+
+    async def _token_list(self) -> Items:
+        store = self._tokens()
+        store.refresh()
+        for token in store.list():
+            yield Envelope(describe_token(token))
+
+    async def _token_revoke(self, name: str) -> Items:
+        store = self._tokens()
+        revoked = await asyncio.to_thread(revoke_token, store.file, name)
+        store.refresh()
+        if revoked:
+            log.info("token revoked", extra={"token": name})
+        yield Envelope(revoked=revoked)
+
+    def _tokens(self) -> TokenStore:
+        identities = self._identities()
+        if identities is None or identities.tokens is None:
+            raise ProtocolError("tokens_file is not set; set it and reload")
+        return identities.tokens
+
 
 def _line(**members: Any) -> bytes:
     return bytes(dumps(Envelope(members))) + b"\n"
@@ -226,6 +264,13 @@ def _seconds(members: JSONObject, key: str) -> Any:
     return seconds
 
 
+def _names(members: JSONObject, key: str) -> list[str]:
+    names = member_value(members, key)
+    is_valid = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    check(is_valid, f"{key}: expected an array of strings")
+    return list(names)
+
+
 def _queue(members: JSONObject, key: str) -> Raw:
     check(key in members, f"{key}: missing")
     queue = members.payload(key)
@@ -255,5 +300,8 @@ _COMMANDS = {
     "queue-cancel": Command(ControlServer._queue_cancel, {"queue": _queue}),
     "hosts-list": Command(ControlServer._hosts_list, optional={"full": _flag}),
     "hosts-refresh": Command(ControlServer._hosts_refresh, optional={"force": _flag, "diff": _flag}),
+    "token-add": Command(ControlServer._token_add, {"name": required_string}, {"roles": _names, "expires": _seconds}),
+    "token-list": Command(ControlServer._token_list),
+    "token-revoke": Command(ControlServer._token_revoke, {"name": required_string}),
     "prune-jobs": Command(ControlServer._prune_jobs, optional={"age": _seconds, "trust_clock": _flag}),
 }

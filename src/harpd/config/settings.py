@@ -14,6 +14,7 @@ import msgspec
 import yaml
 from msgspec import Meta
 
+from harp_daemon.server_tls import server_context as shared_server_context
 from harp_daemon.settings import (
     DEFAULT_TLS_MINIMUM,
     TLS_VERSIONS,
@@ -24,7 +25,6 @@ from harp_daemon.settings import (
     convert,
     convert_entry,
     describe_value,
-    set_minimum_version,
 )
 from harpd.auth.rights import parse_network
 from harpd.worker.environment import OWN_PREFIX
@@ -71,6 +71,8 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """Section `limits`."""
 
     max_connections: Count = 1000  #: Most connections at the same time.
+    #: Most connections of one address that have not authenticated, unless another one of it did within the last hour.
+    max_connections_per_peer: Count = 64
     max_calls: Count = 500  #: Most calls at the same time.
     handshake_timeout: Seconds = 10.0  #: Time for the TLS handshake, from the acceptance of the connection.
     request_timeout: Seconds = 30.0  #: Time for the request line, from the end of the handshake.
@@ -207,21 +209,5 @@ def one_line(error: BaseException) -> str:
 
 def server_context(network: Network, path: Path) -> ssl.SSLContext:
     """Return the TLS context for the section `network` of the file `path`. Raises `ConfigError`."""
-    for key in ("certfile", "keyfile"):
-        name = getattr(network, key)
-        try:
-            Path(name).open("rb").close()
-        except OSError as error:
-            raise ConfigError(f"{path}: network.{key}: {name}: {error.strerror}") from error
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    set_minimum_version(context, str(network.tls_minimum))
-    try:
-        # The empty password makes a key with a passphrase fail; without it OpenSSL would prompt on the terminal.
-        context.load_cert_chain(network.certfile, network.keyfile, password="")
-    except ssl.SSLError as error:
-        if error.reason == "KEY_VALUES_MISMATCH":
-            mismatch = f"{network.keyfile}: expected the key of {network.certfile}, got another certificate's key"
-            raise ConfigError(f"{path}: network.keyfile: {mismatch}") from error
-        expected = f"expected PEM files of a certificate and its key, got {network.certfile} and {network.keyfile}"
-        raise ConfigError(f"{path}: network.certfile: {expected} ({one_line(error)})") from error
-    return context
+    minimum = str(network.tls_minimum)
+    return shared_server_context(f"{path}: network", Path(network.certfile), Path(network.keyfile), minimum)

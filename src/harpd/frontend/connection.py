@@ -85,7 +85,7 @@ _boottime = partial(time.clock_gettime, time.CLOCK_BOOTTIME)
 
 _CALL_DIED = Failed("call_died", "the supervisor died")
 _SHUTDOWN = Failed("shutdown", "the daemon is shutting down")
-_TOO_MANY_CONNECTIONS = Failed("too_many_connections", "limits.max_connections is reached; try again later")
+_TOO_MANY_CONNECTIONS = Failed("too_many_connections", "too many connections, in all or from here; try again later")
 _INTERNAL_ERROR = Failed("system_error", "internal error of harpd; its log has the details")
 _AUTH_ERROR = Failed("auth_error", "unknown user or wrong password")
 _REQUEST_MEMORY_FULL = Failed("too_many_connections", "limits.request_memory is used up; try again later")
@@ -137,6 +137,7 @@ class ConnectionContext:
     links: SupervisorLinks
     arrival_clock: ArrivalClock
     timers: TimerWheel
+    confirm: Callable[[Connection], None]  # the client of this connection has authenticated
 
 
 class Connection(asyncio.Protocol):
@@ -403,6 +404,8 @@ class Connection(asyncio.Protocol):
         begin = time.monotonic()
         is_cached = self._context.authenticator.is_cached(request.user, request.password)
         self._authentication_time = time.monotonic() - begin
+        if is_cached:
+            self._context.confirm(self)
         return is_cached
 
     def _may_connect(self, request: AnyRequest) -> bool:
@@ -438,6 +441,7 @@ class Connection(asyncio.Protocol):
             if not await authenticate(request.user, request.password, self._log_fields(request)):
                 self.end_connection(_AUTH_ERROR)
                 return
+            self._context.confirm(self)
             self._authentication_time = time.monotonic() - begin
         if not self._may_connect(request):
             log.warning("user denied from this address", extra=self._log_fields(request))

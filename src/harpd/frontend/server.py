@@ -82,6 +82,7 @@ class FrontendServer:
             serve=Connection.serve,
             reject=partial(Connection.serve, rejected=True),
             max_connections=lambda: self._config.configuration.limits.max_connections,
+            max_per_peer=lambda: self._config.configuration.limits.max_connections_per_peer,
         )
 
     async def start(self) -> None:
@@ -109,6 +110,7 @@ class FrontendServer:
             links=self._links,
             arrival_clock=self._arrival_clock,
             timers=self._timers,
+            confirm=lambda connection: self._acceptor.confirm(connection),
         )
 
     async def reload(self) -> None:

@@ -1,0 +1,34 @@
+"""Delays after wrong tokens: doubled by each one of a peer and a name, so that guessing takes longer and longer.
+
+Only the refusal of a wrong token is delayed. A right token is accepted at once, so that nobody can lock out others.
+"""
+
+from __future__ import annotations
+
+import time
+
+_FIRST_DELAY, _MAX_DELAY = 0.1, 30.0  # seconds
+_FORGET_AFTER = 600.0  # seconds
+_MAX_KEYS = 10_000
+
+
+class FailedAttempts:
+    """The numbers of failed attempts, by peer and name."""
+
+    def __init__(self) -> None:
+        self._failed: dict[tuple[str, str], tuple[int, float]] = {}  # number and last time, the latest last
+
+    def record_failure(self, peer: str, name: str) -> float:
+        """Count a failed attempt; return the seconds until it may be answered."""
+        now = time.monotonic()
+        number, last = self._failed.pop((peer, name), (0, now))
+        if now - last > _FORGET_AFTER:
+            number = 0
+        self._failed[peer, name] = number + 1, now
+        if len(self._failed) > _MAX_KEYS:
+            del self._failed[next(iter(self._failed))]
+        return min(_MAX_DELAY, _FIRST_DELAY * 2.0 ** min(number, 20))
+
+    def reset(self, peer: str, name: str) -> None:
+        """Forget the failed attempts after one that has succeeded."""
+        self._failed.pop((peer, name), None)

@@ -1,0 +1,326 @@
+"""Listening addresses with TLS: handshakes, certificates of clients, hostile peers, changed files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import ssl
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.certificates import server_files
+from support.daemonlog import DEADLINE
+from support.deadline import wait_until
+from support.harpcallerd import Harpcallerd, LineClient
+from support.peers import Peer
+from support.scripted import scripted_harpd
+
+UNKNOWN = "00000000-0000-4000-8000-000000000000"
+CANCEL = json.dumps({"harpcaller": 1, "cancel": UNKNOWN}).encode() + b"\n"
+
+
+@pytest.fixture(scope="module")
+def peer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peer]:
+    with scripted_harpd(tmp_path_factory.mktemp("harpd")) as peer:
+        yield peer
+
+
+def settings(directory: Path, **more: Any) -> dict[str, Any]:
+    """Return settings with a TLS listener and a plain one; more members of the section `tls`."""
+    directory.mkdir(exist_ok=True)
+    files = server_files(directory)
+    return {
+        "listen": ["tls:127.0.0.1:0"],
+        "tls": {"certfile": str(files.certfile), "keyfile": str(files.keyfile), **more},
+    }
+
+
+class TLS(Harpcallerd):
+    """A dispatcher whose only listener has TLS."""
+
+    def context(self) -> ssl.SSLContext:
+        context = ssl.create_default_context(cafile=self.directory / "pki" / "ca.pem")
+        context.hostname_checks_common_name = False
+        return context
+
+    def connect(self) -> LineClient:
+        return self.connect_with(self.context())
+
+    def connect_with(self, context: ssl.SSLContext) -> LineClient:
+        plain = socket.create_connection((self.host, self.port), DEADLINE)
+        return LineClient(context.wrap_socket(plain, server_hostname="localhost", suppress_ragged_eofs=False))
+
+    def configure(self, settings: Any) -> None:
+        lines = dict(settings)
+        tls = lines.pop("tls", None)
+        super().configure(lines)
+        self._settings = settings
+        if tls is not None:
+            members = ", ".join(f"{key} = {json.dumps(value)}" for key, value in tls.items())
+            with self.config_file.open("a") as file:
+                file.write(f"tls = {{{members}}}\n")
+
+
+@pytest.fixture(scope="module")
+def dispatcher(tmp_path_factory: pytest.TempPathFactory, peer: Peer) -> Iterator[TLS]:
+    directory = tmp_path_factory.mktemp("tls")
+    directory.mkdir(exist_ok=True)
+    keys = {**settings(directory / "pki"), "idle_timeout": 3}
+    with TLS(directory, {"web01": peer.port}, settings=keys) as dispatcher:
+        yield dispatcher
+
+
+def test_tls_client_submits_follows_and_gets_results(dispatcher: TLS) -> None:
+    job = dispatcher.submit("web01", "count", 3)
+    assert dispatcher.ask(get_result=job) == [{"result": "counted"}]  # without a ragged end
+    packets = [{"packet": number, "data": number} for number in range(3)]
+    assert dispatcher.ask(follow_stream=job, since=0) == [*packets, {"result": "counted"}]
+
+
+def test_tls_connection_serves_many_requests(dispatcher: TLS) -> None:
+    with dispatcher.connect() as client:
+        for _ in range(5):
+            client.send({"harpcaller": 1, "cancel": UNKNOWN, "keep_alive": True})
+            assert client.message() == {"cancelled": False, "keep_alive": 3}
+
+
+def test_tls_long_values_pass_both_ways(dispatcher: TLS) -> None:
+    text = "x" * 3_000_000
+    job = dispatcher.submit("web01", "echo", text)
+    assert dispatcher.ask(get_result=job) == [{"result": [text]}]
+
+
+def test_tls_slow_reader_gets_everything(dispatcher: TLS) -> None:
+    text = "x" * 3_000_000
+    job = dispatcher.submit("web01", "echo", text)
+    with dispatcher.connect() as client:
+        client.send({"harpcaller": 1, "get_result": job})
+        received = b""
+        while data := client.socket.recv(5_000):
+            received += data
+            if len(received) % 1_000_000 < 5_000:
+                time.sleep(0.01)  # the kernel's buffers fill
+        assert json.loads(received) == {"result": [text]}
+
+
+def test_tls_request_byte_by_byte_is_accepted(dispatcher: TLS) -> None:
+    with dispatcher.connect() as client:
+        for at in range(len(CANCEL)):
+            client.send(CANCEL[at : at + 1])
+        assert client.messages() == [{"cancelled": False}]
+
+
+def test_tls_request_sent_with_the_handshake_is_answered(dispatcher: TLS) -> None:
+    """The last data of the handshake and the request arrive together."""
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = dispatcher.context().wrap_bio(incoming, outgoing, server_hostname="localhost")
+    with socket.create_connection((dispatcher.host, dispatcher.port), DEADLINE) as sock:
+        while True:
+            try:
+                client.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                sock.sendall(outgoing.read())
+                incoming.write(sock.recv(65536))
+        client.write(CANCEL)
+        sock.sendall(outgoing.read())
+        reply = b""
+        while b"\n" not in reply:
+            try:
+                reply += client.read()
+            except ssl.SSLWantReadError:
+                incoming.write(sock.recv(65536))
+        assert json.loads(reply) == {"cancelled": False}
+
+
+@pytest.mark.parametrize(
+    "data", [CANCEL, b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\xff\xff" + b"x" * 70_000, b"\0" * 100]
+)
+def test_plain_text_peer_on_a_tls_port_is_closed(dispatcher: TLS, data: bytes) -> None:
+    seen = len(dispatcher.events("TLS handshake failed"))
+    with socket.create_connection((dispatcher.host, dispatcher.port), DEADLINE) as client:
+        client.sendall(data)
+        received = b""
+        try:
+            while piece := client.recv(1000):
+                received += piece
+        except ConnectionResetError:
+            pass
+        assert b"harpcaller" not in received
+        assert b"cancelled" not in received
+    wait_until(lambda: len(dispatcher.events("TLS handshake failed")) > seen, DEADLINE, "the event")
+
+
+@pytest.mark.parametrize("sent", [0, 5, 50])
+def test_tls_handshake_is_limited_in_time(dispatcher: TLS, sent: int) -> None:
+    outgoing = ssl.MemoryBIO()
+    hello = dispatcher.context().wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="localhost")
+    with pytest.raises(ssl.SSLWantReadError):
+        hello.do_handshake()
+    with socket.create_connection((dispatcher.host, dispatcher.port), DEADLINE) as client:
+        client.sendall(outgoing.read()[:sent])
+        assert client.recv(1000) == b""
+    assert dispatcher.events("TLS handshake failed", reason="it took too long")
+
+
+def test_tls_clients_that_vanish_in_the_handshake_leave_nothing(dispatcher: TLS) -> None:
+    outgoing = ssl.MemoryBIO()
+    hello = dispatcher.context().wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="localhost")
+    with pytest.raises(ssl.SSLWantReadError):
+        hello.do_handshake()
+    text = outgoing.read()
+    for _ in range(50):
+        with socket.create_connection((dispatcher.host, dispatcher.port), DEADLINE) as client:
+            client.sendall(text)
+    assert dispatcher.ask(cancel=UNKNOWN) == [{"cancelled": False}]
+
+
+def test_tls_handshakes_of_many_do_not_delay_requests(dispatcher: TLS) -> None:
+    """An open connection gets its replies while 200 clients shake hands."""
+    outgoing = ssl.MemoryBIO()
+    hello = dispatcher.context().wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="localhost")
+    with pytest.raises(ssl.SSLWantReadError):
+        hello.do_handshake()
+    text = outgoing.read()
+    with ExitStack() as stack, dispatcher.connect() as client:
+        crowd = [
+            stack.enter_context(socket.create_connection((dispatcher.host, dispatcher.port), DEADLINE))
+            for _ in range(200)
+        ]
+        for other in crowd:
+            other.sendall(text)
+        delays = []
+        for _ in range(20):
+            begin = time.monotonic()
+            client.send({"harpcaller": 1, "cancel": UNKNOWN, "keep_alive": True})
+            assert client.message()["cancelled"] is False
+            delays.append(time.monotonic() - begin)
+        assert sorted(delays)[10] < 0.5, delays  # all handshakes at once take longer on any machine
+
+
+# Certificates of clients.
+
+
+def make_client(directory: Path, *names: str) -> tuple[Path, Path]:
+    """Issue a client certificate by the authority of the directory, with openssl; return it and its key."""
+    base = directory / names[0].replace(":", "_").replace("/", "_")
+    extension = base.with_suffix(".ext")
+    extension.write_text(f"subjectAltName={','.join(names)}\nextendedKeyUsage=clientAuth\n")
+    key, request, certificate = (base.with_suffix(f".{kind}") for kind in ("key", "csr", "crt"))
+    for command in (
+        f"openssl req -new -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout {key} -out {request} -subj /CN=x",
+        f"openssl x509 -req -in {request} -CA {directory}/ca.pem -CAkey {directory}/ca.key -CAcreateserial "
+        f"-days 2 -extfile {extension} -out {certificate}",
+    ):
+        subprocess.run(command.split(), check=True, capture_output=True)
+    return certificate, key
+
+
+def write_revocations(directory: Path, *revoked: Path) -> None:
+    """Write a revocation list of the authority that contains these certificates."""
+    database = directory / "index.txt"
+    database.touch()
+    configuration = directory / "ca.conf"
+    configuration.write_text(
+        f"[ca]\ndefault_ca=own\n[own]\ndatabase={database}\ndefault_md=sha256\ndefault_crl_days=2\n"
+        f"certificate={directory}/ca.pem\nprivate_key={directory}/ca.key\n"
+    )
+    base = ["openssl", "ca", "-config", str(configuration)]
+    for certificate in revoked:
+        subprocess.run([*base, "-revoke", str(certificate)], check=True, capture_output=True)
+    new = directory / "new.crl"
+    subprocess.run([*base, "-gencrl", "-out", str(new)], check=True, capture_output=True)
+    new.replace(directory / "crl.pem")
+
+
+@pytest.fixture
+def certified(tmp_path: Path, peer: Peer) -> Iterator[TLS]:
+    """A dispatcher that accepts certificates of clients, with a revocation list."""
+    pki = tmp_path / "pki"
+    files = {"client_ca_file": str(pki / "ca.pem"), "crl_file": str(pki / "crl.pem")}
+    keys = settings(pki, **files)
+    write_revocations(pki)
+    with TLS(tmp_path, {"web01": peer.port}, settings=keys) as dispatcher:
+        yield dispatcher
+
+
+def client_context(dispatcher: TLS, certificate: Path, key: Path) -> ssl.SSLContext:
+    context = dispatcher.context()
+    context.load_cert_chain(certificate, key)
+    return context
+
+
+def lines_until_closed(client: LineClient) -> list[bytes]:
+    found = []
+    try:
+        while line := client.line():
+            found.append(line)
+    except ssl.SSLEOFError:
+        pass
+    return found
+
+
+def ask(dispatcher: TLS, context: ssl.SSLContext) -> Any:
+    with dispatcher.connect_with(context) as client:
+        client.send(CANCEL)
+        return client.message()
+
+
+def test_tls_certificate_of_a_client_is_optional_but_must_be_valid(certified: TLS) -> None:
+    pki = certified.directory / "pki"
+    good = client_context(certified, *make_client(pki, "DNS:alice.ops.example.net", "email:alice@example.net"))
+    assert ask(certified, good) == {"cancelled": False}
+    assert ask(certified, certified.context()) == {"cancelled": False}
+    other = certified.directory / "other"
+    other.mkdir()
+    key = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=ca".split()
+    subprocess.run([*key, "-keyout", other / "ca.key", "-out", other / "ca.pem"], check=True, capture_output=True)
+    stranger = client_context(certified, *make_client(other, "DNS:alice.ops.example.net"))
+    with pytest.raises(OSError):
+        ask(certified, stranger)
+    certified.wait_event("TLS handshake failed")
+
+
+def test_tls_revoked_certificate_is_refused_and_its_connection_closed(certified: TLS) -> None:
+    pki = certified.directory / "pki"
+    leaver, colleague = (make_client(pki, f"DNS:{name}.example.net") for name in ("leaver", "colleague"))
+    of_leaver, of_colleague = client_context(certified, *leaver), client_context(certified, *colleague)
+    job = certified.submit("web01", "hang")
+    with certified.connect_with(of_leaver) as idle, certified.connect_with(of_leaver) as following:
+        idle.send({"harpcaller": 1, "cancel": UNKNOWN, "keep_alive": True})
+        assert idle.message()["cancelled"] is False
+        following.send({"harpcaller": 1, "follow_stream": job})
+        write_revocations(pki, leaver[0])
+        assert lines_until_closed(idle) == []
+        [line] = lines_until_closed(following)
+        assert json.loads(line)["error"]["type"] == "auth_error"
+    with pytest.raises(OSError):
+        ask(certified, of_leaver)
+    assert ask(certified, of_colleague) == {"cancelled": False}
+
+
+def test_tls_changed_certificate_is_used_for_new_connections(certified: TLS) -> None:
+    pki = certified.directory / "pki"
+
+    def serial() -> str:
+        with certified.connect() as client:
+            client.send(CANCEL)
+            assert isinstance(client.socket, ssl.SSLSocket)
+            return str((client.socket.getpeercert() or {})["serialNumber"])
+
+    before = serial()
+    new = certified.directory / "new"
+    new.mkdir()
+    files = server_files(new)
+    shutil.copy(files.certfile, pki / "server.pem")  # with the old key: it stays unused
+    certified.wait_event("cannot use changed file")
+    assert serial() == before
+    shutil.copy(files.keyfile, pki / "server.key")
+    wait_until(lambda: serial() != before, DEADLINE, "the new certificate")
