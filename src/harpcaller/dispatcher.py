@@ -389,8 +389,8 @@ class Dispatcher:
         else:
             log.info("ended jobs are deleted after max_age", extra={"hours": config.max_age})
         if exposed := [str(address) for address in config.unsafe_listeners]:
-            fields = {"listeners": exposed, "lines": "; ".join(config.safe_lines)}
-            log.warning("clients need no rights; set access_file", extra=fields)
+            lines = "; ".join(config.safe_lines)
+            log.warning("clients need no rights; set access_file", extra={"listeners": exposed, "lines": lines})
         if config.hosts_file is None and config.host_db_script is None:
             log.warning("no hosts; set hosts_file or host_db_script")
         for warning in self._tls.warnings:

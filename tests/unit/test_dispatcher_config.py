@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 from pathlib import Path
@@ -12,7 +13,7 @@ import msgspec
 import pytest
 
 from harp_daemon.settings import ConfigError
-from harpcaller.config import IGNORED_KEYS, KEYS, Address, Config, file_errors, load
+from harpcaller.config import IGNORED_KEYS, KEYS, Address, Config, TLSFiles, file_errors, load
 
 PAGE = Path(__file__).parents[2] / "docs" / "settings-dispatcher.md"
 
@@ -105,6 +106,42 @@ def test_addresses_are_parsed(tmp_path: Path, text: str, host: str | None, port:
     assert str(config.listen[0]) == text
 
 
+def test_tls_addresses_and_files_are_parsed(tmp_path: Path) -> None:
+    config = loaded(tmp_path, 'listen = ["tls:[::1]:1", "tls:*:2"]\n[tls]\ncertfile = "a"\nkeyfile = "/b"\n')
+    assert [str(address) for address in config.listen] == ["tls:[::1]:1", "tls:*:2"]
+    assert all(address.tls for address in config.listen)
+    assert config.tls == TLSFiles(certfile=tmp_path / "a", keyfile=Path("/b"))
+
+
+@pytest.mark.parametrize(
+    ("listen", "unsafe", "safe"),
+    [
+        (["127.0.0.1:1", "[::1]:1", "localhost:1", "unix:/x", "127.8.0.1:1"], [], None),
+        (["*:1"], ["*:1"], ["tls:*:1"]),
+        (["tls:*:1", "127.0.0.1:2"], ["tls:*:1"], ["tls:*:1", "127.0.0.1:2"]),
+        (["[::]:1", "10.0.0.1:1", "name:1"], ["[::]:1", "10.0.0.1:1", "name:1"], None),
+    ],
+)
+def test_config_lines_make_listening_addresses_safe(
+    tmp_path: Path, listen: list[str], unsafe: list[str], safe: list[str] | None
+) -> None:
+    config = loaded(tmp_path, f'listen = {json.dumps(listen)}\ntls = {{certfile = "a", keyfile = "b"}}')
+    assert [str(address) for address in config.unsafe_listeners] == unsafe
+    made = loaded(tmp_path, "\n".join(config.safe_lines))  # exactly these lines
+    assert not made.unsafe_listeners
+    assert made.tls == config.tls
+    assert all(address.tls or address.is_local for address in made.listen)
+    if safe is not None:
+        assert [str(address) for address in made.listen] == safe
+
+
+def test_config_docs_list_every_key_of_tls() -> None:
+    rows = re.findall(r"^\| `tls\.(\w+)` \| (?:`(.*?)`)? ?\|", PAGE.read_text(), re.MULTILINE)
+    defaults = {field.name: field.default for field in msgspec.structs.fields(TLSFiles)}
+    wanted = {name: "" if value is msgspec.NODEFAULT else _shown(value) for name, value in defaults.items()}
+    assert dict(rows) == wanted
+
+
 def test_config_paths_are_relative_to_the_file(tmp_path: Path) -> None:
     config = loaded(tmp_path, 'ca_file = "ca.pem"\nhost_db = "../hosts.db"')
     assert (config.ca_file, config.host_db) == (tmp_path / "ca.pem", tmp_path / "../hosts.db")
@@ -141,6 +178,17 @@ def test_config_paths_are_relative_to_the_file(tmp_path: Path) -> None:
         ("ignored = []", "ignored: expected a key of the dispatcher, got an unknown one"),
         ("[section]\nx = 1", "section: expected a key of the dispatcher, got an unknown one"),
         ("host_timeout = 249.9", "host_timeout: expected at least 10 more than disconnect_timeout (240), got 249.9"),
+        ('listen = ["tls:unix:/x"]', "got 'tls:unix:/x'"),
+        ('listen = ["tls:*:1"]', "tls: expected a section with certfile and keyfile, as tls:*:1 needs; got none"),
+        ('tls = {certfile = "a"}', "tls.keyfile: missing"),
+        ('tls = {certfile = "a", keyfile = "b", ca = "c"}', "tls.ca: unknown key"),
+        ('tls = {certfile = "a", keyfile = 1}', "tls.keyfile: expected a path, got 1"),
+        (
+            'tls = {certfile = "a", keyfile = "b", minimum = "2"}',
+            "tls.minimum: expected one of 1.0, 1.1, 1.2, 1.3, got",
+        ),
+        ('tls = {certfile = "a", keyfile = "b", crl_file = "c"}', "tls.crl_file: expected client_ca_file beside it"),
+        ("max_connections_per_peer = 0", "max_connections_per_peer: expected an integer, at least 1, got 0"),
         ("x =", "expected TOML: "),
         ("x = 1\nx = 2", "expected TOML: "),
     ],

@@ -363,8 +363,8 @@ class ClientServer(Server):
                 failure = protocol.Refused(kind, _shorten(error.message))
                 log.info("request refused", extra={"client": client, "reason": failure.message})
             case AuthError():
-                fields = {"client": client, "reason": error.reason, "token": error.token or None}
-                log.info("client not authenticated", extra={key: value for key, value in fields.items() if value})
+                reason, token = error.reason, error.token
+                log.info("client not authenticated", extra={"client": client, "reason": reason, "token": token})
                 failure = protocol.Refused("auth_error", str(error), refused=True)
                 if error.delay:
                     connection.on_disconnect(connection.abort)
