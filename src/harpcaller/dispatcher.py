@@ -18,18 +18,22 @@ import asyncio
 import logging
 import sys
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import replace
 from functools import partial, wraps
 from hashlib import blake2b
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
+import msgspec
+
 from harp.protocol.dispatcher import Call
 from harp.protocol.ends import Cancelled, End
 from harp.protocol.json_text import Raw, dumps
 from harp.protocol.schema import encode_object
 from harp_daemon.timer_wheel import TimerWheel
+from harpcaller.access.enforcement import SUBJECT_BYTES, Access, Admission, may
+from harpcaller.access.policy import Action, Policy
 from harpcaller.access.source import PolicySource
 from harpcaller.config import MAX_SECONDS, Config
 from harpcaller.explain import ExplainContext, describe_job
@@ -39,14 +43,14 @@ from harpcaller.hosts.registry import HostsRegistry
 from harpcaller.hosts.resolving import Resolver
 from harpcaller.hosts.tls import HostTLS
 from harpcaller.model.ids import new_job_id, new_job_ids
-from harpcaller.model.jobs import Job, JobDetails, JobMetadata, NewJob, State, StopState
+from harpcaller.model.jobs import Job, JobDetails, JobMetadata, NewJob, State, StopState, Subject
 from harpcaller.notifier import Notifier
 from harpcaller.pruner import Pruner
 from harpcaller.record_stream import RecordStream, wait_for_end
 from harpcaller.runner import Runner
 from harpcaller.runs.context import RunContext, StoreWrites, log_fields
 from harpcaller.runs.reconciliation import OrphanReaper
-from harpcaller.store import UnknownJob
+from harpcaller.store import StorageError, UnknownJob
 from harpcaller.store.sqlite import Store
 
 log = logging.getLogger(__name__)
@@ -54,6 +58,9 @@ log = logging.getLogger(__name__)
 _PAGE_SIZE = 200  #: Maximum number of jobs in one page of a list.
 _CANCEL_STEP = 500  #: Maximum number of jobs of a queue that are cancelled in one transaction.
 _SHUTDOWN_TIMEOUT = 10.0  #: Maximum seconds that a shutdown waits until the ends of the active calls are stored.
+_POLICY_INTERVAL = 0.25  #: Seconds between two checks whether the policy has changed.
+_WAITS_STEP = 500  #: Maximum number of waiting requests that are decided about in one step.
+_ADMITTED = Admission()
 _NULL = Raw(b"null")
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -86,7 +93,7 @@ class Dispatcher:
         self.store = store
         self._wall = wall
         self._notifier = Notifier()
-        self.access = PolicySource(config)  #: The policy.
+        self.access = Access(config)  #: The policy; `harpcaller.acting` enforces it.
         self._tls = HostTLS(config)
         self._runner = Runner(lambda: self.registry.is_ready, wall())
         self.registry = HostsRegistry(config, self._runner.request_claim)
@@ -127,6 +134,7 @@ class Dispatcher:
             self._group.create_task(runner.start_claiming(recovered)),
             self._group.create_task(self.registry.refresh_regularly()),
             self._group.create_task(self._pruner.run_regularly()),
+            self._group.create_task(self._enforce_changes()),
         ]
         return self
 
@@ -168,14 +176,17 @@ class Dispatcher:
         """The number of active calls."""
         return len(self._runner.runs)
 
-    def submit(self, call: Call, client: str, received_at: float | None = None) -> asyncio.Future[str]:
+    def submit(
+        self, call: Call, client: str, received_at: float | None = None, admission: Admission = _ADMITTED
+    ) -> asyncio.Future[str]:
         """Store a job; return a future of its id, which is set when the job is on stable storage.
 
         An unknown host is accepted; the job then ends as ``unknown_host``. Limits are lowered to the configured limits.
         A call with the request id of a stored job is that job; raises `RequestIDReused` if the call differs. `client`
-        is the client's address, for the log; `received_at` is the monotonic time of the request, or None.
+        is the client's address, for the log; `received_at` is the monotonic time of the request, or None. Raises
+        `LimitReached` for too many queued jobs.
         """
-        job = self._new_job(new_job_id(self._wall()), call)
+        job = self._new_job(new_job_id(self._wall()), call, admission)
         write_started_at = time.monotonic()
         job_id: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
@@ -200,12 +211,14 @@ class Dispatcher:
         return job_id
 
     @_shielded
-    async def submit_many(self, calls: Sequence[Call], client: str) -> list[str]:
+    async def submit_many(
+        self, calls: Sequence[Call], client: str, admissions: Sequence[Admission] | None = None
+    ) -> list[str]:
         """Store jobs, all or none, as `submit` does; return their ids in the same order."""
         if not calls:
             return []
         # In a thread, so that many jobs do not block the event loop.
-        jobs = await asyncio.to_thread(self._new_jobs, calls)
+        jobs = await asyncio.to_thread(self._new_jobs, calls, admissions or [_ADMITTED] * len(calls))
         job_ids = await self.store.add_jobs(jobs, self._wall(), self._runner.request_claim)
         new = [job for job, job_id in zip(jobs, job_ids, strict=True) if job.id == job_id]
         ids = {"first": job_ids[0], "last": job_ids[-1]}
@@ -275,12 +288,20 @@ class Dispatcher:
             self._runner.request_claim()
         return released
 
-    async def details(self, job_id: str) -> dict[str, Any]:
+    async def details(self, job_id: str, may_read: Callable[[Subject], bool] | None = None) -> dict[str, Any]:
         """Return all details of a job, and why it is in its state. Payloads are `Raw`. Raises `UnknownJob`.
 
-        Spec: docs/protocol.md, Details.
+        Ids of jobs for which `may_read` returns False are replaced by their number. Spec: docs/protocol.md, Details.
         """
         details = await self.store.get_details(job_id)
+        position, hidden = details.queue_position, 0
+        if may_read is not None and position is not None:
+            subjects = await self.find_subjects(position.slot_holders)
+            visible = tuple(job for job, subject in subjects.items() if may_read(subject))
+            hidden = len(position.slot_holders) - len(visible)
+            details = msgspec.structs.replace(
+                details, queue_position=msgspec.structs.replace(position, slot_holders=visible)
+            )
         runs, context = self._runner.runs, self._runner.context
         state = ExplainContext(
             run=runs.get(job_id),
@@ -292,6 +313,7 @@ class Dispatcher:
             timings=context.timings.get_phases(job_id),
             failing=self._runner.starts.get_failing(details.job.host),
             now=self._wall(),
+            hidden_holders=hidden,
         )
         return describe_job(details, state)
 
@@ -299,18 +321,36 @@ class Dispatcher:
         """Return a job. Raises `UnknownJob`."""
         return await self.store.get_job(job_id)
 
-    def result(self, job_id: str) -> asyncio.Future[End]:
-        """Return a future of the job's end, as `wait_for_end`. It raises `UnknownJob`, also if the job is pruned."""
+    def get_active_job(self, job_id: str) -> Job | None:
+        """Return a job whose call is active; its state may be out of date."""
+        run = self._runner.runs.get(job_id)
+        return None if run is None else run.job
+
+    async def find_subjects(self, job_ids: Sequence[str]) -> dict[str, Subject]:
+        """Return what decides who may do something with each of these jobs; unknown ones are missing."""
+        return await self.store.find_subjects(job_ids, SUBJECT_BYTES)
+
+    def result(self, job_id: str, permission: Awaitable[None] | None = None) -> asyncio.Future[End]:
+        """Return a future of the job's end, as `wait_for_end`. It raises `UnknownJob`, also if the job is pruned.
+
+        The wait begins when the `permission` is given; the future raises what `permission` raises.
+        """
         run = self._runner.runs.get(job_id)
         is_active = run is not None and not run.has_ended
-        return wait_for_end(job_id, is_active, self.store, self._notifier)
+        return wait_for_end(job_id, is_active, self.store, self._notifier, permission)
 
     def record_delivery(self, job_id: str, received_at: float) -> None:
         """Record that the end of a job was sent to a client; `received_at` is the monotonic time of its request."""
         self._runner.context.timings.record_delivery(job_id, received_at)
 
     def stream(
-        self, job_id: str, since: int | None, recent: int | None, wait: bool, on_ready: Callable[[], None]
+        self,
+        job_id: str,
+        since: int | None,
+        recent: int | None,
+        wait: bool,
+        on_ready: Callable[[], None],
+        permission: Awaitable[None] | None = None,
     ) -> RecordStream:
         """Return the records of a job; with `wait`, also future records. The caller closes the stream.
 
@@ -319,19 +359,30 @@ class Dispatcher:
         """
         if wait and since is None and recent is None:
             recent = 0
-        return RecordStream(job_id, since, recent, wait, self.store, self._notifier, on_ready)
+        return RecordStream(job_id, since, recent, wait, self.store, self._notifier, on_ready, permission)
 
     async def list_jobs(
-        self, ended: bool = False, host: str | None = None, queue: Raw | None = None, newest: int | None = None
+        self,
+        ended: bool = False,
+        host: str | None = None,
+        queue: Raw | None = None,
+        newest: int | None = None,
+        may_list: Callable[[Job], bool] | None = None,
     ) -> AsyncGenerator[Job, None]:
-        """Yield the jobs of `Store.list_jobs`; with `newest`, only the last `newest` jobs in reverse order."""
+        """Yield the jobs of `Store.list_jobs`; with `newest`, only the last `newest` jobs in reverse order.
+
+        Jobs for which `may_list` returns False are left out.
+        """
         after = None
         remaining = sys.maxsize if newest is None else newest
         next_page = partial(self.store.list_jobs, ended=ended, host=host, queue=queue, newest_first=newest is not None)
-        while remaining > 0 and (page := await next_page(after=after, limit=min(remaining, _PAGE_SIZE))):
-            remaining -= len(page)
+        while remaining > 0 and (
+            page := await next_page(after=after, limit=_PAGE_SIZE if may_list else min(remaining, _PAGE_SIZE))
+        ):
             for after, job in page:  # noqa: B007 - the next page starts after the last job
-                yield job
+                if remaining > 0 and (may_list is None or may_list(job)):
+                    remaining -= 1
+                    yield job
 
     async def prune(self, min_age: float | None = None, trust_clock: bool = False) -> int:
         """Delete old jobs as `Pruner.prune` does; return how many. Raises `PruneRefused`."""
@@ -343,9 +394,9 @@ class Dispatcher:
         The APIs apply the limits of requests, and the program applies the log settings. Raises `ConfigError` without a
         change if a certificate file or the hosts file is invalid.
         """
-        tls, access = HostTLS(config), PolicySource(config)
+        tls, source = HostTLS(config), PolicySource(config)
         self.registry.update_config(config)
-        self.access = access
+        self.access.source = source
         reported, self.config = frozenset(self.config.ignored), config
         self._tls = tls
         self._runner.context = replace(self._runner.context, config=config, tls=tls)
@@ -353,22 +404,68 @@ class Dispatcher:
         self._runner.request_claim()
         await self.registry.read_changed_file()
 
+    # The policy.
+
+    async def _enforce_changes(self) -> None:
+        """Decide again about the requests that wait for a job, after each change of the policy."""
+        policy = self.access.source.policy
+        while True:
+            await asyncio.sleep(_POLICY_INTERVAL)
+            if self.access.source.policy is not policy:
+                policy = self.access.source.policy
+                await self._end_denied_waits(policy)
+
+    async def _end_denied_waits(self, policy: Policy) -> None:
+        waits = list(self.access.waits.items())
+        while waits:
+            step = waits[:_WAITS_STEP]
+            try:
+                jobs = await self.find_subjects([wait.job_id for _, wait in step])
+            except StorageError as error:
+                log.error("cannot decide about waiting requests; retrying", extra={"error": str(error)})
+                await asyncio.sleep(_POLICY_INTERVAL)
+                continue
+            del waits[:_WAITS_STEP]
+            for key, wait in step:
+                job = jobs.get(wait.job_id)
+                if key in self.access.waits and job is not None and not may(policy, wait.client, Action.READ, job):
+                    wait.revoke()
+
     # Internals.
 
-    def _new_jobs(self, calls: Sequence[Call]) -> list[NewJob]:
+    def _new_jobs(self, calls: Sequence[Call], admissions: Sequence[Admission]) -> list[NewJob]:
         ids = new_job_ids(self._wall(), len(calls))
-        return [self._new_job(job_id, call) for job_id, call in zip(ids, calls, strict=True)]
+        return [self._new_job(*of_job) for of_job in zip(ids, calls, admissions, strict=True)]
 
-    def _new_job(self, job_id: str, call: Call) -> NewJob:
-        config = self.config
+    def _new_job(self, job_id: str, call: Call, admission: Admission) -> NewJob:
+        config, (owner, limits, request_ids_of, end) = self.config, admission
         timeout = min(call.timeout or config.default_timeout, config.default_timeout)
         max_exec_time = min(call.max_exec_time or config.max_exec_time, config.max_exec_time)
         queue, concurrency = (call.queue.name, call.queue.concurrency) if call.queue else (None, 1)
         start_within = config.start_within if call.start_within is None else float(min(call.start_within, MAX_SECONDS))
         procedure = call.host, call.procedure, call.arguments
         info = _NULL if call.info is None else call.info
-        request = (call.request_id, _digest(call)) if call.request_id is not None else ()
-        return NewJob(job_id, *procedure, timeout, max_exec_time, queue, concurrency, info, start_within, *request)
+        if limits.max_exec_time is not None:
+            max_exec_time = min(max_exec_time, limits.max_exec_time)
+        request: tuple[str | None, bytes] = (None, b"")
+        if call.request_id is not None and end is None:  # a refused call may be sent again with its request id
+            request = call.request_id, _digest(call)
+        return NewJob(
+            job_id,
+            *procedure,
+            timeout,
+            max_exec_time,
+            queue,
+            concurrency,
+            info,
+            start_within,
+            *request,
+            owner,
+            request_ids_of,
+            limits.running,
+            limits.queued,
+            end,
+        )
 
     def _cancelled_by(self, client: str | None) -> Raw:
         return dumps({"why": "cancelled", "by": client, "at": self._wall()})

@@ -35,6 +35,7 @@ class ExplainContext:
     timings: Mapping[str, float]  # the phases that the dispatcher has measured, in seconds
     now: float  # Unix seconds
     failing: FailingStarts | None = None  # the failed starts on the job's host
+    hidden_holders: int = 0  # number of slot holders of the job's queue that the client may not read
 
 
 def describe_job(details: JobDetails, context: ExplainContext) -> Envelope:
@@ -136,13 +137,17 @@ def _why_queued(job: Job, waiting: QueuePosition | None, context: ExplainContext
         return "it is about to start"
     position = f"position {waiting.position}"
     if waiting.concurrency is not None and waiting.slots_held >= waiting.concurrency:
-        more = ", ..." if waiting.slots_held > len(waiting.slot_holders) else ""
-        holders = f"{waiting.slots_held} of {waiting.concurrency}: {', '.join(waiting.slot_holders)}{more}"
+        others = [f"{context.hidden_holders} of other owners"] if context.hidden_holders else []
+        shown = len(waiting.slot_holders) + context.hidden_holders
+        more = ", ..." if waiting.slots_held > shown else ""
+        holders = f"{waiting.slots_held} of {waiting.concurrency}: {', '.join([*waiting.slot_holders, *others])}{more}"
         queue = job.queue.decode("utf-8", "replace") if job.queue is not None else "null"
         return f"queue {queue} is full ({holders}), {position}"
     if waiting.slots_held_on_host >= context.config.max_calls_per_host:
         calls = f"{waiting.slots_held_on_host} of {context.config.max_calls_per_host} calls"
         return f"host {job.host} is full ({calls}), {position}"
+    if job.max_running is not None and waiting.slots_held_by_owner >= job.max_running:
+        return f"its owner has reached its limit ({waiting.slots_held_by_owner} of {job.max_running} jobs), {position}"
     if context.failing is not None and not context.failing.may_try:
         failed = context.failing.describe(context.now)
         attempts = f"{failed['attempts']} attempts, last error: {failed['error'][:_MAX_QUOTE]}"

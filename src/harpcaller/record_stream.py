@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 from harp.protocol.dispatcher import Continue
 from harp.protocol.ends import End
 from harpcaller.model.jobs import Job, Records
-from harpcaller.notifier import Notifier, RecordBatch
+from harpcaller.notifier import Notifier, RecordBatch, Subscription
 from harpcaller.store import UnknownJob
 from harpcaller.store.sqlite import Store
 
@@ -35,7 +35,8 @@ class RecordStream:
 
     It starts with record `since`, which may be in the future, or with the `recent` newest stored records. With `wait`
     it waits until the job has ended; otherwise the last item for a job that has not ended is `Continue`. `on_ready` is
-    called when `next_item` may return an item or raise, never within `next_item`.
+    called when `next_item` may return an item or raise, never within `next_item`. The first item comes after the
+    `permission`; if it raises, `next_item` does.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class RecordStream:
         store: Store,
         notifier: Notifier,
         on_ready: Callable[[], None],
+        permission: Awaitable[None] | None = None,
     ) -> None:
         self._job_id = job_id
         self._next = since or 0
@@ -59,8 +61,12 @@ class RecordStream:
         self._batch: RecordBatch | None = None  # the next item, if it was read from the store
         self._error: BaseException | None = None
         self._reads = 0
+        self.on_closed: Callable[[], object] | None = None  #: Called once when the stream waits no longer.
         self._subscription = notifier.subscribe(job_id, self._on_published) if wait else None
-        self._read_job()
+        if permission is None:
+            self._read_job()
+        else:
+            self._read(permission, lambda _: self._read_job())
 
     def next_item(self) -> RecordBatch | End | Continue | None:
         """Return the next item; None: `on_ready` will be called. Raises `UnknownJob` or `StorageError`."""
@@ -108,6 +114,13 @@ class RecordStream:
         if self._subscription is not None:
             self._subscription = None
             self._notifier.unsubscribe(self._job_id, self._on_published)
+            if self.on_closed is not None:
+                self.on_closed()
+
+    def fail(self, error: Exception) -> None:
+        """Let `next_item` raise this error."""
+        self._error = error
+        self._on_ready()
 
     def _on_published(self, ended: bool) -> None:
         if ended:  # its last records may not be published yet
@@ -151,12 +164,16 @@ class RecordStream:
         asyncio.ensure_future(reading).add_done_callback(on_read)
 
 
-def wait_for_end(job_id: str, is_active: bool, store: Store, notifier: Notifier) -> asyncio.Future[End]:
+def wait_for_end(
+    job_id: str, is_active: bool, store: Store, notifier: Notifier, permission: Awaitable[None] | None = None
+) -> asyncio.Future[End]:
     """Return a future of the end of a job. Cancelling the future ends the wait.
 
-    The store is not read for a job that `is_active`: its end will be published.
+    The store is not read for a job that `is_active`: its end will be published. The wait begins after the `permission`;
+    the future raises what `permission` raises.
     """
     result: asyncio.Future[End] = asyncio.get_running_loop().create_future()
+    subscription: Subscription | None = None
 
     def read_job() -> None:
         asyncio.ensure_future(store.get_job(job_id)).add_done_callback(on_read)
@@ -173,13 +190,28 @@ def wait_for_end(job_id: str, is_active: bool, store: Store, notifier: Notifier)
     def on_published(ended: bool) -> None:
         if not ended or result.done():
             return
-        if subscription.end is not None:
+        if subscription is not None and subscription.end is not None:
             result.set_result(subscription.end)
         else:
             read_job()
 
-    subscription = notifier.subscribe(job_id, on_published)
-    result.add_done_callback(lambda _: notifier.unsubscribe(job_id, on_published))
-    if not is_active:
-        read_job()
+    def on_permitted(permitted: asyncio.Future[None]) -> None:
+        if permitted.cancelled() or result.done():
+            return
+        if (error := permitted.exception()) is not None:
+            result.set_exception(error)
+        else:
+            wait()
+
+    def wait() -> None:
+        nonlocal subscription
+        subscription = notifier.subscribe(job_id, on_published)
+        result.add_done_callback(lambda _: notifier.unsubscribe(job_id, on_published))
+        if permission is not None or not is_active:
+            read_job()
+
+    if permission is None:
+        wait()
+    else:
+        asyncio.ensure_future(permission).add_done_callback(on_permitted)
     return result

@@ -228,7 +228,14 @@ class ModelStore:
     def find_subjects(self, job_ids: Sequence[str], max_bytes: int) -> dict[str, Subject]:
         found = {job_id: self.jobs[job_id][1] for job_id in job_ids if job_id in self.jobs}
         return {
-            id_: Subject(job.owner, job.host, job.procedure, Raw(job.arguments[:max_bytes]), job.queue)
+            id_: Subject(
+                job.owner,
+                job.host,
+                job.procedure,
+                Raw(job.arguments[:max_bytes]),
+                job.queue,
+                job.state is State.FAILED and job.started is None and job.ended == job.submitted,
+            )
             for id_, job in found.items()
         }
 

@@ -22,8 +22,11 @@ class AccessDenied(Exception):
 
 
 class RateLimited(Exception):
-    """A request above a limit of its client. `retry_after`: seconds until another attempt can succeed."""
+    """A request above a limit of its client.
 
-    def __init__(self, message: str, retry_after: float) -> None:
+    `retry_after`: seconds until another attempt can succeed; None: no attempt can.
+    """
+
+    def __init__(self, message: str, retry_after: float | None) -> None:
         super().__init__(message)
         self.retry_after = retry_after

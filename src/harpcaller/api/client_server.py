@@ -21,10 +21,11 @@ from harp.protocol.schema import ProtocolError
 from harp_daemon.event_loop import LONG_LINE, decode_in_thread
 from harp_daemon.settings import ConfigError
 from harp_daemon.sockets import Listener, ListenError, listen_tcp, listen_unix
-from harpcaller.access import AuthError, RateLimited
+from harpcaller.access import AccessDenied, AuthError, RateLimited
 from harpcaller.access.client import Client
 from harpcaller.access.identities import Identities, anonymous, certified
 from harpcaller.access.tokens import Token, parse_token
+from harpcaller.acting import ActingAs
 from harpcaller.api.connection import UNSENT_BYTES, ClientDisconnected, Connection, Server
 from harpcaller.api.fast_decoder import decode_request
 from harpcaller.api.tls_connection import TLSConnection
@@ -223,6 +224,9 @@ class ClientServer(Server):
         except Exception as error:  # noqa: BLE001 - the client gets it
             self._on_failed(connection, error)
 
+    def _acting(self, connection: Connection) -> ActingAs:
+        return ActingAs(self._dispatcher, connection.client)
+
     def _submit(self, connection: Connection, request: protocol.Call) -> None:
         def on_submitted(submitted: asyncio.Future[str]) -> None:
             if (error := submitted.exception()) is None:
@@ -230,12 +234,12 @@ class ClientServer(Server):
             else:
                 self._on_failed(connection, error)
 
-        submitted = self._dispatcher.submit(request, connection.client.peer, connection.received_at)
+        submitted = self._acting(connection).submit(request, connection.received_at)
         submitted.add_done_callback(on_submitted)
 
     def _wait_for_result(self, connection: Connection, request: protocol.GetResult) -> None:
         """Reply with the end of a job when it has ended; to a client that disconnects, only if it has ended now."""
-        job = request.job
+        job, acting = request.job, self._acting(connection)
 
         def on_end(waiting: asyncio.Future[End]) -> None:
             connection.remove_disconnect_handler()  # it would keep the end in memory
@@ -245,34 +249,34 @@ class ClientServer(Server):
                 self._on_failed(connection, error)
             else:
                 if self._reply_if_room(connection, waiting.result(), request):
-                    self._dispatcher.record_delivery(job, connection.received_at)
+                    acting.record_delivery(job, connection.received_at)
 
-        waiting = self._dispatcher.result(job)
+        waiting = acting.result(job)
         waiting.add_done_callback(on_end)
         connection.on_disconnect(waiting.cancel)
 
     async def _send_stored_end(self, connection: Connection, request: protocol.GetResult) -> None:
-        end = (await self._dispatcher.get_job(request.job)).end
+        end = (await self._acting(connection).get_job(request.job)).end
         if end is None:
             raise ClientDisconnected
         self._reply_if_room(connection, end, request)
 
     async def _send_reply(self, connection: Connection, request: protocol.Request) -> None:
-        dispatcher = self._dispatcher
+        acting = self._acting(connection)
         reply: protocol.Reply
         match request:
             case protocol.SubmitMany(calls):
                 received = cast(Sequence[protocol.Call], calls)  # encoded calls occur only in clients
-                reply = protocol.SubmittedMany(await dispatcher.submit_many(received, connection.client.peer))
+                reply = protocol.SubmittedMany(await acting.submit_many(received))
             case protocol.Cancel(job, wait):
-                cancelled = await dispatcher.cancel(job, connection.client.peer)
+                cancelled = await acting.cancel(job)
                 reply = protocol.WasCancelled(cancelled, await self._wait_stopped(connection, job) if wait else None)
             case protocol.GetResult(job):
-                reply = (await dispatcher.get_job(job)).end or protocol.NoResult()
+                reply = (await acting.get_job(job)).end or protocol.NoResult()
             case protocol.GetStatus(job):
-                reply = _status(await dispatcher.get_job(job))
+                reply = _status(await acting.get_job(job))
             case protocol.GetDetails(job):
-                reply = protocol.Details(await dispatcher.details(job))
+                reply = protocol.Details(await acting.details(job))
         if isinstance(request, (protocol.GetResult, protocol.GetStatus, protocol.GetDetails)):
             self._reply_if_room(connection, reply, request)
         else:
@@ -280,7 +284,7 @@ class ClientServer(Server):
 
     async def _wait_stopped(self, connection: Connection, job: str) -> Envelope | None:
         """Return the state of a job's stop when it is final; None if the job was not stopped."""
-        waiting = asyncio.ensure_future(self._dispatcher.wait_stopped(job))
+        waiting = asyncio.ensure_future(self._acting(connection).wait_stopped(job))
         connection.on_disconnect(waiting.cancel)
         try:
             details = await waiting
@@ -325,7 +329,7 @@ class ClientServer(Server):
                 connection.close()
 
         follow = isinstance(request, protocol.FollowStream)
-        stream = self._dispatcher.stream(request.job, request.since, request.recent, follow, send_more)
+        stream = self._acting(connection).stream(request.job, request.since, request.recent, follow, send_more)
         connection.on_disconnect(lambda: stream.close() if connection.is_closing else stream.stop_waiting())
 
     # Replies.
@@ -370,9 +374,13 @@ class ClientServer(Server):
                     connection.on_disconnect(connection.abort)
                     self.timers.call_later(error.delay, lambda: self._refuse(connection, failure))
                     return
+            case AccessDenied():
+                failure = protocol.Refused(
+                    "access_denied", _shorten(str(error)), refused=connection.client.authenticated
+                )
             case RateLimited():
                 retry_after = error.retry_after if (known := connection.client.authenticated) else None
-                failure = protocol.Refused("rate_limited", str(error), retry_after=retry_after, refused=known)
+                failure = protocol.Refused("rate_limited", _shorten(str(error)), retry_after=retry_after, refused=known)
             case UnknownJob():
                 failure = protocol.Refused("invalid_jobid", _shorten(f"there is no job {error}"))
             case RequestIDReused():

@@ -20,9 +20,12 @@ from harp_daemon import logs
 from harp_daemon.settings import ConfigError
 from harp_daemon.sliced_json import decode_slices
 from harp_daemon.sockets import Listener
+from harpcaller.access import AccessDenied
 from harpcaller.access.client import LOCAL_ADMINISTRATOR, Client
 from harpcaller.access.identities import Identities
+from harpcaller.access.policy import Action
 from harpcaller.access.tokens import TokenError, TokenStore, add_token, describe_token, revoke_token
+from harpcaller.acting import ActingAs
 from harpcaller.api.connection import Connection, Server
 from harpcaller.dispatcher import Dispatcher
 from harpcaller.hosts.registry import RefreshFailed
@@ -78,7 +81,15 @@ class ControlServer(Server):
         match error:
             case UnknownJob():
                 message = f"there is no job {error}"
-            case ProtocolError() | StorageError() | ConfigError() | RefreshFailed() | PruneRefused() | TokenError():
+            case (
+                ProtocolError()
+                | AccessDenied()
+                | StorageError()
+                | ConfigError()
+                | RefreshFailed()
+                | PruneRefused()
+                | TokenError()
+            ):
                 message = str(error)
             case _:
                 log.error("command failed: internal error", exc_info=error)
@@ -96,7 +107,8 @@ class ControlServer(Server):
         options |= {key: read(members, key) for key, read in optional.items() if key in members}
         log.debug("command", extra={"command": name, "client": connection.client.peer})
         piece = bytearray()  # of bounded size, so that a long list needs few sends and little memory
-        async with aclosing(run(self, **options)) as items:
+        acting = ActingAs(self._dispatcher, connection.client)
+        async with aclosing(run(self, acting, **options)) as items:
             async for item in items:
                 piece += _line(item=item)
                 if len(piece) >= _SEND_BYTES:
@@ -107,31 +119,36 @@ class ControlServer(Server):
 
     # The commands.
 
-    async def _status(self) -> Items:
+    async def _status(self, acting: ActingAs) -> Items:
+        acting.require(Action.ADMIN)
         registry = self._dispatcher.registry.describe()
         yield Envelope(
             pid=os.getpid(),
             store=str(self._dispatcher.store.path),
             calls=self._dispatcher.active_calls,
-            access=self._dispatcher.access.describe(),
+            access=self._dispatcher.access.source.describe(),
             hosts_registry=registry,
         )
 
-    async def _stop(self) -> Items:
+    async def _stop(self, acting: ActingAs) -> Items:
+        acting.require(Action.ADMIN)
         log.info("stop requested")
         self._stop_daemon()  # the reply is still sent
         yield Envelope(pid=os.getpid())
 
-    async def _reload(self) -> Items:
+    async def _reload(self, acting: ActingAs) -> Items:
+        acting.require(Action.ADMIN)
         restart_needed = await self._reload_daemon()
         yield Envelope(reloaded=True, restart_needed=restart_needed, problems=self._dispatcher.registry.problems())
 
-    async def _reopen_logs(self) -> Items:
+    async def _reopen_logs(self, acting: ActingAs) -> Items:
+        acting.require(Action.ADMIN)
         logs.reopen()
         yield Envelope(reopened=True)
 
     async def _list(
         self,
+        acting: ActingAs,
         all: bool = False,
         queue: bool = False,
         host: str | None = None,
@@ -139,14 +156,14 @@ class ControlServer(Server):
         newest: int | None = None,
     ) -> Items:
         check(host is None or of_queue is None, "host, of_queue: expected one of them, got both")
-        async for job in self._dispatcher.list_jobs(all, host, of_queue, newest):
+        async for job in acting.list_jobs(all, host, of_queue, newest):
             yield Envelope(_job_item(job), queue=job.queue) if queue else _job_item(job)
 
-    async def _info(self, job: str, full: bool = False) -> Items:
+    async def _info(self, acting: ActingAs, job: str, full: bool = False) -> Items:
         if full:
-            yield Envelope(await self._dispatcher.details(job))
+            yield Envelope(await acting.details(job))
             return
-        stored = await self._dispatcher.get_job(job)
+        stored = await acting.get_job(job)
         yield Envelope(
             _job_item(stored),
             queue=stored.queue,
@@ -158,47 +175,50 @@ class ControlServer(Server):
             end=None if stored.end is None else encode_object(stored.end),
         )
 
-    async def _cancel(self, job: str) -> Items:
-        yield Envelope(cancelled=await self._dispatcher.cancel(job, LOCAL_ADMINISTRATOR.peer))
+    async def _cancel(self, acting: ActingAs, job: str) -> Items:
+        yield Envelope(cancelled=await acting.cancel(job))
 
-    async def _release_slot(self, job: str) -> Items:
-        yield Envelope(released=await self._dispatcher.release_slot(job))
+    async def _release_slot(self, acting: ActingAs, job: str) -> Items:
+        yield Envelope(released=await acting.release_slot(job))
 
-    async def _queue_list(self, queue: Raw | None = None) -> Items:
+    async def _queue_list(self, acting: ActingAs, queue: Raw | None = None) -> Items:
         if queue is None:
-            for lane in await self._dispatcher.store.list_queues():
+            for lane in await acting.list_queues():
                 yield Envelope(queue=lane.name, concurrency=lane.concurrency, running=lane.running, queued=lane.queued)
             return
-        async for job in self._dispatcher.list_jobs(queue=queue):
+        async for job in acting.list_jobs(queue=queue):
             yield Envelope(_job_item(job), running=job.state is State.RUNNING)
 
-    async def _queue_cancel(self, queue: Raw) -> Items:
-        yield Envelope(cancelled=await self._dispatcher.cancel_queue(queue, LOCAL_ADMINISTRATOR.peer))
+    async def _queue_cancel(self, acting: ActingAs, queue: Raw) -> Items:
+        yield Envelope(cancelled=await acting.cancel_queue(queue))
 
-    async def _hosts_list(self, full: bool = False) -> Items:
+    async def _hosts_list(self, acting: ActingAs, full: bool = False) -> Items:
         registry = self._dispatcher.registry
         sources = registry.describe()
-        for host in registry.list_hosts():
+        for host in acting.list_hosts():
             item = Envelope(hostname=host.hostname, address=host.address, port=host.port)
             if full:
                 source = sources[registry.source_of(host.hostname)]
                 item |= {key: source[key] for key in ("source", "age", "error")}
             yield item
 
-    async def _hosts_refresh(self, force: bool = False, diff: bool = False) -> Items:
+    async def _hosts_refresh(self, acting: ActingAs, force: bool = False, diff: bool = False) -> Items:
         check(not (force and diff), "force, diff: expected one of them, got both")
         registry = self._dispatcher.registry
         if diff:
-            for change, host in await registry.compare():
+            for change, host in await acting.compare_hosts():
                 yield Envelope(change=change, hostname=host.hostname, address=host.address, port=host.port)
         else:
-            hosts = await registry.refresh(force)
+            hosts = await acting.refresh_hosts(force)
             yield Envelope(hosts=hosts, problems=registry.problems())
 
-    async def _prune_jobs(self, age: float | None = None, trust_clock: bool = False) -> Items:
-        yield Envelope(pruned=await self._dispatcher.prune(age, trust_clock))
+    async def _prune_jobs(self, acting: ActingAs, age: float | None = None, trust_clock: bool = False) -> Items:
+        yield Envelope(pruned=await acting.prune(age, trust_clock))
 
-    async def _token_add(self, name: str, roles: list[str] | None = None, expires: float | None = None) -> Items:
+    async def _token_add(
+        self, acting: ActingAs, name: str, roles: list[str] | None = None, expires: float | None = None
+    ) -> Items:
+        acting.require(Action.ADMIN)
         store = self._tokens()
         try:
             text, token = await asyncio.to_thread(add_token, store.file, name, roles or (), expires)
@@ -208,13 +228,15 @@ class ControlServer(Server):
         log.info("token added", extra={"token": name, "roles": list(token.roles)})
         yield Envelope(token=text, **describe_token(token))
 
-    async def _token_list(self) -> Items:
+    async def _token_list(self, acting: ActingAs) -> Items:
+        acting.require(Action.ADMIN)
         store = self._tokens()
         store.refresh()
         for token in store.list():
             yield Envelope(describe_token(token))
 
-    async def _token_revoke(self, name: str) -> Items:
+    async def _token_revoke(self, acting: ActingAs, name: str) -> Items:
+        acting.require(Action.ADMIN)
         store = self._tokens()
         revoked = await asyncio.to_thread(revoke_token, store.file, name)
         store.refresh()

@@ -110,6 +110,7 @@ class Subject(Struct, frozen=True):
     procedure: str
     arguments: Raw  # perhaps only their beginning
     queue: Raw | None
+    is_refused: bool = False  # whether it was stored as a job that has ended
 
 
 class JobMetadata(Struct, frozen=True):

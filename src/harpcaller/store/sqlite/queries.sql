@@ -145,7 +145,8 @@ SELECT * FROM job_view WHERE id = :id;
 
 -- name: get_subject
 -- At most :bytes of each payload.
-SELECT jobs.owner, jobs.host, calls.procedure, substr(calls.arguments, 1, :bytes), substr(calls.queue, 1, :bytes)
+SELECT jobs.owner, jobs.host, calls.procedure, substr(calls.arguments, 1, :bytes), substr(calls.queue, 1, :bytes),
+    jobs.state = 'failed' AND jobs.started IS NULL AND jobs.ended = jobs.submitted
 FROM jobs JOIN calls ON calls.job = jobs.seq WHERE jobs.id = :id;
 
 -- name: get_job_by_seq

@@ -40,9 +40,9 @@ def find_subjects(db: sqlite3.Connection, job_ids: Sequence[str], max_bytes: int
     found: dict[str, Subject] = {}
     for job_id in filter(is_job_id, job_ids):
         rows = db.execute(QUERIES["get_subject"], {"id": job_id, "bytes": max_bytes}).fetchall()
-        for owner, host, procedure, arguments, queue in rows:
+        for owner, host, procedure, arguments, queue, is_refused in rows:
             names = decode_owner(owner), decode_name(host), decode_name(procedure)
-            found[job_id] = Subject(*names, Raw(arguments), None if queue is None else Raw(queue))
+            found[job_id] = Subject(*names, Raw(arguments), None if queue is None else Raw(queue), bool(is_refused))
     return found
 
 

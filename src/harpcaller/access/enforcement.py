@@ -1,0 +1,84 @@
+"""What the dispatcher keeps to enforce its policy: the policy in use, rates of calls, and requests that wait."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from harp.protocol.ends import Failed
+from harpcaller.access.client import Client
+from harpcaller.access.policy import Action, Policy
+from harpcaller.access.rules import MAX_EXAMINED, NO_LIMITS, Limits, Rate, Target
+from harpcaller.access.source import PolicySource
+from harpcaller.config import Config
+from harpcaller.model.jobs import Job, Subject
+
+#: How many bytes of each payload are needed for a decision: rules refuse to judge longer ones.
+SUBJECT_BYTES = MAX_EXAMINED + 1
+_MAX_RATES = 10_000  #: Number of rates from which unused ones are removed.
+
+
+class Admission(NamedTuple):
+    """How a call becomes a job."""
+
+    owner: str | None = None  # of the job
+    limits: Limits = NO_LIMITS
+    request_ids_of: str = ""  # the owner whose request ids the call's own is among; empty: those of all clients
+    end: Failed | None = None  # the job ends with it, without a start
+
+
+class Wait(NamedTuple):
+    """A request that waits for a job, until the right to read the job is revoked."""
+
+    client: Client
+    job_id: str
+    revoke: Callable[[], object]
+
+
+class Rates:
+    """The rates of calls. A rate of 50/s allows 50 calls at once, then one every 20 ms. They are in memory only."""
+
+    def __init__(self) -> None:
+        # For each key, the monotonic time at which all of its calls are used up by its rate.
+        self._used_up_at: dict[tuple[str, Rate], float] = {}
+
+    def take(self, wanted: Mapping[tuple[str, Rate], int], now: float) -> float | None:
+        """Count calls, all or none, by owner and rate; `now` is monotonic.
+
+        Returns 0 if they were counted, the seconds after which they can be, or None if they never can.
+        """
+        used_up_at = {}
+        delay = 0.0
+        for key, calls in wanted.items():
+            rate = key[1]
+            if calls > rate.calls:
+                return None
+            used_up_at[key] = max(now, self._used_up_at.get(key, now)) + calls * rate.seconds / rate.calls
+            delay = max(delay, used_up_at[key] - now - rate.seconds)
+        if delay > 1e-9:  # less is an error of rounding
+            return delay
+        self._used_up_at |= used_up_at
+        if len(self._used_up_at) > _MAX_RATES:
+            self._used_up_at = {key: at for key, at in self._used_up_at.items() if at > now}
+        return 0.0
+
+
+class Access:
+    """The policy of a configuration, and what depends on it. Raises `ConfigError`."""
+
+    def __init__(self, config: Config) -> None:
+        self.source = PolicySource(config)
+        self.rates = Rates()
+        self.waits: dict[object, Wait] = {}  #: The requests that wait, by any key.
+
+
+def may(policy: Policy, client: Client, action: Action, job: Subject | Job) -> bool:
+    """Return whether a client may do something with a job.
+
+    Every client may read its refused calls, because the end of such a job is the refusal.
+    """
+    if action is Action.READ and isinstance(job, Subject) and job.is_refused and job.owner in client.principals:
+        return True
+    # A job of an unknown owner has the owner "", which is no principal.
+    target = Target(job.host, job.procedure, job.arguments, job.queue, job.owner or "")
+    return policy.decide(client, action, target).allowed

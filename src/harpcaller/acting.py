@@ -1,0 +1,319 @@
+"""The dispatcher's verbs for one client, under the policy. The APIs call these verbs only.
+
+- A client without a right to a job gets what it would get for a job id that does not exist, at the same time: after
+  the same look-ups, and not before `_DENIAL_SECONDS`, in which the decision takes place.
+- A call that is denied, or above a limit, is refused. A client that is not authenticated may be a legacy client, which
+  knows job ids only: it gets the id of a job that has ended as ``access_denied`` or ``rate_limited``.
+- A request that waits for a job ends when the right to read the job is revoked.
+
+One `ActingAs` is for one request, which is decided by the policy in use when it begins. Spec: docs/access.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from typing import Any
+
+from harp.protocol.dispatcher import Call
+from harp.protocol.ends import End, Failed
+from harp.protocol.json_text import Raw, dumps
+from harpcaller.access import AccessDenied, RateLimited
+from harpcaller.access.client import LOCAL_ADMINISTRATOR, Client
+from harpcaller.access.enforcement import Admission, Wait, may
+from harpcaller.access.policy import ALLOW_ALL, Action, Decision, Rate, Target
+from harpcaller.dispatcher import Dispatcher
+from harpcaller.hosts.registry import Host, HostChange
+from harpcaller.model.jobs import Job, JobDetails, State, Subject
+from harpcaller.record_stream import RecordStream
+from harpcaller.store import LimitReached, QueueStatus, UnknownJob
+
+log = logging.getLogger(__name__)
+
+_DENIAL_SECONDS = 0.005  #: Minimum seconds until the reply about a job that is unknown to the client.
+_QUEUED_RETRY = 1.0  #: `retry_after` of a client with too many queued jobs, in seconds.
+_MAX_NAME = 255  #: Longer names are cut in messages, to this number of characters.
+
+
+class ActingAs:
+    """The verbs of a dispatcher for a client. See `Dispatcher` for what they do and raise.
+
+    Verbs on a job also raise `UnknownJob` if the client has no right to it, the others `AccessDenied`. Calls may raise
+    `RateLimited`.
+    """
+
+    __slots__ = ("_access", "_client", "_dispatcher", "_is_restricted", "_policy")
+
+    def __init__(self, dispatcher: Dispatcher, client: Client) -> None:
+        self._dispatcher = dispatcher
+        self._access = dispatcher.access
+        self._client = client
+        self._policy = self._access.source.policy
+        # Whether it depends on a job if the client may read and cancel it.
+        self._is_restricted = self._policy is not ALLOW_ALL and client is not LOCAL_ADMINISTRATOR
+
+    # Submission.
+
+    def submit(self, call: Call, received_at: float | None = None) -> asyncio.Future[str]:
+        """Store a job; return a future of its id."""
+        dispatcher, client = self._dispatcher, self._client
+        if self._policy is ALLOW_ALL:
+            return dispatcher.submit(call, client.peer, received_at, Admission(client.owner))
+        try:
+            decision = self._decide_call(call)
+            self._take_rates([decision])
+        except (AccessDenied, RateLimited) as refusal:
+            if client.authenticated:
+                raise
+            return dispatcher.submit(call, client.peer, received_at, self._refuse_by_job(refusal))
+        admission = Admission(client.owner, decision.limits, client.owner)
+        submitted = dispatcher.submit(call, client.peer, received_at, admission)
+        return submitted if decision.limits.queued is None else asyncio.ensure_future(self._limit(submitted, call))
+
+    async def _limit(self, submitted: asyncio.Future[str], call: Call) -> str:
+        """Return the id of a submitted job; the client may have too many queued jobs."""
+        try:
+            return await submitted
+        except LimitReached as error:
+            refusal = _to_refusal(error)
+            if self._client.authenticated:
+                raise refusal from error
+        return await self._dispatcher.submit(call, self._client.peer, None, self._refuse_by_job(refusal))
+
+    async def submit_many(self, calls: Sequence[Call]) -> list[str]:
+        """Store jobs, all or none; return their ids in the same order. A refusal names the first refused call."""
+        client = self._client
+        if self._policy is ALLOW_ALL:
+            return await self._dispatcher.submit_many(calls, client.peer, [Admission(client.owner)] * len(calls))
+        # In a thread, because it takes long to decide about many calls.
+        decisions = await asyncio.to_thread(self._decide_calls, calls)
+        self._take_rates(decisions)
+        admissions = [Admission(client.owner, decision.limits, client.owner) for decision in decisions]
+        try:
+            return await self._dispatcher.submit_many(calls, client.peer, admissions)
+        except LimitReached as error:
+            raise _to_refusal(error) from error
+
+    def _decide_calls(self, calls: Sequence[Call]) -> list[Decision]:
+        decisions = []
+        for index, call in enumerate(calls):
+            try:
+                decisions.append(self._decide_call(call))
+            except AccessDenied as error:
+                raise AccessDenied(f"submit_many[{index}]: {error}") from error
+            except RateLimited as error:
+                raise RateLimited(f"submit_many[{index}]: {error}", None) from error
+        return decisions
+
+    def _decide_call(self, call: Call) -> Decision:
+        """Return the decision about an allowed call. Raises `AccessDenied`, or `RateLimited` if it is too long."""
+        client = self._client
+        queue = None if call.queue is None else call.queue.name
+        target = Target(call.host, call.procedure, call.arguments, queue, client.owner)
+        decision = self._policy.decide(client, Action.CALL, target)
+        names = {"host": call.host[:_MAX_NAME], "procedure": call.procedure[:_MAX_NAME]}
+        if not decision.allowed:
+            self._log_denial(Action.CALL, decision, **names)
+            raise AccessDenied(f"{client.owner} may not call {names['procedure']} on host {names['host']}")
+        most = decision.limits.bytes
+        size = len(call.arguments) + (0 if call.info is None else len(call.info))
+        if most is not None and size > most:
+            raise RateLimited(f"arguments and info have {size} bytes; the limit is {most}", None)
+        return decision
+
+    def _take_rates(self, decisions: Sequence[Decision]) -> None:
+        """Count calls of the client's rates. Raises `RateLimited`."""
+        owner = self._client.owner
+        wanted: Counter[tuple[str, Rate]] = Counter()
+        for decision in decisions:
+            if (rate := decision.limits.rate) is not None:
+                wanted[owner, rate] += 1
+        if wanted:
+            delay = self._access.rates.take(wanted, asyncio.get_running_loop().time())
+            if delay is None or delay > 0:
+                rates = ", ".join(str(rate) for _, rate in wanted)
+                raise RateLimited(f"{owner} may submit calls at a rate of {rates}", delay)
+
+    def _refuse_by_job(self, refusal: AccessDenied | RateLimited) -> Admission:
+        """Return the admission of a refused call, which becomes a job that has ended."""
+        if isinstance(refusal, RateLimited):
+            end = Failed("rate_limited", str(refusal), dumps({"retry_after": refusal.retry_after}))
+        else:
+            end = Failed("access_denied", str(refusal))
+        return Admission(self._client.owner, end=end)
+
+    # Jobs.
+
+    async def get_job(self, job_id: str) -> Job:
+        """Return a job."""
+        await self._check(job_id, Action.READ)
+        return await self._dispatcher.get_job(job_id)
+
+    async def details(self, job_id: str) -> dict[str, Any]:
+        """Return all details of a job; the ids of other jobs are replaced by their number, unless it may read these."""
+        await self._check(job_id, Action.READ)
+        return await self._dispatcher.details(job_id, self._may_read if self._is_restricted else None)
+
+    def result(self, job_id: str) -> asyncio.Future[End]:
+        """Return a future of the job's end. Cancelling the future ends the wait."""
+        permission: Coroutine[Any, Any, None] | None = None
+        if self._is_restricted:
+            # No look-up for a job that is in memory, if the client may read it: this is the usual request.
+            job = self._dispatcher.get_active_job(job_id)
+            if job is None or not self._may_read(job):
+                permission = self._check(job_id, Action.READ)
+        result = self._dispatcher.result(job_id, permission)
+        waits = self._access.waits
+        waits[result] = Wait(self._client, job_id, lambda: self._revoke(result, job_id))
+        result.add_done_callback(waits.pop)
+        return result
+
+    def _revoke(self, result: asyncio.Future[End], job_id: str) -> None:
+        if not result.done():
+            result.set_exception(self._revocation(job_id))
+
+    def _revocation(self, job_id: str) -> Exception:
+        """Return the error of a request whose right was revoked. Legacy clients know no such error."""
+        return (
+            AccessDenied("the right to read this job was revoked") if self._client.authenticated else UnknownJob(job_id)
+        )
+
+    def record_delivery(self, job_id: str, received_at: float) -> None:
+        """Record that the end of a job was sent to the client, after `result`."""
+        self._dispatcher.record_delivery(job_id, received_at)
+
+    def stream(
+        self, job_id: str, since: int | None, recent: int | None, wait: bool, on_ready: Callable[[], None]
+    ) -> RecordStream:
+        """Return the records of a job; with `wait`, also future records. The caller closes the stream."""
+        permission = self._check(job_id, Action.READ) if self._is_restricted else None
+        stream = self._dispatcher.stream(job_id, since, recent, wait, on_ready, permission)
+        if wait:
+            waits = self._access.waits
+            waits[stream] = Wait(self._client, job_id, lambda: stream.fail(self._revocation(job_id)))
+            stream.on_closed = lambda: waits.pop(stream, None)
+        return stream
+
+    async def cancel(self, job_id: str) -> bool:
+        """Cancel a job; return False if it has ended, or is unknown to the client."""
+        try:
+            await self._check(job_id, Action.CANCEL)
+        except UnknownJob:
+            return False
+        return await self._dispatcher.cancel(job_id, self._client.peer)
+
+    async def wait_stopped(self, job_id: str) -> JobDetails:
+        """Wait until a job has ended and its stop is not pending; return its details."""
+        await self._check(job_id, Action.CANCEL)
+        return await self._dispatcher.wait_stopped(job_id)
+
+    async def cancel_queue(self, queue: Raw) -> int:
+        """Cancel the jobs of a queue that the client may cancel; return how many were cancelled."""
+        dispatcher, client = self._dispatcher, self._client
+        if not self._is_restricted:
+            return await dispatcher.cancel_queue(queue, client.peer)
+        jobs = [job async for job in dispatcher.list_jobs(queue=queue) if self._may(Action.CANCEL, job)]
+        jobs.sort(key=lambda job: job.state is State.RUNNING)  # so that no queued job gets the slot of another one
+        return sum([await dispatcher.cancel(job.id, client.peer) for job in jobs])
+
+    async def release_slot(self, job_id: str) -> bool:
+        """Release the slot of a job that has ended; return False if it holds no slot, or is unknown to the client."""
+        self._require_ever(Action.MANAGE)
+        try:
+            await self._check(job_id, Action.MANAGE)
+        except UnknownJob:
+            return False
+        return await self._dispatcher.release_slot(job_id)
+
+    async def _check(self, job_id: str, action: Action) -> None:
+        """Raise `UnknownJob` if the client has not this right to a job, or the job does not exist."""
+        if not self._is_restricted:
+            return
+        loop = asyncio.get_running_loop()
+        began_at = loop.time()
+        job = (await self._dispatcher.find_subjects([job_id])).get(job_id)
+        if job is None or not self._may(action, job):
+            if job is not None:
+                names = {"host": job.host[:_MAX_NAME], "procedure": job.procedure[:_MAX_NAME]}
+                self._log_denial(action, None, job=job_id, **names)
+            await asyncio.sleep(_DENIAL_SECONDS - (loop.time() - began_at))
+            raise UnknownJob(job_id)
+
+    def _may(self, action: Action, job: Subject | Job) -> bool:
+        return may(self._policy, self._client, action, job)
+
+    def _may_read(self, job: Subject | Job) -> bool:
+        return self._may(Action.READ, job)
+
+    # Lists.
+
+    async def list_jobs(
+        self, ended: bool = False, host: str | None = None, queue: Raw | None = None, newest: int | None = None
+    ) -> AsyncGenerator[Job, None]:
+        """Yield the jobs that the client may list."""
+        self._require_ever(Action.LIST)
+        may_list = self._may_list if self._is_restricted else None
+        jobs = self._dispatcher.list_jobs(ended, host, queue, newest, may_list)
+        async for job in jobs:
+            yield job
+
+    def _may_list(self, job: Job) -> bool:
+        return self._may(Action.LIST, job)
+
+    async def list_queues(self) -> list[QueueStatus]:
+        """Return the queues that the client may list."""
+        self._require_ever(Action.LIST)
+        queues = await self._dispatcher.store.list_queues()
+        return [queue for queue in queues if self._is_allowed(Action.LIST, Target(queue=queue.name))]
+
+    def list_hosts(self) -> list[Host]:
+        """Return the hosts that the client may list."""
+        self._require_ever(Action.LIST)
+        hosts = self._dispatcher.registry.list_hosts()
+        return [host for host in hosts if self._is_allowed(Action.LIST, Target(host=host.hostname))]
+
+    # Administration.
+
+    async def refresh_hosts(self, force: bool = False) -> int:
+        """Refresh the hosts registry as `HostsRegistry.refresh` does; return the number of hosts."""
+        self.require(Action.MANAGE)
+        return await self._dispatcher.registry.refresh(force)
+
+    async def compare_hosts(self) -> list[HostChange]:
+        """Return what a refresh of the hosts would change, as `HostsRegistry.compare` does."""
+        self.require(Action.MANAGE)
+        return await self._dispatcher.registry.compare()
+
+    async def prune(self, min_age: float | None = None, trust_clock: bool = False) -> int:
+        """Delete old jobs; return how many."""
+        self.require(Action.MANAGE)
+        return await self._dispatcher.prune(min_age, trust_clock)
+
+    def require(self, action: Action) -> None:
+        """Raise `AccessDenied` if the client may not do something that concerns no host or job in particular."""
+        decision = self._policy.decide(self._client, action, Target())
+        if not decision.allowed:
+            self._deny(action, decision)
+
+    def _require_ever(self, action: Action) -> None:
+        """Raise `AccessDenied` if no rule allows an action to the client, whatever its target."""
+        if not self._policy.may_ever(self._client, action):
+            self._deny(action, None)
+
+    def _is_allowed(self, action: Action, target: Target) -> bool:
+        return self._policy.decide(self._client, action, target).allowed
+
+    def _deny(self, action: Action, decision: Decision | None) -> None:
+        self._log_denial(action, decision)
+        raise AccessDenied(f"{self._client.owner} has not the right: {action}")
+
+    def _log_denial(self, action: Action, decision: Decision | None, **fields: str) -> None:
+        rule = None if decision is None else decision.rule
+        client = {"client": self._client.peer, "principal": self._client.owner}
+        log.info("access denied", extra={"action": action.value, **fields, "rule": rule, **client})
+
+
+def _to_refusal(error: LimitReached) -> RateLimited:
+    return RateLimited(str(error), _QUEUED_RETRY if error.may_pass else None)
