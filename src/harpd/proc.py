@@ -1,4 +1,6 @@
-"""The public interface of procedures files: decorators, result, base classes. It imports no other module of harpd.
+"""The public interface of procedures files: decorators, result, base classes, the caller of a call.
+
+It imports no other module of harpd.
 
     from harpd.proc import procedure, streaming_procedure, Result
 
@@ -31,7 +33,17 @@ if TYPE_CHECKING:
         users: Sequence[str] | None
 
 
-__all__ = ["Cancelled", "Procedure", "Result", "StreamingProcedure", "TimeLimit", "procedure", "streaming_procedure"]
+__all__ = [
+    "Caller",
+    "Cancelled",
+    "Procedure",
+    "Result",
+    "StreamingProcedure",
+    "TimeLimit",
+    "caller",
+    "procedure",
+    "streaming_procedure",
+]
 
 
 class TimeLimit(BaseException):
@@ -53,6 +65,74 @@ class Result:
 
     def __repr__(self) -> str:
         return f"Result({self.value!r})"
+
+
+class Caller:
+    """For whom a call runs. It cannot be changed.
+
+    Attributes:
+        principal: the client of the dispatcher, as the dispatcher has proven it: ``token:shop``, ``uid:www-data``;
+            None: unknown.
+        job: the id of the job; None: unknown.
+        address: the address of the client; None: unknown.
+        user: the user of harpd that has sent the call, who vouches for the other attributes.
+    """
+
+    __slots__ = ("address", "job", "principal", "user")
+
+    principal: str | None
+    job: str | None
+    address: str | None
+    user: str
+
+    def __init__(
+        self, principal: str | None = None, job: str | None = None, address: str | None = None, user: str = ""
+    ) -> None:
+        for name, value in (("principal", principal), ("job", job), ("address", address), ("user", user)):
+            object.__setattr__(self, name, value)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"cannot change {name}: a caller is frozen")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"cannot delete {name}: a caller is frozen")
+
+    def _values(self) -> tuple[str | None, ...]:
+        return self.principal, self.job, self.address, self.user
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Caller) and self._values() == other._values()
+
+    def __hash__(self) -> int:
+        return hash(self._values())
+
+    def __repr__(self) -> str:
+        return "Caller(principal={!r}, job={!r}, address={!r}, user={!r})".format(*self._values())
+
+    def __reduce__(self) -> tuple[type[Caller], tuple[str | None, ...]]:
+        return Caller, self._values()
+
+
+#: The caller of the present call as JSON text, for a worker's process and its forks; ``-``: it is unknown.
+_caller_text = b"-"
+
+
+def _set_caller(text: bytes) -> None:
+    """Set the caller of the call that this process runs; harpd's workers call it."""
+    global _caller_text
+    _caller_text = text
+
+
+def caller() -> Caller | None:
+    """Return for whom the present call runs.
+
+    None: its client or dispatcher has not said that, as direct clients and legacy dispatchers; or no call runs here.
+    """
+    if _caller_text == b"-":
+        return None
+    from json import loads
+
+    return Caller(**loads(_caller_text))
 
 
 class Procedure:

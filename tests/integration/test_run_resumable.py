@@ -60,6 +60,7 @@ async def test_resumable_run_sends_id_and_acks_the_end(tmp_path: Path) -> None:
                 assert end == Returned(b"[1]")
             assert (await dispatcher.details(job_id))["exit_info"] == b'{"exit": 0, "by": "itself"}'
     first, second = (request["call"] for request in requests)
+    assert "caller" not in requests[0], "the host has not announced that it knows this key"
     assert first.keys() == {
         "id", "owner", "secret", "instance", "disconnect_timeout", "result_ttl", "timeout", "max_exec_time",
     }  # fmt: skip

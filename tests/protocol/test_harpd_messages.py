@@ -19,6 +19,7 @@ from harp.protocol.harpd import (
     Acknowledgement,
     AnyRequest,
     Attach,
+    Caller,
     CallList,
     Command,
     ExitInfo,
@@ -92,6 +93,7 @@ MESSAGES: list[tuple[str, Message]] = [
     ('{"exit_info":{"exit":0}}', ExitInfo({"exit": 0})),
     ('{"harp":1,"calls":[],"instance":"1f"}', CallList([], "1f")),
     (f'{{"harp":1,"calls":["{ID}"],"instance":"1f"}}', CallList([ID], "1f")),
+    ('{"harp":1,"calls":[],"instance":"1f","features":["caller"]}', CallList([], "1f", features=["caller"])),
     ('{"result":null}', Returned(None)),
     (
         '{"exception":{"type":"E","message":"m","data":{"class":"E","module":"x"}}}',
@@ -125,13 +127,14 @@ def test_request_of_version_1_has_the_legacy_line() -> None:
     assert encode_request(Request("p", [1], "u", "s")) == REQUEST.encode() + b"\n"
 
 
+@pytest.mark.parametrize("caller", [None, Caller('token:"shop"', ID)])
 @pytest.mark.parametrize("keep_alive", [True, False])
-def test_start_encoder_encodes_the_request(keep_alive: bool) -> None:
-    request = Request('p "ü%b\ud800', Raw(b'{"a": 1.10}'), "%b", 'pass"word', TERMS, keep_alive)
+def test_start_encoder_encodes_the_request(keep_alive: bool, caller: Caller | None) -> None:
+    request = Request('p "ü%b\ud800', Raw(b'{"a": 1.10}'), "%b", 'pass"word', TERMS, keep_alive, caller)
     shared = replace(
         request, procedure="q", call=replace(TERMS, id=ID.replace("0", "1"), secret="no", timeout=1, max_exec_time=2)
     )
-    line = StartEncoder(shared).encode(request.procedure, request.arguments, ID, "hush", 60, 600)
+    line = StartEncoder(shared).encode(request.procedure, request.arguments, ID, "hush", 60, 600, caller)
     assert line.endswith(b"}\n")
     assert decode_request(line[:-1], decode_slices) == request
 

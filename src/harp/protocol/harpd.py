@@ -34,6 +34,7 @@ from harp.protocol.schema import (
     decode_object,
     decode_payload,
     encode_members,
+    encode_object,
     is_count,
     is_object,
     member_value,
@@ -65,7 +66,9 @@ def _is_report(report: Payload) -> bool:
     return is_object(report) and not (isinstance(report, Raw) and len(report) > _MAX_REPORT_BYTES)
 
 
-_ID, _TEXT = Kind(_is_id, "a UUID in lower case"), _text(200)
+_ID, _TEXT, _NAMED = Kind(_is_id, "a UUID in lower case"), _text(200), _text(255)
+#: A feature that harpd announces in the list of calls: a start may have the member `caller`.
+CALLER = "caller"
 _REPORT = Kind(_is_report, f"an object of at most {_MAX_REPORT_BYTES} bytes", decode=decode_payload)
 
 #: Members of terms. `_Text` is a name elsewhere: there, a value that is not a string has another error.
@@ -116,6 +119,15 @@ class GrantedTerms(WireObject):
     records: Count  # present number of records
 
 
+class Caller(WireObject):
+    """For whom a dispatcher sends a call. It is sent only to a harpd that has announced `CALLER` among its features."""
+
+    PATH = "caller."
+    principal: Annotated[str | None, _NAMED, Null.REJECTED] = None  # the dispatcher's client, as it was proven
+    job: Annotated[str | None, _ID, Null.REJECTED] = None  # the id of the job
+    address: Annotated[str | None, _NAMED, Null.REJECTED] = None  # that of the client
+
+
 class Request(WireObject):
     """Call a procedure. Without `call`, the call is bound to the connection."""
 
@@ -125,6 +137,7 @@ class Request(WireObject):
     password: _Password = field(repr=False)
     call: Annotated[RequestedTerms | None, Null.REJECTED] = None
     keep_alive: _KeepAlive = False  # whether the connection is to wait for another request
+    caller: Annotated[Caller | None, Null.REJECTED] = None
 
 
 class Attach(WireObject):
@@ -167,13 +180,21 @@ class StartEncoder:
         self._request = b'"auth":%b%b' % (auth, b',"keep_alive":true' if shared.keep_alive else b"")
 
     def encode(
-        self, procedure: str, arguments: Raw, call_id: str, secret: str, timeout: float, max_exec_time: float
+        self,
+        procedure: str,
+        arguments: Raw,
+        call_id: str,
+        secret: str,
+        timeout: float,
+        max_exec_time: float,
+        caller: Caller | None = None,
     ) -> bytes:
         """Return the line of a start with its line feed."""
         job = call_id.encode(), secret.encode(), dumps(timeout), dumps(max_exec_time)
         call = b'%b,"id":"%b","secret":"%b","timeout":%b,"max_exec_time":%b' % (self._terms, *job)
-        members = self._request, call, dumps(procedure), arguments
-        return b'{"harp":1,%b,"call":{%b},"procedure":%b,"arguments":%b}\n' % members
+        of_job = b"" if caller is None else b',"caller":%b' % encode_object(caller)
+        members = self._request, call, of_job, dumps(procedure), arguments
+        return b'{"harp":1,%b,"call":{%b}%b,"procedure":%b,"arguments":%b}\n' % members
 
 
 def decode_request(line: bytes, decoder: Decoder = decode_values) -> AnyRequest:
@@ -305,12 +326,17 @@ def _are_ids(values: Any) -> bool:
     return isinstance(values, (list, tuple)) and all(map(_is_id, values))
 
 
+def _are_texts(values: Any) -> bool:
+    return isinstance(values, (list, tuple)) and all(isinstance(value, str) for value in values)
+
+
 class CallList(WireObject):
     """The owner's resumable calls, and the instance id of the supervisor that starts new calls."""
 
     calls: Annotated[Sequence[str], Kind(_are_ids, "an array of UUIDs in lower case")]
     instance: _Text
     keep_alive: Seconds | None = None
+    features: Annotated[Sequence[str] | None, Kind(_are_texts, "an array of strings")] = None  # that harpd supports
 
 
 Message: TypeAlias = (

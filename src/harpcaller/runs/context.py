@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from harp.protocol.harpd import Attach, Request, RequestedTerms, StartEncoder, encode_request
+from harp.protocol.harpd import Attach, Caller, Request, RequestedTerms, StartEncoder, encode_request
 from harp_daemon.timer_wheel import TimerWheel
 from harpcaller.config import Config
 from harpcaller.hosts.capabilities import HostCapabilities, HostSupport
@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_MAX_PRINCIPAL = 255  #: Maximum characters of a principal that a host is sent.
 _MAX_ENCODERS = 2000  #: Maximum number of stored encoders of starts; each needs about 1 kB.
 _RETRY_DELAY = 1.0  #: Seconds before a failed write is repeated.
 _MAX_JOBS = 1000  #: Maximum number of jobs with durations in memory; each needs about 400 bytes.
@@ -151,7 +152,8 @@ class RunContext:
             if len(self._start_encoders) >= _MAX_ENCODERS:
                 self._start_encoders.clear()  # a restarted supervisor needs a new encoder
             encoder = self._start_encoders[host, support] = StartEncoder(shared)
-        return encoder.encode(job.procedure, job.arguments, job.id, secret, job.timeout, job.max_exec_time)
+        caller = Caller(job.owner and job.owner[:_MAX_PRINCIPAL], job.id) if support.caller else None
+        return encoder.encode(job.procedure, job.arguments, job.id, secret, job.timeout, job.max_exec_time, caller)
 
     def encode_attach(self, job_id: str, host: Host, since: int) -> bytes:
         """Return the line that attaches to a job's call and resumes its records at number `since`."""

@@ -80,6 +80,9 @@ _NO_SUCH_CALL_PREFIX = b'{"harp":1,"error":{"type":"no_such_call"'
 #: The terms of a resumable call that its supervisor needs in addition to the id.
 _TERMS = tuple(name for name in messages.RequestedTerms.__match_args__ if name != "id")
 
+#: What this harpd supports beside resumable calls.
+_FEATURES = (messages.CALLER,)
+
 #: Returns the seconds since the system's start, including the time in which it was suspended.
 _boottime = partial(time.clock_gettime, time.CLOCK_BOOTTIME)
 
@@ -355,10 +358,15 @@ class Connection(asyncio.Protocol):
     def _start_call(self, request: Request, link: Link) -> None:
         terms = request.call
         call_id = str(uuid.uuid4()) if terms is None else terms.id
-        procedure = request.procedure[:_MAX_LOGGED_NAME]
-        log.info("call accepted", extra={"call": call_id, "procedure": procedure, **self._log_fields(request)})
+        fields: dict[str, Any] = {"call": call_id, "procedure": request.procedure[:_MAX_LOGGED_NAME]}
+        fields |= self._log_fields(request)
+        if request.caller is not None:
+            fields |= {"caller": request.caller.principal, "job": request.caller.job}
+        log.info("call accepted", extra=fields)
         header: dict[str, Any] = {"call": call_id, "procedure": request.procedure}  # see `harpd.supervisor.main`
         header["user"] = request.user
+        if (caller := request.caller) is not None:
+            header["caller"] = {"principal": caller.principal, "job": caller.job, "address": caller.address}
         header["authentication"] = round(self._authentication_time, 6)
         if request.keep_alive:
             header["keep_alive"] = self.limits.keep_alive_timeout
@@ -464,7 +472,7 @@ class Connection(asyncio.Protocol):
         log.debug("calls listed", extra=self._log_fields(request))
         calls = await self._context.links.client.list_calls(request.owner)
         keep_alive = self.limits.keep_alive_timeout if request.keep_alive else None
-        self.write(encode_message(replace(calls, keep_alive=keep_alive)))
+        self.write(encode_message(replace(calls, keep_alive=keep_alive, features=_FEATURES)))
         if request.keep_alive:
             self.next_request(self._pop_early_data())
         else:

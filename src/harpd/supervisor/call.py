@@ -234,10 +234,17 @@ class Call:
         self._exit_reported = False
         self._worker = zygote.assign(self, call_id, procedure)
 
-    def start(self, arguments: Raw, authentication: float | None) -> None:
-        """Send the worker its arguments; once. `authentication`: its duration in seconds, for exit info."""
+    def start(self, arguments: Raw, authentication: float | None, caller: Raw | None) -> None:
+        """Send the worker its arguments; once.
+
+        Args:
+            arguments: an array or an object.
+            authentication: its duration in seconds, for exit info.
+            caller: an object for `harpd.proc.caller`; None: the call has no known caller.
+        """
         self._authentication_seconds = authentication
-        self._unsent = memoryview(b"%b %d %b\n" % (self.id.encode(), self._info.number, arguments))
+        head = self.id.encode(), self._info.number, b"-" if caller is None else caller
+        self._unsent = memoryview(b"%b %d %b\t%b\n" % (*head, arguments))
         if self._worker.identity[0]:  # else the zygote announces it
             self.on_forked()
 

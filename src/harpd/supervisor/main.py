@@ -20,6 +20,7 @@ a channel of the link. The first frame of a channel has a header, a JSON object:
     ATTACH  {"attach": ID, "owner": ..., "secret": ..., "since": NUMBER}
                                             attach to a resumable call
 
+START may have "caller", an object for `harpd.proc.caller`.
 START has the "user" whose password the frontend has checked; the supervisor checks the rights of this user.
 
 Both may have "keep_alive": SECONDS, which the acknowledgement repeats. START may have "authentication": SECONDS, the
@@ -218,11 +219,16 @@ class Supervisor:
             raise ProtocolError(f"call: expected a UUID, got {call_id!r}")
         if arguments[:1] not in (b"[", b"{") or arguments.find(b"\n") >= 0:
             raise ProtocolError("arguments: expected an array or an object")
+        caller = header.get("caller")
+        if not isinstance(caller, (dict, NoneType)):
+            raise ProtocolError("caller: expected an object")
+        if caller is not None:
+            caller = {**caller, "user": user}
         call = self._create_call(channel, call_id, name, user, header)
         if isinstance(call, Failed):
             channel.reject(encode_message(call))
         else:
-            call.start(arguments, header.get("authentication"))
+            call.start(arguments, header.get("authentication"), None if caller is None else dumps(caller))
 
     def _create_call(
         self, channel: LinkChannel, call_id: str, name: str, user: str, header: Mapping[str, Any]

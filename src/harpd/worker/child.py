@@ -21,7 +21,7 @@ from types import FunctionType
 
 from harp.protocol.call_output import VERSION, encode_record
 from harp.protocol.json_text import InvalidJSON, NotJSON, encode_value, loads
-from harpd.proc import Cancelled, Procedure, Result, StreamingProcedure, TimeLimit, is_asynchronous
+from harpd.proc import Cancelled, Procedure, Result, StreamingProcedure, TimeLimit, _set_caller, is_asynchronous
 from harpd.processes.cookie import EnvCookie
 from harpd.processes.prctl import become_subreaper, die_with_parent
 from harpd.worker.environment import oom_score_is_changed, reset_oom_score
@@ -193,8 +193,10 @@ class Worker:
     def _serve_calls(self, channel: _Channel) -> None:
         line, served = channel.read_line(), 0
         while line:
-            call_id, number, arguments = line.split(b" ", 2)
+            head, arguments = line.split(b"\t", 1)  # which is no character of the caller's JSON text
+            call_id, number, caller = head.split(b" ", 2)
             procedure, check = self._procedures[int(number)]
+            _set_caller(caller)
             served += 1
             last = served == procedure.max_calls_per_process
             try:
