@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from support.certificates import server_files
+from support.certificates import make_client, server_files, write_revocations
 from support.daemonlog import DEADLINE
 from support.deadline import wait_until
 from support.harpcallerd import Harpcallerd, LineClient
@@ -205,39 +205,61 @@ def test_tls_handshakes_of_many_do_not_delay_requests(dispatcher: TLS) -> None:
         assert sorted(delays)[10] < 0.5, delays  # all handshakes at once take longer on any machine
 
 
+def test_tls_client_over_the_limit_gets_the_refusal(tmp_path: Path, peer: Peer) -> None:
+    with TLS(
+        tmp_path, {"web01": peer.port}, settings={**settings(tmp_path / "pki"), "max_connections": 2}
+    ) as dispatcher:
+        job = dispatcher.submit("web01", "hang")
+        waiting = [dispatcher.connect() for _ in range(2)]
+        for client in waiting:
+            client.send({"harpcaller": 1, "get_result": job})
+        wait_until(lambda: refusal(dispatcher) == "too_many_connections", DEADLINE, "the refusal")
+        for client in waiting:
+            client.close()
+        wait_until(lambda: dispatcher.ask(cancel=job) == [{"cancelled": True}], DEADLINE, "room for a client")
+
+
+def refusal(dispatcher: TLS) -> str | None:
+    """Return the type of the error that a client gets that sends nothing; None: it gets nothing for some time."""
+    with dispatcher.connect() as client:
+        client.socket.settimeout(1)
+        try:
+            return str(client.message()["error"]["type"])
+        except TimeoutError:
+            return None
+
+
+def test_listeners_with_and_without_tls_serve_side_by_side(tmp_path: Path, peer: Peer) -> None:
+    keys = settings(tmp_path / "pki")
+    keys["listen"] = ["127.0.0.1:0", "tls:127.0.0.1:0"]
+    with TLS(tmp_path, {"web01": peer.port}, settings=keys) as dispatcher:
+        plain, dispatcher.port = (event["port"] for event in dispatcher.events("harpcallerd is serving"))
+        assert dispatcher.ask(cancel=UNKNOWN) == [{"cancelled": False}]
+        with LineClient(socket.create_connection((dispatcher.host, plain), DEADLINE)) as client:
+            client.send(CANCEL)
+            assert client.messages() == [{"cancelled": False}]
+        outcome = dispatcher.reload()
+        assert outcome["event"] == "reloaded"
+        assert dispatcher.ask(cancel=UNKNOWN) == [{"cancelled": False}]
+
+
+def test_reload_reports_a_changed_listen_and_refuses_invalid_files(tmp_path: Path, peer: Peer) -> None:
+    keys = settings(tmp_path / "pki")
+    with TLS(tmp_path, {"web01": peer.port}, settings=keys) as dispatcher:
+        dispatcher.configure({**keys, "listen": ["127.0.0.1:0"]})
+        done = dispatcher.control("reload")
+        assert "the change of listen needs a restart" in done.stderr
+        tls = {**keys["tls"], "certfile": str(tmp_path / "none")}
+        dispatcher.configure({**keys, "tls": tls})
+        done = dispatcher.control("reload")
+        assert done.returncode == 1
+        assert "tls.certfile" in done.stderr
+        dispatcher.configure({"listen": ["127.0.0.1:0"]})  # without the section: the listener stays until a restart
+        assert dispatcher.control("reload").returncode == 0
+        assert dispatcher.ask(cancel=UNKNOWN) == [{"cancelled": False}]
+
+
 # Certificates of clients.
-
-
-def make_client(directory: Path, *names: str) -> tuple[Path, Path]:
-    """Issue a client certificate by the authority of the directory, with openssl; return it and its key."""
-    base = directory / names[0].replace(":", "_").replace("/", "_")
-    extension = base.with_suffix(".ext")
-    extension.write_text(f"subjectAltName={','.join(names)}\nextendedKeyUsage=clientAuth\n")
-    key, request, certificate = (base.with_suffix(f".{kind}") for kind in ("key", "csr", "crt"))
-    for command in (
-        f"openssl req -new -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout {key} -out {request} -subj /CN=x",
-        f"openssl x509 -req -in {request} -CA {directory}/ca.pem -CAkey {directory}/ca.key -CAcreateserial "
-        f"-days 2 -extfile {extension} -out {certificate}",
-    ):
-        subprocess.run(command.split(), check=True, capture_output=True)
-    return certificate, key
-
-
-def write_revocations(directory: Path, *revoked: Path) -> None:
-    """Write a revocation list of the authority that contains these certificates."""
-    database = directory / "index.txt"
-    database.touch()
-    configuration = directory / "ca.conf"
-    configuration.write_text(
-        f"[ca]\ndefault_ca=own\n[own]\ndatabase={database}\ndefault_md=sha256\ndefault_crl_days=2\n"
-        f"certificate={directory}/ca.pem\nprivate_key={directory}/ca.key\n"
-    )
-    base = ["openssl", "ca", "-config", str(configuration)]
-    for certificate in revoked:
-        subprocess.run([*base, "-revoke", str(certificate)], check=True, capture_output=True)
-    new = directory / "new.crl"
-    subprocess.run([*base, "-gencrl", "-out", str(new)], check=True, capture_output=True)
-    new.replace(directory / "crl.pem")
 
 
 @pytest.fixture

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import subprocess
 import tempfile
 from dataclasses import dataclass
 from functools import cache
@@ -46,3 +48,38 @@ def server_files(directory: Path, names: tuple[str, ...] = ("localhost", "127.0.
 def authority() -> trustme.CA:
     """Another authority of this test run, in memory."""
     return trustme.CA(key_type=trustme.KeyType.ECDSA)
+
+
+def make_client(directory: Path, *names: str) -> tuple[Path, Path]:
+    """Issue a client certificate with alternative names, such as ``DNS:a``, by the authority ``ca`` of a directory.
+
+    Return the certificate and its key.
+    """
+    base = directory / re.sub(r"\W", "_", names[0])
+    extension = base.with_suffix(".ext")
+    extension.write_text(f"subjectAltName={','.join(names)}\nextendedKeyUsage=clientAuth\n")
+    key, request, certificate = (base.with_suffix(f".{kind}") for kind in ("key", "csr", "crt"))
+    for command in (
+        f"openssl req -new -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout {key} -out {request} -subj /CN=x",
+        f"openssl x509 -req -in {request} -CA {directory}/ca.pem -CAkey {directory}/ca.key -CAcreateserial "
+        f"-days 2 -extfile {extension} -out {certificate}",
+    ):
+        subprocess.run(command.split(), check=True, capture_output=True)
+    return certificate, key
+
+
+def write_revocations(directory: Path, *revoked: Path) -> None:
+    """Write a revocation list of the authority that contains these certificates."""
+    database = directory / "index.txt"
+    database.touch()
+    configuration = directory / "ca.conf"
+    configuration.write_text(
+        f"[ca]\ndefault_ca=own\n[own]\ndatabase={database}\ndefault_md=sha256\ndefault_crl_days=2\n"
+        f"certificate={directory}/ca.pem\nprivate_key={directory}/ca.key\n"
+    )
+    base = ["openssl", "ca", "-config", str(configuration)]
+    for certificate in revoked:
+        subprocess.run([*base, "-revoke", str(certificate)], check=True, capture_output=True)
+    new = directory / "new.crl"
+    subprocess.run([*base, "-gencrl", "-out", str(new)], check=True, capture_output=True)
+    new.replace(directory / "crl.pem")

@@ -208,8 +208,9 @@ class ClientServer(Server):
             request, connection.keep_alive, token = decoded()
             if token is not None or self._proofs:
                 self._authenticate(connection, token)
-            connection.is_identified = True
-            self.acceptor.confirm(connection)
+            if not connection.is_identified:
+                connection.is_identified = True
+                self.acceptor.confirm(connection)
             if not isinstance(request, (protocol.Call, protocol.SubmitMany)):
                 connection.release_memory()
             match request:
