@@ -52,10 +52,14 @@ class Validity:
         return None
 
 
-def read_validities(file: Path) -> list[Validity]:
-    """Return the validity of each certificate of a PEM file; unreadable certificates are omitted. Raises OSError."""
+def read_validities(file: Path, content: bytes | None = None) -> list[Validity]:
+    """Return the validity of each certificate of a PEM file; unreadable certificates are omitted. Raises OSError.
+
+    `content`: of the file; None: it is read.
+    """
     found = []
-    for number, text in enumerate(_PEM.findall(file.read_bytes().decode("ascii", "replace")), 1):
+    content = file.read_bytes() if content is None else content
+    for number, text in enumerate(_PEM.findall(content.decode("ascii", "replace")), 1):
         try:
             found.append(Validity(file, number, *_read_dates(ssl.PEM_cert_to_DER_cert(text))))
         except (ValueError, IndexError, StopIteration):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ssl
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from harp_daemon.settings import ConfigError, set_minimum_version
@@ -56,18 +58,20 @@ def server_context(
     minimum: str,
     client_ca_file: Path | None = None,
     crl_file: Path | None = None,
+    readable_path: Callable[[Path], AbstractContextManager[Path]] = nullcontext,
 ) -> ssl.SSLContext:
     """Return the TLS context of a server. May block. Raises `ConfigError`; `where` is the file and the section.
 
     With `client_ca_file`, a client may show a certificate; one that is invalid ends the handshake. `crl_file` has the
     revocation lists of these authorities. There is no resumption of sessions, which would skip the check of a
-    certificate.
+    certificate. `readable_path` returns the path by which this process can read certificate and key.
     """
     files = {"certfile": certfile, "keyfile": keyfile, "client_ca_file": client_ca_file, "crl_file": crl_file}
     for key, file in files.items():
         try:
             if file is not None:
-                file.open("rb").close()
+                with readable_path(file) as path:
+                    path.open("rb").close()
         except OSError as error:
             raise ConfigError(f"{where}.{key}: {file}: {error.strerror}") from error
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -75,7 +79,8 @@ def server_context(
     set_minimum_version(context, minimum)
     try:
         # The empty password makes a key with a passphrase fail; without it OpenSSL would prompt on the terminal.
-        context.load_cert_chain(certfile, keyfile, password="")
+        with readable_path(certfile) as certificate_path, readable_path(keyfile) as key_path:
+            context.load_cert_chain(certificate_path, key_path, password="")
     except ssl.SSLError as error:
         if error.reason == "KEY_VALUES_MISMATCH":
             mismatch = f"{keyfile}: expected the key of {certfile}, got another certificate's key"

@@ -14,7 +14,7 @@ from harp_daemon.event_loop import run
 from harp_daemon.process import ProcessError, detach, occupy_standard_descriptors, pidfile
 from harp_daemon.program import add_version, written_output
 from harp_daemon.settings import ConfigError
-from harpd.config.loaded import CommandLine, check, load_config, load_supervisor_config
+from harpd.config.loaded import CommandLine, check, load_supervisor_config
 from harpd.config.settings import load
 from harpd.control import launcher
 from harpd.control.supervisor_client import (
@@ -23,7 +23,7 @@ from harpd.control.supervisor_client import (
     SupervisorNotRunning,
     find_runtime_directory,
 )
-from harpd.frontend import server
+from harpd.frontend import service
 
 #: Seconds between two status requests while the last calls end.
 _DRAIN_INTERVAL = 0.2
@@ -93,9 +93,9 @@ def _run_command(options: CommandLine) -> int:
             supervisor_config.configure_log()
             run(launcher.run(supervisor_config, on_serving))
         else:
-            config = load_config(options)
+            config = service.load(options)
             config.configure_log()
-            run(server.run(config, on_serving, frontend_only=options.command == "frontend"))
+            run(service.run(config, on_serving, frontend_only=options.command == "frontend"))
     return 0
 
 

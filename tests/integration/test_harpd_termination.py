@@ -379,7 +379,7 @@ def test_supervisor_closes_after_processes_have_ended(harpd: Harpd, notes: Path)
 
 @pytest.mark.parametrize(
     "garbage",
-    [b"\n", b"[]\n", b"\xff\n", b"{}\n", b'{"procedure":[]}\n', b'{"control":5}\n', b'{"control":"reload"}\n'],
+    [b"\n", b"[]\n", b"\xff\n", b"{}\n", b'{"procedure":[]}\n', b'{"control":5}\n'],
 )
 def test_supervisor_socket_garbage_is_rejected(harpd: Harpd, garbage: bytes) -> None:
     with supervisor_connection(harpd) as connection:
@@ -411,32 +411,13 @@ def test_zygote_retired_exits_after_last_call(own: Harpd, notes: Path) -> None:
 
 def test_load_hanging_is_replaced_by_next(own: Harpd) -> None:
     with own:
-        settings: dict[str, Any] = {
-            "procedures": str(own.directory / "hangs.py"),
-            "python_path": {"prepend": [], "append": []},
-            "default_user": None,
-            "rights": {},
-            "environment": {},
-            "default_group": None,
-            "max_calls": 10,
-            "kill_grace": 1,
-            "spool": 1000,
-        }
-        settings |= {"runtime_directory": str(own.runtime_directory), "logging": {"config": None, "syslog": False}}
-        settings |= {
-            "spool_memory": 1 << 30,
-            "disconnect_timeout": 60,
-            "result_ttl": 60,
-            "outlive": True,
-            "cgroup": None,
-        }
-        settings["exit_info"] = {"stderr": False, "traceback": False}
-        started = own.directory / "started"
-        (own.directory / "hangs.py").write_text(f"import time\nopen({str(started)!r}, 'w')\ntime.sleep(3600)\n")
+        started, procedures = own.directory / "started", own.procedures_file.read_text()
+        own.procedures_file.write_text(f"import time\nopen({str(started)!r}, 'w')\ntime.sleep(3600)\n")
         with supervisor_connection(own) as connection:
-            connection.sendall(json.dumps({"control": "reload", "settings": settings}).encode() + b"\n")
+            connection.sendall(b'{"control":"reload"}\n')
             wait_until(started.exists, DEADLINE, "the hanging load")
             assert own.call("version")[-1] == {"result": 1}
+            own.procedures_file.write_text(procedures)
             assert own.reload()["event"] == "reloaded"
             assert json.loads(connection.recv(1000)) == {"error": "another load has begun"}
         nothing_is_left(own)

@@ -87,8 +87,6 @@ def test_call_has_descriptor_limit_of_harpd_start(supervisor: Supervisor) -> Non
         b'{"link": "1"}\n',
         b'{"control": "unheard of"}\n',
         b'{"control": 5}\n',
-        b'{"control": "reload"}\n',
-        b'{"control": "reload", "settings": 5}\n',
         b"\xff\xfe\n",
         b"[" * 5000 + b"\n",
     ],

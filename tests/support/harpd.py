@@ -113,7 +113,7 @@ class Harpd(DaemonLog):
             },
             "authentication": {"module": "harpd.auth.inconfig", "users": {self.user: f"plain:{self.password}"}},
             "runtime_directory": str(self.runtime_directory),
-            **({"default_user": "root"} if os.geteuid() == 0 and not self._prefix else {}),
+            **({"default_user": "root", "frontend_user": 0} if os.geteuid() == 0 and not self._prefix else {}),
             "environment": {COOKIE_VARIABLE: None},  # a process that a test leaves behind is found by it
         }
         for name, section in changes.items():

@@ -306,9 +306,24 @@ class Supervisor:
         """Reload the procedures file, with another text if one is given; return the reply."""
         if text is not None:
             self.procedures_file.write_text(text)
-        answer = self.control("reload", settings={**self.settings, **settings})
+        with self.request_reload() as connection:
+            self.send_settings(**settings)
+            (answer,) = connection.lines()
         self.status()
         return answer
+
+    def request_reload(self) -> Connection:
+        """Send the request to reload; return its connection once the supervisor has requested the settings."""
+        connection = self.connect()
+        connection.send({"control": "reload"})
+        received = b""
+        while not received.endswith(b"\nreload\n"):
+            received += self._lifeline.recv(100)
+        return connection
+
+    def send_settings(self, **settings: Any) -> None:
+        """Send settings as the launcher does, with these changes."""
+        self._lifeline.sendall(json.dumps({**self.settings, **settings}).encode() + b"\n")
 
     # Its log.
 

@@ -11,7 +11,6 @@ can have more fields. ``openssl passwd -6`` and ``mkpasswd`` create hashes.
 from __future__ import annotations
 
 import logging
-import os
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from harpd.auth import AuthDB
+from harpd.auth.files import Files
 from harpd.auth.passwords import PasswordCache
 
 __all__ = ["PasswordFile", "create"]
@@ -26,8 +26,8 @@ __all__ = ["PasswordFile", "create"]
 log = logging.getLogger(__name__)
 
 
-def create(config: Mapping[str, Any]) -> PasswordFile:
-    """Return the users of the configured file.
+def create(config: Mapping[str, Any], files: Files | None = None) -> PasswordFile:
+    """Return the users of the configured file. It is read by `files`; None: by this process itself.
 
     Raises ValueError if the configuration is invalid, or the file cannot be read. The message names key and file.
     """
@@ -36,7 +36,7 @@ def create(config: Mapping[str, Any]) -> PasswordFile:
         raise ValueError(f"file: expected the path of a file, got {file!r}")
     if unknown := sorted(set(config) - {"module", "file"}):
         raise ValueError(f"{unknown[0]}: unknown key; expected file")
-    database = PasswordFile(Path(file))
+    database = PasswordFile(Path(file), files)
     try:
         database.hashes()
     except OSError as error:
@@ -65,8 +65,9 @@ _SETTLE_SECONDS = 1.0
 class PasswordFile(AuthDB):
     """The users and hashed passwords of a file. A relative path starts at the working directory."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, files: Files | None = None) -> None:
         self._path = path
+        self._files = files or Files()
         self._cache = PasswordCache()
         self._last_hashes: dict[str, str] = {}  # with which a password was accepted last
         self._last_read: tuple[tuple[int, ...], dict[str, str]] | None = None
@@ -81,7 +82,7 @@ class PasswordFile(AuthDB):
     def _file_identity(self) -> tuple[int, ...] | None:
         """Return attributes that change with the file; None: a change could go unnoticed, or the file is missing."""
         try:
-            status = os.stat(self._path)
+            status = self._files.stat(self._path)
         except OSError:
             return None
         if time.time() - status.st_ctime < _MIN_FILE_AGE:
@@ -90,7 +91,7 @@ class PasswordFile(AuthDB):
 
     def _has_just_changed(self) -> bool:
         """Return whether the file may still be incomplete. Raises `OSError`."""
-        return abs(time.time() - os.stat(self._path).st_ctime) < _SETTLE_SECONDS
+        return abs(time.time() - self._files.stat(self._path).st_ctime) < _SETTLE_SECONDS
 
     def authenticate(self, user: str, password: str) -> bool:
         """Return whether the file has this user with this password; False if it cannot be read."""
@@ -132,7 +133,7 @@ class PasswordFile(AuthDB):
         return found
 
     def _entries(self) -> Iterator[tuple[int, str, str]]:
-        for number, line in enumerate(self._path.read_text("utf-8", "replace").splitlines(), 1):
+        for number, line in enumerate(self._files.read(self._path).decode("utf-8", "replace").splitlines(), 1):
             user, _, rest = line.strip().partition(":")
             if line.strip() and not user.startswith("#"):
                 yield number, user, rest.split(":", 1)[0]

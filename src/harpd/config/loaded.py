@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import json
 import os
+import pwd
 import resource
 import select
 import signal
@@ -16,6 +18,7 @@ import ssl
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -30,8 +33,9 @@ from harp_daemon.process import describe_exit
 from harp_daemon.settings import ConfigError
 from harp_daemon.sockets import ResolveError, resolve
 from harpd.auth import AuthDB
+from harpd.auth.files import Files
 from harpd.auth.rights import UserRights
-from harpd.config.settings import Configuration, load, load_yaml, one_line, server_context
+from harpd.config.settings import LOCAL_FILES, Configuration, load, load_yaml, one_line, server_context
 from harpd.worker.environment import call_environment, enter_surroundings
 from harpd.worker.privileges import UserError, resolve_credentials
 from harpd.worker.procedures import LOAD_TIMEOUT, load_procedures
@@ -39,13 +43,16 @@ from harpd.worker.procedures import LOAD_TIMEOUT, load_procedures
 #: The keys of section `limits` that the supervisor applies.
 _SUPERVISOR_LIMITS = (
     *("max_calls", "kill_grace", "spool", "spool_memory", "disconnect_timeout", "result_ttl"),
-    *("output_lines", "output_bytes"),
+    *("output_lines", "output_bytes", "request_line"),
 )
 #: The error of a root harpd without a default user; a warning if the file is one of a legacy harpd.
 ROOT_CALLS = (
     "default_user: missing; procedures without uid would run as root. Add a line: 'default_user: nobody', "
     "or another account with few rights; or 'default_user: root' to run them as root on purpose"
 )
+#: The user of the frontend if none is configured.
+DEFAULT_FRONTEND_USER = "harpd"
+_CREATE_USER = "create it: useradd --system --user-group --no-create-home --shell /usr/sbin/nologin {}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +112,37 @@ class SupervisorConfig:
         except (ValueError, OSError) as error:
             raise ConfigError(f"{self.options.logging or '--syslog'}: {one_line(error)}") from error
 
+    def frontend_identity(self) -> tuple[int, int] | None:
+        """Return user and group of the frontend; None: those of this process. Raises `ConfigError`."""
+        user = self.configuration.frontend_user
+        if user is None:
+            if os.geteuid() != 0:
+                return None
+            try:
+                entry = pwd.getpwnam(DEFAULT_FRONTEND_USER)
+            except KeyError:
+                return None
+            return entry.pw_uid, entry.pw_gid
+        where = f"{self.options.config}: frontend_user"
+        try:
+            uid, gid, *_ = resolve_credentials(user, None)
+        except UserError as error:
+            raise ConfigError(f"{where}: {error}; {_CREATE_USER.format(user)}") from error
+        if uid == os.geteuid():
+            return None
+        if os.geteuid() != 0:
+            raise ConfigError(f"{where}: cannot change to user {user}: harpd does not run as root")
+        assert uid is not None
+        assert gid is not None
+        return uid, gid
+
+    def frontend_warning(self) -> str | None:
+        """Return a warning if the frontend runs as root although that is not configured. Raises `ConfigError`."""
+        if os.geteuid() != 0 or self.configuration.frontend_user is not None or self.frontend_identity() is not None:
+            return None
+        user = DEFAULT_FRONTEND_USER
+        return f"the network frontend runs as root, because there is no user {user}; {_CREATE_USER.format(user)}"
+
     def supervisor_settings(self, runtime_directory: Path, outlive: bool) -> dict[str, Any]:
         """Return the supervisor's settings: JSON values, no secret."""
         options, configuration = self.options, self.configuration
@@ -119,6 +157,7 @@ class SupervisorConfig:
             "environment": configuration.environment,
             "rights": self.rights_section,
             "outlive": outlive,
+            "frontend": self.frontend_identity(),
             "runtime_directory": str(runtime_directory),
             "logging": self.log,
             "descriptors": options.descriptors,
@@ -137,10 +176,10 @@ class LoadedConfig(SupervisorConfig):
     validities: list[Validity]  #: Of the certificates that clients see.
 
 
-def load_supervisor_config(options: CommandLine) -> SupervisorConfig:
+def load_supervisor_config(options: CommandLine, files: Files = LOCAL_FILES) -> SupervisorConfig:
     """Read configuration and log settings. May block. Raises `ConfigError`."""
-    configuration = load(options.config)
-    log_config = None if options.logging is None else load_yaml(options.logging)
+    configuration = load(options.config, files)
+    log_config = None if options.logging is None else load_yaml(options.logging, files=files)
     if options.logging is not None and not isinstance(log_config, dict):
         raise ConfigError(f"{options.logging}: expected a mapping, as logging.config.dictConfig takes it")
     config = SupervisorConfig(options, configuration, {"syslog": options.syslog, "config": log_config})
@@ -149,17 +188,18 @@ def load_supervisor_config(options: CommandLine) -> SupervisorConfig:
     return config
 
 
-def load_config(options: CommandLine) -> LoadedConfig:
+def load_config(options: CommandLine, files: Files = LOCAL_FILES) -> LoadedConfig:
     """Load the configuration; set `sys.path` for the authentication module. May block. Raises `ConfigError`."""
-    common = load_supervisor_config(options)
+    common = load_supervisor_config(options, files)
     configuration = common.configuration
-    context = server_context(configuration.network, options.config)
-    validities = read_validities(Path(configuration.network.certfile))
+    context = server_context(configuration.network, options.config, files)
+    certfile = Path(configuration.network.certfile)
+    validities = read_validities(certfile, files.read(certfile))
     previous_path = sys.path[:]
     paths = configuration.python.search_paths()
     sys.path[:] = [*paths["prepend"], *options.search_path, *paths["append"]]
     try:
-        users, problems = _open_users(configuration.authentication, options.config)
+        users, problems = _open_users(configuration.authentication, options.config, files)
     except BaseException:
         sys.path[:] = previous_path
         raise
@@ -167,7 +207,7 @@ def load_config(options: CommandLine) -> LoadedConfig:
     return LoadedConfig(options, configuration, common.log, context, users, rights, problems, validities)
 
 
-def _open_users(section: dict[str, Any], file: Path) -> tuple[AuthDB, list[str]]:
+def _open_users(section: dict[str, Any], file: Path, files: Files) -> tuple[AuthDB, list[str]]:
     """Return the users, and mistakes that their module has found."""
     name = section["module"]
     where = f"{file}: authentication.module: {name}"
@@ -179,7 +219,7 @@ def _open_users(section: dict[str, Any], file: Path) -> tuple[AuthDB, list[str]]
     if not callable(create):
         raise ConfigError(f"{where}: expected a function create(config), found none")
     try:
-        users: Any = create(dict(section))
+        users: Any = create(dict(section), files=files) if _accepts_files(create) else create(dict(section))
     except ValueError as error:  # its message begins with the key
         raise ConfigError(f"{file}: authentication.{one_line(error)}") from error
     except BaseException as error:
@@ -192,6 +232,13 @@ def _open_users(section: dict[str, Any], file: Path) -> tuple[AuthDB, list[str]]
         return users, list(users.problems())
     except BaseException as error:
         raise _module_error(f"{where}: problems() failed", error) from error
+
+
+def _accepts_files(create: Callable[..., Any]) -> bool:
+    try:
+        return "files" in inspect.signature(create).parameters
+    except (TypeError, ValueError):  # a function in C
+        return False
 
 
 def _module_error(where: str, error: BaseException) -> ConfigError:
@@ -298,6 +345,7 @@ def _load_everything(options: CommandLine) -> list[str]:
     _enter_surroundings(config.configuration)
     procedures = load_procedures(options.procedures)
     warnings = config.users.warnings() if isinstance(config.users, AuthDB) else []
+    warnings += filter(None, [config.frontend_warning()])
     for line in _services_without_output(options.procedures):
         warnings.append(
             f"{options.procedures}:{line}: Popen without stdout and stderr; a restart of harpd ends the process"
@@ -315,12 +363,17 @@ def _load_everything(options: CommandLine) -> list[str]:
         warnings.append(f"{options.procedures}: started {running} thread(s), which will be missing in calls")
     if config.runs_calls_as_root:
         warnings.append(f"{options.config}: {ROOT_CALLS}")
+    identity = config.frontend_identity()
+    frontend_user = None if identity is None else identity[0]
     default_groups = None if config.default_group is None else (config.default_group,)
     accounts: list[tuple[str, Any, Any]] = [("the default user and group", config.default_user, default_groups)]
     accounts += [(f"{options.procedures}: {name}", found.uid, found.gid) for name, found in procedures.items()]
     for owner, user, groups in accounts:
         try:
-            resolve_credentials(user, groups)
+            uid, *_ = resolve_credentials(user, groups)
         except UserError as error:
             warnings.append(f"{owner}: {error}; calls will fail")
+        else:
+            if uid is not None and uid == frontend_user:
+                warnings.append(f"{owner}: the user of the frontend; calls will fail, set another user")
     return warnings

@@ -26,8 +26,11 @@ from harp_daemon.settings import (
     convert_entry,
     describe_value,
 )
+from harpd.auth.files import Files
 from harpd.auth.rights import parse_network
 from harpd.worker.environment import OWN_PREFIX
+
+LOCAL_FILES = Files()
 
 # The maximum of one year stands for "no limit". It excludes infinity and NaN, which are typing errors.
 Seconds: TypeAlias = Annotated[float, Meta(gt=0, le=365 * 86400, extra={"unit": "seconds"})]
@@ -141,6 +144,8 @@ class Configuration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     rights: dict[str, Any] = {}  # values: `Rights`
     #: Variables of the environment of calls; null: the value of harpd's environment.
     environment: dict[str, str | None] = {}
+    #: The user of the frontend if harpd runs as root: name or numeric id; None: ``harpd`` if it exists, otherwise root.
+    frontend_user: str | int | None = None
 
     def __post_init__(self) -> None:
         rights = {user: convert_entry(f"rights.{user}", value, Rights) for user, value in self.rights.items()}
@@ -165,16 +170,15 @@ class Configuration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         return f"Configuration(network={self.network!r}, authentication={self.authentication['module']!r}, ...)"
 
 
-def load(path: Path) -> Configuration:
+def load(path: Path, files: Files = LOCAL_FILES) -> Configuration:
     """Read and check a configuration file, YAML. Raises `ConfigError`."""
-    return convert(path, load_yaml(path, "; copy examples/harpd.conf, or use --config"), Configuration)
+    return convert(path, load_yaml(path, "; copy examples/harpd.conf, or use --config", files), Configuration)
 
 
-def load_yaml(path: Path, if_missing: str = "") -> Any:
+def load_yaml(path: Path, if_missing: str = "", files: Files = LOCAL_FILES) -> Any:
     """Read a YAML file. Raises `ConfigError`, also for a duplicate key; `if_missing` is a hint for a missing file."""
     try:
-        with path.open("rb") as file:
-            return yaml.load(file, _Loader)  # noqa: S506 - _Loader is a SafeLoader
+        return yaml.load(files.read(path), _Loader)  # noqa: S506 - _Loader is a SafeLoader
     except OSError as error:
         hint = if_missing if isinstance(error, FileNotFoundError) else ""
         raise ConfigError(f"{path}: {error.strerror}{hint}") from error
@@ -207,7 +211,8 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def server_context(network: Network, path: Path) -> ssl.SSLContext:
+def server_context(network: Network, path: Path, files: Files = LOCAL_FILES) -> ssl.SSLContext:
     """Return the TLS context for the section `network` of the file `path`. Raises `ConfigError`."""
-    minimum = str(network.tls_minimum)
-    return shared_server_context(f"{path}: network", Path(network.certfile), Path(network.keyfile), minimum)
+    minimum, where = str(network.tls_minimum), f"{path}: network"
+    certfile, keyfile = Path(network.certfile), Path(network.keyfile)
+    return shared_server_context(where, certfile, keyfile, minimum, readable_path=files.readable_path)

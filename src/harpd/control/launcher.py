@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any, NoReturn
 
@@ -49,6 +50,8 @@ _READ_SIZE = 100
 
 #: A step of a service. It may raise.
 _Step = Callable[[], Awaitable[None]]
+#: Returns the settings of a supervisor.
+_Settings = Callable[[], dict[str, Any]]
 
 
 class ServiceRunner:
@@ -101,12 +104,16 @@ class ServiceRunner:
 
 
 class SupervisorLauncher:
-    """The launcher of supervisors with the settings of `settings()`; in the background, they have no stderr."""
+    """The launcher of supervisors; in the background, they have no stderr.
 
-    def __init__(self, client: SupervisorClient, background: bool, settings: Callable[[], dict[str, Any]]) -> None:
+    `settings` returns their settings, `reload_settings` those that a supervisor requests for a reload. The second one
+    raises `ConfigError`.
+    """
+
+    def __init__(self, client: SupervisorClient, background: bool, settings: _Settings, reload_settings: _Settings):
         self._client = client
         self._stderr = subprocess.DEVNULL if background else None
-        self._settings = settings
+        self._settings, self._reload_settings = settings, reload_settings
         self._active: SupervisorProcess | None = None
         self._processes: set[SupervisorProcess] = set()  # all, also those that start or retire
         self._starting = asyncio.Lock()
@@ -120,7 +127,7 @@ class SupervisorLauncher:
         """
         async with self._starting:
             await self._client.remove_dead_sockets()
-            child = SupervisorProcess(self._settings(), self._stderr)
+            child = SupervisorProcess(self._settings(), self._reload_settings, self._stderr)
             self._processes.add(child)
             child.exit_status.add_done_callback(lambda _: self._processes.discard(child))
             outcomes: set[asyncio.Future[Any]] = {child.instance, child.exit_status}
@@ -194,12 +201,16 @@ class SupervisorLauncher:
 
 
 class SupervisorProcess:
-    """The process of a supervisor. `stderr`: its descriptor; None: that of this process. Raises OSError."""
+    """The process of a supervisor. `stderr`: its descriptor; None: that of this process. Raises OSError.
 
-    def __init__(self, settings: dict[str, Any], stderr: int | None) -> None:
+    `harpd.supervisor.main` describes the lifeline.
+    """
+
+    def __init__(self, settings: dict[str, Any], reload_settings: _Settings, stderr: int | None) -> None:
         loop = asyncio.get_running_loop()
         self.started = time.monotonic()
         self.retired = False
+        self._reload_settings = reload_settings
         self.instance: asyncio.Future[str] = loop.create_future()  #: Its instance id, once it is active.
         self.exit_status: asyncio.Future[int] = loop.create_future()
         self._lifeline, inherited = socket.socketpair()
@@ -219,13 +230,29 @@ class SupervisorProcess:
         loop.add_reader(self._lifeline, self._on_lifeline)
 
     def _on_lifeline(self) -> None:
-        """Receive the instance id; or the end of the lifeline, which the supervisor closes with its exit."""
-        if instance := self._lifeline.recv(_READ_SIZE):
-            self.instance.set_result(instance.decode())
+        """Receive the instance id, or a request; or the end of the lifeline: the supervisor has exited."""
+        try:
+            received = self._lifeline.recv(_READ_SIZE)
+        except ConnectionError:
+            received = b""
+        if received:
+            for text in received.decode().split():
+                if text == "reload":
+                    self._send_settings()
+                else:
+                    self.instance.set_result(text)
             return
         asyncio.get_running_loop().remove_reader(self._lifeline)
         self._lifeline.close()
         self.exit_status.set_result(self.process.wait())
+
+    def _send_settings(self) -> None:
+        try:
+            reply = self._reload_settings()
+        except ConfigError as error:
+            reply = {"error": str(error)}
+        with suppress(OSError):  # it has died
+            self._lifeline.sendall(dumps(reply) + b"\n")
 
 
 async def run(config: SupervisorConfig, on_serving: Callable[[], None]) -> None:
@@ -245,7 +272,8 @@ class _SupervisorService:
     def __init__(self, config: SupervisorConfig, client: SupervisorClient, runner: ServiceRunner) -> None:
         self._config = config
         self._directory = client.directory
-        self._launcher = SupervisorLauncher(client, config.options.daemon, self._settings)
+        background = config.options.daemon
+        self._launcher = SupervisorLauncher(client, background, self._settings, self._reload_settings)
         self._runner = runner
         self._detaching = False  # whether supervisors continue after `stop`
         asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, self._detach)
@@ -263,6 +291,11 @@ class _SupervisorService:
             self._config = load_supervisor_config(self._config.options)
         except ConfigError as error:
             log.error("invalid configuration; using the previous one", extra={"reason": str(error)})
+        return self._config.supervisor_settings(self._directory, outlive=True)
+
+    def _reload_settings(self) -> dict[str, Any]:
+        """Return the settings from the files. Raises `ConfigError`."""
+        self._config = load_supervisor_config(self._config.options)
         return self._config.supervisor_settings(self._directory, outlive=True)
 
     async def start(self) -> None:

@@ -31,7 +31,12 @@ from harp_daemon.settings import ConfigError
 from harp_daemon.sockets import peer_process
 from harpd.config.loaded import SupervisorConfig
 from harpd.supervisor.listener import ACTIVE_SOCKET, SOCKET_PREFIX
-from harpd.supervisor.runtime_directory import default_runtime_directory, is_open, open_runtime_directory
+from harpd.supervisor.runtime_directory import (
+    FRONTEND_DIRECTORY,
+    default_runtime_directory,
+    is_open,
+    open_runtime_directory,
+)
 
 T = TypeVar("T")
 
@@ -61,7 +66,7 @@ class SupervisorNotRunning(SupervisorError):
 class SupervisorClient:
     """The client of one runtime directory; a context manager that closes it. Raises `SupervisorError`.
 
-    The directory is created if `create` is set.
+    The directory is created if `create` is set. A subclass may open and recognise the directory in another way.
     """
 
     def __init__(self, directory: Path, create: bool = True) -> None:
@@ -70,9 +75,17 @@ class SupervisorClient:
         try:
             if not create:
                 os.stat(directory)
-            self._descriptor = open_runtime_directory(directory)
+            self._descriptor = self._open_directory()
         except OSError as error:
             raise SupervisorError(f"runtime_directory: {directory}: {error.strerror}") from error
+
+    def _open_directory(self) -> int:
+        """Return a descriptor of the directory. Raises OSError."""
+        return open_runtime_directory(self.directory)
+
+    def _is_current(self) -> bool:
+        """Return whether the directory has its path still."""
+        return is_open(self.directory, self._descriptor)
 
     def __enter__(self) -> Self:
         return self
@@ -82,9 +95,9 @@ class SupervisorClient:
 
     def _follow_directory(self) -> None:
         """Use the directory that has the path now, if the supervisor had to create it again."""
-        if not is_open(self.directory, self._descriptor):
+        if not self._is_current():
             with suppress(OSError):
-                descriptor = open_runtime_directory(self.directory)
+                descriptor = self._open_directory()
                 os.dup2(descriptor, self._descriptor, inheritable=False)
                 os.close(descriptor)
 
@@ -127,6 +140,14 @@ class SupervisorClient:
 
     async def remove_dead_sockets(self) -> None:
         """Remove the sockets of dead supervisors. Only the launcher calls it, while no supervisor is starting."""
+        await self._remove_dead_sockets()
+        directory = self.directory / FRONTEND_DIRECTORY
+        with suppress(SupervisorError):
+            if directory.is_dir():
+                with SupervisorClient(directory) as client:
+                    await client._remove_dead_sockets()
+
+    async def _remove_dead_sockets(self) -> None:
         for name in os.listdir(self._descriptor):
             if name == ACTIVE_SOCKET or name.startswith(SOCKET_PREFIX):
                 try:
@@ -269,7 +290,8 @@ def runtime_directory(config: SupervisorConfig, *roles: str) -> Iterator[Supervi
         try:
             client = closing.enter_context(SupervisorClient(path))
             for role in roles:
-                descriptor = os.open(path / f"{role}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+                descriptor = os.open(path / f"{role}.lock", flags, 0o600)
                 closing.callback(os.close, descriptor)
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

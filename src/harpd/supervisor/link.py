@@ -21,8 +21,8 @@ from harpd.supervisor.frames import COMMANDS_WINDOW, FrameSocket, InvalidFrame
 
 log = logging.getLogger("harpd.supervisor")
 
-#: The most bytes of a frame; the frontend has a lower limit for requests from the network.
-_MAX_FRAME_BYTES = 1 << 30
+#: How many times as long as a request line the frame of a request may be, because of escapes; and bytes of other facts.
+_MAX_EXPANSION, _MAX_FACTS_BYTES = 6, 64 * 1024
 #: From this many bytes on that wait in a channel, its user should wait.
 _CHANNEL_HIGH_WATER = 64 * 1024
 #: Seconds for which `send_soon` waits for more data to send with it.
@@ -150,7 +150,7 @@ class LinkChannel:
 
 
 class Link(FrameSocket):
-    """A link, after the preface.
+    """A link, after the preface. `request_line`: the most bytes of a request line in the frontend.
 
     `on_start` and `on_attach` receive each channel with the header, and with the arguments. If one of them raises
     KeyError or ProtocolError, the channel is closed. `on_lost` is called once, after all channels were hung up.
@@ -162,11 +162,12 @@ class Link(FrameSocket):
         self,
         loop: EventLoop,
         connection: socket.socket,
+        request_line: int,
         on_start: Callable[[LinkChannel, Mapping[str, Any], Raw], None],
         on_attach: Callable[[LinkChannel, Mapping[str, Any]], None],
         on_lost: Callable[[Link], None],
     ) -> None:
-        super().__init__(connection, _MAX_FRAME_BYTES, loop.call_soon)
+        super().__init__(connection, _MAX_EXPANSION * request_line + _MAX_FACTS_BYTES, loop.call_soon)
         self._loop = loop
         self._on_start, self._on_attach, self._notify_lost = on_start, on_attach, on_lost
         self._channels: dict[int, LinkChannel] = {}

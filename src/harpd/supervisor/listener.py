@@ -1,4 +1,8 @@
-"""The supervisor's listener: its sockets, the first line of each connection, and final replies."""
+"""The supervisor's listeners: their sockets, the first line of each connection, and final replies.
+
+A supervisor has one listener for control requests, and one for the calls of a frontend that runs as another user. Both
+have a socket of the same name: the first in the runtime directory, the second in the directory ``frontend`` below.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable
+from functools import partial
 
 from harp.protocol.json_text import InvalidJSON, JSONObject
 from harp.protocol.lines import LineBuffer, LineTooLong
@@ -14,13 +19,18 @@ from harp.protocol.schema import ProtocolError
 from harp_daemon.sliced_json import decode_slices
 from harp_daemon.sockets import peer_process
 from harpd.supervisor.event_loop import READ, WRITE, EventLoop
-from harpd.supervisor.runtime_directory import is_open, open_runtime_directory
+from harpd.supervisor.runtime_directory import (
+    FRONTEND_DIRECTORY,
+    is_open,
+    open_frontend_directory,
+    open_runtime_directory,
+)
 
 log = logging.getLogger("harpd.supervisor")
 
 _READ_SIZE = 1 << 16
-#: The most bytes of a first line: a control request, which may have all settings.
-_MAX_LINE_BYTES = 16 * 1024 * 1024
+#: The most bytes of a first line. The longest is a request for the calls of an owner.
+_MAX_LINE_BYTES = 1024 * 1024
 #: Seconds without accepting after no descriptor was free.
 _ACCEPT_PAUSE = 0.1
 _BACKLOG = 4096
@@ -34,7 +44,8 @@ class Listener:
     """A listening socket in the runtime directory, named by the instance id. Raises OSError if it cannot be created.
 
     `on_request` receives each connection, its first line, and the data after it. If it raises KeyError, InvalidJSON or
-    ProtocolError, the connection is closed.
+    ProtocolError, the connection is closed. `frontend`: the user and the group of the frontend, who owns the socket,
+    and may connect to it beside root and the user of this process; None: only these two may.
     """
 
     def __init__(
@@ -43,13 +54,19 @@ class Listener:
         directory: str,
         instance: str,
         on_request: Callable[[socket.socket, JSONObject, bytes], None],
+        frontend: tuple[int, int] | None = None,
     ) -> None:
         self._loop = loop
         self._on_request = on_request
-        self._path = directory
+        self._frontend = frontend
+        self._peers = {0, os.geteuid()} if frontend is None else {0, os.geteuid(), frontend[0]}
+        self._path = directory if frontend is None else os.path.join(directory, FRONTEND_DIRECTORY)
+        self._open_directory = partial(
+            open_runtime_directory if frontend is None else open_frontend_directory, directory
+        )
         self._name = SOCKET_PREFIX + instance
         self._is_active = False
-        self._directory = open_runtime_directory(directory)
+        self._directory = self._open_directory()
         self._listen()
 
     def _listen(self) -> None:
@@ -59,6 +76,8 @@ class Listener:
             # Bound through a descriptor: a socket's address has at most 107 bytes.
             listener.bind(f"/proc/self/fd/{self._directory}/{self._name}")
             os.chmod(self._name, 0o600, dir_fd=self._directory)
+            if self._frontend is not None:
+                os.chown(self._name, *self._frontend, dir_fd=self._directory, follow_symlinks=False)
             listener.listen(_BACKLOG)
             inode = os.stat(self._name, dir_fd=self._directory).st_ino
         except OSError:
@@ -72,7 +91,7 @@ class Listener:
         if self._listener.fileno() < 0:
             return False
         if not is_open(self._path, self._directory):
-            directory = open_runtime_directory(self._path)
+            directory = self._open_directory()
             os.close(self._directory)
             self._directory = directory
         has_name = self._find(self._name) == self._inode
@@ -134,7 +153,7 @@ class Listener:
             self._loop.call_later(_ACCEPT_PAUSE, self._watch)
             return
         _, uid = peer_process(connection)
-        if uid not in (0, os.geteuid()):
+        if uid not in self._peers:
             log.error("rejected connection of another user", extra={"uid": uid})
             connection.close()
             return

@@ -9,6 +9,10 @@ directory. When it can run calls, it also listens at ``supervisor``, instead of 
 zygote (`harpd.worker.zygote`), which loads the procedures file and forks the workers. A reload starts a new zygote for
 new calls; the old one exits after its last call. If the file cannot be loaded, the old zygote stays in use.
 
+If the frontend runs as another user, that user has a listener of its own, in the directory ``frontend``. Of the
+requests below, it accepts the link and the list of calls. Settings come from the launcher only, over the lifeline,
+which is a socket pair: nobody else can send any.
+
 A frontend opens one connection, the *link*, for all its calls; `harpd.supervisor.frames` has the format. Each call has
 a channel of the link. The first frame of a channel has a header, a JSON object:
 
@@ -30,14 +34,15 @@ docs/protocol.md. A connection with another first line receives one line:
     {"calls": OWNER}                            the list of the owner's resumable calls
     {"control": "status"}                       {"calls": N, "resumable": N, "supervisor": PID, "instance": NAME,
                                                  "accepting": BOOL, "zygote": PID, "procedures": [NAME]}
-    {"control": "reload", "settings": {...}}    {"ok": true}, once the new zygote is in use; or {"error": MESSAGE}
+    {"control": "reload"}                       {"ok": true}, once the new zygote is in use; or {"error": MESSAGE}
     {"control": "drain"} or "resume"            {"ok": true}; new calls are rejected, or accepted again
     {"control": "retire"}                       {"ok": true}; it accepts no new calls and exits after its last one
     {"control": "shutdown"}                     {"ok": true}, once every call has ended with the error shutdown
 
-A supervisor sends its instance id over the lifeline when it is active. When its launcher closes the lifeline, it
-continues while it has calls if it has the setting `outlive`. Without it, the runtime directory is temporary, and no
-other program could find the supervisor: it stops all calls and exits.
+Over the lifeline, a supervisor sends its instance id when it is active, and ``reload`` between line feeds when it has
+received this request. The launcher reads the configuration again, and replies with the settings or {"error": MESSAGE}.
+When its launcher closes the lifeline, it continues while it has calls if it has the setting `outlive`. Without it, the
+runtime directory is temporary, and no other program could find the supervisor: it stops all calls and exits.
 
 `harpd.config.loaded.SupervisorConfig.supervisor_settings` returns the settings. A call has the settings of its start.
 `descriptors` is the limit of open files for calls; absent: this process's own at its start. The only secrets that the
@@ -55,6 +60,7 @@ import secrets
 import signal
 import socket
 import sys
+from collections import deque
 from collections.abc import Callable, Mapping
 from types import NoneType
 from typing import Any, NoReturn
@@ -62,6 +68,7 @@ from typing import Any, NoReturn
 from harp.protocol.ends import Failed
 from harp.protocol.harpd import encode_message
 from harp.protocol.json_text import JSONObject, Raw, dumps, loads
+from harp.protocol.lines import LineBuffer
 from harp.protocol.schema import ProtocolError, check, required_string
 from harp_daemon import logs
 from harp_daemon.process import tune_memory
@@ -71,7 +78,7 @@ from harpd.supervisor.event_loop import READ, EventLoop
 from harpd.supervisor.frames import VERSION
 from harpd.supervisor.link import Link, LinkChannel
 from harpd.supervisor.listener import Listener, send_final_reply
-from harpd.supervisor.registry import CallRegistry, read_texts
+from harpd.supervisor.registry import CallRegistry, read_seconds, read_texts
 from harpd.supervisor.sessions import BoundSession, ResumableSession
 from harpd.supervisor.spool import GUARANTEED_BYTES
 from harpd.supervisor.state_files import CALL_ID
@@ -80,8 +87,12 @@ from harpd.supervisor.zygote_client import ZygoteClient
 
 log = logging.getLogger("harpd.supervisor")
 
+_READ_SIZE = 1 << 16
+_DEFAULT_REQUEST_LINE = 16 * 1024 * 1024
 _RETAINED_BYTES, _MAPPED_BYTES = 16 * 1024 * 1024, 8 * 1024 * 1024
 
+#: The most bytes of the settings that a launcher sends.
+_MAX_SETTINGS_BYTES = 16 * 1024 * 1024
 #: Seconds between two checks for dead supervisors; and while orphaned processes are dying, or the exit is near.
 _CHECK_INTERVAL, _BUSY_CHECK_INTERVAL = 1.0, 0.05
 #: Seconds until a dead zygote is started again.
@@ -108,6 +119,8 @@ class Supervisor:
         self._registry = CallRegistry(self._context)
         self._links: set[Link] = set()
         self._lifeline = lifeline
+        self._settings_lines = LineBuffer(_MAX_SETTINGS_BYTES)
+        self._reloads: deque[Callable[[dict[str, Any]], None]] = deque()  # replies to those that wait for settings
         max_released_pipes = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _RELEASED_PIPES_DIVISOR
         self._output = OutputCollector(loop, max_released_pipes, _output_limits(settings))
         self._zygote: ZygoteClient | None = None
@@ -118,7 +131,12 @@ class Supervisor:
         self._shutdown_replies: list[Callable[[], None]] = []
         self._files_are_missing = False
         loop.watch(lifeline.fileno(), READ, self._on_lifeline)
-        self._listener = Listener(loop, settings["runtime_directory"], self._instance, self._handle_request)
+        directory, frontend = settings["runtime_directory"], settings.get("frontend")
+        self._listeners = [Listener(loop, directory, self._instance, self._handle_request)]
+        self._frontend: tuple[int, int] | None = None if frontend is None else tuple(frontend)
+        if self._frontend is not None:
+            calls = Listener(loop, directory, self._instance, self._handle_call_request, self._frontend)
+            self._listeners.append(calls)
         self._check_repeatedly()
         self._load(settings, self._on_first_load)
 
@@ -133,7 +151,8 @@ class Supervisor:
     def _restore_files(self) -> bool:
         """Create sockets and state file again if they have been removed; return whether they exist."""
         try:
-            restored = [self._listener.restore(), self._context.state_files.restore()]
+            restored = [listener.restore() for listener in self._listeners]
+            restored.append(self._context.state_files.restore())
         except OSError as error:
             if not self._files_are_missing:
                 log.error("cannot create sockets and state file", extra={"reason": str(error)})
@@ -181,12 +200,13 @@ class Supervisor:
     def _on_first_load(self, error: str | None) -> None:
         if error is not None:
             log.error("cannot load procedures file", extra={"reason": error})
-            self._listener.close()
+            self._close_listeners()
             logs.flush()
             os._exit(1)
         if not self._context.shutting_down and not self._retired:
             self._accepting = True
-            self._listener.become_active()
+            for listener in reversed(self._listeners):  # others look at the first one
+                listener.become_active()
             with contextlib.suppress(OSError):  # the launcher has died
                 self._lifeline.send(self._instance.encode())
 
@@ -202,14 +222,21 @@ class Supervisor:
     # Calls.
 
     def _handle_request(self, connection: socket.socket, request: JSONObject, received: bytes) -> None:
+        """Handle any request: the peer is root, or has the user of this process."""
+        if "control" in request:
+            self._handle_control(connection, request)
+        else:
+            self._handle_call_request(connection, request, received)
+
+    def _handle_call_request(self, connection: socket.socket, request: JSONObject, received: bytes) -> None:
+        """Handle a request of a frontend."""
         if "link" in request:
             version = request.value("link")
             check(version == VERSION, f"link: expected version {VERSION}, got {version!r}")
-            link = Link(self._loop, connection, self._on_start, self._registry.attach, self._links.discard)
+            request_line, attach = self._context.settings["request_line"], self._registry.attach
+            link = Link(self._loop, connection, request_line, self._on_start, attach, self._links.discard)
             self._links.add(link)
             link.receive(received)
-        elif "control" in request:
-            self._handle_control(connection, request)
         else:
             send_final_reply(self._loop, connection, self._registry.list_calls(required_string(request, "calls")))
 
@@ -219,6 +246,7 @@ class Supervisor:
             raise ProtocolError(f"call: expected a UUID, got {call_id!r}")
         if arguments[:1] not in (b"[", b"{") or arguments.find(b"\n") >= 0:
             raise ProtocolError("arguments: expected an array or an object")
+        authentication = read_seconds(header, "authentication")
         caller = header.get("caller")
         if not isinstance(caller, (dict, NoneType)):
             raise ProtocolError("caller: expected an object")
@@ -228,13 +256,13 @@ class Supervisor:
         if isinstance(call, Failed):
             channel.reject(encode_message(call))
         else:
-            call.start(arguments, header.get("authentication"), None if caller is None else dumps(caller))
+            call.start(arguments, authentication, None if caller is None else dumps(caller))
 
     def _create_call(
         self, channel: LinkChannel, call_id: str, name: str, user: str, header: Mapping[str, Any]
     ) -> Call | Failed:
         """Create a call, with a worker and a session; or return why it is rejected."""
-        requested, keep_alive = header.get("resumable"), header.get("keep_alive")
+        requested, keep_alive = header.get("resumable"), read_seconds(header, "keep_alive")
         if not isinstance(requested, (dict, NoneType)):
             raise ProtocolError("resumable: expected an object")
         zygote, context = self._zygote, self._context
@@ -280,6 +308,9 @@ class Supervisor:
         users = self._zygote.procedures[name].users
         if users is not None and user not in users:
             return _deny_call(call_id, name, user, "the option users of the procedure")
+        if self._frontend is not None and self._zygote.procedures[name].uid == self._frontend[0]:
+            # It could connect to this process as the frontend does, and start every procedure.
+            return Failed("system_error", f"procedure {name!r} would run as the user of the frontend; set another uid")
         limit = self._context.settings["max_calls"]
         if len(self._context.calls) >= limit:
             return Failed("too_many_calls", f"{limit} calls are running on this host, the limit max_calls")
@@ -307,10 +338,7 @@ class Supervisor:
                 }
                 reply(status)
             case "reload":
-                requested = request.value("settings")
-                check(isinstance(requested, dict), "settings: expected an object")
-                settings = {"descriptors": self._context.settings["descriptors"], **requested}
-                self._load(settings, lambda error: reply(_finish_reload(settings, error)))
+                self._request_settings(reply)
             case "drain" | "resume" as command:
                 self._draining = command == "drain"
                 log.info("rejecting new calls" if self._draining else "accepting new calls again")
@@ -319,7 +347,8 @@ class Supervisor:
                 counts = {"calls": len(self._context.calls), "resumable": len(self._registry)}
                 log.info("supervisor retires", extra=counts)
                 self._retired, self._accepting = True, False
-                self._listener.retire()
+                for listener in self._listeners:
+                    listener.retire()
                 if self._zygote is not None:
                     self._zygote.retire()
                     self._zygote = None
@@ -331,12 +360,39 @@ class Supervisor:
             case other:
                 reply({"error": f"unknown control request {other!r}"})
 
+    def _request_settings(self, reply: Callable[[dict[str, Any]], None]) -> None:
+        """Have the launcher read the configuration; load the settings that it sends, then reply."""
+        try:
+            self._lifeline.send(b"\nreload\n")
+        except OSError:  # it is closed, or full
+            reply({"error": "the launcher of this supervisor has exited; start harpd again"})
+        else:
+            self._reloads.append(reply)
+
+    def _on_settings(self, received: dict[str, Any]) -> None:
+        reply = self._reloads.popleft()
+        if "error" in received:
+            reply(received)
+            return
+        settings = {key: self._context.settings[key] for key in ("descriptors", "request_line")} | received
+        self._load(settings, lambda error: reply(_finish_reload(settings, error)))
+
     # The end.
 
     def _on_lifeline(self) -> None:
-        """Handle that the launcher has closed the lifeline; it never sends data."""
+        """Handle settings from the launcher, or that it has closed the lifeline."""
+        try:
+            data = self._lifeline.recv(_READ_SIZE)
+        except OSError:
+            data = b""
+        if data:
+            for line in self._settings_lines.feed(data):
+                self._on_settings(loads(line))
+            return
         self._loop.unwatch(self._lifeline.fileno())
         self._lifeline.close()
+        while self._reloads:
+            self._reloads.popleft()({"error": "the launcher of this supervisor has exited; start harpd again"})
         if self._context.shutting_down:
             return
         if self._context.settings["outlive"]:
@@ -383,9 +439,13 @@ class Supervisor:
             reply()
         for link in list(self._links):
             link.finish(_FLUSH_TIMEOUT)
-        self._listener.close()
+        self._close_listeners()
         self._context.state_files.close()
         self._loop.stop()
+
+    def _close_listeners(self) -> None:
+        for listener in self._listeners:
+            listener.close()
 
 
 def _deny_call(call_id: str, name: str, user: str, cause: str) -> Failed:
@@ -425,7 +485,8 @@ def main() -> NoReturn:
     tune_memory(_RETAINED_BYTES, _MAPPED_BYTES)
     loop = EventLoop()
     logs.write_per_turn(loop.call_soon)
-    Supervisor(loop, socket.socket(fileno=lifeline), {"descriptors": soft, **settings})
+    defaults = {"descriptors": soft, "request_line": _DEFAULT_REQUEST_LINE}  # for a launcher of an earlier version
+    Supervisor(loop, socket.socket(fileno=lifeline), defaults | settings)
     loop.run()
     logs.flush()
     os._exit(0)

@@ -109,12 +109,13 @@ class CallRegistry:
         call_id, owner, secret = read_texts(header, "attach", "owner", "secret")
         since = header["since"]
         check(is_count(since), "since: expected a count")
+        keep_alive = read_seconds(header, "keep_alive")
         if call_id not in self._sessions:
             self.clean_up_orphans()  # perhaps its supervisor has just died
         session = self._sessions.get(call_id)
         digest = _digest(secret)
         if session is not None and _are_equal(session.terms.owner, owner) and _are_equal(session.terms.secret, digest):
-            rejection = session.attach(channel, since, header.get("keep_alive"))
+            rejection = session.attach(channel, since, keep_alive)
         else:
             self._tombstones.add(owner, call_id, self._loop.now())
             message = "there is no such call here, and it will not start"
@@ -162,6 +163,13 @@ class CallRegistry:
 def read_texts(members: Mapping[str, Any], *keys: str) -> list[str]:
     """Return the strings of these keys. Raises KeyError and `ProtocolError`."""
     return [check_string(key, members[key]) for key in keys]
+
+
+def read_seconds(members: Mapping[str, Any], key: str) -> float | None:
+    """Return the number of an optional key. Raises `ProtocolError`."""
+    seconds = members.get(key)
+    check(seconds is None or type(seconds) in (int, float), f"{key}: expected seconds")
+    return seconds
 
 
 def _digest(secret: str) -> str:

@@ -9,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 
 _ROOT_DIRECTORY = Path("/run/harpd")
+#: The directory in it for the sockets of a frontend that runs as another user.
+FRONTEND_DIRECTORY = "frontend"
 
 
 def default_runtime_directory() -> Path | None:
@@ -25,24 +27,22 @@ def default_runtime_directory() -> Path | None:
     return Path(user_directory, "harpd") if user_directory else None
 
 
-def open_runtime_directory(path: str | os.PathLike[str]) -> int:
-    """Create the directory if it is missing; return a descriptor of it.
+def open_runtime_directory(path: str | os.PathLike[str], mode: int = 0o700) -> int:
+    """Create the directory with this mode if it is missing; return a descriptor of it.
 
     The descriptor has a lock for which systemd-tmpfiles does not remove old files. Raises OSError, PermissionError also
-    if another user can write there, or owns the symbolic link: that user could impersonate the supervisor.
+    if another user can write there, or if it is a symbolic link: another directory could impersonate the supervisor.
     """
-    Path(path).mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    status = os.fstat(descriptor)
-    try:  # after the open: its owner could have replaced a directory by the link
-        owner = Path(path).lstat().st_uid
-    except OSError:
-        os.close(descriptor)
+    Path(path).mkdir(mode=mode, parents=True, exist_ok=True)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except NotADirectoryError as error:  # Linux reports a symbolic link so
+        if Path(path).is_symlink():
+            raise PermissionError(error.errno, "a symbolic link; name the directory itself") from error
         raise
+    status = os.fstat(descriptor)
     reason = ""
-    if owner not in (0, os.geteuid(), status.st_uid):
-        reason = f"link of user {owner}; that user could replace it"
-    elif status.st_uid not in (0, os.geteuid()):
+    if status.st_uid not in (0, os.geteuid()):
         reason = f"owned by user {status.st_uid}; change the owner to the user that harpd runs as"
     elif status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         reason = "other users can write there; run chmod go-w"
@@ -51,6 +51,19 @@ def open_runtime_directory(path: str | os.PathLike[str]) -> int:
         raise PermissionError(0, reason)
     with suppress(OSError):  # systemd-tmpfiles is at work
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    return descriptor
+
+
+def open_frontend_directory(runtime_directory: str | os.PathLike[str]) -> int:
+    """Create the directory of the frontend's sockets if it is missing; return a descriptor of it. Raises OSError.
+
+    Every user may search it, but the runtime directory above is private: a frontend that runs as another user uses it
+    through a descriptor. Only the owner of a socket can connect to it.
+    """
+    os.close(open_runtime_directory(runtime_directory))
+    descriptor = open_runtime_directory(Path(runtime_directory, FRONTEND_DIRECTORY), 0o755)
+    if stat.S_IMODE(os.fstat(descriptor).st_mode) != 0o755:  # the umask has removed some
+        os.fchmod(descriptor, 0o755)
     return descriptor
 
 
