@@ -21,6 +21,10 @@ from harp_daemon.log_queue import EventQueue, HandlerQueue, OutputQueue, SyslogQ
 #: How many attributes each log record has; those of `extra` follow them, and some that other formatters add.
 _STANDARD_ATTRIBUTES = len(logging.makeLogRecord({}).__dict__)
 _ADDED_ATTRIBUTES = ("message", "asctime")
+#: Maximum number of characters of a field; those of a traceback and of a line that a call has printed.
+_MAX_LENGTH, _MAX_LENGTHS = 256, {"traceback": 16 * 1024, "text": 8192}
+#: Maximum length of all other fields of an event together, about, as they are written: a log line has at most 4 KiB.
+_MAX_FIELDS = 3000
 #: Text that needs no quotes.
 _PLAIN = re.compile(r'[^ "=]+')
 
@@ -29,7 +33,28 @@ _encode = json.JSONEncoder(default=str).encode
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:
     items = islice(record.__dict__.items(), _STANDARD_ATTRIBUTES, None)
-    return {key: value for key, value in items if key not in _ADDED_ATTRIBUTES}
+    return _cut_fields({key: value for key, value in items if key not in _ADDED_ATTRIBUTES})
+
+
+def _cut_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """Cut values that are too long: peers choose some of them. Their length is written in their place."""
+    room = _MAX_FIELDS
+    for key, value in fields.items():
+        length = _MAX_LENGTHS.get(key, _MAX_LENGTH)
+        if value is None or isinstance(value, (bool, int, float)):
+            continue
+        if isinstance(value, str) and len(value) <= min(length, room) and value.isascii() and value.isprintable():
+            room -= len(value)
+            continue
+        text = value if isinstance(value, str) else _encode(value)
+        kept, allowed = text[:length], 4 * length if key in _MAX_LENGTHS else min(4 * length, room)
+        while len(written := _encode(kept)) > allowed and kept:
+            kept = kept[: len(kept) * allowed // len(written)]
+        if len(kept) < len(text):
+            fields[key] = f"{kept}... ({len(text)} characters)"
+        if key not in _MAX_LENGTHS:
+            room = max(room - len(written), 0)
+    return fields
 
 
 def _fields_text(fields: Mapping[str, Any]) -> str:
@@ -58,7 +83,7 @@ class _EventFormatter(logging.Formatter):
     def _fields(self, record: logging.LogRecord) -> dict[str, Any]:
         fields = _fields(record)
         if record.exc_info:
-            fields["traceback"] = self.formatException(record.exc_info)
+            fields |= _cut_fields({"traceback": self.formatException(record.exc_info)})
         return fields
 
 

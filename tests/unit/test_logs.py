@@ -74,6 +74,27 @@ def test_text_form_is_one_line_in_any_case() -> None:
     assert json.loads(line.partition("traceback=")[2]).endswith("ValueError: two\nlines")
 
 
+@pytest.mark.parametrize("character", ["x", "\0", "\xe4", "\U0001f600", '"', " "])
+@pytest.mark.parametrize("formatter", [TextFormatter(), JSONFormatter()])
+def test_long_fields_are_cut_and_keep_their_length(formatter: logging.Formatter, character: str) -> None:
+    fields = {f"field{number}": character * 20_000 for number in range(6)}
+    line = formatter.format(record(**fields, values=[character * 3] * 1000, call="c", last=1))
+    assert len(line.encode()) <= 4096
+    assert line.count("... (20000 characters)") == 6
+    assert line.index("last") > line.index("call") > line.index("values")
+    if character == "x":
+        assert "x" * 256 + "... (20000 characters)" in line
+        assert "x" * 257 not in line
+    short = formatter.format(record(field=character * 100))
+    assert "characters)" not in short
+
+
+@pytest.mark.parametrize(("name", "kept"), [("text", 8192), ("traceback", 16 * 1024)])
+def test_output_and_tracebacks_have_longer_limits(name: str, kept: int) -> None:
+    line = TextFormatter().format(record(**{name: "x" * 20_000}, call="c" * 300))
+    assert f'{name}="{"x" * kept}... (20000 characters)" call="{"c" * 256}... (300 characters)"' in line
+
+
 def test_json_form_has_all_fields_in_order() -> None:
     line = JSONFormatter().format(record(call="c", error=OSError("text")))
     assert list(json.loads(line).items()) == [
