@@ -69,14 +69,22 @@ JOB = "6f1d7d4e-3c1c-4d6e-8a55-0d9d3d1b6c11"
 
 
 # Output of `openssl dgst -sha256 -hmac key`: the values that hosts have must not change with an upgrade.
-SECRET = "7c816ddf42644b21c3f256c0cd89a52d4792c0772404ed426dce204a7278eb72"
+SHARED_SECRET = "7c816ddf42644b21c3f256c0cd89a52d4792c0772404ed426dce204a7278eb72"
+SECRET = "a90b909e1df4771a9afa1484db83499746479f503008d69e9ec4ba845c1b83e4"
 OWNER_AT_WEB01 = "72198ed606287b39018ec1c75f9280753abebeb7921ead714d2c3516f1d6bd03"
 
 
-def test_identity_secret_depends_on_key_and_job() -> None:
-    assert Identity("me", b"key").secret(JOB) == SECRET
-    assert Identity("me", b"other key").secret(JOB) != SECRET
-    assert Identity("me", b"key").secret(JOB.replace("6", "7")) != SECRET
+def test_identity_secret_depends_on_key_job_and_host() -> None:
+    assert Identity("me", b"key").secret(JOB, "web01", 1.0) == SECRET
+    others = [(b"other key", JOB, "web01"), (b"key", JOB.replace("6", "7"), "web01"), (b"key", JOB, "web02")]
+    secrets = {Identity("me", key).secret(job, host, 1.0) for key, job, host in others}
+    assert len(secrets - {SECRET}) == len(others)
+
+
+def test_identity_secret_of_earlier_job_is_unchanged() -> None:
+    identity = Identity("me", b"key", shared_secrets_until=5.0)
+    assert identity.secret(JOB, "web01", 5.0) == SHARED_SECRET
+    assert identity.secret(JOB, "web01", 5.1) == SECRET
 
 
 def test_identity_owner_at_differs_for_each_host() -> None:

@@ -161,14 +161,20 @@ class Identity:
 
     owner: str = field(repr=False)
     key: bytes = field(repr=False)  # the secrets of calls are derived from it
+    shared_secrets_until: float = 0.0  # the latest submission of jobs whose secret does not depend on the host
 
     def owner_at(self, host: str) -> str:
         """Return the owner name for one host; no other host accepts it."""
         return self._derive(f"owner {self.owner} at {host}")
 
-    def secret(self, job_id: str) -> str:
-        """Return the secret that a host requires from a client that attaches to the job's call."""
-        return self._derive(f"secret of {job_id}")
+    def secret(self, job_id: str, host: str, submitted: float) -> str:
+        """Return the secret that a host requires from a client that attaches to the job's call.
+
+        It differs between hosts, so that none learns the secret of a call on another one; but not for jobs submitted
+        before it did: their calls may be running.
+        """
+        is_shared = submitted <= self.shared_secrets_until
+        return self._derive(f"secret of {job_id}" if is_shared else f"secret of {job_id} at {host}")
 
     def _derive(self, purpose: str) -> str:
         return hmac.digest(self.key, purpose.encode("utf-8", "surrogatepass"), "sha256").hex()

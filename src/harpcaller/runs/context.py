@@ -142,7 +142,7 @@ class RunContext:
         """Return the line that starts a job's call; on a legacy harpd the call is connection-bound."""
         if support.instance is None:
             return encode_request(Request(job.procedure, job.arguments, host.user, host.password))
-        secret = self.identity.secret(job.id)
+        secret = self.identity.secret(job.id, host.hostname, job.submitted)
         encoder = self._start_encoders.get((host, support))
         if encoder is None:
             owner = self.identity.owner_at(host.hostname)
@@ -155,9 +155,12 @@ class RunContext:
         caller = Caller(job.owner and job.owner[:_MAX_PRINCIPAL], job.id) if support.caller else None
         return encoder.encode(job.procedure, job.arguments, job.id, secret, job.timeout, job.max_exec_time, caller)
 
-    def encode_attach(self, job_id: str, host: Host, since: int) -> bytes:
-        """Return the line that attaches to a job's call and resumes its records at number `since`."""
-        owner, secret = self.identity.owner_at(host.hostname), self.identity.secret(job_id)
+    def encode_attach(self, job_id: str, submitted: float, host: Host, since: int) -> bytes:
+        """Return the line that attaches to a call and resumes its records at number `since`.
+
+        `submitted`: the time of the submission of its job, whose host must be this one; otherwise infinite.
+        """
+        owner, secret = self.identity.owner_at(host.hostname), self.identity.secret(job_id, host.hostname, submitted)
         return encode_request(Attach(job_id, owner, secret, since, host.user, host.password))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 from msgspec.structs import replace
@@ -72,19 +73,23 @@ class OrphanReaper:
         if self._is_active(call) or (job is not None and job.holds_slot):
             return
         log.info("stopping orphaned call", extra=fields)
-        is_of_host = job is not None and job.host == host.hostname  # another host must not report its end
+        # Another host must not report its end, nor learn its secret.
+        submitted = job.submitted if job is not None and job.host == host.hostname else math.inf
         async with asyncio.timeout(_TIME_LIMIT):
-            await _stop_and_release(host, call, context, is_of_host)
+            await _stop_and_release(host, call, submitted, context)
 
 
-async def _stop_and_release(host: Host, call: str, context: RunContext, is_of_host: bool) -> None:
-    """Stop a call, store its metadata if its job is of this host, and release it."""
+async def _stop_and_release(host: Host, call: str, submitted: float, context: RunContext) -> None:
+    """Stop a call, store its metadata if its job is of this host, and release it.
+
+    `submitted`: the time of the job's submission, infinite if it is not of this host.
+    """
     since = PAST_END
     for _ in range(_MAX_ATTACHES):
         conn = await open_connection(host, context.tls, context.config, context.timers, context.resolver)
         try:
             messages = MessageQueue(conn)
-            conn.send_request(context.encode_attach(call, host, since), Phase.SENT_ATTACH, messages)
+            conn.send_request(context.encode_attach(call, submitted, host, since), Phase.SENT_ATTACH, messages)
             reply = await messages.receive()
             if isinstance(reply, Failed) and reply.type == "records_gone":
                 since = parse_end_of_records(reply)
@@ -105,7 +110,7 @@ async def _stop_and_release(host: Host, call: str, context: RunContext, is_of_ho
                     case ExitInfo(data):
                         metadata = replace(metadata, exit_info=Raw(data))
                     case _ if isinstance(message, End):
-                        if is_of_host:
+                        if submitted < math.inf:
                             await context.store.update_metadata(call, metadata)
                         conn.send_command(Release())
             return

@@ -298,7 +298,8 @@ class Run:
     def _send_request(self, conn: HarpdConnection, host: Host, support: HostSupport) -> None:
         if self.outage is not None:
             exchange = harpd.Phase.SENT_ATTACH
-            line = self._context.encode_attach(self.job.id, host, self._records.next_number)
+            job, since = self.job, self._records.next_number
+            line = self._context.encode_attach(job.id, job.submitted, host, since)
         elif self.has_ended:
             conn.abort()
             self._finish(_Outcome(self._deadlines.max_exec_time_error()))

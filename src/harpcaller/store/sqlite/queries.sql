@@ -288,7 +288,7 @@ DELETE FROM queues WHERE lane NOT IN (
 SELECT max(ended) FROM jobs INDEXED BY jobs_ended WHERE ended IS NOT NULL;
 
 -- name: get_identity
-SELECT owner, key FROM identity;
+SELECT owner, key, shared_secrets_until FROM identity;
 
 -- name: add_identity
 INSERT INTO identity (singleton, owner, key) VALUES (1, :owner, :key);

@@ -110,8 +110,8 @@ def list_slot_holders(db: sqlite3.Connection) -> list[Job]:
 
 def get_identity(db: sqlite3.Connection) -> Identity:
     """Return the identity of the dispatcher that owns this store. It never changes."""
-    [(owner, key)] = db.execute(QUERIES["get_identity"]).fetchall()
-    return Identity(owner, key)
+    [row] = db.execute(QUERIES["get_identity"]).fetchall()
+    return Identity(*row)
 
 
 def list_jobs(
