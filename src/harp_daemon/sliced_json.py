@@ -1,8 +1,8 @@
 """The decoder of the daemons: objects whose payloads are `Raw` slices of the text.
 
 msgspec finds the slices. It has read an object exactly if it writes the same text again. Otherwise, for example if a
-key is repeated, each slice is found again in the text. msgspec needs 60 ms for 16 MiB. The scanner of Python would
-block the interpreter for up to a second, and so delay all other peers, in a thread too.
+key is repeated, each slice is found again in the text. Texts of more than `LONG` bytes are decoded in short steps: see
+`harp_daemon.json_pieces`. Of these, only strings have a value; arrays, objects and numbers are payloads.
 """
 
 from __future__ import annotations
@@ -25,9 +25,12 @@ from harp.protocol.json_text import (
     loads,
     may_exceed_depth,
 )
+from harp_daemon.json_pieces import find_parts
 
-#: Bytes from which a text is long, and the maximum number of members of an object.
-_LONG, _MAX_MEMBERS = 64 * 1024, 100
+#: Bytes from which a text is long, and the most bytes of a string that is not a payload.
+LONG, _MAX_STRING = 64 * 1024, 1024 * 1024
+_MAX_MEMBERS = 100  #: Maximum number of members of an object.
+_SPACE = b" \t\r\n"
 #: The text between two values: white space, a comma, a name and its colon.
 _NAME = re.compile(rb'[ \t\r\n,]*("(?:[^"\\]|\\.){0,9999}")[ \t\r\n]*:[ \t\r\n]*')
 #: The exceptions of msgspec for text that it rejects.
@@ -45,6 +48,8 @@ class _Slices(JSONObject):
     def value(self, key: str) -> Any:
         """See `JSONObject`."""
         text = bytes(self[key])
+        if len(text) > LONG and (len(text) > _MAX_STRING or not text.startswith(b'"')):
+            raise InvalidJSON(f"expected a string of at most {_MAX_STRING} bytes, or another value of at most {LONG}")
         try:
             value = msgspec.json.decode(text)
             if type(value) is not dict or msgspec.json.encode(value) == text:
@@ -74,13 +79,36 @@ class _Slices(JSONObject):
 
 def decode_slices(line: bytes) -> JSONObject:
     """Decode an object; its payloads are `Raw` text. Raises `InvalidJSON`."""
+    if len(line) > LONG:
+        return _find_members(line)
     if len(line) > MAX_DEPTH or not line.isascii():
         decode_checked(line, MAX_LINE_DEPTH)
     return _decode(line)
 
 
 def _nested(text: bytes) -> JSONObject | None:
-    return _decode(text) if text.startswith(b"{") else None
+    if not text.startswith(b"{"):
+        return None
+    return _find_members(text, is_checked=True) if len(text) > LONG else _decode(text)
+
+
+def _find_members(text: bytes, is_checked: bool = False) -> JSONObject:
+    """Decode a long object in short steps. Raises `InvalidJSON`."""
+    if not text.lstrip(_SPACE).startswith(b"{"):
+        raise InvalidJSON("expected an object")
+    found: dict[str, bytes] = {}
+    for start, end in find_parts(text, is_checked):
+        if len(found) == _MAX_MEMBERS:
+            raise InvalidJSON(f"more than {_MAX_MEMBERS} members")
+        name = _NAME.match(text, start, end)
+        if name is None:
+            if text[start:end].strip(_SPACE):
+                raise InvalidJSON("the name of a member is too long")
+        elif (key := loads(name[1])) in found:
+            raise InvalidJSON(f"repeated key {name[1].decode()}")
+        else:
+            found[key] = text[name.end() : end].rstrip(_SPACE)
+    return _Slices(found)
 
 
 def _decode(text: bytes) -> JSONObject:
@@ -103,8 +131,7 @@ def _find_slices(text: bytes) -> JSONObject:
     try:
         values = _object.decode(plain)
     except _REJECTIONS as error:
-        if len(text) <= _LONG:
-            decode_values(text)  # raises the reason as clients do
+        decode_values(text)  # raises the reason as clients do
         raise InvalidJSON(str(error)) from error
     if len(values) > _MAX_MEMBERS:
         raise InvalidJSON(f"more than {_MAX_MEMBERS} members")
@@ -123,6 +150,11 @@ def _find_slices(text: bytes) -> JSONObject:
 
 def _elements(array: bytes) -> Iterator[bytes]:
     """Yield the text of each element of an array that was decoded before."""
+    if len(array) > LONG:
+        for start, end in find_parts(array, is_checked=True):
+            if element := array[start:end].strip(_SPACE):
+                yield element
+        return
     plain = _without_surrogates(array)
     end = 1
     for element in map(bytes, _array.decode(plain)):

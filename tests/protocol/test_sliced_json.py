@@ -68,8 +68,8 @@ def outcome(decode: Callable[[], Iterable[str] | None]) -> Any:
     return None if found is None else list(found)
 
 
-def check_slices(line: bytes) -> None:
-    """Check that `decode_slices` finds the members of a line, or rejects it."""
+def check_slices(line: bytes, is_long: bool = False) -> None:
+    """Check that `decode_slices` finds the members of a line, or rejects it. A long object has no value."""
     try:
         expected = scan(line)
     except (ValueError, RecursionError):
@@ -92,7 +92,7 @@ def check_slices(line: bytes) -> None:
         assert (elements is not None) == isinstance(value, list)
         if elements is not None:
             assert [outcome(partial(next, elements)) for _ in value] == list(map(keys_in, value))
-        if keys_in(value) != REPEATED:
+        if keys_in(value) != REPEATED and not is_long:
             check_value(members, key)
 
 
@@ -132,6 +132,27 @@ def test_decode_slices_of_written_json_finds_members(value: Any, separators: tup
 @example(b'{"a":' + b"[" * 1100 + b"]" * 1100 + b"}")
 def test_decode_slices_of_any_bytes_finds_members(line: bytes) -> None:
     check_slices(line)
+
+
+def check_in_pieces(line: bytes) -> None:
+    """Check that a line that is decoded in short pieces gives the same as a short one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("harp_daemon.json_pieces._PIECE", 40)
+        patch.setattr("harp_daemon.sliced_json.LONG", 8)
+        check_slices(line, is_long=True)
+
+
+@given(objects, st.sampled_from([(",", ":"), (", ", ": "), (" ,\t", "\n:\r"), (",", ":" + " " * 90)]), st.booleans())
+def test_decode_slices_in_pieces_finds_members(value: Any, separators: tuple[str, str], ascii: bool) -> None:
+    check_in_pieces(json.dumps(value, separators=separators, ensure_ascii=ascii).encode("utf-8", "surrogatepass"))
+
+
+@given(objects, st.data())
+def test_decode_slices_in_pieces_of_damaged_json_raises(value: Any, data: st.DataObject) -> None:
+    line = json.dumps(value, separators=(",", ":")).encode()
+    at = data.draw(st.integers(0, len(line)))
+    damages = [b",", b'"', b"[", b"]", b"{", b"}", b":", b"\\", b"0", b".5", b" " * 90, b'"a"', b"\xc3", b'"a":1,']
+    check_in_pieces(line[:at] + data.draw(st.sampled_from(damages)) + line[at + data.draw(st.integers(0, 2)) :])
 
 
 @given(objects, st.data())
@@ -290,10 +311,24 @@ LONG = b'"' + b"x" * 70_000 + b'"'
         b'{"b":"\xc3\xa4","a":%b}' % LONG,
         b'{"\\u0061":1,"b":%b}' % LONG,
         b'{"a":%b%b%b}' % (b"[" * 500, LONG, b"]" * 500),
+        b'{"a":1%b}%b' % (b" " * 70_000, b" " * 70_000),
+        b'{%b"a"%b:%b"x"%b,%b"b":[%b]}' % ((b" " * 70_000,) * 6),
     ],
 )
 def test_decode_slices_of_long_line_finds_members(line: bytes) -> None:
-    check_slices(line)
+    check_slices(line, is_long=True)
+
+
+@pytest.mark.parametrize("text", [b"[%b]" % LONG, b'{"a":%b}' % LONG, b"1" * 70_000, b'"%b"' % (b"x" * 1024 * 1024)])
+def test_decode_slices_of_long_value_gives_a_payload_only(text: bytes) -> None:
+    if text.startswith(b"1"):
+        with pytest.raises(InvalidJSON, match="of a number"):
+            decode_slices(b'{"a":%b}' % text)
+        return
+    members = decode_slices(b'{"a":%b}' % text)
+    assert members.payload("a") == text
+    with pytest.raises(InvalidJSON, match="expected a string of at most"):
+        members.value("a")
 
 
 @pytest.mark.parametrize(

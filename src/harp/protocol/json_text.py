@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 #: interpreter with a lower recursion limit may reject values that are less deep; both daemons raise theirs, so that
 #: this limit applies.
 MAX_DEPTH, MAX_LINE_DEPTH = 1000, 1016
-#: Brackets and quotes that are counted in one step.
-_PIECE = 1000
+#: Brackets and quotes that are counted in one step, and bytes in which they are looked for in one step. Other threads
+#: may run between two steps.
+_PIECE, _WINDOW = 1000, 64 * 1024
 _NOT_BRACKETS = bytes(set(range(256)) - set(b'[]{}"'))
 _STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 _SPACE = " \t\r\n"
@@ -160,7 +161,12 @@ def decode_enclosed(line: bytes, opening: bytes) -> tuple[JSON] | None:
 
 def may_exceed_depth(text: bytes) -> bool:
     """Return whether there are enough brackets for a nesting deeper than MAX_DEPTH."""
-    return len(text) > MAX_DEPTH and text.count(b"[") + text.count(b"{") > MAX_DEPTH
+    count = 0
+    for at in range(0, len(text) if len(text) > MAX_DEPTH else 0, _WINDOW):
+        count += text.count(b"[", at, at + _WINDOW) + text.count(b"{", at, at + _WINDOW)
+        if count > MAX_DEPTH:
+            return True
+    return False
 
 
 def exceeds_depth(text: bytes, limit: int = MAX_DEPTH) -> bool:
@@ -168,19 +174,32 @@ def exceeds_depth(text: bytes, limit: int = MAX_DEPTH) -> bool:
     if not may_exceed_depth(text):
         return False
     # The count is wrong only after the first error of text that is not JSON; no decoder reads further.
-    if b"\\" in text:
-        text = text.replace(b"\\\\", b"").replace(b'\\"', b"")
-    marks = text.translate(None, _NOT_BRACKETS)
     depth, in_string = 0, False
-    for at in range(0, len(marks), _PIECE):  # other threads may run between two pieces
-        parts = marks[at : at + _PIECE].split(b'"')
-        brackets = b"".join(parts[in_string::2])
-        in_string ^= not len(parts) % 2
-        opened = brackets.count(b"[") + brackets.count(b"{")
-        if depth + opened > limit and max(accumulate(map(_STEP.__getitem__, brackets), initial=depth)) > limit:
-            return True
-        depth += 2 * opened - len(brackets)
+    for window in _windows(text):
+        if b"\\" in window:
+            window = window.replace(b"\\\\", b"").replace(b'\\"', b"")
+        marks = window.translate(None, _NOT_BRACKETS)
+        for at in range(0, len(marks), _PIECE):
+            parts = marks[at : at + _PIECE].split(b'"')
+            brackets = b"".join(parts[in_string::2])
+            in_string ^= not len(parts) % 2
+            opened = brackets.count(b"[") + brackets.count(b"{")
+            if depth + opened > limit and max(accumulate(map(_STEP.__getitem__, brackets), initial=depth)) > limit:
+                return True
+            depth += 2 * opened - len(brackets)
     return False
+
+
+def _windows(text: bytes) -> Iterator[bytes]:
+    """Yield pieces of a text, none of which ends between a backslash and the next character."""
+    start = 0
+    while start < len(text):
+        window = text[start : start + _WINDOW]
+        start += len(window)
+        if window.endswith(b"\\") and (len(window) - len(window.rstrip(b"\\"))) % 2:
+            window += text[start : start + 1]
+            start += 1
+        yield window
 
 
 class JSONObject(dict[str, "Any"]):
