@@ -235,6 +235,8 @@ BAD_REQUESTS = [
     ('{"harpcaller":1,"read_stream":"x","since":1,"recent":1}', "exclude each other"),
     ('{"harpcaller":1,"procedure":"p","arguments":[]}', "host: missing"),
     ('{"harpcaller":1,"host":"","procedure":"p","arguments":[]}', "host: expected a name"),
+    ('{"harpcaller":1,"host":"%s","procedure":"p","arguments":[]}' % ("h" * 256), "host: expected a name of 1 to 255"),
+    ('{"harpcaller":1,"host":"h","procedure":"%s","arguments":[]}' % ("p" * 256), "procedure: expected a name of 1"),
     ('{"harpcaller":1,"host":"h","procedure":null,"arguments":[]}', "procedure: expected a string, got null"),
     ('{"harpcaller":1,"host":"h","procedure":"p"}', "arguments: missing"),
     ('{"harpcaller":1,"host":"h","procedure":"p","arguments":1}', "arguments: expected an array or an object"),
@@ -282,6 +284,20 @@ def test_request_with_repeated_inner_key_raises(decoder: Any) -> None:
     queue = b'{"harpcaller":1,"host":"h","procedure":"p","arguments":[],"queue":{"name":{},"name":{}}}'
     with pytest.raises(ProtocolError, match="queue: repeated key"):
         decode_request(queue, decoder)
+
+
+def test_request_with_long_queue_name_raises() -> None:
+    line = '{"harpcaller":1,"host":"h","procedure":"p","arguments":[],"queue":{"name":{"q":"%s"}}}'
+    decode_request((line % ("q" * 4088)).encode(), decode_slices)
+    with pytest.raises(ProtocolError, match=r"queue\.name: expected an object of at most 4096 bytes"):
+        decode_request((line % ("q" * 4089)).encode(), decode_slices)
+
+
+@pytest.mark.parametrize("value", ["[%s0]" % ("1," * 100_000), '"%s"' % ("x" * 2_000_000), '"%s"' % ("\\u00e9" * 400)])
+def test_request_with_long_job_id_names_no_job(value: str) -> None:
+    request = decode_request(f'{{"harpcaller":1,"get_status":{value}}}'.encode(), decode_slices)
+    assert isinstance(request, GetStatus)
+    assert len(request.job) == 255 or value.startswith('"\\u')
 
 
 @pytest.mark.parametrize("key", ["timeout", "max_exec_time", "queue", "info"])

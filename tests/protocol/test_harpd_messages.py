@@ -179,6 +179,7 @@ BAD_REQUESTS = [
     ('{"harp":1,"procedure":"p","arguments":[]}', "invalid_request", "auth: expected an object"),
     (REQUEST.replace("[1]", '"x"'), "invalid_request", "arguments: expected an array or an object"),
     (REQUEST.replace('"p"', '""'), "invalid_request", "procedure: expected a name"),
+    (REQUEST.replace('"p"', f'"{"p" * 256}"'), "invalid_request", "procedure: expected a name of 1 to 255 characters"),
     (REQUEST.replace('"u"', "1"), "invalid_request", "user: expected a string, got a number"),
     (REQUEST.replace('"harp":1', '"harp":1,"new":1'), "invalid_request", "unknown key new"),
     (REQUEST[:-1] + ',"call":null}', "invalid_request", "call: expected an object"),
@@ -411,3 +412,49 @@ def test_exit_info_too_long_raises() -> None:
     line = b'{"exit_info":{"x":"%b"}}' % (b"x" * 1024 * 1024)
     with pytest.raises(ProtocolError, match="exit_info: expected an object of at most 1048576 bytes"):
         decode_message(line, decode_slices)
+
+
+def test_request_with_repeated_key_in_auth_raises() -> None:
+    line = REQUEST.replace('"user":"u"', '"user":"u","user":"v"').encode()
+    with pytest.raises(ProtocolError, match="auth: repeated key"):
+        decode_request(line, decode_slices)
+
+
+def test_request_with_long_names_raises_without_the_password() -> None:
+    for old, new in (('"u"', "u" * 256), ('"s"', "s" * 4097)):
+        with pytest.raises(ProtocolError, match=r"auth\.\w+: expected a string of at most") as error:
+            decode_request(REQUEST.replace(old, f'"{new}"').encode(), decode_slices)
+        assert "sss" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("message", "is_allowed"),
+    [
+        ('{"stream":%s}', True),
+        ('{"result":%s}', True),
+        ('{"exception":{"type":"E","message":"m","data":%s}}', True),
+        ('{"harp":1,"error":{"type":"e","message":"m","data":%s}}', True),
+        ('{"exit_info":{"a":%s}}', True),
+        ('{"stop_report":{"survivors":[],"a":%s}}', False),
+        ('{"harp":1,"stream_result":true,"a":%s}', False),
+        ('{"heartbeat":1,"a":%s}', False),
+        ('{"at":1,"a":%s}', False),
+    ],
+)
+def test_long_message_is_record_end_or_exit_info(message: str, is_allowed: bool) -> None:
+    line = (message % ('"' + "x" * 70_000 + '"')).encode()
+    if is_allowed:
+        assert type(decode_message(line, decode_slices)) is type(decode_message(line))
+    else:
+        with pytest.raises(ProtocolError, match="at most 65536 bytes"):
+            decode_message(line, decode_slices)
+
+
+def test_long_list_of_calls_is_decoded() -> None:
+    ids = [ID.replace("0e84", f"{number:04x}") for number in range(5000)]
+    line = json.dumps({"harp": 1, "calls": ids, "instance": "i"}).encode()
+    assert decode_message(line, decode_slices) == CallList(ids, "i")
+    for wrong in (b'["x"]', b"[1]", b'[["%b"]]' % ID.encode(), b'{"a":"%b"}' % ID.encode(), b"[null]"):
+        with pytest.raises(ProtocolError, match="calls: expected an array of UUIDs"):
+            decode_message(b'{"harp":1,"calls":%b,"instance":"i"}' % wrong, decode_slices)
+    assert decode_message(b'{"harp":1,"calls":[],"instance":"i"}', decode_slices) == CallList([], "i")

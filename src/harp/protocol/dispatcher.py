@@ -20,6 +20,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple, TypeAlias
 from harp.protocol.ends import CALL_ENDS, Cancelled, End, Failed, Raised, Returned
 from harp.protocol.json_text import InvalidJSON, JSONObject, Raw, decode_enclosed, decode_values, dumps
 from harp.protocol.schema import (
+    MAX_NAME,
     Arguments,
     Count,
     Decoder,
@@ -36,9 +37,11 @@ from harp.protocol.schema import (
     check,
     decode_as,
     decode_object,
+    decode_payload,
     encode_members,
     encode_object,
     is_count,
+    is_object,
     member_value,
     only_kind,
     reject_unknown_keys,
@@ -50,6 +53,8 @@ VERSION = 1
 MAX_CALLS = 10_000
 #: Maximum length in bytes of a request line that a dispatcher accepts, unless it is configured otherwise.
 MAX_LINE = 16 * 1024 * 1024
+#: Maximum length of the name of a queue in bytes of JSON.
+MAX_QUEUE_NAME = 4096
 #: Maximum length of a request id in characters.
 MAX_REQUEST_ID = 200
 #: Maximum length of a token in characters.
@@ -71,11 +76,18 @@ def _decode_queue(members: JSONObject, key: str) -> Queue:
     return decode_as(Queue, queue)
 
 
+def _is_queue_name(name: Payload) -> bool:
+    return is_object(name) and not (isinstance(name, Raw) and len(name) > MAX_QUEUE_NAME)
+
+
+_QUEUE_NAME = Kind(_is_queue_name, f"an object of at most {MAX_QUEUE_NAME} bytes", decode=decode_payload)
+
+
 class Queue(WireObject):
     """The queue of a call: `name` is a JSON object, `concurrency` the maximum number of running jobs."""
 
     PATH = "queue."
-    name: ObjectPayload
+    name: Annotated[Payload, _QUEUE_NAME]
     concurrency: Annotated[int, _POSITIVE] = 1
 
 
@@ -145,10 +157,15 @@ def submit_in_parts(calls: Sequence[Call]) -> Iterator[SubmitMany]:
 
 
 def _decode_job_id(members: JSONObject, key: str) -> str:
+    payload = members.payload(key)
+    if isinstance(payload, Raw) and len(payload) > _MAX_JOB_ID:
+        return payload[:MAX_NAME].decode("ascii", "replace")
     job_id = members.value(key)
     return job_id if isinstance(job_id, str) else dumps(job_id).decode()
 
 
+#: Maximum bytes of a job id that is decoded. No job has a longer one.
+_MAX_JOB_ID = 6 * MAX_NAME
 #: A job id. Legacy clients also send other values, for example null: their text is an id that no job has.
 _JOB_ID = Kind(decode=_decode_job_id)
 

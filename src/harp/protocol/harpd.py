@@ -19,6 +19,7 @@ from harp.protocol.call_output import RECORD_PREFIX, VERSION
 from harp.protocol.ends import CALL_ENDS, Failed, Raised, Returned
 from harp.protocol.json_text import InvalidJSON, JSONObject, Raw, decode_enclosed, decode_values, dumps, loads
 from harp.protocol.schema import (
+    MAX_NAME,
     Arguments,
     Count,
     Decoder,
@@ -45,9 +46,14 @@ from harp.protocol.schema import (
 MAX_COMMAND_BYTES = 4096
 #: Maximum duration in seconds (thirty years), and maximum time in Unix seconds.
 _MAX_SECONDS, _MAX_TIME = 1e9, 1e12
-#: Maximum length of a stop report and of exit info in bytes.
-_MAX_REPORT_BYTES = 1024 * 1024
+#: Maximum length of a message in bytes, unless it is a record, an end, a list of calls or exit info.
+MAX_MESSAGE_BYTES = 64 * 1024
+#: Maximum length of exit info in bytes.
+_MAX_EXIT_INFO_BYTES = 1024 * 1024
+#: Maximum length of a password in characters: checking it takes time.
+_MAX_PASSWORD = 4096
 _UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_ID_IN_ARRAY = re.compile(rb'"(%b)"' % _UUID.pattern.encode())
 
 
 def _text(max_length: int) -> Kind:
@@ -58,18 +64,25 @@ def _text(max_length: int) -> Kind:
     )
 
 
+def _limited(max_length: int) -> Kind:
+    return Kind(lambda text: len(text) <= max_length, f"a string of at most {max_length} characters", is_text=True)
+
+
 def _is_id(value: Any) -> bool:
     return isinstance(value, str) and _UUID.fullmatch(value) is not None
 
 
-def _is_report(report: Payload) -> bool:
-    return is_object(report) and not (isinstance(report, Raw) and len(report) > _MAX_REPORT_BYTES)
+def _object_of(max_length: int) -> Kind:
+    return Kind(
+        lambda report: is_object(report) and not (isinstance(report, Raw) and len(report) > max_length),
+        f"an object of at most {max_length} bytes",
+        decode=decode_payload,
+    )
 
 
 _ID, _TEXT, _NAMED = Kind(_is_id, "a UUID in lower case"), _text(200), _text(255)
 #: A feature that harpd announces in the list of calls: a start may have the member `caller`.
 CALLER = "caller"
-_REPORT = Kind(_is_report, f"an object of at most {_MAX_REPORT_BYTES} bytes", decode=decode_payload)
 
 #: Members of terms. `_Text` is a name elsewhere: there, a value that is not a string has another error.
 _TermsText: TypeAlias = Annotated[str, _TEXT]
@@ -85,8 +98,8 @@ _Time: TypeAlias = Annotated[
     Kind(lambda value: type(value) in (int, float) and 0 <= value <= _MAX_TIME, "a number of seconds of at least 0"),
 ]
 _Text: TypeAlias = Annotated[str, _TEXT._replace(is_text=True)]
-_User: TypeAlias = Annotated[str, "auth.user"]
-_Password: TypeAlias = Annotated[str, "auth.password"]
+_User: TypeAlias = Annotated[str, "auth.user", _limited(MAX_NAME)]
+_Password: TypeAlias = Annotated[str, "auth.password", _limited(_MAX_PASSWORD)]
 _KeepAlive: TypeAlias = Annotated[bool, Null.REJECTED]
 
 
@@ -293,7 +306,7 @@ class RecordTime(WireObject):
 class StopReport(WireObject):
     """The stop report of the call, an object; a later one replaces it."""
 
-    report: Annotated[Payload, "stop_report", _REPORT]
+    report: Annotated[Payload, "stop_report", _object_of(MAX_MESSAGE_BYTES)]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -319,7 +332,7 @@ class StopReport(WireObject):
 class ExitInfo(WireObject):
     """The exit info of the call's process, an object."""
 
-    info: Annotated[Payload, "exit_info", _REPORT]
+    info: Annotated[Payload, "exit_info", _object_of(_MAX_EXIT_INFO_BYTES)]
 
 
 def _are_ids(values: Any) -> bool:
@@ -330,10 +343,20 @@ def _are_texts(values: Any) -> bool:
     return isinstance(values, (list, tuple)) and all(isinstance(value, str) for value in values)
 
 
+def _decode_ids(members: JSONObject, key: str) -> Any:
+    payload = members.payload(key)
+    if not isinstance(payload, Raw):
+        return payload
+    # The array was decoded before: in it, only white space and commas can be between two strings.
+    found = _ID_IN_ARRAY.findall(payload)
+    others = _ID_IN_ARRAY.sub(b"", payload).translate(None, b" \t\r\n,")
+    return [one.decode() for one in found] if others == b"[]" else None
+
+
 class CallList(WireObject):
     """The owner's resumable calls, and the instance id of the supervisor that starts new calls."""
 
-    calls: Annotated[Sequence[str], Kind(_are_ids, "an array of UUIDs in lower case")]
+    calls: Annotated[Sequence[str], Kind(_are_ids, "an array of UUIDs in lower case", decode=_decode_ids)]
     instance: _Text
     keep_alive: Seconds | None = None
     features: Annotated[Sequence[str] | None, Kind(_are_texts, "an array of strings")] = None  # that harpd supports
@@ -355,6 +378,8 @@ _MESSAGES: Mapping[str, type[Message]] = {
     **CALL_ENDS,
 }
 
+#: The messages that may be long.
+_LONG = frozenset({Record, Returned, Raised, Failed, CallList, ExitInfo})
 #: The messages that have the version.
 _VERSIONED = (Acknowledgement, CallList, Failed)
 
@@ -373,6 +398,8 @@ def decode_message(line: bytes, decoder: Decoder = decode_values) -> Message:
     """Return the message of a line. Raises `ProtocolError`."""
     members = decode_object(line, decoder)
     kind = _MESSAGES[only_kind(_MESSAGES, members, "not a message of harpd")]
+    if len(line) > MAX_MESSAGE_BYTES and kind not in _LONG:
+        raise ProtocolError(f"a message of this kind has at most {MAX_MESSAGE_BYTES} bytes, got {len(line)}")
     if issubclass(kind, _VERSIONED):
         _check_version(members)
     message: Message = decode_as(kind, members, None)
@@ -441,6 +468,10 @@ _ACKNOWLEDGED: Mapping[tuple[bool, bool], Phase] = {
 }
 
 
+#: The phases in which no message may be long: a host that has not acknowledged the call.
+_SHORT_PHASES = frozenset({Phase.SENT, Phase.SENT_RESUMABLE, Phase.SENT_ATTACH})
+
+
 class ReplyReader:
     """The reader of harpd's messages after one request, which determines the first phase."""
 
@@ -450,6 +481,11 @@ class ReplyReader:
         self.phase = phase
         #: Seconds that the connection waits for another request after the last message; None: harpd closes it.
         self.keep_alive: float | None = None
+
+    @property
+    def expects_short(self) -> bool:
+        """Whether the next message has at most `MAX_MESSAGE_BYTES`."""
+        return self.phase in _SHORT_PHASES
 
     @property
     def is_streaming(self) -> bool:

@@ -40,6 +40,9 @@ Payload: TypeAlias = Any
 #: A decoder of the object that a line is. Raises `InvalidJSON`.
 Decoder: TypeAlias = Callable[[bytes], JSONObject]
 
+#: Maximum length in characters of a name (of a host, a procedure or a user), and of the message of a `ProtocolError`.
+MAX_NAME, _MAX_MESSAGE = 255, 1000
+
 _TYPE_NAMES = {
     type(None): "null",
     bool: "a boolean",
@@ -54,10 +57,12 @@ class ProtocolError(ValueError):
     """Data that is not a message of the protocol, or a message that is not allowed now.
 
     `type` is the error type on the wire: ``parse_error``, ``invalid_protocol`` or ``invalid_request``. `message` names
-    the invalid member.
+    the invalid member; a long one, which quotes data, is cut.
     """
 
     def __init__(self, message: str, type: str = "invalid_request") -> None:
+        if len(message) > _MAX_MESSAGE:
+            message = f"{message[:_MAX_MESSAGE]}..."
         super().__init__(message)
         self.type = type
         self.message = message
@@ -375,9 +380,14 @@ _KINDS: Mapping[Any, Kind] = {
     Any: Kind(decode=decode_payload),
 }
 
-#: A name that is not empty.
+#: A name of 1 to `MAX_NAME` characters.
 Name: TypeAlias = Annotated[
-    str, Kind(lambda name: isinstance(name, str) and name != "", "a name, got {!r}", is_text=True)
+    str,
+    Kind(
+        lambda name: isinstance(name, str) and 0 < len(name) <= MAX_NAME,
+        f"a name of 1 to {MAX_NAME} characters, got {{!r}}",
+        is_text=True,
+    ),
 ]
 Integer: TypeAlias = Annotated[int, Kind(lambda value: type(value) is int, "an integer")]
 Count: TypeAlias = Annotated[int, Kind(_is_sendable_count, "an integer of at least 0, got {!r}")]

@@ -31,7 +31,7 @@ _LEGACY_RETRY_SECONDS = 300.0  #: Seconds after which a legacy harpd is queried 
 _TEMPORARY_ERRORS = frozenset(
     {"auth_error", "too_many_connections", "shutdown", "procedure_loading_error", "system_error", "call_died"}
 )
-_MAX_LIST_BYTES = 8 * 1024 * 1024  #: Maximum length of a list of calls in bytes: about 200,000 calls.
+_MAX_LIST_BYTES = 1024 * 1024  #: Maximum length of a list of calls in bytes: about 26,000 calls.
 
 
 class HostSupport(NamedTuple):

@@ -20,7 +20,17 @@ from typing import Any, Protocol, cast
 
 from harp.protocol.call_output import RECORD_PREFIX
 from harp.protocol.ends import Failed
-from harp.protocol.harpd import Acknowledgement, Command, Heartbeat, Message, Phase, Record, ReplyReader, encode_command
+from harp.protocol.harpd import (
+    MAX_MESSAGE_BYTES,
+    Acknowledgement,
+    Command,
+    Heartbeat,
+    Message,
+    Phase,
+    Record,
+    ReplyReader,
+    encode_command,
+)
 from harp.protocol.json_text import InvalidJSON, Raw, loads
 from harp.protocol.lines import LineBuffer, LineTooLong
 from harp.protocol.schema import ProtocolError, is_count
@@ -36,11 +46,15 @@ _MAX_STORED_LINE = 1000  #: Maximum bytes of a stored acknowledgement.
 _HEARTBEAT_INTERVAL = 15.0  #: Seconds between two heartbeats.
 _MAX_MISSED_HEARTBEATS = 3  #: Number of unanswered heartbeats after which the connection is aborted.
 _MIN_HEARTBEAT_INTERVAL = 0.1  #: Minimum seconds between two heartbeats, whatever timeout a host sets.
-_is_record = methodcaller("startswith", RECORD_PREFIX)
+_begins_as_record = methodcaller("startswith", RECORD_PREFIX)
 _is_heartbeat = methodcaller("startswith", b'{"heartbeat":')
 _MAX_UNSENT_BYTES = 64 * 1024  #: Maximum bytes of commands that the host has not read.
 _COMMAND_DELAY = 0.03  #: Maximum seconds for which the last command of a call waits for the next request.
 _MAX_QUEUED = 64  #: Maximum number of messages in a `MessageQueue`; above it, its connection is not read.
+
+
+def _is_record(line: bytes) -> bool:
+    return _begins_as_record(line) and len(line) <= LONG_LINE
 
 
 class Receiver(Protocol):
@@ -98,6 +112,8 @@ class HarpdConnection(asyncio.Protocol):
             self._end(error)
         else:
             self._deliver()
+            if self._lines.size > MAX_MESSAGE_BYTES:
+                self._check_length(self._lines.size)
 
     def eof_received(self) -> None:
         """See `asyncio.Protocol`. asyncio closes the transport."""
@@ -234,6 +250,8 @@ class HarpdConnection(asyncio.Protocol):
             line = lines[at]
             if len(line) > LONG_LINE:
                 at += 1
+                if not self._check_length(len(line)):
+                    return
                 self._suspend()
                 decode_in_thread(self._decode, line).add_done_callback(self._on_decoded)
                 continue
@@ -253,6 +271,16 @@ class HarpdConnection(asyncio.Protocol):
                 self._end(error)
             else:
                 self._receive(message)
+
+    def _check_length(self, length: int) -> bool:
+        """Return whether a line may have this length now, or grow to it; otherwise end the exchange."""
+        exchange = self._exchange
+        if exchange is None or not exchange.expects_short or length <= MAX_MESSAGE_BYTES:
+            return True
+        self._unread.clear()
+        reason = f"a message of more than {MAX_MESSAGE_BYTES} bytes received while {exchange.phase.value}"
+        self._end(ProtocolError(reason))
+        return False
 
     def _discard_idle_lines(self) -> None:
         """Discard the late heartbeats of the last call; disconnect a host that sends anything else."""

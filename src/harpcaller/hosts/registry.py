@@ -24,7 +24,16 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 from harp.protocol.json_text import decode_values, dumps
-from harp.protocol.schema import Kind, Null, ProtocolError, WireObject, decode_as, decode_object, encode_object
+from harp.protocol.schema import (
+    MAX_NAME,
+    Kind,
+    Null,
+    ProtocolError,
+    WireObject,
+    decode_as,
+    decode_object,
+    encode_object,
+)
 from harp_daemon.watched_file import WatchedFile
 from harpcaller.config import Config, file_errors
 from harpcaller.hosts.script import ScriptFailed, run_script
@@ -38,7 +47,7 @@ _MAX_LOGGED_LINES = 10  #: Maximum number of rejected lines that are logged sing
 _MAX_REPORTED_LINES = 1000  #: Maximum number of rejected lines of a source that are reported to an administrator.
 _MIN_SHARE = 0.5  #: A list of hosts with a smaller share of the previous number of hosts is refused.
 _FORMAT = "harpcaller hosts 1"
-_NAME = Kind(lambda name: name != "", "a name, got an empty string", is_text=True)
+_NAME = Kind(lambda name: 0 < len(name) <= MAX_NAME, f"a name of 1 to {MAX_NAME} characters", is_text=True)
 
 
 class Host(NamedTuple):
