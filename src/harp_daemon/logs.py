@@ -23,8 +23,9 @@ _STANDARD_ATTRIBUTES = len(logging.makeLogRecord({}).__dict__)
 _ADDED_ATTRIBUTES = ("message", "asctime")
 #: Maximum number of characters of a field; those of a traceback and of a line that a call has printed.
 _MAX_LENGTH, _MAX_LENGTHS = 256, {"traceback": 16 * 1024, "text": 8192}
-#: Maximum length of all other fields of an event together, about, as they are written: a log line has at most 4 KiB.
-_MAX_FIELDS = 3000
+#: Maximum length of all longer fields of an event together, as they are written: a log line has at most 4 KiB. Fields of
+#: `_SHORT` characters are written in any case.
+_MAX_FIELDS, _SHORT = 2200, 64
 #: Text that needs no quotes.
 _PLAIN = re.compile(r'[^ "=]+')
 
@@ -43,8 +44,9 @@ def _cut_fields(fields: dict[str, Any]) -> dict[str, Any]:
         length = _MAX_LENGTHS.get(key, _MAX_LENGTH)
         if value is None or isinstance(value, (bool, int, float)):
             continue
-        if isinstance(value, str) and len(value) <= min(length, room) and value.isascii() and value.isprintable():
-            room -= len(value)
+        is_simple = isinstance(value, str) and value.isascii() and value.isprintable()
+        if is_simple and len(value) <= max(_SHORT, min(length, room)):
+            room -= len(value) if len(value) > _SHORT else 0
             continue
         text = value if isinstance(value, str) else _encode(value)
         kept, allowed = text[:length], 4 * length if key in _MAX_LENGTHS else min(4 * length, room)

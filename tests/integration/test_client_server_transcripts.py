@@ -338,7 +338,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "an unknown key": ({**CALL, "more": 1}, "unknown key more"),
     "a key of another request": ({**CALL, "wait": True}, "unknown key wait"),
     "no host": ({"harpcaller": 1, "procedure": "p", "arguments": []}, "host: missing"),
-    "an empty host": ({**CALL, "host": ""}, "host: expected a name, got ''"),
+    "an empty host": ({**CALL, "host": ""}, "host: expected a name of 1 to 255 characters, got ''"),
     "a host that is no string": ({**CALL, "host": 5}, "host: expected a string, got a number"),
     "a procedure that is no string": ({**CALL, "procedure": None}, "procedure: expected a string, got null"),
     "no arguments": ({"harpcaller": 1, "host": "h", "procedure": "p"}, "arguments: missing"),
@@ -349,7 +349,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a true time": ({**CALL, "timeout": True}, "timeout: expected a positive number of seconds, got True"),
     "a queue that is none": ({**CALL, "queue": []}, "queue: expected an object with a name"),
     "a queue without a name": ({**CALL, "queue": {}}, "queue: expected an object with a name"),
-    "a queue's odd name": ({**CALL, "queue": {"name": "q"}}, "queue.name: expected an object"),
+    "a queue's odd name": ({**CALL, "queue": {"name": "q"}}, "queue.name: expected an object of at most 4096 bytes"),
     "a queue with more": ({**CALL, "queue": {"name": {}, "size": 1}}, "unknown key size"),
     "no concurrency": (
         {**CALL, "queue": {"name": {}, "concurrency": 0}},
@@ -373,7 +373,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
         {"harpcaller": 1, "submit_many": [MANY, MANY, {**MANY, "timeout": 0}]},
         "submit_many[2]: timeout: expected a positive number of seconds, got 0",
     ),
-    "a very long key": ({**CALL, "k" * 100_000: 1}, "unknown key " + "k" * 988 + "..."),
+    "a very long key": ({**CALL, "k" * 100_000: 1}, "the name of a member is too long"),
+    "a long key": ({**CALL, "k" * 9_999: 1}, "unknown key " + "k" * 988 + "..."),
 }
 
 

@@ -85,7 +85,7 @@ GOOD = {"harp": 1, "procedure": "echo", "arguments": [], "auth": AUTH}
         ({**GOOD, "harp": True}, "invalid_protocol", "harp: expected 1, got True"),
         ({**GOOD, "more": 1}, "invalid_request", "unknown key more"),
         ({**GOOD, "arguments": 5}, "invalid_request", "arguments: expected an array or an object"),
-        ({**GOOD, "procedure": ""}, "invalid_request", "procedure: expected a name, got ''"),
+        ({**GOOD, "procedure": ""}, "invalid_request", "procedure: expected a name of 1 to 255 characters, got ''"),
         ({**GOOD, "auth": None}, "invalid_request", "auth: expected an object with user and password"),
         ({**GOOD, "auth": {"user": "u"}}, "invalid_request", "password: missing"),
         ({"harp": 1, "procedure": "echo"}, "invalid_request", "arguments: missing"),

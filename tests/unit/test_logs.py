@@ -81,11 +81,11 @@ def test_long_fields_are_cut_and_keep_their_length(formatter: logging.Formatter,
     line = formatter.format(record(**fields, values=[character * 3] * 1000, call="c", last=1))
     assert len(line.encode()) <= 4096
     assert line.count("... (20000 characters)") == 6
-    assert line.index("last") > line.index("call") > line.index("values")
+    assert re.search(r"values.*characters.*call\W+c\W.*last\W+1\b", line)
     if character == "x":
         assert "x" * 256 + "... (20000 characters)" in line
         assert "x" * 257 not in line
-    short = formatter.format(record(field=character * 100))
+    short = formatter.format(record(field=character * 80))
     assert "characters)" not in short
 
 
