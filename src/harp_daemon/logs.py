@@ -23,8 +23,8 @@ _STANDARD_ATTRIBUTES = len(logging.makeLogRecord({}).__dict__)
 _ADDED_ATTRIBUTES = ("message", "asctime")
 #: Maximum number of characters of a field; those of a traceback and of a line that a call has printed.
 _MAX_LENGTH, _MAX_LENGTHS = 256, {"traceback": 16 * 1024, "text": 8192}
-#: Maximum length of all longer fields of an event together, as they are written: a log line has at most 4 KiB. Fields of
-#: `_SHORT` characters are written in any case.
+#: Maximum length of all longer fields of an event together, as they are written: a log line has at most 4 KiB. A field
+#: of up to `_SHORT` characters is written in any case.
 _MAX_FIELDS, _SHORT = 2200, 64
 #: Text that needs no quotes.
 _PLAIN = re.compile(r'[^ "=]+')
