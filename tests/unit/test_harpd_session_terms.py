@@ -8,7 +8,7 @@ from harp.protocol.json_text import loads
 from harp.protocol.schema import ProtocolError
 from harpd.supervisor.sessions import SessionTerms
 
-TERMS = SessionTerms("owner", "digest", 240.0, 300.0, 600.0, 86400.0, True)
+TERMS = SessionTerms("owner", "digest", 240.0, 300.0, 600.0, 86400.0, True, "user")
 
 
 def test_session_terms_stored_are_decoded_unchanged() -> None:
@@ -26,6 +26,7 @@ def test_session_terms_stored_are_decoded_unchanged() -> None:
         *({"timeout": seconds} for seconds in (0, -1.0, True, "5")),
         {"owner": 5},
         {"secret": None},
+        {"user": None},
     ],
     ids=str,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from harpd.supervisor.fair_shares import Account, FairShares
 from harpd.supervisor.spool import GUARANTEED_BYTES, Spool, SpoolQuota
 
 
@@ -53,14 +54,64 @@ def test_chunk_has_arrival_time() -> None:
     assert [(piece.first, piece.count, piece.time) for piece in pieces] == [(1, 2, 12.5), (3, 1, 13.5)]
 
 
+ONE, OTHER = Account("one", "owner"), Account("other", "owner")
+
+
 def test_quota_used_up_pauses_large_spools() -> None:
     memory = SpoolQuota(3 * GUARANTEED_BYTES)
     woken: list[str] = []
-    memory.reserve(3 * GUARANTEED_BYTES)
-    assert not memory.may_grow(lambda: woken.append("large"))
-    memory.release(0)
+    memory.reserve(ONE, 3 * GUARANTEED_BYTES)
+    assert not memory.may_grow(ONE, lambda: woken.append("large"))
+    memory.release(ONE, 0)
     assert woken == []
-    memory.release(1)
-    memory.release(1)
+    memory.release(ONE, 1)
+    memory.release(ONE, 1)
     assert woken == ["large"]
-    assert memory.may_grow(lambda: woken.append("again"))
+    assert memory.may_grow(ONE, lambda: woken.append("again"))
+
+
+def test_quota_used_up_by_one_user_has_a_share_for_others() -> None:
+    memory = SpoolQuota(4 * GUARANTEED_BYTES)
+    memory.reserve(ONE, 8 * GUARANTEED_BYTES)
+    assert memory.is_exhausted(ONE)
+    assert not memory.is_exhausted(OTHER)
+    woken: list[str] = []
+    memory.reserve(OTHER, 2 * GUARANTEED_BYTES - 1)
+    assert memory.may_grow(OTHER, lambda: woken.append("other"))
+    memory.reserve(OTHER, 1)
+    assert not memory.may_grow(OTHER, lambda: woken.append("other"))
+    assert not memory.is_exhausted(OTHER)
+    memory.release(ONE, 1)
+    assert woken == []
+    memory.release(OTHER, 1)
+    assert woken == ["other"]
+
+
+def test_shares_are_equal_for_users_and_for_owners_of_a_user() -> None:
+    shares, limit = FairShares(), 100
+
+    def fill(user: str, owner: str) -> int:
+        account, count = Account(user, owner), 0
+        while shares.may_add(account, limit):
+            shares.add(account, 1)
+            count += 1
+        return count
+
+    assert fill("greedy", "a") == 100
+    assert [fill("greedy", owner) for owner in "bcde"] == [50, 33, 17, 0]  # at most twice the share
+    assert [fill("greedy", str(number)) for number in range(1000)] == [0] * 1000
+    assert fill("second", "a") == 50
+    assert fill("third", "a") == 33
+    assert not shares.may_add(Account("greedy", "a"), limit)
+    assert fill("fourth", "a") == 25
+
+
+def test_shares_forget_users_without_amount() -> None:
+    shares = FairShares()
+    shares.add(ONE, 10)
+    shares.add(OTHER, 5)
+    shares.add(OTHER, -5)
+    assert not shares.may_add(ONE, 10)
+    shares.add(ONE, -1)
+    assert shares.may_add(ONE, 10)
+    assert shares.total == 9

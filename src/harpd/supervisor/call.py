@@ -41,6 +41,7 @@ from harpd.processes.cgroup import create_cgroup, delegated_cgroup
 from harpd.processes.cookie import cookie_for
 from harpd.processes.process_tree import CallTree, Scan, Snapshot, send_signal
 from harpd.supervisor.event_loop import READ, WRITE, EventLoop, Timer
+from harpd.supervisor.fair_shares import Account
 from harpd.supervisor.spool import GUARANTEED_BYTES, SpoolQuota
 from harpd.supervisor.state_files import StateFiles
 from harpd.supervisor.termination import TerminationSequence
@@ -87,6 +88,7 @@ class StopReason(Enum):
 class Session:
     """The client's side of a call: it receives output and end of the call. See `harpd.supervisor.sessions`."""
 
+    account: Account  # whose call it is
     stored: Raw | None = None  # for a later supervisor, a JSON object; None: no dispatcher attaches to it
     call: Call | None = None  # until it is closed
 
@@ -371,16 +373,16 @@ class Call:
 
     def _buffer_partial(self, data: bytes) -> None:
         self._partial_line += data
-        self._context.quota.reserve(len(data))
+        self._context.quota.reserve(self._session.account, len(data))
         if len(self._partial_line) > _MAX_LINE_BYTES:
             self._stop(StopReason.PROTOCOL_VIOLATION, f"it wrote a line longer than {_MAX_LINE_BYTES} bytes")
-        elif len(self._partial_line) > GUARANTEED_BYTES and self._context.quota.exhausted:
+        elif len(self._partial_line) > GUARANTEED_BYTES and self._context.quota.is_exhausted(self._session.account):
             violation = "it wrote a long line, and the calls of this host have used up spool_memory"
             self._stop(StopReason.PROTOCOL_VIOLATION, violation)
 
     def _discard_partial(self) -> None:
         if self._partial_line:
-            self._context.quota.release(len(self._partial_line))
+            self._context.quota.release(self._session.account, len(self._partial_line))
             self._partial_line = bytearray()
 
     def _handle_records(self, lines: bytes) -> bool:

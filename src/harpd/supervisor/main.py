@@ -75,6 +75,7 @@ from harp_daemon.process import tune_memory
 from harpd.auth.rights import UserRights
 from harpd.supervisor.call import Call, CallContext, StopReason
 from harpd.supervisor.event_loop import READ, EventLoop
+from harpd.supervisor.fair_shares import Account
 from harpd.supervisor.frames import VERSION
 from harpd.supervisor.link import Link, LinkChannel
 from harpd.supervisor.listener import Listener, send_final_reply
@@ -273,9 +274,10 @@ class Supervisor:
         streaming = zygote.procedures[name].streaming
         session: BoundSession | ResumableSession | Failed
         if requested is None:
-            session = BoundSession(channel, streaming, keep_alive, min(context.settings["spool"], GUARANTEED_BYTES))
+            buffer_size = min(context.settings["spool"], GUARANTEED_BYTES)
+            session = BoundSession(channel, Account(user, ""), streaming, keep_alive, buffer_size)
         else:
-            session = self._registry.create_session(call_id, requested, streaming)
+            session = self._registry.create_session(call_id, user, requested, streaming)
             if isinstance(session, Failed):
                 return session
         zygote.limit_idle(context.settings["max_calls"] - len(context.calls) - 1)

@@ -20,6 +20,7 @@ from harp.protocol.ends import Failed
 from harp.protocol.harpd import CallList, encode_message
 from harp.protocol.schema import ProtocolError, check, check_string, is_count
 from harpd.supervisor.call import CallContext
+from harpd.supervisor.fair_shares import Account, FairShares
 from harpd.supervisor.link import LinkChannel
 from harpd.supervisor.sessions import ResumableSession, SessionTerms
 from harpd.supervisor.state_files import CleanupResult, Purpose
@@ -28,7 +29,8 @@ log = logging.getLogger("harpd.supervisor")
 
 #: Seconds by which a start may be delayed, and for which a tombstone stays at least.
 _MAX_START_AGE, _TOMBSTONE_TTL = 120.0, 150.0
-#: New calls are rejected while there are this many sessions for each call of `max_calls`.
+#: New calls are rejected while there are this many sessions for each call of `max_calls`, unless their account is below
+#: its share.
 _SESSIONS_PER_CALL = 20
 
 
@@ -65,12 +67,15 @@ class CallRegistry:
         self._loop = context.loop
         self._instance = context.instance
         self._sessions: dict[str, ResumableSession] = {}
+        self._shares = FairShares()  # how many sessions each account has
         self._tombstones = TombstoneSet(_TOMBSTONE_TTL, self._loop.now())
 
     def __len__(self) -> int:
         return len(self._sessions)
 
-    def create_session(self, call_id: str, requested: Mapping[str, Any], streaming: bool) -> ResumableSession | Failed:
+    def create_session(
+        self, call_id: str, user: str, requested: Mapping[str, Any], streaming: bool
+    ) -> ResumableSession | Failed:
         """Create the session of a new call, with no connection attached; or return why the call is rejected."""
         instance, secret = read_texts(requested, "instance", "secret")
         received_at = requested["received"]
@@ -78,13 +83,15 @@ class CallRegistry:
         if instance != self._instance:
             return self.wrong_instance()
         settings = self._context.settings
-        members = {**requested, "secret": _digest(secret), "streaming": streaming}
+        members = {**requested, "secret": _digest(secret), "streaming": streaming, "user": user}
         terms = SessionTerms.decode(members, limits=settings)
         if self._loop.now() - received_at > min(_MAX_START_AGE, terms.disconnect_timeout):
             message = "the start was delayed for too long; the call did not start"
             return Failed("call_refused", message, {"reason": "delayed"})  # no tombstone: it may be sent again
-        if self._context.quota.exhausted or len(self._sessions) >= _SESSIONS_PER_CALL * settings["max_calls"]:
-            return Failed("too_many_calls", "this host stores too many ends that were not fetched")
+        account = Account(terms.user, terms.owner)
+        has_place = self._shares.may_add(account, _SESSIONS_PER_CALL * settings["max_calls"])
+        if not has_place or self._context.quota.is_exhausted(account):
+            return Failed("too_many_calls", "this host stores too many ends that this dispatcher has not fetched")
         if call_id in self._sessions or self._tombstones.contains(terms.owner, call_id):
             return Failed("call_refused", "a call with this id was started or given up before")
         return self._add_session(call_id, terms, received_at)
@@ -97,10 +104,12 @@ class CallRegistry:
     def _add_session(self, call_id: str, terms: SessionTerms, contact_at: float) -> ResumableSession:
         session = ResumableSession(self._context, call_id, terms, contact_at, self._on_discarded)
         self._sessions[call_id] = session
+        self._shares.add(session.account, 1)
         return session
 
     def _on_discarded(self, session: ResumableSession) -> None:
         del self._sessions[session.id]
+        self._shares.add(session.account, -1)
         self._context.state_files.mark_reported(session.id)
         self._tombstones.add(session.terms.owner, session.id, self._loop.now())
 

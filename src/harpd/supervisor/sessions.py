@@ -37,6 +37,7 @@ from harp.protocol.lines import LineBuffer, LineTooLong
 from harp.protocol.schema import ProtocolError
 from harpd.supervisor.call import ERROR_PREFIX, CallContext, Session, StopReason
 from harpd.supervisor.event_loop import Timer
+from harpd.supervisor.fair_shares import Account
 from harpd.supervisor.frames import END, ERROR
 from harpd.supervisor.link import LinkChannel
 from harpd.supervisor.spool import GUARANTEED_BYTES, Spool
@@ -58,7 +59,10 @@ def _encode_acknowledgement(streaming: bool, keep_alive: float | None, *terms: A
 class BoundSession(Session):
     """The session of a connection-bound call. Until the frontend reads, about `buffer_size` bytes may wait."""
 
-    def __init__(self, channel: LinkChannel, streaming: bool, keep_alive: float | None, buffer_size: int) -> None:
+    def __init__(
+        self, channel: LinkChannel, account: Account, streaming: bool, keep_alive: float | None, buffer_size: int
+    ) -> None:
+        self.account = account
         self._acknowledgement = _encode_acknowledgement(streaming, keep_alive)
         self._buffer_size = buffer_size
         self._channel = channel
@@ -101,6 +105,7 @@ class SessionTerms:
     timeout: float
     max_exec_time: float
     streaming: bool  # whether the procedure yields records
+    user: str  # who has started the call
 
     @classmethod
     def decode(cls, members: Mapping[str, Any], limits: Mapping[str, Any] | None = None) -> SessionTerms:
@@ -115,9 +120,10 @@ class SessionTerms:
                 raise ProtocolError(f"{key}: expected a positive number of seconds")
             seconds[key] = float(min(number, (limits or {}).get(key, _MAX_SECONDS)))
         owner, secret, streaming = members["owner"], members["secret"], members["streaming"]
-        if not (isinstance(owner, str) and isinstance(secret, str) and isinstance(streaming, bool)):
-            raise ProtocolError("owner, secret: expected strings")
-        return cls(owner, secret, **seconds, streaming=streaming)
+        user = members["user"]
+        if not (all(isinstance(text, str) for text in (owner, secret, user)) and isinstance(streaming, bool)):
+            raise ProtocolError("owner, secret, user: expected strings")
+        return cls(owner, secret, **seconds, streaming=streaming, user=user)
 
     def encode(self) -> Raw:
         return dumps({key: getattr(self, key) for key in self.__slots__})
@@ -136,6 +142,7 @@ class ResumableSession(Session):
     ) -> None:
         self.id = call_id
         self.terms = terms
+        self.account = Account(terms.user, terms.owner)
         self.stored = terms.encode()
         self._context = context
         self._loop = context.loop
@@ -165,7 +172,7 @@ class ResumableSession(Session):
         size = self._spool.size
         if size >= self._spool_size:
             return True
-        return size >= GUARANTEED_BYTES and not self._quota.may_grow(self.resume_reading)
+        return size >= GUARANTEED_BYTES and not self._quota.may_grow(self.account, self.resume_reading)
 
     def on_started(self) -> None:
         self._started_at = self._last_output_at = self._loop.now()  # the limits count from now on
@@ -175,7 +182,7 @@ class ResumableSession(Session):
     def on_records(self, lines: bytes, count: int) -> None:
         self._last_output_at = self._loop.now()
         self._spool.append(lines, count, time.time())
-        self._quota.reserve(len(lines))
+        self._quota.reserve(self.account, len(lines))
         self._send_pending()
 
     def on_end(self, line: bytes) -> None:
@@ -200,7 +207,7 @@ class ResumableSession(Session):
 
     def _add_end(self, lines: bytes) -> None:
         self._end.append(lines)
-        self._quota.reserve(len(lines))
+        self._quota.reserve(self.account, len(lines))
         self._send_pending()
 
     def adopt(self, stop_report: Mapping[str, Any] | None) -> None:
@@ -283,7 +290,7 @@ class ResumableSession(Session):
                 if count > self._spool.end:
                     raise ProtocolError(f"ack: expected at most {self._spool.end} records, got {count}")
                 freed = self._spool.acknowledge(count)
-                self._quota.release(freed)
+                self._quota.release(self.account, freed)
                 self._unacknowledged = 0 if count >= self._next else max(0, self._unacknowledged - freed)
                 self._next = max(self._next, self._spool.first)  # records that were acknowledged unread were deleted
                 self.resume_reading()
@@ -334,7 +341,7 @@ class ResumableSession(Session):
         """Discard the session: the dispatcher has stored its end, was rejected, or has not fetched it in time."""
         if self._timer is not None:
             self._timer.cancel()
-        self._quota.release(self._spool.size + sum(map(len, self._end)))
+        self._quota.release(self.account, self._spool.size + sum(map(len, self._end)))
         self._on_discarded(self)  # before the connection closes: the close is visible to others
         if self._channel is not None:
             self._channel.close_after_flush()

@@ -10,6 +10,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from harpd.supervisor.fair_shares import Account, FairShares
+
 #: Bytes that each call may always buffer, even if the others have used up the memory.
 GUARANTEED_BYTES = 1024 * 1024
 
@@ -62,32 +64,33 @@ class Spool:
 
 
 class SpoolQuota:
-    """The bytes that all calls share. When `limit` is reached, spools of `GUARANTEED_BYTES` or more are paused."""
+    """The bytes that all calls share. When `limit` is reached, spools of `GUARANTEED_BYTES` or more are paused.
+
+    An account that is below its share of the limit is not: see `harpd.supervisor.fair_shares`.
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._used = 0
-        self._paused: dict[Callable[[], None], None] = {}
+        self._used = FairShares()
+        self._paused: dict[Account, dict[Callable[[], None], None]] = {}
 
-    @property
-    def exhausted(self) -> bool:
-        """Whether more than twice the limit is used, by guaranteed bytes and ends: no new call should begin."""
-        return self._used > 2 * self.limit
+    def is_exhausted(self, account: Account) -> bool:
+        """Return whether no new call of an account should begin: guaranteed bytes and ends use twice the limit."""
+        return not self._used.may_add(account, 2 * self.limit)
 
-    def reserve(self, size: int) -> None:
-        self._used += size
+    def reserve(self, account: Account, size: int) -> None:
+        self._used.add(account, size)
 
-    def release(self, size: int) -> None:
-        """Count bytes as free; resume the paused calls if there is room."""
-        self._used -= size
-        if self._paused and self._used < self.limit:
-            paused, self._paused = self._paused, {}
-            for resume in paused:
+    def release(self, account: Account, size: int) -> None:
+        """Count bytes as free; resume the paused calls for which there is room."""
+        self._used.add(account, -size)
+        for paused in [paused for paused in self._paused if self._used.may_add(paused, self.limit)]:
+            for resume in self._paused.pop(paused):
                 resume()
 
-    def may_grow(self, resume: Callable[[], None]) -> bool:
+    def may_grow(self, account: Account, resume: Callable[[], None]) -> bool:
         """Return whether a spool of `GUARANTEED_BYTES` or more may grow; if not, `resume` is called once it may."""
-        if self._used < self.limit:
+        if self._used.may_add(account, self.limit):
             return True
-        self._paused[resume] = None
+        self._paused.setdefault(account, {})[resume] = None
         return False
