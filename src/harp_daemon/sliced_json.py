@@ -74,7 +74,7 @@ class _Slices(JSONObject):
     def nested_objects(self, key: str) -> Iterator[JSONObject | None] | None:
         """See `JSONObject`."""
         text = bytes(self[key])
-        return map(_nested, _elements(text)) if text.startswith(b"[") else None
+        return map(_nested, slice_elements(text)) if text.startswith(b"[") else None
 
 
 def decode_slices(line: bytes) -> JSONObject:
@@ -148,8 +148,8 @@ def _find_slices(text: bytes) -> JSONObject:
     return _Slices(found)
 
 
-def _elements(array: bytes) -> Iterator[bytes]:
-    """Yield the text of each element of an array that was decoded before."""
+def slice_elements(array: bytes) -> Iterator[bytes]:
+    """Yield the text of each element of an array, which is valid JSON."""
     if len(array) > LONG:
         for start, end in find_parts(array, is_checked=True):
             if element := array[start:end].strip(_SPACE):

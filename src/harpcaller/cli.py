@@ -136,6 +136,17 @@ def _restore(parsed: Namespace) -> None:
     _run_on_store(run)
 
 
+def _secrets_key(parsed: Namespace) -> None:
+    from harpcaller.secret_arguments import add_key
+
+    try:
+        print(add_key(parsed.file))
+    except ConfigError as error:
+        raise ControlError(str(error)) from error
+    except OSError as error:
+        raise ControlError(f"{error.filename or parsed.file}: {error.strerror}") from error
+
+
 def _run_on_store(run: Callable[[], None]) -> None:
     try:
         run()
@@ -374,6 +385,8 @@ def parser() -> argparse.ArgumentParser:
     option("--config", metavar="FILE", type=_absolute_path, default=DEFAULT_FILE, help="TOML (%(default)s)")
     queued = "what to do with queued jobs; those that ran after the backup would run again"
     option("--queued", choices=("cancel", "run"), help=queued)
+    option = add("secrets-key", _secrets_key, "add a key for secret arguments to a file; print the id of the key")
+    option("file", metavar="FILE", type=_absolute_path, help="created if it does not exist; see secrets_key_file")
     option = add("list", _print_reply, "list the jobs that have not ended, in the order of submission")
     option("--all", action="store_true", help="include jobs that have ended")
     option("--newest", metavar="N", type=_count, help="only the last N submitted jobs, the newest first")

@@ -113,6 +113,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     write_timeout: Seconds = 300.0  #: Seconds to read part of a long reply while others wait for `reply_memory`.
     idle_timeout: Seconds = 30.0  #: Maximum seconds to receive a request.
 
+    secrets_key_file: Path | None = None  #: File of the keys that encrypt secret arguments. None: these are refused.
     access_file: Path | None = None  #: File of roles and rules. None: every client may call everything.
 
     stream_directory: Path = Path("/var/lib/harpcaller/stream")  #: Directory of jobs and records.

@@ -31,6 +31,7 @@ from harpcaller.dispatcher import Dispatcher
 from harpcaller.hosts.registry import read_hosts_file, run_hosts_script
 from harpcaller.hosts.script import ScriptFailed
 from harpcaller.hosts.tls import HostTLS
+from harpcaller.secret_arguments import read_key_file
 from harpcaller.store.sqlite import open_store
 
 log = logging.getLogger(__name__)
@@ -65,10 +66,11 @@ def check(config: Config) -> tuple[list[str], list[str]]:
             errors += [f"{config.file}: ca_file: {reason}" for reason in expired]
     except ConfigError as error:
         errors.append(str(error))
-    try:
-        PolicySource(config)
-    except ConfigError as error:
-        errors.append(str(error))
+    for read in (PolicySource, read_key_file):
+        try:
+            read(config)
+        except ConfigError as error:
+            errors.append(str(error))
     try:
         Identities(config)
     except ConfigError as error:

@@ -30,7 +30,7 @@ import msgspec
 from harp.protocol.dispatcher import Call
 from harp.protocol.ends import Cancelled, End
 from harp.protocol.json_text import Raw, dumps
-from harp.protocol.schema import encode_object
+from harp.protocol.schema import ProtocolError, encode_object
 from harp_daemon.timer_wheel import TimerWheel
 from harpcaller.access.enforcement import SUBJECT_BYTES, Access, Admission, may
 from harpcaller.access.policy import Action, Policy
@@ -50,6 +50,7 @@ from harpcaller.record_stream import RecordStream, wait_for_end
 from harpcaller.runner import Runner
 from harpcaller.runs.context import RunContext, StoreWrites, log_fields
 from harpcaller.runs.reconciliation import OrphanReaper
+from harpcaller.secret_arguments import read_key_file
 from harpcaller.store import StorageError, UnknownJob
 from harpcaller.store.sqlite import Store
 
@@ -95,6 +96,7 @@ class Dispatcher:
         self._notifier = Notifier()
         self.access = Access(config)  #: The policy; `harpcaller.acting` enforces it.
         self._tls = HostTLS(config)
+        self._secret_keys = read_key_file(config)
         self._runner = Runner(lambda: self.registry.is_ready, wall())
         self.registry = HostsRegistry(config, self._runner.request_claim)
         self._pruner = Pruner(store, wall, lambda: self.config.max_age_seconds)
@@ -126,6 +128,7 @@ class Dispatcher:
             writes=StoreWrites(timers),
             request_claim=runner.request_claim,
             wall=self._wall,
+            secret_keys=self._secret_keys,
         )
         self._report_config(self.config, frozenset())
         await self._group.__aenter__()
@@ -394,12 +397,12 @@ class Dispatcher:
         The APIs apply the limits of requests, and the program applies the log settings. Raises `ConfigError` without a
         change if a certificate file or the hosts file is invalid.
         """
-        tls, source = HostTLS(config), PolicySource(config)
+        tls, source, secret_keys = HostTLS(config), PolicySource(config), read_key_file(config)
         self.registry.update_config(config)
         self.access.source = source
         reported, self.config = frozenset(self.config.ignored), config
-        self._tls = tls
-        self._runner.context = replace(self._runner.context, config=config, tls=tls)
+        self._tls, self._secret_keys = tls, secret_keys
+        self._runner.context = replace(self._runner.context, config=config, tls=tls, secret_keys=secret_keys)
         self._report_config(config, reported)
         self._runner.request_claim()
         await self.registry.read_changed_file()
@@ -443,29 +446,46 @@ class Dispatcher:
         max_exec_time = min(call.max_exec_time or config.max_exec_time, config.max_exec_time)
         queue, concurrency = (call.queue.name, call.queue.concurrency) if call.queue else (None, 1)
         start_within = config.start_within if call.start_within is None else float(min(call.start_within, MAX_SECONDS))
-        procedure = call.host, call.procedure, call.arguments
-        info = _NULL if call.info is None else call.info
         if limits.max_exec_time is not None:
             max_exec_time = min(max_exec_time, limits.max_exec_time)
-        request: tuple[str | None, bytes] = (None, b"")
-        if call.request_id is not None and end is None:  # a refused call may be sent again with its request id
-            request = call.request_id, _digest(call)
+        arguments, secrets = self._seal(job_id, call)
+        # A refused call may be sent again with its request id.
+        request_id = None if end is not None else call.request_id
         return NewJob(
-            job_id,
-            *procedure,
-            timeout,
-            max_exec_time,
-            queue,
-            concurrency,
-            info,
-            start_within,
-            *request,
-            owner,
-            request_ids_of,
-            limits.running,
-            limits.queued,
-            end,
+            id=job_id,
+            host=call.host,
+            procedure=call.procedure,
+            arguments=arguments,
+            timeout=timeout,
+            max_exec_time=max_exec_time,
+            queue=queue,
+            concurrency=concurrency,
+            info=_NULL if call.info is None else call.info,
+            start_within=start_within,
+            request_id=request_id,
+            call_digest=b"" if request_id is None else self._digest(call),
+            owner=owner,
+            request_ids_of=request_ids_of,
+            max_running=limits.running,
+            max_queued=limits.queued,
+            secrets=None if end is not None else secrets,
+            end=end,
         )
+
+    def _digest(self, call: Call) -> bytes:
+        """Return a digest of a call's text, which includes the request id."""
+        text = encode_object(call)
+        if call.secrets and self._secret_keys is not None:
+            return self._secret_keys.digest(text)
+        return blake2b(text, digest_size=16).digest()
+
+    def _seal(self, job_id: str, call: Call) -> tuple[Raw, bytes | None]:
+        """Return the arguments to store and show, and the encrypted secret values."""
+        if not call.secrets:
+            return call.arguments, None
+        if self._secret_keys is None:
+            raise ProtocolError("secrets: the dispatcher has no keys for secret arguments; set secrets_key_file")
+        return self._secret_keys.seal(job_id, call.arguments, call.secrets)
 
     def _cancelled_by(self, client: str | None) -> Raw:
         return dumps({"why": "cancelled", "by": client, "at": self._wall()})
@@ -492,11 +512,6 @@ class Dispatcher:
             log.warning("no hosts; set hosts_file or host_db_script")
         for warning in self._tls.warnings:
             log.warning(warning)
-
-
-def _digest(call: Call) -> bytes:
-    """Return a digest of a call's text, which includes the request id."""
-    return blake2b(encode_object(call), digest_size=16).digest()
 
 
 def _log_arguments(job: NewJob) -> None:

@@ -91,13 +91,27 @@ class Queue(WireObject):
     concurrency: Annotated[int, _POSITIVE] = 1
 
 
+def _are_strings(values: Any) -> bool:
+    return isinstance(values, (list, tuple)) and all(isinstance(value, str) for value in values)
+
+
+#: Maximum number of secret values of a call.
+MAX_SECRETS = 100
+
+
+def _are_pointers(values: Any) -> bool:
+    return _are_strings(values) and len(values) <= MAX_SECRETS
+
+
+_SECRETS = Kind(_are_pointers, f"an array of at most {MAX_SECRETS} JSON pointers")
 _REQUEST_ID = Kind(is_request_id, f"1 to {MAX_REQUEST_ID} characters", is_text=True)
 
 
 class Call(WireObject):
     """Submit a job. `arguments` is an array (positional) or an object (named); limits are in seconds.
 
-    All calls with one `request_id` are one job.
+    All calls with one `request_id` are one job. `secrets` are JSON pointers to the values in `arguments` that the
+    dispatcher stores encrypted, and never shows.
     """
 
     host: Name
@@ -109,6 +123,7 @@ class Call(WireObject):
     info: Payload = None
     start_within: SecondsOrZero | None = None
     request_id: Annotated[str | None, _REQUEST_ID] = None
+    secrets: Annotated[Sequence[str] | None, _SECRETS] = None
 
 
 def _decode_calls(members: JSONObject, key: str) -> list[Call]:
@@ -290,10 +305,6 @@ class Submitted(WireObject):
     """The job is on stable storage under this id."""
 
     job_id: str
-
-
-def _are_strings(values: Any) -> bool:
-    return isinstance(values, (list, tuple)) and all(isinstance(value, str) for value in values)
 
 
 class SubmittedMany(WireObject):

@@ -74,6 +74,7 @@ class NewJob(Struct, frozen=True):
     request_ids_of: str = ""  # the owner whose request ids its own is among; empty: those of all clients
     max_running: int | None = None  # it waits while as many jobs of its owner hold a slot
     max_queued: int | None = None  # it is refused if more jobs of its owner would be queued
+    secrets: bytes | None = None  # encrypted values of `arguments`
     end: Failed | None = None  # it is stored as a job that has ended before it was queued
 
 
@@ -100,6 +101,7 @@ class Job(Struct, frozen=True):
     tried: float | None = None  # time of the first start, if the job was queued again after it
     owner: str | None = None  # the principal that submitted it; None: unknown, because it is from before access rules
     max_running: int | None = None  # it waits while as many jobs of its owner hold a slot
+    secrets: bytes | None = None  # encrypted values of `arguments`, until the job has ended
 
 
 class Subject(Struct, frozen=True):

@@ -25,8 +25,14 @@ DELETE FROM queues WHERE lane = ?;
 INSERT INTO jobs (seq, id, lane, host, state, submitted, started, holds_slot, owner) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?);
 
 -- name: add_call
-INSERT INTO calls (job, procedure, arguments, timeout, max_exec_time, queue, info, start_within, max_running)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?);
+INSERT INTO calls (job, procedure, arguments, timeout, max_exec_time, queue, info, start_within, max_running, secrets)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?);
+
+-- name: jobs_with_secrets
+SELECT job FROM calls INDEXED BY calls_with_secrets WHERE secrets IS NOT NULL;
+
+-- name: erase_secrets
+UPDATE calls SET secrets = NULL WHERE job = ?;
 
 -- name: find_request_id
 -- The owner's own one comes first. The job's id is NULL if the job was deleted or is not inserted yet.

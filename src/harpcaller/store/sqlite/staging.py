@@ -57,6 +57,7 @@ def decode_jobs(row: bytes) -> list[NewJob]:
 
 def _to_members(job: NewJob) -> dict[str, Any]:
     members = asdict(job) | {"call_digest": job.call_digest.hex()}
+    members["secrets"] = None if job.secrets is None else job.secrets.hex()
     del members["max_queued"]
     for name in _TEXTS:
         members[name] = _to_text(members[name])
@@ -72,7 +73,9 @@ def _from_members(members: dict[str, Any]) -> NewJob:
     if members["end"] is not None:
         type_, message, data = members["end"]
         end = Failed(type_, message, _to_raw(data))
-    return NewJob(**members | texts | {"call_digest": bytes.fromhex(members["call_digest"]), "end": end})
+    secrets = None if members["secrets"] is None else bytes.fromhex(members["secrets"])
+    digest = bytes.fromhex(members["call_digest"])
+    return NewJob(**members | texts | {"call_digest": digest, "secrets": secrets, "end": end})
 
 
 def _to_text(raw: Raw | None) -> str | None:

@@ -87,6 +87,8 @@ class Writes:
         self._added: dict[int, tuple[Lane, Job]] = {}  # jobs to insert, by sequence number
         self._ended: list[tuple[Any, ...]] = []
         self._outcomes: list[tuple[Any, ...]] = []
+        self._with_secrets: set[int] = set()  # the jobs whose secret arguments are stored
+        self._erased: list[tuple[int]] = []  # of these, those whose secret arguments are erased next
 
     # The transaction.
 
@@ -94,6 +96,7 @@ class Writes:
         """Read the active jobs if they are not in memory; called within a transaction, before its verbs."""
         if not self._is_current:
             self._active = ActiveJobs(self.db)
+            self._with_secrets = {seq for (seq,) in self.db.execute(QUERIES["jobs_with_secrets"])}
             self._is_current = True
 
     def discard_changes(self) -> None:
@@ -102,6 +105,7 @@ class Writes:
         self._added.clear()
         self._ended.clear()
         self._outcomes.clear()
+        self._erased.clear()
 
     def flush(self) -> None:
         """Write the collected rows. Raises `ValueError` if a job with one of the new ids exists."""
@@ -114,6 +118,9 @@ class Writes:
         if self._outcomes:
             self.db.executemany(QUERIES["add_outcome"], self._outcomes)
             self._outcomes.clear()
+        if self._erased:
+            self._execute_guarded(QUERIES["erase_secrets"], self._erased)
+            self._erased.clear()
 
     def _insert_jobs(self) -> None:
         jobs = [_job_row(seq, lane, job) for seq, (lane, job) in self._added.items()]
@@ -165,11 +172,13 @@ class Writes:
             lane = self._active.lanes.get(key) or self._add_lane(key, job)
             limits = float(job.timeout), float(job.max_exec_time)
             call = job.host, job.procedure, job.arguments, *limits, job.queue, job.info
-            submitter = job.start_within, None, job.owner, job.max_running
+            submitter = job.start_within, None, job.owner, job.max_running, job.secrets
             queued = Job(job.id, State.QUEUED, *call, now, None, None, None, 0, False, None, *submitter)
             seq = self._active.add_queued(lane, job.owner)
             lane.waits_until = min(lane.waits_until, now + job.start_within)
             self._added[seq] = lane, queued
+            if job.secrets is not None:
+                self._with_secrets.add(seq)
             if job.end is not None:
                 ended = ActiveJob(job.id, seq, lane, job.owner)
                 self._end(ended, job.end, now, None, False, NO_METADATA)
@@ -474,7 +483,15 @@ class Writes:
         self._remove_lane_if_empty(job.lane)
         job.state = state_of(end)
         self._ended.append((job.state, now, stop, keep_slot, job.seq))
+        if not keep_slot:
+            self._erase_secrets(job.seq)
         self._add_outcome(job.seq, encode_end_body(end), metadata)
+
+    def _erase_secrets(self, seq: int) -> None:
+        """Erase the secret arguments of a job whose call sends nothing more that they would be masked in."""
+        if seq in self._with_secrets:
+            self._with_secrets.remove(seq)
+            self._erased.append((seq,))
 
     def _add_outcome(self, seq: int, body: bytes | None, metadata: JobMetadata) -> None:
         if body is not None or metadata != NO_METADATA:
@@ -496,6 +513,7 @@ class Writes:
         if not keep_slot:
             self._active.release_slot(job)
             self._remove_lane_if_empty(job.lane)
+            self._erase_secrets(job.seq)
         self._add_outcome(job.seq, None, metadata)
         return True
 
@@ -631,6 +649,7 @@ def _call_row(seq: int, job: Job) -> tuple[Any, ...]:
         job.info,
         job.start_within,
         job.max_running,
+        job.secrets,
     )
 
 

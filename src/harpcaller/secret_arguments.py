@@ -1,0 +1,245 @@
+"""Secret arguments: encrypted in the store, shown as ``"***"``, masked in what the call returns.
+
+A client marks values of a call's arguments by JSON pointers (RFC 6901). `SecretKeys.seal` replaces each by ``"***"``,
+and encrypts it with AES-256-GCM for one job; `SecretKeys.open` returns the arguments that the host receives. The plain
+values are in no file of the dispatcher: only in its memory, until the job has ended.
+
+Spec: docs/access.md, Secret arguments.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hmac
+import json
+import os
+import secrets
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from harp.protocol.ends import Failed, Raised, Returned
+from harp.protocol.harpd import ExitInfo, Message, StopReport
+from harp.protocol.json_text import InvalidJSON, Raw, dumps, loads
+from harp.protocol.schema import ProtocolError
+from harp_daemon.settings import ConfigError
+from harp_daemon.sliced_json import decode_slices, slice_elements
+from harpcaller.config import Config
+
+MASK = Raw(b'"***"')  #: The text in place of a secret value.
+#: A text of fewer characters is not masked in results: it would also be found where it is no secret.
+MIN_MASKED = 4
+_ID_BYTES, _NONCE_BYTES, _KEY_BYTES = 8, 12, 32
+
+
+class CannotDecrypt(Exception):
+    """The secret arguments of a job cannot be decrypted; the message says why, and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Key:
+    id: bytes
+    value: bytes = field(repr=False)
+
+
+class SecretKeys:
+    """The keys of a key file. The first one encrypts; all decrypt, so that a new key can be added in front."""
+
+    def __init__(self, file: Path, keys: Sequence[_Key]) -> None:
+        # Only a dispatcher with a key file needs the package, whose import costs 50 ms.
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+        self.file = file
+        self._first = keys[0]
+        self._ciphers = {key.id: AESGCM(key.value) for key in keys}
+
+    def seal(self, job_id: str, arguments: Raw, pointers: Sequence[str]) -> tuple[Raw, bytes]:
+        """Return arguments with masks in place of the values at JSON pointers, and the encrypted values.
+
+        Raises `ProtocolError` if a pointer leads to no value, or into another secret value.
+        """
+        values: dict[str, str] = {}
+        masked = arguments
+        for pointer in pointers:
+            masked, value = _replace(masked, pointer, MASK)
+            values[pointer] = value.decode()
+        if any(pointer.startswith(f"{other}/") for pointer in values for other in values):
+            raise ProtocolError("secrets: a pointer leads into another secret value")
+        nonce = secrets.token_bytes(_NONCE_BYTES)
+        text = json.dumps(values).encode()
+        return masked, self._first.id + nonce + self._ciphers[self._first.id].encrypt(nonce, text, job_id.encode())
+
+    def open(self, job_id: str, masked: Raw, sealed: bytes) -> tuple[Raw, tuple[bytes, ...]]:
+        """Return the arguments of a job with its secret values, and the texts to mask. Raises `CannotDecrypt`."""
+        from cryptography.exceptions import InvalidTag
+
+        key_id, nonce = sealed[:_ID_BYTES], sealed[_ID_BYTES : _ID_BYTES + _NONCE_BYTES]
+        cipher = self._ciphers.get(key_id)
+        if cipher is None:
+            raise CannotDecrypt(f"{self.file} has no key {key_id.hex()} any more; add it again, after the first line")
+        try:
+            text = cipher.decrypt(nonce, sealed[_ID_BYTES + _NONCE_BYTES :], job_id.encode())
+        except InvalidTag as error:
+            raise CannotDecrypt(f"the stored value does not match key {key_id.hex()} of {self.file}") from error
+        arguments, texts = masked, set[bytes]()
+        for pointer, value in json.loads(text).items():
+            arguments, _ = _replace(arguments, pointer, Raw(value.encode()))
+            texts.update(_texts_to_mask(loads(value.encode())))
+        return arguments, tuple(sorted(texts, key=len, reverse=True))
+
+    def digest(self, text: bytes) -> bytes:
+        """Return a digest of a call's text that says nothing about its secret values without the first key."""
+        return hmac.digest(self._first.value, b"digest of a call\0" + text, "sha256")[:16]
+
+
+def mask_texts(payload: Raw, texts: Sequence[bytes]) -> Raw:
+    """Return a payload in which each of these texts, of the strings of secret values, is masked."""
+    masked = bytes(payload)
+    for text in texts:
+        masked = masked.replace(text, b"***")
+    return payload if masked == payload else Raw(masked)
+
+
+def mask_message(message: Message, texts: Sequence[bytes]) -> Message:
+    """Return a message of a host in which each of these texts is masked."""
+    match message:
+        case Returned(result):
+            return Returned(mask_texts(Raw(result), texts))
+        case Raised() | Failed():
+            data = None if message.data is None else mask_texts(Raw(message.data), texts)
+            return replace(message, message=_mask_string(message.message, texts), data=data)
+        case ExitInfo(data) | StopReport(data):
+            return type(message)(mask_texts(Raw(data), texts))
+    return message
+
+
+def _mask_string(text: str, texts: Sequence[bytes]) -> str:
+    return str(loads(mask_texts(dumps(text), texts)))
+
+
+def _texts_to_mask(value: Any) -> Iterator[bytes]:
+    """Yield the texts of the strings in a value as JSON encoders write them, also those of their `repr`."""
+    match value:
+        case str() if len(value) >= MIN_MASKED:
+            for text in (value, repr(value)[1:-1]):
+                yield json.dumps(text)[1:-1].encode()
+                yield json.dumps(text, ensure_ascii=False)[1:-1].encode("utf-8", "surrogatepass")
+        case list():
+            for element in value:
+                yield from _texts_to_mask(element)
+        case dict():
+            for element in value.values():
+                yield from _texts_to_mask(element)
+
+
+def _replace(text: Raw, pointer: str, value: Raw) -> tuple[Raw, Raw]:
+    """Return a JSON text with another value at a pointer, and the value that was there.
+
+    Only the objects and arrays on the way are written anew; the text of all other values stays as it is.
+    """
+    if not pointer.startswith("/"):
+        raise ProtocolError(f"secrets: expected a JSON pointer such as /password, got {_shorten(pointer)}")
+    steps = [step.replace("~1", "/").replace("~0", "~") for step in pointer[1:].split("/")]
+    try:
+        return _replace_at(text, steps, value)
+    except InvalidJSON as error:
+        raise ProtocolError(f"secrets: cannot follow {_shorten(pointer)}: {error}") from error
+    except KeyError as error:
+        raise ProtocolError(f"secrets: the arguments have no value at {_shorten(pointer)}") from error
+
+
+def _replace_at(text: bytes, steps: Sequence[str], value: Raw) -> tuple[Raw, Raw]:
+    if not steps:
+        return value, Raw(text)
+    step, *further = steps
+    if text.startswith(b"{"):
+        members = {name: bytes(member) for name, member in decode_slices(text).items()}
+        members[step], found = _replace_at(members[step], further, value)
+        return Raw(b"{%b}" % b",".join([b"%b:%b" % (dumps(name), member) for name, member in members.items()])), found
+    elements = list(slice_elements(text)) if text.startswith(b"[") else []
+    index = {str(number): number for number in range(len(elements))}[step]
+    elements[index], found = _replace_at(elements[index], further, value)
+    return Raw(b"[%b]" % b",".join(elements)), found
+
+
+# The key file.
+
+
+def read_key_file(config: Config) -> SecretKeys | None:
+    """Return the keys of a configuration, None without a key file. Raises `ConfigError`."""
+    if config.secrets_key_file is None:
+        return None
+    try:
+        return load_keys(config.secrets_key_file)
+    except ConfigError as error:
+        raise ConfigError(f"{config.file}: secrets_key_file: {error}") from error
+
+
+def load_keys(file: Path) -> SecretKeys:
+    """Read a key file: a line ``ID KEY`` for each key, hexadecimal and Base64. Raises `ConfigError`."""
+    keys: dict[bytes, _Key] = {}
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        with open(descriptor, encoding="ascii") as opened:
+            status = os.fstat(descriptor)
+            if status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+                raise ConfigError(f"{file}: others may read it; run: chmod 600 {file}")
+            lines = opened.read().splitlines()
+    except UnicodeError as error:
+        raise ConfigError(f"{file}: not a file of keys: not ASCII") from error
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}") from error
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            key = _parse_key(line)
+            if key is None:
+                raise ConfigError(f"{file}:{number}: expected ID KEY, as harpcallerd secrets-key writes them")
+            if key.id in keys:
+                raise ConfigError(f"{file}:{number}: key {key.id.hex()} is repeated; remove one of its lines")
+            keys[key.id] = key
+    if not keys:
+        raise ConfigError(f"{file}: has no key; run: harpcallerd secrets-key {file}")
+    try:
+        return SecretKeys(file, list(keys.values()))
+    except ImportError as error:
+        raise ConfigError(f"{file}: needs the package cryptography; run: pip install 'harpcaller[secrets]'") from error
+
+
+def add_key(file: Path) -> str:
+    """Add a new key in front of those of a key file, which is created if it does not exist; return the key's id.
+
+    Raises `ConfigError` if the file is not one of keys, and `OSError`.
+    """
+    lines = ""
+    if file.exists():
+        load_keys(file)
+        lines = file.read_text("ascii")
+    key_id = secrets.token_hex(_ID_BYTES)
+    new_file = file.with_name(f"{file.name}.new")
+    new_file.unlink(missing_ok=True)
+    descriptor = os.open(new_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    with open(descriptor, "w", encoding="ascii") as opened:
+        opened.write(f"{key_id} {base64.b64encode(secrets.token_bytes(_KEY_BYTES)).decode()}\n{lines}")
+        opened.flush()
+        os.fsync(descriptor)
+        if file.exists():
+            status = file.stat()
+            os.fchown(descriptor, status.st_uid, status.st_gid)
+    new_file.rename(file)
+    return key_id
+
+
+def _parse_key(line: str) -> _Key | None:
+    try:
+        id_text, value_text = line.split()
+        key = _Key(bytes.fromhex(id_text), base64.b64decode(value_text, validate=True))
+    except (ValueError, binascii.Error):
+        return None
+    return key if (len(key.id), len(key.value)) == (_ID_BYTES, _KEY_BYTES) else None
+
+
+def _shorten(pointer: str) -> str:
+    return repr(pointer if len(pointer) <= 100 else f"{pointer[:100]}...")

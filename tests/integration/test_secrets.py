@@ -1,0 +1,236 @@
+"""Secret arguments in the whole system: the plain text reaches the procedure, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harpcaller.secret_arguments import add_key
+from support.deadline import wait_until
+from support.harpcallerd import Harpcallerd
+from support.system import DEADLINE, System, running
+
+SECRET = 'hün"ter2 corréct\\horse'
+PROCEDURES = """
+import os, sys, time
+from harpd.proc import procedure, streaming_procedure
+
+@procedure()
+def check(user, password):
+    return [user, len(password), password.startswith("hün")]
+
+@procedure()
+def leak(password):
+    return {"password": password}
+
+@procedure()
+def loud(password):
+    print("the password is", password, flush=True)
+
+@procedure()
+def fail(password):
+    int(password)
+
+@streaming_procedure()
+def records(password, go):
+    yield {"got": password}
+    while not os.path.exists(go):
+        time.sleep(0.02)
+    yield [password, 2]
+    return password
+
+@procedure()
+def crash(password):
+    os.kill(os.getpid(), 9)
+
+@procedure(timeout=60)
+def wait(password, go):
+    while not os.path.exists(go):
+        time.sleep(0.02)
+    return "done with " + password
+"""
+
+
+@pytest.fixture
+def system(tmp_path: Path) -> Iterator[System]:
+    key_file = tmp_path / "keys"
+    add_key(key_file)
+    settings = {"secrets_key_file": str(key_file), "log_level": "debug"}
+    with running(tmp_path, PROCEDURES, dispatcher=settings, names=("web01", "web02")) as found:
+        yield found
+
+
+def submit(dispatcher: Harpcallerd, procedure: str, arguments: Any, secrets: list[str], **options: Any) -> str:
+    (reply,) = dispatcher.ask(host="web01", procedure=procedure, arguments=arguments, secrets=secrets, **options)
+    return str(reply["job_id"])
+
+
+def files_with(secret: str, directory: Path) -> list[str]:
+    """Return which files have the text in any form, of all of both daemons: state, store, logs, configuration."""
+    files = [file for file in directory.rglob("*") if file.is_file() and file.name != "procedures.py"]
+    assert any(file.name == "harpcaller.sqlite" for file in files)
+    return [f"{file}: {form!r}" for file in files for form in forms(secret) if form in file.read_bytes()]
+
+
+def of_processes() -> bytes:
+    """Return the command lines and the environments of all processes."""
+    texts = []
+    for process in Path("/proc").glob("[0-9]*"):
+        for name in ("cmdline", "environ"):
+            try:
+                texts.append((process / name).read_bytes())
+            except OSError:  # it has ended
+                continue
+    return b"\n".join(texts)
+
+
+def forms(secret: str) -> list[bytes]:
+    """Return how the text may be written: as it is, as `repr`, as JSON."""
+    texts = secret, repr(secret)[1:-1]
+    as_json = [json.dumps(text, ensure_ascii=ascii_only)[1:-1] for text in texts for ascii_only in (True, False)]
+    return [text.encode() for text in [*texts, *as_json]]
+
+
+def test_secret_reaches_the_procedure_and_nothing_else(system: System, tmp_path: Path) -> None:
+    dispatcher, go = system.dispatcher, tmp_path / "go"
+    replies: list[Any] = []
+
+    def ask(**request: Any) -> list[Any]:
+        received = dispatcher.ask(**request)
+        replies.append(received)
+        return received
+
+    jobs = {
+        "check": submit(dispatcher, "check", ["a", SECRET], ["/1"]),
+        "leak": submit(dispatcher, "leak", {"password": SECRET}, ["/password"]),
+        "fail": submit(dispatcher, "fail", [SECRET], ["/0"]),
+        "crash": submit(dispatcher, "crash", [SECRET], ["/0"], request_id="crash"),
+        "records": submit(dispatcher, "records", [SECRET, str(go)], ["/0"]),
+        "wait": submit(dispatcher, "wait", [SECRET, str(go)], ["/0"], queue={"name": {"q": 1}}),
+        "queued": submit(dispatcher, "wait", [SECRET, str(go)], ["/0"], queue={"name": {"q": 1}}),
+        "cancelled": submit(dispatcher, "wait", [SECRET, str(go)], ["/0"], queue={"name": {"q": 1}}),
+    }
+    assert submit(dispatcher, "crash", [SECRET], ["/0"], request_id="crash") == jobs["crash"]
+    assert ask(get_result=jobs["check"]) == [{"result": ["a", len(SECRET), True]}]
+    assert ask(get_result=jobs["leak"]) == [{"result": {"password": "***"}}]
+    (failed,) = ask(get_result=jobs["fail"])
+    assert failed["exception"]["type"] == "ValueError"
+    assert failed["exception"]["message"] == "invalid literal for int() with base 10: '***'"
+    ask(get_result=jobs["crash"])
+    wait_until(lambda: "packet" in dispatcher.ask(read_stream=jobs["records"])[0], DEADLINE, "a record")
+    assert of_processes().find(SECRET.encode()) < 0
+    dispatcher.kill()
+    assert files_with(SECRET, tmp_path) == []
+    dispatcher.start()
+    assert ask(cancel=jobs["cancelled"]) == [{"cancelled": True}]
+    go.touch()
+    assert ask(get_result=jobs["records"]) == [{"result": "***"}]
+    assert [line["data"] for line in ask(read_stream=jobs["records"], since=0)[:-1]] == [{"got": "***"}, ["***", 2]]
+    assert ask(get_result=jobs["wait"]) == [{"result": "done with ***"}]
+    assert ask(get_result=jobs["queued"]) == [{"result": "done with ***"}]
+    for job in jobs.values():
+        ask(get_status=job)
+        ask(get_details=job)
+    listed = [dispatcher.listed("list", "--all"), *(dispatcher.listed("info", "--full", job) for job in jobs.values())]
+    texts = json.dumps([replies, listed], ensure_ascii=False), json.dumps([replies, listed])
+    for form in forms(SECRET):
+        for text in texts:
+            assert form not in text.encode()
+        assert form not in "\n".join(system.log_lines()).encode()
+    assert files_with(SECRET, tmp_path) == []
+    assert dispatcher.ask(get_status=jobs["check"])[0]["call"]["arguments"] == ["a", "***"]
+
+
+def test_secret_in_printed_output_is_masked_by_the_dispatcher(system: System) -> None:
+    """The log of harpd has the output of procedures as it is: harpd does not know which values are secret."""
+    job = submit(system.dispatcher, "loud", [SECRET], ["/0"])
+    assert system.dispatcher.ask(get_result=job) == [{"result": None}]
+    (reply,) = system.dispatcher.ask(get_details=job)
+    assert "the password is ***" in json.dumps(reply)
+    assert files_with(SECRET, system.dispatcher.directory) == []
+
+
+def test_ciphertext_is_erased_when_the_job_ends(system: System, tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    job = submit(system.dispatcher, "wait", [SECRET, str(go)], ["/0"])
+
+    def stored() -> int:
+        with closing(sqlite3.connect(system.dispatcher.store_directory / "harpcaller.sqlite")) as db:
+            return int(db.execute("SELECT count(*) FROM calls WHERE secrets IS NOT NULL").fetchone()[0])
+
+    assert stored() == 1
+    go.touch()
+    assert system.dispatcher.ask(get_result=job) == [{"result": "done with ***"}]
+    wait_until(lambda: stored() == 0, DEADLINE, "the erasure")
+
+
+def test_jobs_of_a_key_that_was_removed_fail_with_the_reason(system: System, tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    queue = {"name": {"q": 1}}
+    first = submit(system.dispatcher, "wait", [SECRET, str(go)], ["/0"], queue=queue)
+    second = submit(system.dispatcher, "wait", [SECRET, str(go)], ["/0"], queue=queue)
+    key_file = tmp_path / "keys"
+    key_file.unlink()
+    add_key(key_file)
+    system.dispatcher.reload()
+    go.touch()
+    assert system.dispatcher.ask(get_result=first) == [{"result": "done with ***"}]
+    (failed,) = system.dispatcher.ask(get_result=second)
+    assert failed["error"]["type"] == "secrets_unavailable"
+    assert f"{key_file} has no key" in failed["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "secrets", "reason"),
+    [
+        ([SECRET], ["/1"], "no value at '/1'"),
+        ([SECRET], ["x"], "expected a JSON pointer"),
+        ([SECRET], "x", "expected an array of at most 100 JSON pointers"),
+        ([SECRET], ["/0"] * 101, "expected an array of at most 100 JSON pointers"),
+    ],
+)
+def test_wrong_pointers_are_refused_and_store_nothing(
+    system: System, tmp_path: Path, arguments: Any, secrets: Any, reason: str
+) -> None:
+    call = {"host": "web01", "procedure": "check", "arguments": arguments, "secrets": secrets}
+    for request in (call, {"submit_many": [call]}):
+        (reply,) = system.dispatcher.ask(**request)
+        assert reply["error"]["type"] == "invalid_request"
+        assert reason in reply["error"]["message"]
+        assert SECRET not in reply["error"]["message"]
+    assert system.dispatcher.listed("list", "--all") == []
+
+
+def test_secrets_without_keys_are_refused_and_store_nothing(tmp_path: Path) -> None:
+    with Harpcallerd(tmp_path / "dispatcher") as dispatcher:
+        call = {"host": "web01", "procedure": "check", "arguments": ["a", SECRET], "secrets": ["/1"]}
+        for request in (call, {"submit_many": [call]}):
+            (reply,) = dispatcher.ask(**request)
+            assert reply["error"]["type"] == "invalid_request"
+            assert "set secrets_key_file" in reply["error"]["message"]
+        assert dispatcher.listed("list", "--all") == []
+    assert files_with(SECRET, tmp_path) == []
+
+
+def test_many_calls_with_secrets_are_staged_encrypted(system: System, tmp_path: Path) -> None:
+    calls = [
+        {
+            "host": "web02",
+            "procedure": "check",
+            "arguments": [n, SECRET],
+            "secrets": ["/1"],
+            "queue": {"name": {"q": 2}},
+        }
+        for n in range(600)
+    ]
+    (reply,) = system.dispatcher.ask(submit_many=calls)
+    last = reply["job_ids"][-1]
+    assert system.dispatcher.ask(get_status=last)[0]["call"]["arguments"] == [599, "***"]
+    assert files_with(SECRET, tmp_path) == []
+    system.dispatcher.control("queue-cancel", '{"q": 2}')

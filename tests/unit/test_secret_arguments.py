@@ -1,0 +1,173 @@
+"""Secret arguments: masks, encryption for one job, key files."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harp.protocol.json_text import Raw
+from harp.protocol.schema import ProtocolError
+from harp_daemon.settings import ConfigError
+from harpcaller.secret_arguments import CannotDecrypt, SecretKeys, add_key, load_keys, mask_texts
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> SecretKeys:
+    file = tmp_path_factory.mktemp("keys") / "keys"
+    add_key(file)
+    return load_keys(file)
+
+
+CASES = [
+    (b'{"user": "a", "password":"hunter2"}', ["/password"], b'{"user":"a","password":"***"}'),
+    (b'[1.0, 1e400, {"k": [ "x", 2 ]}]', ["/2/k/0"], b'[1.0,1e400,{"k":["***",2]}]'),
+    (b'["a", {"b": 1}]', ["/0", "/1"], b'["***","***"]'),
+    (
+        b'{"a/b": 1, "m~n": 2, "": 3, "~1": 4}',
+        ["/a~1b", "/m~0n", "/", "/~01"],
+        b'{"a/b":"***","m~n":"***","":"***","~1":"***"}',
+    ),
+    ('{"é": "ü", "b": "\\ud800"}'.encode(), ["/b"], '{"é":"ü","b":"***"}'.encode()),
+]
+
+
+@pytest.mark.parametrize(("arguments", "pointers", "masked"), CASES)
+def test_seal_masks_the_values_and_open_returns_them(
+    keys: SecretKeys, arguments: bytes, pointers: list[str], masked: bytes
+) -> None:
+    sealed_arguments, sealed = keys.seal("job 1", Raw(arguments), pointers)
+    assert json.loads(sealed_arguments) == json.loads(masked)
+    opened, _ = keys.open("job 1", sealed_arguments, sealed)
+    assert json.loads(opened) == json.loads(arguments)
+    assert opened.count(b"1e400") == arguments.count(b"1e400"), "numbers keep their text"
+    assert b"hunter2" not in sealed + sealed_arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pointers", "reason"),
+    [
+        (b'{"a": 1}', ["/b"], "no value at '/b'"),
+        (b'{"a": 1}', ["a"], "expected a JSON pointer such as /password, got 'a'"),
+        (b'{"a": 1}', [""], "expected a JSON pointer"),
+        (b"[1]", ["/1"], "no value at '/1'"),
+        (b"[1]", ["/-1"], "no value at '/-1'"),
+        (b"[1]", ["/x"], "no value at '/x'"),
+        (b'[{"a": 1}]', ["/0/a/b"], "no value at '/0/a/b'"),
+        (b'{"a": 1, "a": 2}', ["/a"], "repeated key"),
+        (b'{"a": {"b": 1}}', ["/a/b", "/a"], "into another secret value"),
+        (b"[1]", ["/" + "9" * 5000], "no value at '/9999"),
+    ],
+)
+def test_seal_refuses_pointers_without_a_value(
+    keys: SecretKeys, arguments: bytes, pointers: list[str], reason: str
+) -> None:
+    with pytest.raises(ProtocolError, match=reason) as raised:
+        keys.seal("job 1", Raw(arguments), pointers)
+    assert len(raised.value.message) < 300
+
+
+PAYLOADS = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda children: st.lists(children, max_size=4) | st.dictionaries(st.text(max_size=5), children, max_size=4),
+    max_leaves=20,
+)
+
+
+def pointers_in(value: Any, path: str = "") -> list[str]:
+    children = enumerate(value) if isinstance(value, list) else value.items() if isinstance(value, dict) else ()
+    found = []
+    for name, child in children:
+        pointer = f"{path}/{str(name).replace('~', '~0').replace('/', '~1')}"
+        found += [pointer, *pointers_in(child, pointer)]
+    return found
+
+
+@given(arguments=st.lists(PAYLOADS, max_size=4) | st.dictionaries(st.text(max_size=5), PAYLOADS), data=st.data())
+def test_sealed_arguments_are_opened_unchanged(keys: SecretKeys, arguments: Any, data: st.DataObject) -> None:
+    text = Raw(json.dumps(arguments, ensure_ascii=data.draw(st.booleans())).encode("utf-8", "surrogatepass"))
+    every = pointers_in(arguments)
+    chosen = data.draw(st.lists(st.sampled_from(every), unique=True, max_size=3)) if every else []
+    pointers = [one for one in chosen if not any(one.startswith(f"{other}/") for other in chosen)]
+    masked, sealed = keys.seal("job", text, pointers)
+    assert json.loads(keys.open("job", masked, sealed)[0]) == arguments
+
+
+def test_sealed_values_open_for_their_job_only(keys: SecretKeys) -> None:
+    masked, sealed = keys.seal("job 1", Raw(b'["secret"]'), ["/0"])
+    assert keys.seal("job 1", Raw(b'["secret"]'), ["/0"])[1] != sealed
+    with pytest.raises(CannotDecrypt, match="does not match key"):
+        keys.open("job 2", masked, sealed)
+    with pytest.raises(CannotDecrypt, match="does not match key"):
+        keys.open("job 1", masked, sealed[:-1] + bytes([sealed[-1] ^ 1]))
+
+
+def test_new_key_in_front_opens_what_an_older_one_sealed(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    first_id = add_key(file)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    masked, sealed = load_keys(file).seal("job", Raw(b'["secret"]'), ["/0"])
+    add_key(file)
+    assert load_keys(file).open("job", masked, sealed)[0] == b'["secret"]'
+    file.write_text(file.read_text().splitlines()[0])
+    with pytest.raises(CannotDecrypt, match=f"has no key {first_id} any more; add it again"):
+        load_keys(file).open("job", masked, sealed)
+
+
+@pytest.mark.parametrize(
+    ("content", "mode", "reason"),
+    [
+        ("", 0o600, "has no key; run: harpcallerd secrets-key"),
+        ("abc", 0o600, ":1: expected ID KEY"),
+        ("00 AAAA", 0o600, ":1: expected ID KEY"),
+        ("ü", 0o600, "not ASCII"),
+        ("", 0o640, "others may read it; run: chmod 600"),
+    ],
+)
+def test_mistakes_of_a_key_file_are_reported(tmp_path: Path, content: str, mode: int, reason: str) -> None:
+    file = tmp_path / "keys"
+    file.write_text(content)
+    file.chmod(mode)
+    with pytest.raises(ConfigError, match=reason):
+        load_keys(file)
+    if mode == 0o600 and content:
+        with pytest.raises(ConfigError, match=reason):
+            add_key(file)
+        assert file.read_text() == content, "a file of something else is not overwritten"
+
+
+def test_key_file_repeated_missing_or_a_link_is_refused(tmp_path: Path) -> None:
+    file, link = tmp_path / "keys", tmp_path / "link"
+    with pytest.raises(ConfigError, match="No such file"):
+        load_keys(file)
+    add_key(file)
+    link.symlink_to(file)
+    with pytest.raises(ConfigError, match="symbolic links"):
+        load_keys(link)
+    file.write_text(file.read_text() * 2)
+    with pytest.raises(ConfigError, match=r":2: key .* is repeated"):
+        load_keys(file)
+
+
+def test_texts_of_secret_strings_are_masked(keys: SecretKeys) -> None:
+    value = {"p": 'hünter"2', "list": ["hunter2", "abc", 12345]}
+    masked, sealed = keys.seal("job", Raw(json.dumps([value]).encode()), ["/0"])
+    _, texts = keys.open("job", masked, sealed)
+    for ascii_only in (True, False):
+        payload = json.dumps({"error": 'bad hünter"2 and hunter2; abc 12345'}, ensure_ascii=ascii_only)
+        assert json.loads(mask_texts(Raw(payload.encode()), texts)) == {"error": "bad *** and ***; abc 12345"}
+    unchanged = Raw(b'["other"]')
+    assert mask_texts(unchanged, texts) is unchanged
+
+
+def test_digest_depends_on_the_key(keys: SecretKeys, tmp_path: Path) -> None:
+    add_key(tmp_path / "other")
+    digest = keys.digest(b"text")
+    assert digest == keys.digest(b"text")
+    assert digest != load_keys(tmp_path / "other").digest(b"text")
+    assert digest != keys.digest(b"text2")
