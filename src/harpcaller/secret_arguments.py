@@ -16,27 +16,32 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from harp.protocol.ends import Failed, Raised, Returned
 from harp.protocol.harpd import ExitInfo, Message, StopReport
-from harp.protocol.json_text import InvalidJSON, Raw, dumps, loads
+from harp.protocol.json_text import Raw, dumps, loads
 from harp.protocol.schema import ProtocolError
+from harp_daemon.secret_values import MASK, MAX_ARGUMENTS, MAX_TEXTS, find_texts, forms_of, mask_texts, replace_value
 from harp_daemon.settings import ConfigError
-from harp_daemon.sliced_json import decode_slices, slice_elements
 from harpcaller.config import Config
 
-MASK = Raw(b'"***"')  #: The text in place of a secret value.
-#: A text of fewer characters is not masked in results: it would also be found where it is no secret.
-MIN_MASKED = 4
 _ID_BYTES, _NONCE_BYTES, _KEY_BYTES = 8, 12, 32
 
 
 class CannotDecrypt(Exception):
     """The secret arguments of a job cannot be decrypted; the message says why, and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedArguments:
+    """The arguments of a job as the host receives them."""
+
+    arguments: Raw = field(repr=False)
+    pointers: tuple[str, ...] = ()  #: JSON pointers to the secret values.
+    texts: tuple[bytes, ...] = field(default=(), repr=False)  #: Texts that are masked in what the call sends.
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,21 +64,25 @@ class SecretKeys:
     def seal(self, job_id: str, arguments: Raw, pointers: Sequence[str]) -> tuple[Raw, bytes]:
         """Return arguments with masks in place of the values at JSON pointers, and the encrypted values.
 
-        Raises `ProtocolError` if a pointer leads to no value, or into another secret value.
+        Raises `ProtocolError` if a pointer leads to no value, or into another secret value, or above a limit.
         """
+        if len(arguments) > MAX_ARGUMENTS:
+            raise ProtocolError(f"secrets: arguments with secret values may have at most {MAX_ARGUMENTS} bytes")
         values: dict[str, str] = {}
         masked = arguments
         for pointer in pointers:
-            masked, value = _replace(masked, pointer, MASK)
+            masked, value = replace_value(masked, pointer, MASK)
             values[pointer] = value.decode()
         if any(pointer.startswith(f"{other}/") for pointer in values for other in values):
             raise ProtocolError("secrets: a pointer leads into another secret value")
+        if len(find_texts([value.encode() for value in values.values()])) > MAX_TEXTS:
+            raise ProtocolError(f"secrets: the secret values have more than {MAX_TEXTS} texts or lines")
         nonce = secrets.token_bytes(_NONCE_BYTES)
         text = json.dumps(values).encode()
         return masked, self._first.id + nonce + self._ciphers[self._first.id].encrypt(nonce, text, job_id.encode())
 
-    def open(self, job_id: str, masked: Raw, sealed: bytes) -> tuple[Raw, tuple[bytes, ...]]:
-        """Return the arguments of a job with its secret values, and the texts to mask. Raises `CannotDecrypt`."""
+    def open(self, job_id: str, masked: Raw, sealed: bytes) -> OpenedArguments:
+        """Return the arguments of a job with its secret values. Raises `CannotDecrypt`."""
         from cryptography.exceptions import InvalidTag
 
         key_id, nonce = sealed[:_ID_BYTES], sealed[_ID_BYTES : _ID_BYTES + _NONCE_BYTES]
@@ -84,85 +93,38 @@ class SecretKeys:
             text = cipher.decrypt(nonce, sealed[_ID_BYTES + _NONCE_BYTES :], job_id.encode())
         except InvalidTag as error:
             raise CannotDecrypt(f"the stored value does not match key {key_id.hex()} of {self.file}") from error
-        arguments, texts = masked, set[bytes]()
-        for pointer, value in json.loads(text).items():
-            arguments, _ = _replace(arguments, pointer, Raw(value.encode()))
-            texts.update(_texts_to_mask(loads(value.encode())))
-        return arguments, tuple(sorted(texts, key=len, reverse=True))
+        arguments, values = masked, json.loads(text)
+        for pointer, value in values.items():
+            arguments, _ = replace_value(arguments, pointer, Raw(value.encode()))
+        return OpenedArguments(
+            arguments, tuple(values), forms_of(find_texts([value.encode() for value in values.values()]))
+        )
 
     def digest(self, text: bytes) -> bytes:
         """Return a digest of a call's text that says nothing about its secret values without the first key."""
         return hmac.digest(self._first.value, b"digest of a call\0" + text, "sha256")[:16]
 
 
-def mask_texts(payload: Raw, texts: Sequence[bytes]) -> Raw:
-    """Return a payload in which each of these texts, of the strings of secret values, is masked."""
-    masked = bytes(payload)
-    for text in texts:
-        masked = masked.replace(text, b"***")
-    return payload if masked == payload else Raw(masked)
-
-
 def mask_message(message: Message, texts: Sequence[bytes]) -> Message:
     """Return a message of a host in which each of these texts is masked."""
     match message:
         case Returned(result):
-            return Returned(mask_texts(Raw(result), texts))
+            return Returned(mask_payload(Raw(result), texts))
         case Raised() | Failed():
-            data = None if message.data is None else mask_texts(Raw(message.data), texts)
+            data = None if message.data is None else mask_payload(Raw(message.data), texts)
             return replace(message, message=_mask_string(message.message, texts), data=data)
         case ExitInfo(data) | StopReport(data):
-            return type(message)(mask_texts(Raw(data), texts))
+            return type(message)(mask_payload(Raw(data), texts))
     return message
+
+
+def mask_payload(payload: Raw, texts: Sequence[bytes]) -> Raw:
+    """Return a payload in which each of these texts is masked."""
+    return Raw(mask_texts(payload, texts))
 
 
 def _mask_string(text: str, texts: Sequence[bytes]) -> str:
     return str(loads(mask_texts(dumps(text), texts)))
-
-
-def _texts_to_mask(value: Any) -> Iterator[bytes]:
-    """Yield the texts of the strings in a value as JSON encoders write them, also those of their `repr`."""
-    match value:
-        case str() if len(value) >= MIN_MASKED:
-            for text in (value, repr(value)[1:-1]):
-                yield json.dumps(text)[1:-1].encode()
-                yield json.dumps(text, ensure_ascii=False)[1:-1].encode("utf-8", "surrogatepass")
-        case list():
-            for element in value:
-                yield from _texts_to_mask(element)
-        case dict():
-            for element in value.values():
-                yield from _texts_to_mask(element)
-
-
-def _replace(text: Raw, pointer: str, value: Raw) -> tuple[Raw, Raw]:
-    """Return a JSON text with another value at a pointer, and the value that was there.
-
-    Only the objects and arrays on the way are written anew; the text of all other values stays as it is.
-    """
-    if not pointer.startswith("/"):
-        raise ProtocolError(f"secrets: expected a JSON pointer such as /password, got {_shorten(pointer)}")
-    steps = [step.replace("~1", "/").replace("~0", "~") for step in pointer[1:].split("/")]
-    try:
-        return _replace_at(text, steps, value)
-    except InvalidJSON as error:
-        raise ProtocolError(f"secrets: cannot follow {_shorten(pointer)}: {error}") from error
-    except KeyError as error:
-        raise ProtocolError(f"secrets: the arguments have no value at {_shorten(pointer)}") from error
-
-
-def _replace_at(text: bytes, steps: Sequence[str], value: Raw) -> tuple[Raw, Raw]:
-    if not steps:
-        return value, Raw(text)
-    step, *further = steps
-    if text.startswith(b"{"):
-        members = {name: bytes(member) for name, member in decode_slices(text).items()}
-        members[step], found = _replace_at(members[step], further, value)
-        return Raw(b"{%b}" % b",".join([b"%b:%b" % (dumps(name), member) for name, member in members.items()])), found
-    elements = list(slice_elements(text)) if text.startswith(b"[") else []
-    index = {str(number): number for number in range(len(elements))}[step]
-    elements[index], found = _replace_at(elements[index], further, value)
-    return Raw(b"[%b]" % b",".join(elements)), found
 
 
 # The key file.
@@ -239,7 +201,3 @@ def _parse_key(line: str) -> _Key | None:
     except (ValueError, binascii.Error):
         return None
     return key if (len(key.id), len(key.value)) == (_ID_BYTES, _KEY_BYTES) else None
-
-
-def _shorten(pointer: str) -> str:
-    return repr(pointer if len(pointer) <= 100 else f"{pointer[:100]}...")

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from harp.protocol.json_text import Raw
 from harp.protocol.schema import ProtocolError
+from harp_daemon.secret_values import MAX_ARGUMENTS, MAX_TEXTS, mask_texts, texts_at
 from harp_daemon.settings import ConfigError
-from harpcaller.secret_arguments import CannotDecrypt, SecretKeys, add_key, load_keys, mask_texts
+from harpcaller.secret_arguments import CannotDecrypt, SecretKeys, add_key, load_keys
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,9 @@ def test_seal_masks_the_values_and_open_returns_them(
 ) -> None:
     sealed_arguments, sealed = keys.seal("job 1", Raw(arguments), pointers)
     assert json.loads(sealed_arguments) == json.loads(masked)
-    opened, _ = keys.open("job 1", sealed_arguments, sealed)
+    found = keys.open("job 1", sealed_arguments, sealed)
+    opened = found.arguments
+    assert found.pointers == tuple(pointers)
     assert json.loads(opened) == json.loads(arguments)
     assert opened.count(b"1e400") == arguments.count(b"1e400"), "numbers keep their text"
     assert b"hunter2" not in sealed + sealed_arguments
@@ -95,7 +98,7 @@ def test_sealed_arguments_are_opened_unchanged(keys: SecretKeys, arguments: Any,
     chosen = data.draw(st.lists(st.sampled_from(every), unique=True, max_size=3)) if every else []
     pointers = [one for one in chosen if not any(one.startswith(f"{other}/") for other in chosen)]
     masked, sealed = keys.seal("job", text, pointers)
-    assert json.loads(keys.open("job", masked, sealed)[0]) == arguments
+    assert json.loads(keys.open("job", masked, sealed).arguments) == arguments
 
 
 def test_sealed_values_open_for_their_job_only(keys: SecretKeys) -> None:
@@ -113,7 +116,7 @@ def test_new_key_in_front_opens_what_an_older_one_sealed(tmp_path: Path) -> None
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     masked, sealed = load_keys(file).seal("job", Raw(b'["secret"]'), ["/0"])
     add_key(file)
-    assert load_keys(file).open("job", masked, sealed)[0] == b'["secret"]'
+    assert load_keys(file).open("job", masked, sealed).arguments == b'["secret"]'
     file.write_text(file.read_text().splitlines()[0])
     with pytest.raises(CannotDecrypt, match=f"has no key {first_id} any more; add it again"):
         load_keys(file).open("job", masked, sealed)
@@ -157,12 +160,29 @@ def test_key_file_repeated_missing_or_a_link_is_refused(tmp_path: Path) -> None:
 def test_texts_of_secret_strings_are_masked(keys: SecretKeys) -> None:
     value = {"p": 'hünter"2', "list": ["hunter2", "abc", 12345]}
     masked, sealed = keys.seal("job", Raw(json.dumps([value]).encode()), ["/0"])
-    _, texts = keys.open("job", masked, sealed)
+    texts = keys.open("job", masked, sealed).texts
     for ascii_only in (True, False):
         payload = json.dumps({"error": 'bad hünter"2 and hunter2; abc 12345'}, ensure_ascii=ascii_only)
         assert json.loads(mask_texts(Raw(payload.encode()), texts)) == {"error": "bad *** and ***; abc 12345"}
-    unchanged = Raw(b'["other"]')
-    assert mask_texts(unchanged, texts) is unchanged
+    assert mask_texts(b'["other"]', texts) == b'["other"]'
+
+
+def test_lines_of_a_secret_text_are_masked() -> None:
+    key = "-----BEGIN KEY-----\nMIIEvQIBADANBg\nkqhkiG9w0BAQ\nshort\n"
+    texts = texts_at(Raw(json.dumps({"key": key, "other": 1}).encode()), ["/key", "/missing", "wrong", "/other"])
+    assert mask_texts(b"read MIIEvQIBADANBg", texts) == b"read ***"
+    assert mask_texts(b"a short line", texts) == b"a short line"
+    assert mask_texts(repr(key).encode(), texts) == b"'***'"
+
+
+def test_secret_arguments_above_the_limits_are_refused(keys: SecretKeys) -> None:
+    long = Raw(json.dumps(["secret", "x" * MAX_ARGUMENTS]).encode())
+    with pytest.raises(ProtocolError, match=f"at most {MAX_ARGUMENTS} bytes"):
+        keys.seal("job", long, ["/0"])
+    many = Raw(json.dumps([[f"secret {n}" for n in range(MAX_TEXTS + 1)]]).encode())
+    with pytest.raises(ProtocolError, match=f"more than {MAX_TEXTS} texts"):
+        keys.seal("job", many, ["/0"])
+    assert texts_at(long, ["/0"]) == ()
 
 
 def test_digest_depends_on_the_key(keys: SecretKeys, tmp_path: Path) -> None:

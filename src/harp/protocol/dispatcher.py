@@ -95,14 +95,12 @@ def _are_strings(values: Any) -> bool:
     return isinstance(values, (list, tuple)) and all(isinstance(value, str) for value in values)
 
 
-#: Maximum number of secret values of a call.
-MAX_SECRETS = 100
-
-
 def _are_pointers(values: Any) -> bool:
     return _are_strings(values) and len(values) <= MAX_SECRETS
 
 
+#: Maximum number of secret values of a call.
+MAX_SECRETS = 20
 _SECRETS = Kind(_are_pointers, f"an array of at most {MAX_SECRETS} JSON pointers")
 _REQUEST_ID = Kind(is_request_id, f"1 to {MAX_REQUEST_ID} characters", is_text=True)
 

@@ -83,6 +83,10 @@ def _object_of(max_length: int) -> Kind:
 _ID, _TEXT, _NAMED = Kind(_is_id, "a UUID in lower case"), _text(200), _text(255)
 #: A feature that harpd announces in the list of calls: a start may have the member `caller`.
 CALLER = "caller"
+#: Another one: a start may have the member `secrets`.
+SECRETS = "secrets"
+#: Maximum number of secret values of a call.
+MAX_SECRETS = 20
 
 #: Members of terms. `_Text` is a name elsewhere: there, a value that is not a string has another error.
 _TermsText: TypeAlias = Annotated[str, _TEXT]
@@ -141,6 +145,13 @@ class Caller(WireObject):
     address: Annotated[str | None, _NAMED, Null.REJECTED] = None  # that of the client
 
 
+def _are_pointers(values: Any) -> bool:
+    return _are_texts(values) and len(values) <= MAX_SECRETS
+
+
+_SECRETS = Kind(_are_pointers, f"an array of at most {MAX_SECRETS} JSON pointers")
+
+
 class Request(WireObject):
     """Call a procedure. Without `call`, the call is bound to the connection."""
 
@@ -151,6 +162,7 @@ class Request(WireObject):
     call: Annotated[RequestedTerms | None, Null.REJECTED] = None
     keep_alive: _KeepAlive = False  # whether the connection is to wait for another request
     caller: Annotated[Caller | None, Null.REJECTED] = None
+    secrets: Annotated[Sequence[str] | None, _SECRETS] = None  # JSON pointers to values that are not logged
 
 
 class Attach(WireObject):
@@ -201,11 +213,14 @@ class StartEncoder:
         timeout: float,
         max_exec_time: float,
         caller: Caller | None = None,
+        secrets: Sequence[str] = (),
     ) -> bytes:
         """Return the line of a start with its line feed."""
         job = call_id.encode(), secret.encode(), dumps(timeout), dumps(max_exec_time)
         call = b'%b,"id":"%b","secret":"%b","timeout":%b,"max_exec_time":%b' % (self._terms, *job)
         of_job = b"" if caller is None else b',"caller":%b' % encode_object(caller)
+        if secrets:
+            of_job += b',"secrets":%b' % dumps(secrets)
         members = self._request, call, of_job, dumps(procedure), arguments
         return b'{"harp":1,%b,"call":{%b}%b,"procedure":%b,"arguments":%b}\n' % members
 

@@ -13,7 +13,7 @@ from functools import partial
 from typing import NamedTuple
 
 from harp.protocol.ends import Failed
-from harp.protocol.harpd import CALLER, CallList, ListCalls, Message, Phase, encode_request
+from harp.protocol.harpd import CALLER, SECRETS, CallList, ListCalls, Message, Phase, encode_request
 from harp.protocol.schema import ProtocolError
 from harp_daemon.timer_wheel import TimerWheel
 from harpcaller.config import Config
@@ -40,6 +40,7 @@ class HostSupport(NamedTuple):
     instance: str | None = None  # the supervisor's instance id, which a start must name; None: a legacy harpd
     keep_alive: bool = False
     caller: bool = False  # a start may say for whom it is
+    secrets: bool = False  # a start may say which values of its arguments are secret
 
 
 LEGACY = HostSupport()
@@ -103,7 +104,8 @@ class HostCapabilities:
             reply = await self._request_call_list(host, tls, config)
         match reply:
             case CallList(calls, instance, keep_alive, features):
-                support = HostSupport(instance, keep_alive is not None, CALLER in (features or ()))
+                announced = features or ()
+                support = HostSupport(instance, keep_alive is not None, CALLER in announced, SECRETS in announced)
                 self._cached[host] = support
                 self._on_call_list(host, calls)
                 return support

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from harp.protocol.harpd import Attach, Caller, Request, RequestedTerms, StartEncoder, encode_request
-from harp.protocol.json_text import Raw
 from harp_daemon.timer_wheel import TimerWheel
 from harpcaller.config import Config
 from harpcaller.hosts.capabilities import HostCapabilities, HostSupport
@@ -20,7 +19,7 @@ from harpcaller.hosts.resolving import Resolver
 from harpcaller.hosts.tls import HostTLS
 from harpcaller.model.jobs import Identity, Job, NewJob
 from harpcaller.notifier import Notifier
-from harpcaller.secret_arguments import CannotDecrypt, SecretKeys
+from harpcaller.secret_arguments import CannotDecrypt, OpenedArguments, SecretKeys
 from harpcaller.store import StorageError
 from harpcaller.store.sqlite import Store
 
@@ -141,22 +140,17 @@ class RunContext:
     openings: set[asyncio.Task[Any]] = field(default_factory=set)  #: The tasks that open connections.
     _start_encoders: dict[tuple[Host, HostSupport], StartEncoder] = field(default_factory=dict, init=False)
 
-    def open_secrets(self, job: Job) -> tuple[Raw, tuple[bytes, ...]]:
-        """Return the arguments of a job with its secret values, and the texts to mask in what its call sends.
-
-        Raises `CannotDecrypt`.
-        """
+    def open_secrets(self, job: Job) -> OpenedArguments:
+        """Return the arguments of a job with its secret values. Raises `CannotDecrypt`."""
         if job.secrets is None:
-            return job.arguments, ()
+            return OpenedArguments(job.arguments)
         if self.secret_keys is None:
             raise CannotDecrypt("secrets_key_file is not set any more; set it again")
         return self.secret_keys.open(job.id, job.arguments, job.secrets)
 
-    def encode_start(self, job: Job, arguments: Raw, host: Host, support: HostSupport) -> bytes:
-        """Return the line that starts a job's call; on a legacy harpd the call is connection-bound.
-
-        `arguments` have the secret values of the job.
-        """
+    def encode_start(self, job: Job, opened: OpenedArguments, host: Host, support: HostSupport) -> bytes:
+        """Return the line that starts a job's call; on a legacy harpd the call is connection-bound."""
+        arguments = opened.arguments
         if support.instance is None:
             return encode_request(Request(job.procedure, arguments, host.user, host.password))
         secret = self.identity.secret(job.id, host.hostname, job.submitted)
@@ -170,7 +164,8 @@ class RunContext:
                 self._start_encoders.clear()  # a restarted supervisor needs a new encoder
             encoder = self._start_encoders[host, support] = StartEncoder(shared)
         caller = Caller(job.owner and job.owner[:_MAX_PRINCIPAL], job.id) if support.caller else None
-        return encoder.encode(job.procedure, arguments, job.id, secret, job.timeout, job.max_exec_time, caller)
+        of_job = caller, opened.pointers if support.secrets else ()
+        return encoder.encode(job.procedure, arguments, job.id, secret, job.timeout, job.max_exec_time, *of_job)
 
     def encode_attach(self, job_id: str, submitted: float, host: Host, since: int) -> bytes:
         """Return the line that attaches to a call and resumes its records at number `since`.

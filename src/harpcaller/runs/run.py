@@ -51,7 +51,7 @@ from harpcaller.runs.context import RunContext, log_fields
 from harpcaller.runs.deadlines import MARGIN, Deadlines, Outage
 from harpcaller.runs.host_starts import HostStarts, is_refusal, is_unsent
 from harpcaller.runs.record_writer import RecordWriter
-from harpcaller.secret_arguments import CannotDecrypt, mask_message, mask_texts
+from harpcaller.secret_arguments import CannotDecrypt, OpenedArguments, mask_message, mask_payload
 
 log = logging.getLogger(__name__)
 
@@ -142,8 +142,7 @@ class Run:
         self._record_time: float | None = None
         self._exit_info: Raw | None = None
         self._stop_report: Raw | None = None
-        self._arguments = job.arguments
-        self._masked_texts: tuple[bytes, ...] = ()  # of secret arguments; they are masked in what the call sends
+        self._arguments = OpenedArguments(job.arguments)
         self._log_fields = log_fields(job)
         self._end_fields: dict[str, Any] = {}  # log fields of the end
 
@@ -152,7 +151,7 @@ class Run:
         """Start the call; if the job is `recovered`, attach to the call that an earlier dispatcher may have started."""
         log.info("call recovered" if recovered else "call started", extra=self._log_fields)
         try:
-            self._arguments, self._masked_texts = self._context.open_secrets(self.job)
+            self._arguments = self._context.open_secrets(self.job)
         except CannotDecrypt as error:
             log.error("cannot decrypt secret arguments", extra={**self._log_fields, "reason": str(error)})
             if not recovered:
@@ -386,8 +385,8 @@ class Run:
         if self._phase is not RunPhase.RUNNING:
             return
         self._deadlines.on_record()
-        if self._masked_texts:
-            records = [mask_texts(record, self._masked_texts) for record in records]
+        if texts := self._arguments.texts:
+            records = [mask_payload(record, texts) for record in records]
         self._records.add_records(records, self._context.wall() if self._record_time is None else self._record_time)
         if self._records.closed:
             self._on_records_stored(self._records.count)
@@ -401,8 +400,8 @@ class Run:
         if self._phase is RunPhase.ENDING:
             return
         self._deadlines.on_message()
-        if self._masked_texts:
-            message = mask_message(message, self._masked_texts)
+        if texts := self._arguments.texts:
+            message = mask_message(message, texts)
         match message:
             case harpd.RecordTime(made_at):
                 self._record_time = made_at

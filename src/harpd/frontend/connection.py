@@ -81,7 +81,7 @@ _NO_SUCH_CALL_PREFIX = b'{"harp":1,"error":{"type":"no_such_call"'
 _TERMS = tuple(name for name in messages.RequestedTerms.__match_args__ if name != "id")
 
 #: What this harpd supports beside resumable calls.
-_FEATURES = (messages.CALLER,)
+_FEATURES = messages.CALLER, messages.SECRETS
 
 #: Returns the seconds since the system's start, including the time in which it was suspended.
 _boottime = partial(time.clock_gettime, time.CLOCK_BOOTTIME)
@@ -367,6 +367,8 @@ class Connection(asyncio.Protocol):
         header["user"] = request.user
         if (caller := request.caller) is not None:
             header["caller"] = {"principal": caller.principal, "job": caller.job, "address": caller.address}
+        if request.secrets:
+            header["secrets"] = list(request.secrets)
         header["authentication"] = round(self._authentication_time, 6)
         if request.keep_alive:
             header["keep_alive"] = self.limits.keep_alive_timeout

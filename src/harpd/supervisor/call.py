@@ -26,7 +26,7 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from harp.protocol.call_output import RECORD_PREFIX
 from harp.protocol.ends import Failed
 from harp.protocol.harpd import encode_message
 from harp.protocol.json_text import InvalidJSON, Raw, dumps, loads
+from harp_daemon.secret_values import mask_texts
 from harpd.auth.rights import UserRights
 from harpd.processes.cgroup import create_cgroup, delegated_cgroup
 from harpd.processes.cookie import cookie_for
@@ -228,6 +229,7 @@ class Call:
         self._cpu: float | None = None
         self._memory: int | None = None
         self._traceback: str | None = None
+        self._secret_texts: Sequence[bytes] = ()
         self._began, self._began_at = time.time(), self._loop.now()
         self._requested_at = time.monotonic()
         self._authentication_seconds: float | None = None
@@ -236,15 +238,20 @@ class Call:
         self._exit_reported = False
         self._worker = zygote.assign(self, call_id, procedure)
 
-    def start(self, arguments: Raw, authentication: float | None, caller: Raw | None) -> None:
+    def start(
+        self, arguments: Raw, authentication: float | None, caller: Raw | None, secret_texts: Sequence[bytes] = ()
+    ) -> None:
         """Send the worker its arguments; once.
 
         Args:
             arguments: an array or an object.
             authentication: its duration in seconds, for exit info.
             caller: an object for `harpd.proc.caller`; None: the call has no known caller.
+            secret_texts: texts that are masked in the log and in exit info.
         """
         self._authentication_seconds = authentication
+        self._secret_texts = secret_texts
+        self._worker.mask_output(secret_texts)
         head = self.id.encode(), self._info.number, b"-" if caller is None else caller
         self._unsent = memoryview(b"%b %d %b\t%b\n" % (*head, arguments))
         if self._worker.identity[0]:  # else the zygote announces it
@@ -367,7 +374,7 @@ class Call:
             traceback = records[last_record:] if records.startswith(_TRACEBACK_PREFIX, last_record) else b""
             records = records.removesuffix(traceback)
         if traceback:
-            self._traceback = _decode_traceback(traceback)
+            self._traceback = _decode_traceback(mask_texts(traceback, self._secret_texts))
         if (not records or self._handle_records(records)) and closing:
             self._handle_closing(closing)
 

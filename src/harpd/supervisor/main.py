@@ -24,7 +24,8 @@ a channel of the link. The first frame of a channel has a header, a JSON object:
     ATTACH  {"attach": ID, "owner": ..., "secret": ..., "since": NUMBER}
                                             attach to a resumable call
 
-START may have "caller", an object for `harpd.proc.caller`.
+START may have "caller", an object for `harpd.proc.caller`, and "secrets", JSON pointers to values of the arguments
+whose texts are masked in the log.
 START has the "user" whose password the frontend has checked; the supervisor checks the rights of this user.
 
 Both may have "keep_alive": SECONDS, which the acknowledgement repeats. START may have "authentication": SECONDS, the
@@ -72,6 +73,7 @@ from harp.protocol.lines import LineBuffer
 from harp.protocol.schema import ProtocolError, check, required_string
 from harp_daemon import logs
 from harp_daemon.process import tune_memory
+from harp_daemon.secret_values import texts_at
 from harpd.auth.rights import UserRights
 from harpd.supervisor.call import Call, CallContext, StopReason
 from harpd.supervisor.event_loop import READ, EventLoop
@@ -253,11 +255,15 @@ class Supervisor:
             raise ProtocolError("caller: expected an object")
         if caller is not None:
             caller = {**caller, "user": user}
+        secrets = header.get("secrets", [])
+        if not isinstance(secrets, list) or not all(isinstance(pointer, str) for pointer in secrets):
+            raise ProtocolError("secrets: expected an array of JSON pointers")
+        texts = texts_at(arguments, secrets) if secrets else ()
         call = self._create_call(channel, call_id, name, user, header)
         if isinstance(call, Failed):
             channel.reject(encode_message(call))
         else:
-            call.start(arguments, authentication, None if caller is None else dumps(caller))
+            call.start(arguments, authentication, None if caller is None else dumps(caller), texts)
 
     def _create_call(
         self, channel: LinkChannel, call_id: str, name: str, user: str, header: Mapping[str, Any]

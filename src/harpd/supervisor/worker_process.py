@@ -20,9 +20,10 @@ import signal
 import time
 from _socket import AF_UNIX, MSG_PEEK, SHUT_WR, SOCK_STREAM, socketpair
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from harp_daemon.secret_values import mask_texts
 from harpd.processes.cgroup import Cgroup
 from harpd.processes.process_tree import send_signal
 from harpd.supervisor.event_loop import READ, EventLoop
@@ -102,6 +103,11 @@ class WorkerProcess:
         self._fields = fields
         for pipe in self._pipes:
             pipe.assign(fields)
+
+    def mask_output(self, texts: Sequence[bytes]) -> None:
+        """Mask these texts in the output of the present call."""
+        for pipe in self._pipes:
+            pipe.masked_texts = texts
 
     def on_forked(self, pid: int, start: int) -> None:
         self.identity = pid, start
@@ -222,12 +228,14 @@ class OutputPipe:
         os.set_blocking(self._descriptor, False)
         self._fields: Mapping[str, str] = {"stream": stream}
         self._partial_line = b""
+        self.masked_texts: Sequence[bytes] = ()  #: Texts that are masked in its lines.
         self._last: deque[bytes] = deque(maxlen=_MAX_LAST_LINES)
         self._watch()
 
     def assign(self, fields: Mapping[str, str]) -> None:
         self._fields = {**fields, "stream": self._fields["stream"]}
         self._last.clear()
+        self.masked_texts = ()
 
     def drain(self) -> list[str]:
         """Read all output of a call that has just ended; return its last lines. Long lines are cut."""
@@ -235,7 +243,7 @@ class OutputPipe:
             if not self._read():
                 break
         lines = [*self._last, self._partial_line] if self._partial_line else list(self._last)
-        return [_text(line)[:_MAX_LAST_LINE_LENGTH] for line in lines[-_MAX_LAST_LINES:]]
+        return [self._text(line)[:_MAX_LAST_LINE_LENGTH] for line in lines[-_MAX_LAST_LINES:]]
 
     def release(self) -> None:
         """Release the pipe of an ended call; it stays open for processes that still print."""
@@ -302,11 +310,10 @@ class OutputPipe:
     def _log(self, line: bytes) -> None:
         self._last.append(line)
         if self._limit.accept(len(line) + 1):
-            output_log.info(self._event, extra={**self._fields, "text": _text(line)})
+            output_log.info(self._event, extra={**self._fields, "text": self._text(line)})
 
-
-def _text(line: bytes) -> str:
-    return line.decode("utf-8", "backslashreplace")
+    def _text(self, line: bytes) -> str:
+        return mask_texts(line, self.masked_texts).decode("utf-8", "backslashreplace")
 
 
 def _character_start(text: bytes, at: int) -> int:

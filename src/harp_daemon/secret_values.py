@@ -1,0 +1,114 @@
+"""The secret values of a call's arguments: where they are, and how their texts are masked.
+
+JSON pointers (RFC 6901) name the values. `mask_texts` masks the strings in them wherever they appear: in results,
+exceptions, records, printed lines and tracebacks. Numbers and short texts are not masked, because they also appear
+where they are no secret.
+
+Spec: docs/access.md, Secret arguments.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+from harp.protocol.json_text import InvalidJSON, Raw, dumps, loads
+from harp.protocol.schema import ProtocolError
+from harp_daemon.sliced_json import decode_slices, slice_elements
+
+MASK = Raw(b'"***"')  #: The text in place of a secret value.
+#: A text of fewer characters is not masked.
+MIN_MASKED = 4
+#: Maximum bytes of arguments with secret values, and maximum number of texts in these. They limit the time of a peer.
+MAX_ARGUMENTS, MAX_TEXTS = 64 * 1024, 100
+_MIN_MASKED_LINE = 8  # the same for a line of a text with several, such as a private key
+
+
+def replace_value(text: Raw, pointer: str, value: Raw) -> tuple[Raw, Raw]:
+    """Return a JSON text with another value at a pointer, and the value that was there.
+
+    Only the objects and arrays on the way are written anew; the text of all other values stays as it is. Raises
+    `ProtocolError` if there is no value.
+    """
+    if not pointer.startswith("/"):
+        raise ProtocolError(f"secrets: expected a JSON pointer such as /password, got {_shorten(pointer)}")
+    steps = [step.replace("~1", "/").replace("~0", "~") for step in pointer[1:].split("/")]
+    try:
+        return _replace_at(text, steps, value)
+    except InvalidJSON as error:
+        raise ProtocolError(f"secrets: cannot follow {_shorten(pointer)}: {error}") from error
+    except KeyError as error:
+        raise ProtocolError(f"secrets: the arguments have no value at {_shorten(pointer)}") from error
+
+
+def _replace_at(text: bytes, steps: Sequence[str], value: Raw) -> tuple[Raw, Raw]:
+    if not steps:
+        return value, Raw(text)
+    step, *further = steps
+    if text.startswith(b"{"):
+        members = {name: bytes(member) for name, member in decode_slices(text).items()}
+        members[step], found = _replace_at(members[step], further, value)
+        return Raw(b"{%b}" % b",".join([b"%b:%b" % (dumps(name), member) for name, member in members.items()])), found
+    elements = list(slice_elements(text)) if text.startswith(b"[") else []
+    index = {str(number): number for number in range(len(elements))}[step]
+    elements[index], found = _replace_at(elements[index], further, value)
+    return Raw(b"[%b]" % b",".join(elements)), found
+
+
+def texts_at(arguments: Raw, pointers: Sequence[str]) -> tuple[bytes, ...]:
+    """Return the texts to mask for the values at these pointers, for logs.
+
+    A pointer that leads to no value is ignored, and so are texts and arguments above the limits.
+    """
+    if len(arguments) > MAX_ARGUMENTS:
+        return ()
+    values = []
+    for pointer in pointers:
+        with suppress(ProtocolError):
+            values.append(replace_value(arguments, pointer, MASK)[1])
+    return forms_of(find_texts(values)[:MAX_TEXTS])
+
+
+def find_texts(values: Sequence[bytes]) -> list[str]:
+    """Return the texts to mask for JSON values: their strings, and the lines of these."""
+    texts: dict[str, None] = {}
+    for value in values:
+        for string in _strings_in(loads(value)):
+            texts[string] = None
+            if "\n" in string:
+                texts |= dict.fromkeys(line for line in string.splitlines() if len(line) >= _MIN_MASKED_LINE)
+    return list(texts)
+
+
+def forms_of(texts: Sequence[str]) -> tuple[bytes, ...]:
+    """Return how texts may be written, the longest first: as they are, as `repr`, and both as JSON."""
+    forms = set[str]()
+    for text in texts:
+        for written in (text, repr(text)[1:-1]):
+            forms |= {written, json.dumps(written)[1:-1], json.dumps(written, ensure_ascii=False)[1:-1]}
+    return tuple(sorted((form.encode("utf-8", "surrogatepass") for form in forms), key=len, reverse=True))
+
+
+def _strings_in(value: Any) -> Iterator[str]:
+    match value:
+        case str() if len(value) >= MIN_MASKED:
+            yield value
+        case list():
+            for element in value:
+                yield from _strings_in(element)
+        case dict():
+            for element in value.values():
+                yield from _strings_in(element)
+
+
+def mask_texts(text: bytes, texts: Sequence[bytes]) -> bytes:
+    """Return a text in which each of these texts is masked."""
+    for secret in texts:
+        text = text.replace(secret, b"***")
+    return text
+
+
+def _shorten(pointer: str) -> str:
+    return repr(pointer if len(pointer) <= 100 else f"{pointer[:100]}...")
