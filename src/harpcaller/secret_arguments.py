@@ -101,7 +101,7 @@ class SecretKeys:
         )
 
     def digest(self, text: bytes) -> bytes:
-        """Return a digest of a call's text that says nothing about its secret values without the first key."""
+        """Return a digest of a call's text; nobody without the first key can guess the secret values from it."""
         return hmac.digest(self._first.value, b"digest of a call\0" + text, "sha256")[:16]
 
 
