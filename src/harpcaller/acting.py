@@ -37,6 +37,12 @@ _QUEUED_RETRY = 1.0  #: `retry_after` of a client with too many queued jobs, in 
 _MAX_NAME = 255  #: Longer names are cut in messages, to this number of characters.
 
 
+class _Grant:
+    """Whether it is still being decided if a request may read its job."""
+
+    is_pending = False
+
+
 class ActingAs:
     """The verbs of a dispatcher for a client. See `Dispatcher` for what they do and raise.
 
@@ -158,27 +164,36 @@ class ActingAs:
 
     def result(self, job_id: str) -> asyncio.Future[End]:
         """Return a future of the job's end. Cancelling the future ends the wait."""
+        grant = _Grant()
         permission: Coroutine[Any, Any, None] | None = None
         if self._is_restricted:
             # No look-up for a job that is in memory, if the client may read it: this is the usual request.
             job = self._dispatcher.get_active_job(job_id)
             if job is None or not self._may_read(job):
-                permission = self._check(job_id, Action.READ)
+                grant.is_pending = True
+                permission = self._check_read(job_id, grant)
         result = self._dispatcher.result(job_id, permission)
         waits = self._access.waits
-        waits[result] = Wait(self._client, job_id, lambda: self._revoke(result, job_id))
+        waits[result] = Wait(self._client, job_id, lambda: self._revoke(result, job_id, grant))
         result.add_done_callback(waits.pop)
         return result
 
-    def _revoke(self, result: asyncio.Future[End], job_id: str) -> None:
+    def _revoke(self, result: asyncio.Future[End], job_id: str, grant: _Grant) -> None:
         if not result.done():
-            result.set_exception(self._revocation(job_id))
+            result.set_exception(self._revocation(job_id, grant))
 
-    def _revocation(self, job_id: str) -> Exception:
-        """Return the error of a request whose right was revoked. Legacy clients know no such error."""
-        return (
-            AccessDenied("the right to read this job was revoked") if self._client.authenticated else UnknownJob(job_id)
-        )
+    def _revocation(self, job_id: str, grant: _Grant) -> Exception:
+        """Return the error of a request whose right was revoked. Legacy clients know no such error.
+
+        A request without the right, which has no reply yet, must not learn from it that the job exists.
+        """
+        if grant.is_pending or not self._client.authenticated:
+            return UnknownJob(job_id)
+        return AccessDenied("the right to read this job was revoked")
+
+    async def _check_read(self, job_id: str, grant: _Grant) -> None:
+        await self._check(job_id, Action.READ)
+        grant.is_pending = False
 
     def record_delivery(self, job_id: str, received_at: float) -> None:
         """Record that the end of a job was sent to the client, after `result`."""
@@ -188,11 +203,13 @@ class ActingAs:
         self, job_id: str, since: int | None, recent: int | None, wait: bool, on_ready: Callable[[], None]
     ) -> RecordStream:
         """Return the records of a job; with `wait`, also future records. The caller closes the stream."""
-        permission = self._check(job_id, Action.READ) if self._is_restricted else None
+        grant = _Grant()
+        grant.is_pending = self._is_restricted
+        permission = self._check_read(job_id, grant) if self._is_restricted else None
         stream = self._dispatcher.stream(job_id, since, recent, wait, on_ready, permission)
         if wait:
             waits = self._access.waits
-            waits[stream] = Wait(self._client, job_id, lambda: stream.fail(self._revocation(job_id)))
+            waits[stream] = Wait(self._client, job_id, lambda: stream.fail(self._revocation(job_id, grant)))
             stream.on_closed = lambda: waits.pop(stream, None)
         return stream
 

@@ -196,9 +196,10 @@ def wait_for_end(
             read_job()
 
     def on_permitted(permitted: asyncio.Future[None]) -> None:
+        error = None if permitted.cancelled() else permitted.exception()
         if permitted.cancelled() or result.done():
             return
-        if (error := permitted.exception()) is not None:
+        if error is not None:
             result.set_exception(error)
         else:
             wait()

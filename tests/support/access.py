@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from harp.protocol.json_text import Raw
 from harpcaller.access.client import Client
 from harpcaller.access.policy import Action, Target
+from support.toml import toml
 
 LISTENER = "127.0.0.1:3502"
 PRINCIPALS = (
@@ -202,18 +203,9 @@ def documents(draw: st.DrawFn, patterns: Sequence[str] = PATTERNS) -> dict[str, 
 
 def to_toml(document: Mapping[str, Any]) -> str:
     """Return the text of an access file."""
-
-    def write(value: Any) -> str:
-        if isinstance(value, dict):
-            members = ", ".join(f"{json.dumps(key)} = {write(member)}" for key, member in value.items())
-            return f"{{{members}}}"
-        if isinstance(value, list):
-            return f"[{', '.join(map(write, value))}]"
-        return json.dumps(value)
-
-    lines = ["[roles]", *(f"{json.dumps(name)} = {write(texts)}" for name, texts in document["roles"].items())]
+    lines = ["[roles]", *(f"{json.dumps(name)} = {toml(texts)}" for name, texts in document["roles"].items())]
     for rule in document["rule"]:
-        lines += ["", "[[rule]]", *(f"{key} = {write(value)}" for key, value in rule.items())]
+        lines += ["", "[[rule]]", *(f"{key} = {toml(value)}" for key, value in rule.items())]
     return "\n".join(lines) + "\n"
 
 
@@ -224,15 +216,23 @@ def clients(draw: st.DrawFn, principals: Sequence[str] = PRINCIPALS[:-1]) -> Cli
     return Client((*own, f"anonymous@{LISTENER}"), LISTENER, "127.0.0.1:40000", bool(own), tuple(roles))
 
 
-def targets() -> st.SearchStrategy[Target]:
-    def raw(texts: Sequence[str]) -> st.SearchStrategy[Raw | None]:
-        return st.one_of(st.none(), st.sampled_from([Raw(text.encode()) for text in texts]))
+def _raw(texts: Sequence[str]) -> st.SearchStrategy[Raw]:
+    return st.sampled_from([Raw(text.encode()) for text in texts])
 
+
+def targets() -> st.SearchStrategy[Target]:
+    """Return targets of any kind."""
     return st.builds(
         Target,
-        st.one_of(st.none(), st.sampled_from(HOSTS)),
-        st.one_of(st.none(), st.sampled_from(PROCEDURES)),
-        raw(ARGUMENTS),
-        raw(QUEUES),
-        st.one_of(st.none(), st.just(""), st.sampled_from(PRINCIPALS)),
+        st.none() | st.sampled_from(HOSTS),
+        st.none() | st.sampled_from(PROCEDURES),
+        st.none() | _raw(ARGUMENTS),
+        st.none() | _raw(QUEUES),
+        st.none() | st.just("") | st.sampled_from(PRINCIPALS),
     )
+
+
+def calls() -> st.SearchStrategy[Target]:
+    """Return the targets of calls."""
+    queues = st.none() | _raw(QUEUES)
+    return st.builds(Target, st.sampled_from(HOSTS), st.sampled_from(PROCEDURES), _raw(ARGUMENTS), queues)

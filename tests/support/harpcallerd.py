@@ -24,6 +24,7 @@ from typing import Any, Self
 
 from support.daemonlog import DEADLINE, DaemonLog
 from support.deadline import wait_until
+from support.toml import toml
 
 #: Maximum length of a Unix socket's path, with a margin.
 _LONGEST_PATH = 100
@@ -98,8 +99,7 @@ class Harpcallerd(DaemonLog):
             "log_format": "json",
         }
         keys = {**usual, **settings}
-        # For these values JSON is valid TOML.
-        lines = (f"{key} = {json.dumps(value)}\n" for key, value in keys.items() if value is not None)
+        lines = (f"{key} = {toml(value)}\n" for key, value in keys.items() if value is not None)
         self.config_file.write_text("".join(lines))
 
     def command(self, *arguments: str) -> list[str]:
