@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 from harp.protocol.dispatcher import Call
@@ -56,7 +57,7 @@ class ActingAs:
         self._dispatcher = dispatcher
         self._access = dispatcher.access
         self._client = client
-        self._policy = self._access.source.policy
+        self._policy = self._access.policy
         # Whether it depends on a job if the client may read and cancel it.
         self._is_restricted = self._policy is not ALLOW_ALL and client is not LOCAL_ADMINISTRATOR
 
@@ -69,24 +70,36 @@ class ActingAs:
             return dispatcher.submit(call, client.peer, received_at, Admission(client.owner))
         try:
             decision = self._decide_call(call)
-            self._take_rates([decision])
+            if (rate := decision.limits.rate) is not None:
+                self._take_rates({(client.owner, rate): 1})
         except (AccessDenied, RateLimited) as refusal:
             if client.authenticated:
                 raise
             return dispatcher.submit(call, client.peer, received_at, self._refuse_by_job(refusal))
         admission = Admission(client.owner, decision.limits, client.owner)
         submitted = dispatcher.submit(call, client.peer, received_at, admission)
-        return submitted if decision.limits.queued is None else asyncio.ensure_future(self._limit(submitted, call))
+        return submitted if decision.limits.queued is None else self._limit(submitted, call)
 
-    async def _limit(self, submitted: asyncio.Future[str], call: Call) -> str:
-        """Return the id of a submitted job; the client may have too many queued jobs."""
-        try:
-            return await submitted
-        except LimitReached as error:
-            refusal = _to_refusal(error)
-            if self._client.authenticated:
-                raise refusal from error
-        return await self._dispatcher.submit(call, self._client.peer, None, self._refuse_by_job(refusal))
+    def _limit(self, submitted: asyncio.Future[str], call: Call) -> asyncio.Future[str]:
+        """Return a future of the id of a submitted job; the client may have too many queued jobs."""
+        job_id: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+        def on_submitted(submitted: asyncio.Future[str]) -> None:
+            error = submitted.exception()
+            if job_id.done():
+                return
+            if error is None:
+                job_id.set_result(submitted.result())
+            elif not isinstance(error, LimitReached):
+                job_id.set_exception(error)
+            elif self._client.authenticated:
+                job_id.set_exception(_to_refusal(error))
+            else:
+                refused = self._refuse_by_job(_to_refusal(error))
+                self._dispatcher.submit(call, self._client.peer, None, refused).add_done_callback(on_submitted)
+
+        submitted.add_done_callback(on_submitted)
+        return job_id
 
     async def submit_many(self, calls: Sequence[Call]) -> list[str]:
         """Store jobs, all or none; return their ids in the same order. A refusal names the first refused call."""
@@ -95,7 +108,8 @@ class ActingAs:
             return await self._dispatcher.submit_many(calls, client.peer, [Admission(client.owner)] * len(calls))
         # In a thread, because it takes long to decide about many calls.
         decisions = await asyncio.to_thread(self._decide_calls, calls)
-        self._take_rates(decisions)
+        rates = Counter((client.owner, rate) for found in decisions if (rate := found.limits.rate) is not None)
+        self._take_rates(rates)
         admissions = [Admission(client.owner, decision.limits, client.owner) for decision in decisions]
         try:
             return await self._dispatcher.submit_many(calls, client.peer, admissions)
@@ -119,28 +133,23 @@ class ActingAs:
         queue = None if call.queue is None else call.queue.name
         target = Target(call.host, call.procedure, call.arguments, queue, client.owner)
         decision = self._policy.decide(client, Action.CALL, target)
-        names = {"host": call.host[:_MAX_NAME], "procedure": call.procedure[:_MAX_NAME]}
         if not decision.allowed:
+            names = {"host": call.host[:_MAX_NAME], "procedure": call.procedure[:_MAX_NAME]}
             self._log_denial(Action.CALL, decision, **names)
             raise AccessDenied(f"{client.owner} may not call {names['procedure']} on host {names['host']}")
         most = decision.limits.bytes
-        size = len(call.arguments) + (0 if call.info is None else len(call.info))
-        if most is not None and size > most:
-            raise RateLimited(f"arguments and info have {size} bytes; the limit is {most}", None)
+        if most is not None:
+            size = len(call.arguments) + (0 if call.info is None else len(call.info))
+            if size > most:
+                raise RateLimited(f"arguments and info have {size} bytes; the limit is {most}", None)
         return decision
 
-    def _take_rates(self, decisions: Sequence[Decision]) -> None:
-        """Count calls of the client's rates. Raises `RateLimited`."""
-        owner = self._client.owner
-        wanted: Counter[tuple[str, Rate]] = Counter()
-        for decision in decisions:
-            if (rate := decision.limits.rate) is not None:
-                wanted[owner, rate] += 1
-        if wanted:
-            delay = self._access.rates.take(wanted, asyncio.get_running_loop().time())
-            if delay is None or delay > 0:
-                rates = ", ".join(str(rate) for _, rate in wanted)
-                raise RateLimited(f"{owner} may submit calls at a rate of {rates}", delay)
+    def _take_rates(self, wanted: Mapping[tuple[str, Rate], int]) -> None:
+        """Count calls by owner and rate. Raises `RateLimited`."""
+        delay = self._access.rates.take(wanted, time.monotonic())
+        if delay is None or delay > 0:
+            rates = ", ".join(str(rate) for _, rate in wanted)
+            raise RateLimited(f"{self._client.owner} may submit calls at a rate of {rates}", delay)
 
     def _refuse_by_job(self, refusal: AccessDenied | RateLimited) -> Admission:
         """Return the admission of a refused call, which becomes a job that has ended."""

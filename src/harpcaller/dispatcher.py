@@ -399,7 +399,7 @@ class Dispatcher:
         """
         tls, source, secret_keys = HostTLS(config), PolicySource(config), read_key_file(config)
         self.registry.update_config(config)
-        self.access.source = source
+        self.access.use(source)
         reported, self.config = frozenset(self.config.ignored), config
         self._tls, self._secret_keys = tls, secret_keys
         self._runner.context = replace(self._runner.context, config=config, tls=tls, secret_keys=secret_keys)
@@ -411,11 +411,12 @@ class Dispatcher:
 
     async def _enforce_changes(self) -> None:
         """Decide again about the requests that wait for a job, after each change of the policy."""
-        policy = self.access.source.policy
+        policy = self.access.policy
         while True:
             await asyncio.sleep(_POLICY_INTERVAL)
-            if self.access.source.policy is not policy:
-                policy = self.access.source.policy
+            self.access.refresh()
+            if self.access.policy is not policy:
+                policy = self.access.policy
                 await self._end_denied_waits(policy)
 
     async def _end_denied_waits(self, policy: Policy) -> None:

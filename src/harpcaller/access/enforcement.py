@@ -15,6 +15,7 @@ from harpcaller.model.jobs import Job, Subject
 
 #: How many bytes of each payload are needed for a decision: rules refuse to judge longer ones.
 SUBJECT_BYTES = MAX_EXAMINED + 1
+_ROUNDING = 1e-9  #: Seconds. A shorter delay is an error of rounding.
 _MAX_RATES = 10_000  #: Number of rates from which unused ones are removed.
 
 
@@ -48,14 +49,16 @@ class Rates:
         Returns 0 if they were counted, the seconds after which they can be, or None if they never can.
         """
         used_up_at = {}
-        delay = 0.0
+        delay = _ROUNDING
         for key, calls in wanted.items():
-            rate = key[1]
-            if calls > rate.calls:
+            _, (most, seconds) = key
+            if calls > most:
                 return None
-            used_up_at[key] = max(now, self._used_up_at.get(key, now)) + calls * rate.seconds / rate.calls
-            delay = max(delay, used_up_at[key] - now - rate.seconds)
-        if delay > 1e-9:  # less is an error of rounding
+            at = self._used_up_at.get(key, now)
+            used_up_at[key] = at = (at if at > now else now) + calls * seconds / most
+            if at - now - seconds > delay:
+                delay = at - now - seconds
+        if delay > _ROUNDING:
             return delay
         self._used_up_at |= used_up_at
         if len(self._used_up_at) > _MAX_RATES:
@@ -67,9 +70,18 @@ class Access:
     """The policy of a configuration, and what depends on it. Raises `ConfigError`."""
 
     def __init__(self, config: Config) -> None:
-        self.source = PolicySource(config)
+        self.use(PolicySource(config))
         self.rates = Rates()
         self.waits: dict[object, Wait] = {}  #: The requests that wait, by any key.
+
+    def use(self, source: PolicySource) -> None:
+        """Use the policy of another source."""
+        self.source = source
+        self.policy: Policy = source.policy  #: The policy for new requests, see `refresh`.
+
+    def refresh(self) -> None:
+        """Use the policy of a file that has changed. It is called regularly: a request asks for no file."""
+        self.policy = self.source.policy
 
 
 def may(policy: Policy, client: Client, action: Action, job: Subject | Job) -> bool:
