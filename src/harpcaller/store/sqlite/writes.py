@@ -220,13 +220,14 @@ class Writes:
     def _check_queued(self, jobs: Sequence[NewJob]) -> None:
         """Raise `LimitReached` if these jobs and those that are queued are more than their owner may have."""
         new: Counter[str | None] = Counter()
+        all_new = Counter(job.owner for job in jobs)
         for job in jobs:
             assert job.max_queued is not None
             new[job.owner] += 1
             queued = self._active.owners[job.owner].queued if job.owner in self._active.owners else 0
             if queued + new[job.owner] > job.max_queued:
                 message = f"{queued} jobs of {job.owner} are queued; the limit is {job.max_queued}"
-                raise LimitReached(message, may_pass=new[job.owner] <= job.max_queued)
+                raise LimitReached(message, may_pass=all_new[job.owner] <= job.max_queued)
 
     # Many jobs of one request: see `staging`.
 
