@@ -10,10 +10,12 @@ import asyncio
 import logging
 import re
 import ssl
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+
+from harp_daemon.der import certificate_fields, elements
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +24,7 @@ WARNING_DAYS = 30
 REPORT_EVERY = 86_400.0
 
 _PEM = re.compile(r"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
-_VERSION, _UTC_TIME = 0xA0, 0x17
+_UTC_TIME = 0x17
 #: Before the validity, a certificate has its serial number, the algorithm of its signature, and its issuer.
 _FIELDS_BEFORE_VALIDITY = 3
 
@@ -69,24 +71,8 @@ def read_validities(file: Path, content: bytes | None = None) -> list[Validity]:
 
 def _read_dates(der: bytes) -> tuple[datetime, datetime]:
     """Return begin and end of a certificate. Spec: RFC 5280, 4.1."""
-    certificate = next(_elements(der))[1]
-    fields = [field for field in _elements(next(_elements(certificate))[1]) if field[0] != _VERSION]
-    begins, ends = _elements(fields[_FIELDS_BEFORE_VALIDITY][1])
+    begins, ends = elements(certificate_fields(der)[_FIELDS_BEFORE_VALIDITY][1])
     return _parse_time(*begins), _parse_time(*ends)
-
-
-def _elements(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield tag and contents of each element of a DER encoding."""
-    at = 0
-    while at < len(data):
-        tag, length = data[at], data[at + 1]
-        at += 2
-        if length & 0x80:
-            octets = length & 0x7F
-            length = int.from_bytes(data[at : at + octets], "big")
-            at += octets
-        yield tag, data[at : at + length]
-        at += length
 
 
 def _parse_time(tag: int, text: bytes) -> datetime:

@@ -136,6 +136,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ca_file: Path | None = None  #: PEM file with certificates of authorities.
     verify_hostname: bool = True  #: Whether a certificate accepted by `ca_file` must name the host or its address.
     known_certs_file: Path | None = None  #: PEM file with certificates of hosts.
+    #: Whether a host is refused if nothing says which certificate it has. False for a legacy file without the key.
+    verify: bool = True
     tls_minimum: str = DEFAULT_TLS_MINIMUM  #: Minimum TLS version of connections to hosts.
 
     host_db: Path = Path("/var/lib/harpcaller/hosts.db")  #: Cache of the last successful output of `host_db_script`.
@@ -152,6 +154,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         check_choice("tls_minimum", self.tls_minimum, TLS_VERSIONS)
         check_choice("log_level", self.log_level, ("debug", "info", "warning", "error"))
         check_choice("log_format", self.log_format, ("text", "json"))
+        if not self.verify and (self.ca_file is not None or self.known_certs_file is not None):
+            raise ValueError("verify: expected true with ca_file or known_certs_file, got false")
         if self.host_timeout < self.disconnect_timeout + _STOP_MARGIN:
             least = f"at least {_STOP_MARGIN:g} more than disconnect_timeout ({self.disconnect_timeout:g})"
             raise ValueError(f"host_timeout: expected {least}, got {self.host_timeout:g}")
@@ -211,6 +215,8 @@ def load(file: Path = DEFAULT_FILE) -> Config:
     changed: dict[str, Any] = {"file": file, "ignored": tuple(key for key in members if key in IGNORED_KEYS)}
     if changed["ignored"] and "max_age" not in members:  # the legacy dispatcher deletes no jobs by default
         changed["max_age"] = None
+    if changed["ignored"] and not members.keys() & {"verify", "ca_file", "known_certs_file"}:
+        changed["verify"] = False  # the legacy dispatcher verifies nothing by default
     if "listen" in members:
         changed["listen"] = _parse_addresses(file, members["listen"])
     config = msgspec.structs.replace(config, **changed)

@@ -95,7 +95,7 @@ class Dispatcher:
         self._wall = wall
         self._notifier = Notifier()
         self.access = Access(config)  #: The policy; `harpcaller.acting` enforces it.
-        self._tls = HostTLS(config)
+        self._tls = HostTLS(config, lambda: self.registry.list_hosts())
         self._secret_keys = read_key_file(config)
         self._runner = Runner(lambda: self.registry.is_ready, wall())
         self.registry = HostsRegistry(config, self._runner.request_claim)
@@ -397,7 +397,7 @@ class Dispatcher:
         The APIs apply the limits of requests, and the program applies the log settings. Raises `ConfigError` without a
         change if a certificate file or the hosts file is invalid.
         """
-        tls, source, secret_keys = HostTLS(config), PolicySource(config), read_key_file(config)
+        tls, source, secret_keys = HostTLS(config, self.registry.list_hosts), PolicySource(config), read_key_file(config)
         self.registry.update_config(config)
         self.access.use(source)
         reported, self.config = frozenset(self.config.ignored), config

@@ -135,7 +135,7 @@ async def test_address_that_does_not_answer_is_overtaken(tmp_path: Path, names: 
         hole = stack.enter_context(black_hole())
         peer = stack.enter_context(Peer(always=wait, tls=server_context(server_files(tmp_path))))
         names.addresses["web01"] = [info(hole), info(hole), info(peer.port)]
-        config = Config(connect_timeout=3600.0)
+        config = Config(connect_timeout=3600.0, verify=False)
         host = Host("web01", "web01", 1, "u", "p")
         conn = await open_connection(host, HostTLS(config), config, TimerWheel(), Resolver())
         conn.abort()

@@ -319,7 +319,7 @@ async def test_host_that_does_not_read_is_disconnected(tmp_path: Path) -> None:
     def deaf(conn: PeerConnection) -> None:
         assert over.wait(30)
 
-    config = Config(stream_directory=tmp_path)
+    config = Config(stream_directory=tmp_path, verify=False)
     with playing(tmp_path, deaf) as peer:
         host = Host("web01", "127.0.0.1", peer.port, "u", "p")
         conn = await open_connection(host, HostTLS(config), config, TimerWheel(), Resolver())

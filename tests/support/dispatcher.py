@@ -52,6 +52,8 @@ async def running(directory: Path, *lines: str, store: Any = None, **settings: A
     settings.setdefault("hosts_file", hosts_file(directory, *lines))
     settings.setdefault("host_db", directory / "hosts.db")
     settings.setdefault("start_within", 0.0)  # most tests of errors need each of them once
+    if not settings.keys() & {"ca_file", "known_certs_file"}:
+        settings.setdefault("verify", False)
     settings.setdefault("resumable_calls", False)  # the hosts of these tests script connection-bound calls
     config = Config(stream_directory=directory / "store", **settings)
     opened = store or await open_store(config.stream_directory)

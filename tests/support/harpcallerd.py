@@ -90,7 +90,7 @@ class Harpcallerd(DaemonLog):
     def configure(self, settings: Mapping[str, Any]) -> None:
         """Write the configuration file: the default one with these keys. It takes effect by `reload`."""
         self._settings = settings
-        usual = {
+        usual: dict[str, Any] = {
             "listen": [f"{self.host}:{self._configured_port}"],
             "stream_directory": str(self.store_directory),
             "host_db": str(self.directory / "hosts.db"),
@@ -98,6 +98,8 @@ class Harpcallerd(DaemonLog):
             "log_level": "debug",
             "log_format": "json",
         }
+        if not settings.keys() & {"ca_file", "known_certs_file"}:
+            usual["verify"] = False
         keys = {**usual, **settings}
         lines = (f"{key} = {toml(value)}\n" for key, value in keys.items() if value is not None)
         self.config_file.write_text("".join(lines))

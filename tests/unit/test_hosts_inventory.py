@@ -33,6 +33,12 @@ def test_parse_line_returns_a_host() -> None:
     assert parse_line(line()) == WEB01
 
 
+def test_parse_line_accepts_both_forms_of_a_digest() -> None:
+    expected = WEB01._replace(certificate_sha256="ab" * 32)
+    for text in ("ab" * 32, ":".join(["AB"] * 32)):
+        assert parse_line(line(certificate_sha256=text)) == expected
+
+
 def test_parse_line_ignores_key_order_and_space() -> None:
     reordered = {name: LINE[name] for name in reversed(LINE)}
     assert parse_line(b"  " + json.dumps(reordered, indent=1).replace("\n", "\r").encode() + b" \r\n") == WEB01
@@ -69,6 +75,10 @@ BROKEN = [
     (line(credentials={"password": "s3cret"}), "user: missing"),
     (line(credentials={"user": "u", "password": ["s3cret"]}), "password: expected a string, got an array"),
     (line(port=None), "port: expected"),
+    (line(certificate_sha256=None), "certificate_sha256: expected a string"),
+    (line(certificate_sha256="ab" * 31), "certificate_sha256: expected the SHA-256 of a certificate"),
+    (line(certificate_sha256="xy" * 32), "certificate_sha256: expected the SHA-256 of a certificate"),
+    (line(hostname="h" * 256), "hostname: expected a name of 1 to 255 characters"),
 ]
 
 

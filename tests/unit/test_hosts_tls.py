@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import ssl
+import subprocess
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trustme
 
+from harp_daemon.der import certificate_names
 from harp_daemon.settings import ConfigError
 from harp_daemon.timer_wheel import TimerWheel
 from harpcaller.config import Config
@@ -66,12 +69,69 @@ async def outcome(tls: HostTLS, host: Host) -> str | None:
     return None
 
 
-async def test_host_tls_without_files_accepts_any_certificate(tmp_path: Path) -> None:
-    tls = HostTLS(Config())
+async def test_host_tls_without_files_refuses_unless_told(tmp_path: Path) -> None:
     with host(issue(tmp_path / "a", "elsewhere", ca=trustme.CA())) as found:
-        assert await outcome(tls, found) is None
-    assert len(tls.warnings) == 1
-    assert "ca_file" in tls.warnings[0]
+        for verify, error in ((True, "nothing verifies it; set ca_file, "), (False, None)):
+            tls = HostTLS(Config(verify=verify))
+            message = await outcome(tls, found)
+            assert message is None if error is None else error in str(message)
+            assert len(tls.warnings) == 1
+            assert "ca_file" in tls.warnings[0]
+
+
+async def test_certificate_sha256_accepts_one_certificate_only(tmp_path: Path) -> None:
+    ca = authority()
+    pinned, other = issue(tmp_path / "a", "elsewhere", ca=trustme.CA()), issue(tmp_path / "b", "web01", ca=ca)
+    known = tmp_path / "known.pem"
+    known.write_bytes(other.pem)
+    digest = sha256(ssl.PEM_cert_to_DER_cert(pinned.pem.decode())).hexdigest()
+    for config in (Config(), Config(ca_file=other.files.ca_file), Config(known_certs_file=known)):
+        with host(pinned) as found:
+            assert await outcome(HostTLS(config), found._replace(certificate_sha256=digest)) is None
+        with host(other) as found:
+            message = await outcome(HostTLS(config), found._replace(certificate_sha256=digest))
+            assert f"certificate_sha256 of the host is {digest}" in str(message)
+
+
+@pytest.mark.parametrize(
+    ("names", "address", "is_accepted"),
+    [
+        (("web01",), "127.0.0.1", True),
+        (("web01.example.net",), "127.0.0.1", True),
+        (("127.0.0.1",), "127.0.0.1", True),
+        (("web01", "web02"), "127.0.0.1", True),
+        (("anything",), "127.0.0.1", True),
+        (("*.example.net",), "localhost", True),
+        (("web02",), "127.0.0.1", False),
+        (("WEB02.example.net",), "127.0.0.1", False),
+        (("10.0.0.2",), "127.0.0.1", False),
+        (("web02", "10.0.0.2"), "localhost", False),
+    ],
+)
+async def test_known_certificate_of_another_host_is_refused(
+    tmp_path: Path, names: tuple[str, ...], address: str, is_accepted: bool
+) -> None:
+    """The certificate of a known host, presented at another one: the password is not sent."""
+    issued = issue(tmp_path / "a", *names)
+    known = tmp_path / "known.pem"
+    known.write_bytes(issued.pem)
+    with host(issued, address=address) as found:
+        hosts = [found, Host("web02", "10.0.0.2", 4306, "u", "p"), Host("10.0.0.7", "10.0.0.7", 4306, "u", "p")]
+        message = await outcome(HostTLS(Config(known_certs_file=known), lambda: hosts), found)
+        assert message is None if is_accepted else "it is the certificate of host 'web02'" in str(message)
+
+
+def test_names_of_a_certificate_are_read_as_openssl_does(tmp_path: Path) -> None:
+    issued = issue(tmp_path / "a", "Web01.example.net", "10.0.0.7", "::1", "*.example.org")
+    der = ssl.PEM_cert_to_DER_cert(issued.pem.decode())
+    names = certificate_names(der)
+    assert names >= {"web01.example.net", "10.0.0.7", "::1", "*.example.org"}
+    for end in range(0, len(der), 7):
+        certificate_names(der[:end])  # an incomplete one raises nothing
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
+    file = tmp_path / "named.pem"
+    subprocess.run([*command, "-subj", "/O=x/CN=Web02", "-keyout", "/dev/null", "-out", file], check=True)
+    assert certificate_names(ssl.PEM_cert_to_DER_cert(file.read_text())) == {"web02"}
 
 
 async def test_ca_file_requires_chain_and_name(tmp_path: Path) -> None:
@@ -233,7 +293,7 @@ async def test_tls_minimum_is_enforced(tmp_path: Path) -> None:
     context.maximum_version = ssl.TLSVersion.TLSv1_2
     with Peer(always=lambda conn: conn.until_closed(), tls=context) as peer:
         found = Host("web01", "127.0.0.1", peer.port, "u", "p")
-        assert await outcome(HostTLS(Config()), found) is None
+        assert await outcome(HostTLS(Config(verify=False)), found) is None
         message = await outcome(HostTLS(Config(tls_minimum="1.3")), found)
         assert message is not None
         assert "tls_minimum" in message

@@ -58,7 +58,7 @@ async def open_connection(
     chain_error: str | None = None
     seconds = config.connect_timeout
     version = tls.version
-    for context in tls.contexts:
+    for context in tls.list_contexts(host):
         end = asyncio.get_running_loop().time() + seconds
         addresses = await _resolve(host, resolver, seconds)
         async with asyncio.timeout_at(end):

@@ -15,6 +15,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
@@ -23,13 +24,14 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
-from harp.protocol.json_text import decode_values, dumps
+from harp.protocol.json_text import JSONObject, decode_values, dumps
 from harp.protocol.schema import (
     MAX_NAME,
     Kind,
     Null,
     ProtocolError,
     WireObject,
+    check_string,
     decode_as,
     decode_object,
     encode_object,
@@ -58,6 +60,7 @@ class Host(NamedTuple):
     port: int
     user: str
     password: str
+    certificate_sha256: str | None = None  # the only certificate that is accepted, as 64 digits in lower case
 
     def __repr__(self) -> str:
         return f"Host({self.hostname!r}, {self.address!r}, {self.port}, {self.user!r})"
@@ -401,6 +404,17 @@ async def run_hosts_script(script: Path, time_limit: float) -> HostList:
     return await asyncio.to_thread(lambda: parse_hosts(output.split(b"\n"), script))
 
 
+def _decode_digest(members: JSONObject, key: str) -> str:
+    return check_string(key, members.value(key)).replace(":", "").lower()
+
+
+_DIGEST = Kind(
+    lambda digest: re.fullmatch("[0-9a-f]{64}", digest) is not None,
+    "the SHA-256 of a certificate, 64 hexadecimal digits",
+    decode=_decode_digest,
+)
+
+
 class _Line(WireObject):
     """The line of a host. No error quotes a value."""
 
@@ -413,13 +427,15 @@ class _Line(WireObject):
     ] = DEFAULT_PORT
     user: Annotated[str, "credentials.user"] = field(kw_only=True, repr=False)
     password: Annotated[str, "credentials.password"] = field(kw_only=True, repr=False)
+    certificate_sha256: Annotated[str | None, _DIGEST, Null.REJECTED] = field(default=None, kw_only=True)
 
 
 _FIELDS = attrgetter(*Host._fields)
 
 
 def _to_line(host: Host) -> _Line:
-    return _Line(host.hostname, host.address, host.port, user=host.user, password=host.password)
+    credentials = {"user": host.user, "password": host.password}
+    return _Line(host.hostname, host.address, host.port, **credentials, certificate_sha256=host.certificate_sha256)
 
 
 def parse_line(line: bytes) -> Host:

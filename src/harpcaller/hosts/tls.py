@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import re
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from hashlib import sha256
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Any
 
+from harp_daemon.der import certificate_names
 from harp_daemon.settings import set_minimum_version
 from harp_daemon.watched_file import WatchedFile
 from harpcaller.config import Config, file_errors
@@ -36,8 +38,10 @@ class CertificateRefused(Exception):
 class HostTLS:
     """The TLS settings of one configuration. Raises `ConfigError` if one of the files cannot be used."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, list_hosts: Callable[[], Iterable[Host]] = lambda: ()) -> None:
         self._verify_hostname = config.verify_hostname
+        self._verify = config.verify
+        self._list_hosts = list_hosts
         self._authorities: WatchedFile[ssl.SSLContext] | None = None
         self._known_certs: WatchedFile[frozenset[bytes]] | None = None
         self._unverified = _context(config)
@@ -56,13 +60,18 @@ class HostTLS:
                     f"known_certs_file {config.known_certs_file} does not exist; it accepts no certificate"
                 )
         if config.ca_file is None and self._known_certs is None:
-            self.warnings.append("certificates of hosts are not checked; set ca_file or known_certs_file")
+            self.warnings.append(
+                "hosts without certificate_sha256 are refused; set ca_file or known_certs_file"
+                if config.verify
+                else "certificates of hosts are not checked; set ca_file or known_certs_file"
+            )
         if config.tls_minimum in ("1.0", "1.1"):
             self.warnings.append("tls_minimum allows insecure TLS versions")
 
-    @property
-    def contexts(self) -> list[ssl.SSLContext]:
-        """The contexts to try in this order, each after a `ssl.SSLCertVerificationError` of the previous context."""
+    def list_contexts(self, host: Host) -> list[ssl.SSLContext]:
+        """Return the contexts to try in this order, each after a `ssl.SSLCertVerificationError` of the previous one."""
+        if host.certificate_sha256 is not None:
+            return [self._unverified]
         verified = [] if self._authorities is None else [self._authorities.value]
         return verified if verified and self._known_certs is None else [*verified, self._unverified]
 
@@ -78,8 +87,16 @@ class HostTLS:
 
     def check_certificate(self, connection: ssl.SSLObject, host: Host, chain_error: str | None = None) -> None:
         """Raise `CertificateRefused` if no rule accepts the certificate; `chain_error`: of an earlier handshake."""
-        known_certs, der = self._known_certs, connection.getpeercert(binary_form=True)
+        known_certs, der = self._known_certs, connection.getpeercert(binary_form=True) or b""
+        if host.certificate_sha256 is not None:
+            _check_digest(der, host.certificate_sha256)
+            return
         if known_certs is not None and (der in known_certs.value or der in known_certs.newest_value):
+            if (other := self._find_other(der, host)) is not None:
+                raise CertificateRefused(
+                    f"it is the certificate of host {other!r}, and does not name {host.hostname!r} or "
+                    f"{host.address!r}; correct the hosts registry, or set certificate_sha256 of the host there"
+                )
             return
         if chain_error is not None:
             raise self.chain_refused(chain_error)
@@ -92,6 +109,20 @@ class HostTLS:
             )
         if self._authorities is None and known_certs is not None:
             raise CertificateRefused(f"it is not in {_name_file(known_certs)}")
+        if self._authorities is None and self._verify:
+            raise CertificateRefused(
+                "nothing verifies it; set ca_file, known_certs_file, or certificate_sha256 of the host in the hosts "
+                "registry; or accept any certificate with verify = false"
+            )
+
+    def _find_other(self, der: bytes, host: Host) -> str | None:
+        """Return another host of the registry that a certificate names, unless it names this host, too."""
+        names = certificate_names(der)
+        forms = names.union(*map(_name_forms, names))
+        entries = {"subjectAltName": [("DNS", name) for name in names if name.startswith("*")]}
+        if not forms.isdisjoint(_host_forms(host)) or names_host(entries, host):
+            return None
+        return next((one.hostname for one in self._list_hosts() if not forms.isdisjoint(_host_forms(one))), None)
 
     def chain_refused(self, chain_error: str) -> CertificateRefused:
         """Return the error for a certificate with a chain that no handshake accepted."""
@@ -107,6 +138,24 @@ _INVALID_NOW = {
     "certificate has expired": "it has expired, or its authority's has; renew it, copy it to the host and reload harpd",
     "certificate is not yet valid": "it is not valid yet; compare the clocks of the host and of the dispatcher",
 }
+
+
+def _check_digest(der: bytes, expected: str) -> None:
+    digest = sha256(der).hexdigest()
+    if digest != expected:
+        raise CertificateRefused(
+            f"its SHA-256 is {digest}, and certificate_sha256 of the host is {expected}; if the certificate was "
+            "renewed, correct the hosts registry"
+        )
+
+
+def _host_forms(host: Host) -> set[str]:
+    return {*_name_forms(host.hostname.lower()), host.address.lower()}
+
+
+def _name_forms(name: str) -> set[str]:
+    """Return a name and its first label: a certificate and the registry may have the short or the long name."""
+    return {name} if parse_ip(name) is not None else {name, name.partition(".")[0]}
 
 
 def _name_file(known_certs: WatchedFile[frozenset[bytes]]) -> str:
