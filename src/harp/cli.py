@@ -16,6 +16,7 @@ from harp import __version__, client, direct
 from harp._core.values import CALL_NOT_FINISHED, Result
 from harp.errors import CancelledException, CommunicationError, HarpException, RemoteError, RemoteException
 from harp.protocol.json_text import InvalidJSON, loads
+from harp.protocol.printing import print_escaped
 
 _EPILOG = """\
 An ARG is JSON, or text if it is not valid JSON: 5 is a number, five is text, '"5"' is text, too.
@@ -116,7 +117,7 @@ def _advice(error: HarpException) -> str | None:
 def _report(message: str) -> None:
     """Print a message on stderr. If this fails, the exit code still has its meaning."""
     try:
-        print(f"harp: {message}", file=sys.stderr)
+        print_escaped(f"harp: {message}", file=sys.stderr)
     except OSError:
         _discard(sys.stderr)
 
@@ -128,7 +129,7 @@ def _discard(stream: TextIO) -> None:
 
 def _print_value(value: Any) -> Exit:
     """Print a value as a line of JSON."""
-    print(json.dumps(value.value if isinstance(value, Result) else value), flush=True)
+    print_escaped(json.dumps(value.value if isinstance(value, Result) else value), flush=True)
     return Exit.OK
 
 
@@ -162,7 +163,7 @@ def _call(options: Namespace) -> Exit:
     host = dispatcher.host(options.host, **{name: getattr(options, name) for name in names})
     job = client.RemoteProcedure(dispatcher, host, options.procedure)(*options.arguments, **dict(options.named))
     if not (options.wait or options.follow):
-        print(job.id(), flush=True)
+        print_escaped(job.id(), flush=True)
         return Exit.OK
     try:
         if options.follow:
@@ -191,7 +192,7 @@ def _details(options: Namespace) -> Exit:
 
 
 def _why(options: Namespace) -> Exit:
-    print(_job(options).why())
+    print_escaped(_job(options).why())
     return Exit.OK
 
 
@@ -214,6 +215,10 @@ def _direct(options: Namespace) -> Exit:
     password = os.environ.get("HARP_PASSWORD")
     if password is None:
         raise HarpException("no password: set HARP_PASSWORD")
+    if options.ca_file is None and not options.insecure:
+        raise HarpException("nothing verifies the server: use --ca-file FILE, or --insecure to accept any certificate")
+    if options.ca_file is not None and options.insecure:
+        raise HarpException("--insecure: it excludes --ca-file, which verifies the server")
     access = {"user": options.user, "password": password, "ca_file": options.ca_file, "keep_alive": False}
     tls = {"tls_minimum": options.tls_minimum, "verify_hostname": options.verify_hostname}
     server = direct.HarpServer(**options.address, **access, **tls)
@@ -310,8 +315,12 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "--numbered": {"action": "store_true", "help": "print pairs [number, record]"},
     "--timed": {"action": "store_true", "help": "print [number, time, record]; time: Unix seconds"},
     "--user": {"required": True, "help": "user to authenticate as"},
-    "--ca-file": {"metavar": "FILE", "help": "PEM file of the certificate's authorities; without it: no verification"},
+    "--ca-file": {"metavar": "FILE", "help": "PEM file of the certificate's authorities; needed, or --insecure"},
     "--tls-minimum": {"metavar": "VERSION", "default": "1.2", "help": "1.0, 1.1, 1.2 or 1.3; default: 1.2"},
+    "--insecure": {
+        "action": "store_true",
+        "help": "without --ca-file: accept any certificate; another server may get the password",
+    },
     "--no-verify-hostname": {
         "dest": "verify_hostname",
         "action": "store_false",
@@ -320,7 +329,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
 }
 
 _JOB = "--queue --concurrency --timeout --max-exec-time --info --start-within --request-id"
-_DIRECT = "address procedure arguments --named --user --ca-file --tls-minimum --no-verify-hostname"
+_DIRECT = "address procedure arguments --named --user --ca-file --insecure --tls-minimum --no-verify-hostname"
 _STREAM = "job --since --recent --numbered --timed"
 
 #: The commands: name, function, help, names of the arguments.

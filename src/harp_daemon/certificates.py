@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.types import CertificateIssuerPrivateKeyTypes, PrivateKeyTypes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from harp.protocol.printing import print_escaped
 from harp_daemon.program import add_version, written_output
 
 #: Days that a certificate is valid, unless an option changes it: an authority's, and any other.
@@ -308,8 +309,8 @@ def _run(options: argparse.Namespace) -> int:
                 renew_certificate(options.directory, options.name, options.days)
             case "show":
                 for path in options.files:
-                    print(describe_certificate(path))
+                    print_escaped(describe_certificate(path))
     except CertificateError as error:
-        print(f"harp-cert: {error}", file=sys.stderr)
+        print_escaped(f"harp-cert: {error}", file=sys.stderr)
         return 1
     return 0

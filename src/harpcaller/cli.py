@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from harp.protocol.json_text import MAX_LINE_DEPTH, InvalidJSON, Raw, loads
+from harp.protocol.printing import escape_controls, print_escaped
 from harp_daemon.process import ProcessError, detach, occupy_standard_descriptors, pidfile
 from harp_daemon.program import add_version, written_output
 from harp_daemon.settings import ConfigError
@@ -70,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
         with nullcontext() if run is _start else written_output("harpcallerd"):
             return int(run(parsed) or 0)
     except (ControlError, ProcessError) as error:
-        print(f"harpcallerd: {error}", file=sys.stderr)
+        print_escaped(f"harpcallerd: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 1
@@ -98,10 +99,10 @@ def _status(parsed: Namespace) -> int:
     daemon = ControlClient(parsed.socket)
     running = daemon.wait_running(parsed.timeout) if parsed.wait else daemon.is_running()
     if not running:
-        print("harpcallerd is stopped")
+        print_escaped("harpcallerd is stopped")
         return 1
     (status,) = daemon.send_command("status")
-    print(status.decode() if parsed.full else "harpcallerd is running")
+    print_escaped(status.decode() if parsed.full else "harpcallerd is running")
     _warn_of_access(status)
     _warn_of_hosts(status)
     return 0
@@ -111,10 +112,10 @@ def _stop(parsed: Namespace) -> None:
     try:
         pid = ControlClient(parsed.socket).stop(parsed.timeout)
     except NotRunning as error:
-        print(f"harpcallerd: {error}", file=sys.stderr)  # not a failure: the dispatcher is stopped
+        print_escaped(f"harpcallerd: {error}", file=sys.stderr)  # not a failure: the dispatcher is stopped
         return
     if parsed.print_pid:
-        print(pid)
+        print_escaped(pid)
 
 
 def _backup(parsed: Namespace) -> None:
@@ -131,7 +132,7 @@ def _restore(parsed: Namespace) -> None:
         jobs = restore(parsed.file, load(parsed.config).stream_directory, parsed.queued, time.time())
         if jobs:
             outcome = "cancelled" if parsed.queued == "cancel" else "run when harpcallerd starts"
-            print(f"harpcallerd: {jobs} queued jobs: {outcome}", file=sys.stderr)
+            print_escaped(f"harpcallerd: {jobs} queued jobs: {outcome}", file=sys.stderr)
 
     _run_on_store(run)
 
@@ -157,7 +158,7 @@ def _run_on_store(run: Callable[[], None]) -> None:
 def _reload(parsed: Namespace) -> int:
     reply = _single_reply(parsed)
     for key in reply["restart_needed"]:
-        print(f"harpcallerd: warning: the change of {key} needs a restart", file=sys.stderr)
+        print_escaped(f"harpcallerd: warning: the change of {key} needs a restart", file=sys.stderr)
     return _print_problems(reply["problems"])
 
 
@@ -180,20 +181,20 @@ def _warn_of_hosts(status: Raw) -> None:
         if isinstance(source, dict) and source["error"] is not None:
             age = "no hosts yet" if source["age"] is None else f"hosts are {source['age']:.0f} s old"
             name = "" if source["source"] in source["error"] else f"{source['source']}: "  # errors of a script have it
-            print(f"harpcallerd: warning: {name}{source['error']} ({age})", file=sys.stderr)
+            print_escaped(f"harpcallerd: warning: {name}{source['error']} ({age})", file=sys.stderr)
 
 
 def _warn_of_access(status: Raw) -> None:
     """Print a warning on stderr if the latest contents of the access file are not in use."""
     access = loads(status).get("access")
     if access and access["error"] is not None:
-        print(f"harpcallerd: warning: {access['error']} (rules are {access['age']:.0f} s old)", file=sys.stderr)
+        print_escaped(f"harpcallerd: warning: {access['error']} (rules are {access['age']:.0f} s old)", file=sys.stderr)
 
 
 def _print_problems(problems: list[str]) -> int:
     """Print the rejected lines and other problems of the hosts registry; return the exit status."""
     for problem in problems:
-        print(f"harpcallerd: hosts registry: {problem}", file=sys.stderr)
+        print_escaped(f"harpcallerd: hosts registry: {problem}", file=sys.stderr)
     return 1 if problems else 0
 
 
@@ -206,13 +207,13 @@ def _test(parsed: Namespace) -> int:
     except ConfigError as error:
         errors, warnings = [str(error)], []
     for warning in warnings:
-        print(f"harpcallerd: warning: {warning}", file=sys.stderr)
+        print_escaped(f"harpcallerd: warning: {warning}", file=sys.stderr)
     for message in errors:
-        print(f"harpcallerd: {message}", file=sys.stderr)
+        print_escaped(f"harpcallerd: {message}", file=sys.stderr)
     if not errors:
         if config.max_age in (DEFAULT_MAX_AGE, None):  # the default, of this or a legacy file
-            print(f"harpcallerd: max_age: {config.describe_max_age()}", file=sys.stderr)
-        print("config OK")
+            print_escaped(f"harpcallerd: max_age: {config.describe_max_age()}", file=sys.stderr)
+        print_escaped("config OK")
     return 1 if errors else 0
 
 
@@ -245,7 +246,7 @@ def _queue_cancel(parsed: Namespace) -> None:
     if not reply["cancelled"]:
         queue = parsed.queue.decode("utf-8", "surrogateescape")
         raise ControlError(f"queue {queue} does not exist, or its jobs have ended")
-    print(json.dumps(reply))
+    print_escaped(json.dumps(reply))
 
 
 def _access(parsed: Namespace) -> int:
@@ -253,7 +254,7 @@ def _access(parsed: Namespace) -> int:
         lines, status = answer_question(parsed)
     except ConfigError as error:
         raise ControlError(str(error)) from error
-    print("\n".join(lines))
+    print_escaped("\n".join(lines))
     return status
 
 
@@ -267,8 +268,8 @@ def _token_add(parsed: Namespace) -> None:
         lambda daemon: loads(next(daemon.send_command("token-add", name=parsed.name, roles=roles, expires=expires))),
         lambda file: {"token": _tokens_module().add_token(file, parsed.name, roles, expires)[0]},
     )
-    print("harpcallerd: store the token now: it is not shown again", file=sys.stderr)
-    print(added["token"])
+    print_escaped("harpcallerd: store the token now: it is not shown again", file=sys.stderr)
+    print_escaped(added["token"])
 
 
 def _token_list(parsed: Namespace) -> None:
@@ -277,7 +278,7 @@ def _token_list(parsed: Namespace) -> None:
         return [tokens.describe_token(token) for token in tokens.read_tokens(file).values()]
 
     for item in _on_tokens(parsed, lambda daemon: [*map(loads, daemon.send_command("token-list"))], read):
-        print(json.dumps(item))
+        print_escaped(json.dumps(item))
 
 
 def _token_revoke(parsed: Namespace) -> None:
@@ -317,7 +318,8 @@ def _print_reply(parsed: Namespace) -> None:
 
 def _print_lines(lines: Iterable[Raw]) -> None:
     for line in lines:
-        sys.stdout.buffer.write(line + b"\n")
+        # They may have any character as it is; only surrogates are always escaped.
+        sys.stdout.buffer.write(escape_controls(line.decode()).encode() + b"\n")
 
 
 def _send(parsed: Namespace) -> Iterator[Raw]:

@@ -10,6 +10,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+from harp.protocol.printing import print_escaped
 from harp_daemon.event_loop import run
 from harp_daemon.process import ProcessError, detach, occupy_standard_descriptors, pidfile
 from harp_daemon.program import add_version, written_output
@@ -67,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
         with written_output("harpd") if prints else nullcontext():
             return _run_command(options)
     except (ConfigError, ProcessError, SupervisorError) as error:
-        print(f"harpd: {error}", file=sys.stderr)
+        print_escaped(f"harpd: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # of status, drain and resume; the daemon's programs handle the signal
         return 1
@@ -76,8 +77,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _run_command(options: CommandLine) -> int:
     if options.test:
         for warning in check(options):
-            print(f"harpd: warning: {warning}", file=sys.stderr)
-        print("config OK")
+            print_escaped(f"harpd: warning: {warning}", file=sys.stderr)
+        print_escaped("config OK")
         return 0
     if options.command in ("drain", "resume", "status"):
         with SupervisorClient(_runtime_directory(options), create=False) as client:
@@ -106,7 +107,7 @@ async def _control(client: SupervisorClient, command: str, deadline: float | Non
         raise SupervisorNotRunning("the supervisor does not run")
     if command == "status":
         for reply in replies:
-            print(json.dumps(reply))
+            print_escaped(json.dumps(reply))
         return 0
     try:
         async with asyncio.timeout(deadline):

@@ -283,7 +283,7 @@ def test_direct_with_empty_dispatcher_is_called(tmp_path: Path) -> None:
             "u",
             "--tls-minimum",
             "1.3",
-            "--no-verify-hostname",
+            "--insecure",
         ]
         done = harp(*line, HARP_PASSWORD="p", HARP_DISPATCHER="")
     assert (done.stdout, done.returncode) == ("1\n", 0), done.stderr
@@ -370,6 +370,33 @@ def test_control_c_while_waiting_prints_the_job() -> None:
         f"harp: job {JOB} continues; see harp result, follow and cancel\n",
         Exit.INTERRUPTED,
     )
+
+
+def test_direct_without_verification_is_a_usage_error(tmp_path: Path) -> None:
+    """No connection is made, so that no other server gets the password."""
+    done = harp("direct", "localhost:1", "p", "--user", "u", HARP_PASSWORD="p")
+    assert done.returncode == Exit.USAGE
+    assert "use --ca-file FILE, or --insecure" in done.stderr
+    done = harp("direct", "localhost:1", "p", "--user", "u", "--insecure", "--ca-file", "x", HARP_PASSWORD="p")
+    assert done.returncode == Exit.USAGE
+    assert "excludes --ca-file" in done.stderr
+
+
+TERMINAL = "\x1b]0;title\x07\x9b2J\r\x7f\u202e"
+
+
+@pytest.mark.parametrize("kind", ["exception", "error"])
+def test_control_characters_of_remote_text_are_escaped(kind: str) -> None:
+    end = {kind: {"type": f"T{TERMINAL}", "message": f"first\nsecond{TERMINAL}", "data": {"k": TERMINAL}}}
+    with Peer(answering(end)) as peer:
+        done = harp("result", JOB, "--dispatcher", f"{peer.host}:{peer.port}", "--reconnect", "0")
+    assert done.returncode in (Exit.RAISED, Exit.FAILED)
+    assert "first\nsecond\\u001b]0;title\\u0007\\u009b2J\\u000d\\u007f\\u202e" in done.stderr
+    assert not set(TERMINAL) - set("]0;title2J") & set(done.stderr)
+    details = {"details": {"reason": f"it failed: {TERMINAL}"}}
+    with Peer(answering(details)) as peer:
+        done = harp("why", JOB, "--dispatcher", f"{peer.host}:{peer.port}", "--reconnect", "0")
+    assert not set(TERMINAL) - set("]0;title2J") & set(done.stdout + done.stderr), done.stdout
 
 
 def test_direct_without_password_is_a_usage_error() -> None:
