@@ -397,7 +397,11 @@ class Dispatcher:
         The APIs apply the limits of requests, and the program applies the log settings. Raises `ConfigError` without a
         change if a certificate file or the hosts file is invalid.
         """
-        tls, source, secret_keys = HostTLS(config, self.registry.list_hosts), PolicySource(config), read_key_file(config)
+        tls, source, secret_keys = (
+            HostTLS(config, self.registry.list_hosts),
+            PolicySource(config),
+            read_key_file(config),
+        )
         self.registry.update_config(config)
         self.access.use(source)
         reported, self.config = frozenset(self.config.ignored), config

@@ -1,4 +1,4 @@
-"""Text of peers on terminals: a control character in it could change what the reader sees, or what the terminal does."""
+"""Text of peers on a terminal: control characters could change what the reader sees, or what the terminal does."""
 
 from __future__ import annotations
 
