@@ -170,15 +170,30 @@ def test_access_who_shows_each_principal(dispatcher: Harpcallerd) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [
         'token:shop: rule 2 (line 9) allows it; arguments: service: one of "nginx", "php"',
-        "every token with role:ops: rule 3 (line 17) allows it",
         "cert:*.ops.example.net (role:ops): rule 3 (line 17) allows it",
         "uid:alice (role:ops): rule 3 (line 17) allows it",
     ]
     on_db = ask(dispatcher, "who", "--host=db01", "--procedure=dump").stdout.splitlines()
     assert on_db[0] == "anonymous@*: rule 1 (line 4) denies it"
-    assert len(on_db) == 4
+    assert len(on_db) == 3
     manage = ask(dispatcher, "who", "--action=manage")
     assert manage.stdout == "no rule allows it to any client\n"
+
+
+def test_access_knows_the_roles_of_tokens(dispatcher: Harpcallerd) -> None:
+    dispatcher.configure({"access_file": "access.toml", "tokens_file": "tokens"})
+    call = ("--host=web07", "--procedure=reboot")
+    for name, roles in {"pager": ("--role=ops",), "guest": ()}.items():
+        added = dispatcher.control("token", "add", name, *roles, f"--config={dispatcher.config_file}")
+        assert added.returncode == 0, added.stderr
+    assert "token:pager (role:ops): rule 3 (line 17) allows it\n" in ask(dispatcher, "who", *call).stdout
+    assert ask(dispatcher, "test", "--as=token:pager", *call).returncode == 0
+    assert ask(dispatcher, "test", "--as=token:guest", *call).returncode == 1
+    assert ask(dispatcher, "explain", "token:pager").stdout.startswith("rule 3 (line 17), for role:ops, allows call")
+    (dispatcher.directory / "tokens").chmod(0o644)  # it cannot be used
+    answer = ask(dispatcher, "who", *call).stdout
+    assert "every token with role:ops (role:ops): rule 3 (line 17) allows it\n" in answer
+    assert "note: roles of tokens are unknown: " in answer
 
 
 @pytest.mark.parametrize(

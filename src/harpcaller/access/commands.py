@@ -1,19 +1,21 @@
-"""The commands ``harpcallerd access``: questions about the access file, which need no daemon."""
+"""The commands ``harpcallerd access``: questions about the access file. They read files and need no daemon."""
 
 from __future__ import annotations
 
 import argparse
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from harp.protocol.json_text import InvalidJSON, Raw, loads
 from harp_daemon.settings import ConfigError
 from harpcaller.access.client import Client
 from harpcaller.access.explain import explain_clients, explain_decision, explain_rights
 from harpcaller.access.policy import Action, Policy, Target, load
-from harpcaller.access.rules import ON_JOBS, ROLE
+from harpcaller.access.rules import ON_JOBS, ROLE, TOKEN
 from harpcaller.access.rules_file import is_principal
+from harpcaller.access.tokens import TokenError, read_tokens
 from harpcaller.config import load as load_config
 
 _EXAMPLES = """\
@@ -26,7 +28,8 @@ examples:
   harpcallerd access explain token:shop anonymous@127.0.0.1:3502 --file=./access.toml
                                                         with a new file, before it is in use
 
-A client has several principals: each also has anonymous@LISTENER of the address that it is connected to.
+A client has several principals: each also has anonymous@LISTENER of the address that it is connected to. A token has
+the roles that tokens_file says.
 
 exit status: 0 success (test: allowed), 1 failure (test: denied), 2 wrong usage, 3 the output cannot be written
 """
@@ -54,7 +57,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         option("--owner", metavar="PRINCIPAL", help="owner of the job that is read or cancelled (default: the client)")
 
     question = add("test", _test, "show whether an action is allowed, by which rule, or which rules come close")
-    principal = "principal of the client, or role:NAME of its token; may be repeated"
+    principal = "principal of the client, or role:NAME; may be repeated"
     question.add_argument(
         "--as", dest="principals", metavar="PRINCIPAL", action="append", required=True, help=principal
     )
@@ -64,6 +67,14 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     add_target(add("who", _who, "show who may do something: the first line that names a client decides"))
 
 
+class _Files(NamedTuple):
+    """What the files say: the rules, and the roles of each token; None: the tokens cannot be read."""
+
+    policy: Policy
+    tokens: Mapping[str, tuple[str, ...]] | None
+    note: str | None = None  # why the tokens cannot be read
+
+
 def answer_question(parsed: Namespace) -> tuple[list[str], int]:
     """Return the lines of the answer and the exit status. Raises `ConfigError`."""
     lines, status = parsed.answer(parsed)
@@ -71,36 +82,57 @@ def answer_question(parsed: Namespace) -> tuple[list[str], int]:
 
 
 def _test(parsed: Namespace) -> tuple[list[str], int]:
-    client = _client(parsed.principals)
-    policy, action = _policy(parsed), Action(parsed.action)
+    _check_principals(parsed.principals)
+    files, action = _read_files(parsed), Action(parsed.action)
+    client = _client(parsed.principals, files)
     target = _target(parsed, client.owner if action in ON_JOBS else None)
-    allowed = policy.decide(client, action, target).allowed
-    return explain_decision(policy, client, action, target), 0 if allowed else 1
+    allowed = files.policy.decide(client, action, target).allowed
+    return _with_note(explain_decision(files.policy, client, action, target), files), 0 if allowed else 1
 
 
 def _explain(parsed: Namespace) -> tuple[list[str], int]:
-    client = _client(parsed.principals)
-    return explain_rights(_policy(parsed), client), 0
+    _check_principals(parsed.principals)
+    files = _read_files(parsed)
+    return _with_note(explain_rights(files.policy, _client(parsed.principals, files)), files), 0
 
 
 def _who(parsed: Namespace) -> tuple[list[str], int]:
-    return explain_clients(_policy(parsed), Action(parsed.action), _target(parsed, None)), 0
+    files = _read_files(parsed)
+    target = _target(parsed, None)
+    return _with_note(explain_clients(files.policy, Action(parsed.action), target, files.tokens), files), 0
 
 
-def _policy(parsed: Namespace) -> Policy:
-    if parsed.file is not None:
-        return load(parsed.file)
+def _with_note(lines: list[str], files: _Files) -> list[str]:
+    return lines if files.note is None else [*lines, f"note: roles of tokens are unknown: {files.note}"]
+
+
+def _read_files(parsed: Namespace) -> _Files:
+    """Return what the access file and the tokens file of the configuration say; `--file` replaces the former."""
+    if parsed.file is not None and not parsed.config.exists():
+        return _Files(load(parsed.file), {})
     config = load_config(parsed.config)
-    if config.access_file is None:
+    file = parsed.file or config.access_file
+    if file is None:
         raise ConfigError(f"{config.file}: access_file: not set: every client may call everything; use --file")
-    return load(config.access_file)
+    policy = load(file)
+    try:
+        tokens = read_tokens(config.tokens_file) if config.tokens_file else {}
+    except (TokenError, OSError) as error:
+        return _Files(policy, None, str(error))
+    return _Files(policy, {name: token.roles for name, token in tokens.items()})
 
 
-def _client(names: list[str]) -> Client:
+def _check_principals(names: list[str]) -> None:
     for name in names:
         if not name.startswith(ROLE) and not is_principal(name):
             raise ConfigError(f'{name}: expected a principal such as "token:shop" or "cert:anna.example.net"')
-    return Client(tuple(names), "", "", authenticated=True)
+
+
+def _client(names: list[str], files: _Files) -> Client:
+    """Return the client with these principals, and the roles of those that are tokens."""
+    tokens = [name.removeprefix(TOKEN) for name in names if name.startswith(TOKEN)]
+    roles = [role for token in tokens for role in (files.tokens or {}).get(token, ())]
+    return Client(tuple(names), "", "", authenticated=True, roles=tuple(roles))
 
 
 def _target(parsed: Namespace, owner: str | None) -> Target:

@@ -5,11 +5,11 @@ Each function returns lines of text. They agree with `Policy.decide`, because th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from harpcaller.access.client import Client
 from harpcaller.access.policy import Action, Policy, Target, names_of
-from harpcaller.access.rules import ROLE, Examined, Limits, Rule
+from harpcaller.access.rules import ROLE, TOKEN, Examined, Limits, Rule
 
 _MAX_CLOSE = 5  #: Maximum number of rules that a denial names.
 
@@ -54,11 +54,13 @@ def _names_client(policy: Policy, text: str, names: Sequence[str]) -> bool:
     return policy.expand(text).match_any(names)
 
 
-def explain_clients(policy: Policy, action: Action, target: Target) -> list[str]:
+def explain_clients(
+    policy: Policy, action: Action, target: Target, tokens: Mapping[str, Iterable[str]] | None
+) -> list[str]:
     """Return who may do something: a line for each principal of the rules that may match, in their order.
 
     The first line that names a principal of a client decides. A line has the conditions on facts that the target does
-    not state.
+    not state. `tokens` are the roles of each token; None: they are unknown.
     """
     stated = {key for key, name in _FACTS.items() if getattr(target, name) is not None} | {"allow", "deny"}
     lines = []
@@ -68,12 +70,22 @@ def explain_clients(policy: Policy, action: Action, target: Target) -> list[str]
             continue
         left = [f"; {key}: {text}" for key, text in describe_conditions(rule) if key in unmet - stated]
         for written in rule.written_who:
-            for principal in policy.expand(written).texts:
-                name = f"every token with {principal}" if principal.startswith(ROLE) else principal
-                through = f" ({written})" if written != principal else ""
-                verb = "allows" if rule.allows else "denies"
+            verb = "allows" if rule.allows else "denies"
+            for name in _list_principals(policy, written, tokens):
+                through = f" ({written})" if written != name else ""
                 lines.append(f"{name}{through}: {rule.place} {verb} it{''.join(left)}")
     return lines or ["no rule allows it to any client"]
+
+
+def _list_principals(policy: Policy, written: str, tokens: Mapping[str, Iterable[str]] | None) -> Iterator[str]:
+    """Yield the principals that a text in `who` means; the tokens that have a role in its place."""
+    for principal in policy.expand(written).texts:
+        if not principal.startswith(ROLE):
+            yield principal
+        elif tokens is None:
+            yield f"every token with {principal}"
+        else:
+            yield from (TOKEN + name for name, roles in tokens.items() if principal.removeprefix(ROLE) in roles)
 
 
 #: The conditions on a target, and the facts that they are on.

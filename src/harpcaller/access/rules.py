@@ -29,6 +29,7 @@ MAX_EXAMINED = 64 * 1024
 MAX_PATTERN_TEXT = 1024  #: A longer text matches no pattern: the time of some patterns grows faster than their text.
 
 ROLE = "role:"  #: The beginning of a role in `who`.
+TOKEN = "token:"  #: The beginning of the principal of a token.  # noqa: S105
 
 Scalar: TypeAlias = str | int | float | bool
 
