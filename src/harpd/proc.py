@@ -12,7 +12,7 @@ from __future__ import annotations
 TYPE_CHECKING = False  # not from `typing`: the zygote loads this module, and its size costs each fork
 if TYPE_CHECKING:
     import inspect
-    from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+    from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
     from typing import Any, ClassVar, TypeAlias, TypedDict, Unpack, overload
 
     #: A user or a group: its id or its name.
@@ -31,6 +31,13 @@ if TYPE_CHECKING:
         gid: Groups | None
         max_calls_per_process: int
         users: Sequence[str] | None
+        no_new_privs: bool
+        memory: int | None
+        processes: int | None
+        files: int | None
+        umask: int | None
+        cwd: str | None
+        environment: Mapping[str, str] | None
 
 
 __all__ = [
@@ -44,6 +51,10 @@ __all__ = [
     "procedure",
     "streaming_procedure",
 ]
+
+
+#: The value of `uid` with which each call has a user id of its own.
+DYNAMIC_UID = "dynamic"
 
 
 class TimeLimit(BaseException):
@@ -143,12 +154,19 @@ class Procedure:
     Args:
         function: the function that a call runs.
         timeout: the time limit of a call in seconds; None: no limit.
-        uid: the user of a call, id or name; None: the default of harpd.
+        uid: the user of a call, id or name; None: the default of harpd; ``dynamic``: each call has its own user id.
         gid: the group, id or name, or a list of groups (first: primary, all: supplementary). None: for a user in the
             user database, its primary group; for another user, group 65534; without `uid`, the default of harpd.
         max_calls_per_process: how many calls a process serves, one after the other. 1: each call has its own.
         users: the names of the users who may call it, of those whose rights in the configuration allow it; None: all
             of these.
+        no_new_privs: programs that a call executes gain no privileges, as setuid programs do.
+        memory: the most bytes of memory of each process of a call.
+        processes: the most processes and threads of the user of a call.
+        files: the most open files of each process of a call.
+        umask: the file mode creation mask of a call; None: 0o022.
+        cwd: the working directory of a call, an absolute path; None: ``/``.
+        environment: more variables of the environment of a call.
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -166,6 +184,13 @@ class Procedure:
     gid: tuple[Identity, ...] | None = None
     max_calls_per_process: int = 1
     users: tuple[str, ...] | None = None
+    no_new_privs: bool = False
+    memory: int | None = None
+    processes: int | None = None
+    files: int | None = None
+    umask: int | None = None
+    cwd: str | None = None
+    environment: Mapping[str, str] | None = None
 
     def __init__(
         self,
@@ -176,11 +201,20 @@ class Procedure:
         max_calls_per_process: int = 1,
         *,
         users: Sequence[str] | None = None,
+        no_new_privs: bool = False,
+        memory: int | None = None,
+        processes: int | None = None,
+        files: int | None = None,
+        umask: int | None = None,
+        cwd: str | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         if not callable(function):
             raise TypeError(f"expected a function, got {function!r}")
         self.function = function
         self.timeout, self.uid, self.max_calls_per_process = timeout, uid, max_calls_per_process
+        self.no_new_privs, self.memory, self.processes, self.files = no_new_privs, memory, processes, files
+        self.umask, self.cwd, self.environment = umask, cwd, environment
         # Until they are checked:
         self.gid = gid  # type: ignore[assignment]
         self.users = users  # type: ignore[assignment]
@@ -310,6 +344,8 @@ def check_options(procedure: Procedure) -> None:
             raise ValueError(f"timeout: expected a positive number of seconds, got {timeout!r}")
     if procedure.uid is not None:
         _check_identity("uid", procedure.uid)
+    if procedure.uid == DYNAMIC_UID and calls != 1:
+        raise ValueError(f"max_calls_per_process: expected 1, because uid is {DYNAMIC_UID!r}, got {calls!r}")
     if gid is not None:
         if not isinstance(gid, (int, str, list, tuple)):
             raise TypeError(f"gid: expected an id, a name or a list of them, got {gid!r}")
@@ -324,6 +360,37 @@ def check_options(procedure: Procedure) -> None:
         procedure.users = _check_users(procedure.users)
     if calls < 1:
         raise ValueError(f"max_calls_per_process: expected a number of calls, at least 1, got {calls!r}")
+    for key, (least, most) in _RANGES.items():
+        _check_number(key, getattr(procedure, key), least, most)
+    if not isinstance(procedure.no_new_privs, bool):
+        raise TypeError(f"no_new_privs: expected True or False, got {procedure.no_new_privs!r}")
+    if procedure.cwd is not None and not (isinstance(procedure.cwd, str) and procedure.cwd.startswith("/")):
+        raise ValueError(f"cwd: expected an absolute path, got {procedure.cwd!r}")
+    if procedure.environment is not None:
+        _check_environment(procedure.environment)
+
+
+#: The least and the most of options that are numbers. A worker itself needs some memory and files.
+_RANGES = {"memory": (64 << 20, 1 << 62), "processes": (1, 1 << 22), "files": (16, 1 << 20), "umask": (0, 0o777)}
+
+
+def _check_number(key: str, number: Any, least: int, most: int) -> None:
+    if number is None:
+        return
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise TypeError(f"{key}: expected a number, got {number!r}")
+    if not least <= number <= most:
+        raise ValueError(f"{key}: expected a number from {least} to {most}, got {number!r}")
+
+
+def _check_environment(environment: Any) -> None:
+    if not isinstance(environment, dict):
+        raise TypeError(f"environment: expected a dict, got {environment!r}")
+    for name, value in environment.items():
+        if not (isinstance(name, str) and isinstance(value, str)):
+            raise TypeError(f"environment: expected texts, got {name!r}: {value!r}")
+        if not name or "=" in name or "\0" in name + value or name.startswith("HARPD_"):
+            raise ValueError(f"environment: expected the name of a variable, none of HARPD_..., got {name!r}")
 
 
 def _check_users(users: Any) -> tuple[str, ...]:

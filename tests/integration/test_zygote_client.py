@@ -56,6 +56,7 @@ class Clock:
             "procedures": str(file),
             "python_path": {"prepend": [], "append": []},
             "default_user": None,
+            "dynamic_uids": None,
             "rights": {},
             "environment": {},
             "default_group": None,

@@ -86,6 +86,7 @@ class Supervisor:
             "procedures": str(self.procedures_file),
             "python_path": {"prepend": [], "append": []},
             "default_user": None,
+            "dynamic_uids": None,
             "rights": {},
             "environment": {COOKIE_VARIABLE: None},
             "default_group": None,

@@ -36,6 +36,7 @@ from harpd.auth import AuthDB
 from harpd.auth.files import Files
 from harpd.auth.rights import UserRights
 from harpd.config.settings import LOCAL_FILES, Configuration, load, load_yaml, one_line, server_context
+from harpd.proc import DYNAMIC_UID
 from harpd.worker.environment import call_environment, enter_surroundings
 from harpd.worker.privileges import UserError, resolve_credentials
 from harpd.worker.procedures import LOAD_TIMEOUT, load_procedures
@@ -156,6 +157,7 @@ class SupervisorConfig:
             "cgroup": configuration.cgroup,
             "environment": configuration.environment,
             "rights": self.rights_section,
+            "dynamic_uids": configuration.uid_range(),
             "outlive": outlive,
             "frontend": self.frontend_identity(),
             "runtime_directory": str(runtime_directory),
@@ -367,7 +369,13 @@ def _load_everything(options: CommandLine) -> list[str]:
     frontend_user = None if identity is None else identity[0]
     default_groups = None if config.default_group is None else (config.default_group,)
     accounts: list[tuple[str, Any, Any]] = [("the default user and group", config.default_user, default_groups)]
-    accounts += [(f"{options.procedures}: {name}", found.uid, found.gid) for name, found in procedures.items()]
+    for name, found in procedures.items():
+        has_dynamic_uid = found.uid == DYNAMIC_UID
+        if has_dynamic_uid and config.configuration.dynamic_uids is None:
+            raise ConfigError(
+                f"{options.config}: dynamic_uids: missing; {name} has uid={DYNAMIC_UID!r}, which needs it"
+            )
+        accounts.append((f"{options.procedures}: {name}", 0 if has_dynamic_uid else found.uid, found.gid))
     for owner, user, groups in accounts:
         try:
             uid, *_ = resolve_credentials(user, groups)

@@ -5,6 +5,7 @@ Errors read ``FILE: key: expected X, got Y``.
 
 from __future__ import annotations
 
+import re
 import ssl
 from collections.abc import Hashable
 from pathlib import Path
@@ -34,6 +35,9 @@ LOCAL_FILES = Files()
 
 # The maximum of one year stands for "no limit". It excludes infinity and NaN, which are typing errors.
 Seconds: TypeAlias = Annotated[float, Meta(gt=0, le=365 * 86400, extra={"unit": "seconds"})]
+#: The least and the greatest user id of calls with their own, and how many there may be.
+_LEAST_DYNAMIC_UID, _MOST_DYNAMIC_UID, _MAX_DYNAMIC_UIDS = 1000, 2**31 - 1, 65536
+
 #: A user or a group: its id or its name.
 Identity: TypeAlias = Annotated[int, Meta(ge=0)] | Annotated[str, Meta(min_length=1)]
 
@@ -140,6 +144,8 @@ class Configuration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     #: The user and the group of procedures without `uid` and `gid`: id or name. The command line has priority.
     default_user: Identity | None = None
     default_group: Identity | None = None
+    #: The user ids for procedures with ``uid="dynamic"``: ``FIRST-LAST``. They belong to harpd alone.
+    dynamic_uids: str | None = None
     #: The rights of users by name; ``*``: of all users without an entry. Empty: each user may call all procedures.
     rights: dict[str, Any] = {}  # values: `Rights`
     #: Variables of the environment of calls; null: the value of harpd's environment.
@@ -147,7 +153,20 @@ class Configuration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     #: The user of the frontend if harpd runs as root: name or numeric id; None: ``harpd`` if it exists, otherwise root.
     frontend_user: str | int | None = None
 
+    def uid_range(self) -> tuple[int, int] | None:
+        """Return the first and the last of `dynamic_uids`. Raises ValueError."""
+        if self.dynamic_uids is None:
+            return None
+        found = re.fullmatch(r"([0-9]{1,10})-([0-9]{1,10})", self.dynamic_uids)
+        first, last = map(int, found.groups()) if found else (0, 0)
+        if not _LEAST_DYNAMIC_UID <= first <= last <= _MOST_DYNAMIC_UID or last - first >= _MAX_DYNAMIC_UIDS:
+            least, most, number = _LEAST_DYNAMIC_UID, _MOST_DYNAMIC_UID, _MAX_DYNAMIC_UIDS
+            expected = f"a range as 200000-200999 from {least} to {most}, of at most {number} ids"
+            raise ValueError(f"dynamic_uids: expected {expected}, got {self.dynamic_uids!r}")
+        return first, last
+
     def __post_init__(self) -> None:
+        self.uid_range()
         rights = {user: convert_entry(f"rights.{user}", value, Rights) for user, value in self.rights.items()}
         msgspec.structs.force_setattr(self, "rights", rights)
         for name in self.environment:

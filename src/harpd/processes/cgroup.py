@@ -37,6 +37,19 @@ class Cgroup:
         """Whether the kernel can kill all of its processes in one step (since Linux 5.14)."""
         return os.access(f"{self.path}/cgroup.kill", os.W_OK)
 
+    def limit(self, memory: int | None, processes: int | None) -> None:
+        """Limit bytes of memory, and processes with their threads, of all in it; None: no limit.
+
+        Without the controllers of the kernel in its parent, it has no effect: then only the limits of processes count.
+        """
+        for controller, file, most in (("memory", "memory.max", memory), ("pids", "pids.max", processes)):
+            if most is None:
+                continue
+            with contextlib.suppress(OSError), open(f"{self.path}/../cgroup.subtree_control", "r+b") as parent:
+                parent.write(b"+" + controller.encode())
+            with contextlib.suppress(OSError), open(f"{self.path}/{file}", "r+b") as limit:  # creates no file
+                limit.write(b"%d" % most)
+
     def kill(self) -> None:
         """Kill all processes in it and below it in one step, so that no process can fork; only since Linux 5.14."""
         with contextlib.suppress(OSError), open(f"{self.path}/cgroup.kill", "wb") as file:

@@ -41,6 +41,7 @@ from harpd.auth.rights import UserRights
 from harpd.processes.cgroup import create_cgroup, delegated_cgroup
 from harpd.processes.cookie import cookie_for
 from harpd.processes.process_tree import CallTree, Scan, Snapshot, send_signal
+from harpd.supervisor.dynamic_uids import DynamicUids
 from harpd.supervisor.event_loop import READ, WRITE, EventLoop, Timer
 from harpd.supervisor.fair_shares import Account
 from harpd.supervisor.spool import GUARANTEED_BYTES, SpoolQuota
@@ -133,6 +134,7 @@ class CallContext:
         self.instance = instance
         self.settings = settings  # for new calls, see `harpd.config.loaded`; a call has those of its start
         self.rights = UserRights(settings["rights"])
+        self.dynamic_uids = DynamicUids(Path(settings["runtime_directory"]))
         self.calls: dict[str, Call] = {}  # the running calls, by id
         self.shutting_down = False
         self.quota = SpoolQuota(settings["spool_memory"])
@@ -206,7 +208,13 @@ class Call:
     """
 
     def __init__(
-        self, context: CallContext, zygote: ZygoteClient, call_id: str, procedure: str, session: Session
+        self,
+        context: CallContext,
+        zygote: ZygoteClient,
+        call_id: str,
+        procedure: str,
+        session: Session,
+        dynamic_uid: int | None,
     ) -> None:
         self._context = context
         self._loop = context.loop
@@ -215,6 +223,7 @@ class Call:
         self.id = call_id
         self._info = zygote.procedures[procedure]
         self._session = session
+        self._dynamic_uid = dynamic_uid
         self._fields = {"call": call_id, "procedure": procedure}
         self._unsent = memoryview(b"")
         self._partial_line = bytearray()
@@ -252,8 +261,9 @@ class Call:
         self._authentication_seconds = authentication
         self._secret_texts = secret_texts
         self._worker.mask_output(secret_texts)
-        head = self.id.encode(), self._info.number, b"-" if caller is None else caller
-        self._unsent = memoryview(b"%b %d %b\t%b\n" % (*head, arguments))
+        uid = b"-" if self._dynamic_uid is None else b"%d" % self._dynamic_uid
+        head = self.id.encode(), self._info.number, uid, b"-" if caller is None else caller
+        self._unsent = memoryview(b"%b %d %b %b\t%b\n" % (*head, arguments))
         if self._worker.identity[0]:  # else the zygote announces it
             self.on_forked()
 
@@ -264,8 +274,11 @@ class Call:
         context = self._context
         if worker.served == 1 and context.cgroup_directory is not None:
             worker.cgroup = create_cgroup(context.cgroup_directory, self.id, pid)
+            if worker.cgroup is not None:
+                worker.cgroup.limit(self._info.memory, self._info.processes)
         self._fork_seconds = time.monotonic() - self._requested_at
-        self._tree = CallTree(pid, start, cookie_for(self.id), worker.cgroup, self._info.uid)
+        uid = self._info.uid if self._dynamic_uid is None else self._dynamic_uid
+        self._tree = CallTree(pid, start, cookie_for(self.id), worker.cgroup, uid)
         try:
             context.state_files.write(self.id, self._tree, self._session.stored)
         except OSError as error:  # it is needed only if this supervisor is killed
@@ -539,6 +552,8 @@ class Call:
         self._session.call = None
         self._session.on_closed(stop_report if self._exit_reported else None)
         self._context.remove(self)
+        if self._dynamic_uid is not None:
+            self._context.dynamic_uids.release(self._dynamic_uid)
 
     def _release_state(self) -> None:
         """Release the state, before the end is reported: from now on, processes of the call are not orphans."""

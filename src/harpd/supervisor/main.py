@@ -76,6 +76,7 @@ from harp_daemon.process import tune_memory
 from harp_daemon.secret_values import texts_at
 from harpd.auth.rights import UserRights
 from harpd.supervisor.call import Call, CallContext, StopReason
+from harpd.supervisor.dynamic_uids import NoFreeUid
 from harpd.supervisor.event_loop import READ, EventLoop
 from harpd.supervisor.fair_shares import Account
 from harpd.supervisor.frames import VERSION
@@ -175,6 +176,10 @@ class Supervisor:
 
         def on_loaded(error: str | None) -> None:
             self._loading = None
+            needs_uids = any(procedure.has_dynamic_uid for procedure in zygote.procedures.values())
+            if error is None and needs_uids and settings["dynamic_uids"] is None:
+                error = "a procedure has uid='dynamic', which needs the setting dynamic_uids"
+                zygote.retire()
             if error is None:
                 if self._zygote is not None:
                     self._zygote.retire()
@@ -287,13 +292,20 @@ class Supervisor:
             if isinstance(session, Failed):
                 return session
         zygote.limit_idle(context.settings["max_calls"] - len(context.calls) - 1)
+        uid: int | None = None
         try:
+            if zygote.procedures[name].has_dynamic_uid:
+                uid = context.dynamic_uids.allocate(*context.settings["dynamic_uids"])
             context.state_files.reserve(call_id)
-            call = context.calls[call_id] = session.call = Call(context, zygote, call_id, name, session)
-        except OSError as error:
+            call = context.calls[call_id] = session.call = Call(context, zygote, call_id, name, session, uid)
+        except (OSError, NoFreeUid) as error:
             if isinstance(session, ResumableSession):
                 session.discard()
             context.state_files.remove(call_id)
+            if uid is not None:
+                context.dynamic_uids.release(uid)
+            if isinstance(error, NoFreeUid):
+                return Failed("too_many_calls", "all user ids of dynamic_uids are in use on this host")
             log.error("cannot start call", extra={"call": call_id, "reason": error.strerror})
             return Failed("system_error", f"cannot create a process: {error.strerror}")
         if isinstance(session, ResumableSession):
@@ -449,6 +461,7 @@ class Supervisor:
             link.finish(_FLUSH_TIMEOUT)
         self._close_listeners()
         self._context.state_files.close()
+        self._context.dynamic_uids.close()
         self._loop.stop()
 
     def _close_listeners(self) -> None:

@@ -55,6 +55,9 @@ class ProcedureInfo:
     max_calls: int  # of one worker process
     uid: int | None  # of its calls; None: its user is unknown
     users: Sequence[str] | None  # who may call it; None: each user who has the right to
+    memory: int | None  # bytes of the whole call, if it has a cgroup
+    processes: int | None  # likewise
+    has_dynamic_uid: bool  # each call has a user id of its own
 
 
 class ZygoteClient:

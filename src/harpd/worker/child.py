@@ -27,6 +27,7 @@ from harpd.processes.prctl import become_subreaper, die_with_parent
 from harpd.worker.environment import oom_score_is_changed, reset_oom_score
 from harpd.worker.privileges import UserError, change_user, is_present_user
 from harpd.worker.process_end import ProcessEnd
+from harpd.worker.process_limits import RestrictionError, has_restrictions, restrict_process
 from harpd.worker.signals import SignalGuard, exit_with
 
 TYPE_CHECKING = False
@@ -158,6 +159,7 @@ class Worker:
         self.guard = SignalGuard()
         self._zygote = os.getpid()
         self._procedures = [(procedure, ArgumentCheck(procedure)) for procedure in procedures]
+        self._restricted = {id(procedure) for procedure in procedures if has_restrictions(procedure)}
         self._cookie = cookie
         self._default_user = default_user
         self._default_groups = None if default_group is None else (default_group,)
@@ -194,14 +196,14 @@ class Worker:
         line, served = channel.read_line(), 0
         while line:
             head, arguments = line.split(b"\t", 1)  # which is no character of the caller's JSON text
-            call_id, number, caller = head.split(b" ", 2)
+            call_id, number, uid, caller = head.split(b" ", 3)
             procedure, check = self._procedures[int(number)]
             _set_caller(caller)
             served += 1
             last = served == procedure.max_calls_per_process
             try:
                 if served == 1:
-                    self._become_worker_of(procedure)
+                    self._become_worker_of(procedure, None if uid == b"-" else int(uid))
                 lines = self._run_call(call_id, procedure, check, arguments, channel)
             except CallRejected as rejected:
                 kind, message = rejected.args
@@ -219,20 +221,27 @@ class Worker:
             except (TimeLimit, Cancelled) as interruption:
                 exit_with(interruption)
 
-    def _become_worker_of(self, procedure: Procedure) -> None:
-        """Accept the signals of calls, and become the procedure's user. Raises `CallRejected`."""
+    def _become_worker_of(self, procedure: Procedure, dynamic_uid: int | None) -> None:
+        """Accept the signals of calls, become the procedure's user, and apply its restrictions. Raises `CallRejected`.
+
+        With `dynamic_uid`, the call has this user id, and without `gid` the group id of the same number.
+        """
         _signal.pthread_sigmask(_signal.SIG_SETMASK, ())  # the zygote has blocked them
         user, groups = procedure.uid, procedure.gid
-        if user is None:
+        if dynamic_uid is not None:
+            user, groups = dynamic_uid, groups or (dynamic_uid,)
+        elif user is None:
             user, groups = self._default_user, groups or self._default_groups
-        if user is None and groups is None:
-            return
         try:
-            change_user(user, groups)
-        except UserError as error:
+            if user is not None or groups is not None:
+                try:
+                    change_user(user, groups)
+                finally:
+                    die_with_parent(self._zygote)
+            if id(procedure) in self._restricted:
+                restrict_process(procedure)
+        except (UserError, RestrictionError) as error:
             raise CallRejected("system_error", str(error)) from error
-        finally:
-            die_with_parent(self._zygote)
 
     def _run_call(
         self, call_id: bytes, procedure: Procedure, check: ArgumentCheck, arguments: bytes, channel: _Channel

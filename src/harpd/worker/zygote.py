@@ -12,7 +12,8 @@ messages are JSON objects:
         {"load": PATH, "path": [STR], "default_user": USER, "default_group": GROUP, "descriptors": NUMBER}
     zygote -> supervisor, the first for each procedure, then one of the others; after an error it exits:
         {"procedure": NAME, "streaming": BOOL, "timeout": SECONDS|null, "max_calls": NUMBER,
-         "uid": NUMBER|null, "users": [NAME]|null}
+         "uid": NUMBER|null, "users": [NAME]|null, "memory": BYTES|null, "processes": NUMBER|null,
+         "has_dynamic_uid": BOOL}
         {"loaded": NUMBER, "threads": NUMBER}
         {"error": MESSAGE}
     supervisor -> zygote, for each worker, with three descriptors (channel, stdout, stderr):
@@ -42,6 +43,7 @@ import sys
 from _socket import CMSG_SPACE, MSG_CMSG_CLOEXEC, socket
 
 from harp.protocol.json_text import encode_value, loads
+from harpd.proc import DYNAMIC_UID
 from harpd.processes.cookie import EnvCookie
 from harpd.processes.prctl import become_subreaper, die_with_parent
 from harpd.worker.adopted import AdoptedChildren
@@ -89,6 +91,8 @@ class _Zygote:
             message = {"procedure": name, "streaming": procedure.streaming, "timeout": procedure.timeout}
             user = command["default_user"] if procedure.uid is None else procedure.uid
             message |= {"max_calls": procedure.max_calls_per_process, "uid": user_id(user), "users": procedure.users}
+            message |= {"memory": procedure.memory, "processes": procedure.processes}
+            message["has_dynamic_uid"] = procedure.uid == DYNAMIC_UID
             self._send(message)
         worker = Worker(list(procedures.values()), self._cookie, command["default_user"], command["default_group"])
         # Flush the streams, so that workers do not write buffered text again, and occupy the descriptors 0 to 2.

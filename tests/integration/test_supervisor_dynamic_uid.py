@@ -1,0 +1,196 @@
+"""Calls with user ids of their own: they cannot reach each other, and an id is free when its last process has ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from harpd.supervisor.dynamic_uids import DynamicUids, NoFreeUid
+from support.deadline import wait_until
+from support.harpd import Harpd
+from support.supervisor import DEADLINE, PLAIN, Channel, Supervisor, is_running
+
+FIRST = 254321
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")
+
+PROCEDURES = """
+import os, subprocess, time
+from harpd.proc import procedure, streaming_procedure
+
+@streaming_procedure(uid="dynamic")
+def stay():
+    yield {"uid": os.getresuid(), "gid": os.getresgid(), "groups": os.getgroups(), "pid": os.getpid()}
+    time.sleep(600)
+
+@procedure(uid="dynamic")
+def reach(pid):
+    refused = []
+    for attempt in (lambda: os.kill(pid, 0), lambda: open(f"/proc/{pid}/mem", "rb"),
+                    lambda: open(f"/proc/{pid}/environ", "rb").read(), lambda: os.listdir(f"/proc/{pid}/fd")):
+        try:
+            attempt()
+        except PermissionError:
+            refused.append(True)
+        else:
+            refused.append(False)
+    return [os.getuid(), refused]
+
+@procedure(uid="dynamic", gid=["nogroup"])
+def ids():
+    return [os.getuid(), os.getgid(), os.environ["HOME"], "USER" in os.environ]
+
+@procedure(uid="dynamic")
+def leave():
+    null = subprocess.DEVNULL
+    child = subprocess.Popen(["sleep", "600"], stdin=null, stdout=null, stderr=null, start_new_session=True)
+    return [os.getuid(), child.pid]
+"""
+pytestmark = pytest.mark.root
+
+
+def supervisor(directory: Path, ids: int) -> Supervisor:
+    return Supervisor(directory / "supervisor", PROCEDURES, kill_grace=0.3, dynamic_uids=[FIRST, FIRST + ids - 1])
+
+
+def stay(running: Supervisor, closing: ExitStack) -> tuple[Channel, dict[str, Any]]:
+    """Start a call that stays; return its channel, and what it says of itself."""
+    call = closing.enter_context(running.call("stay"))
+    call.line()
+    return call, call.line()["stream"]
+
+
+@needs_root
+def test_calls_of_one_procedure_cannot_reach_each_other(tmp_path: Path) -> None:
+    with supervisor(tmp_path, 10) as running, ExitStack() as closing:
+        _, one = stay(running, closing)
+        _, other = stay(running, closing)
+        assert one["uid"][0] != other["uid"][0]
+        for found in (one, other):
+            uid = found["uid"][0]
+            assert FIRST <= uid < FIRST + 10
+            assert (found["uid"], found["gid"], found["groups"]) == ([uid] * 3, [uid] * 3, [uid])
+            reaching, refused = running.result("reach", found["pid"])
+            assert reaching != uid
+            assert refused == [True] * 4
+        uid, gid, home, has_user = running.result("ids")
+        assert (gid, home, has_user) == (65534, "/", False)
+
+
+@needs_root
+def test_uid_is_free_after_its_call(tmp_path: Path) -> None:
+    with supervisor(tmp_path, 2) as running:
+        with ExitStack() as closing:
+            calls = [stay(running, closing) for _ in range(2)]
+            refused = running.closing_line("ids")["error"]
+            assert (refused["type"], "dynamic_uids" in refused["message"]) == ("too_many_calls", True)
+            for call, _ in calls:
+                call.stop()
+        found = {running.result("ids")[0] for _ in range(6)}
+        assert found == {FIRST, FIRST + 1}, "one after the other"
+
+
+@needs_root
+def test_uid_stays_in_use_while_a_process_has_it(tmp_path: Path) -> None:
+    with supervisor(tmp_path, 1) as running:
+        uid, pid = running.result("leave")
+        assert uid == FIRST
+        left = psutil.Process(pid)
+        try:
+            assert running.closing_line("ids")["error"]["type"] == "too_many_calls"
+            assert is_running(left)
+        finally:
+            left.kill()
+        wait_until(lambda: not is_running(left), DEADLINE, "its end")
+        wait_until(lambda: "result" in running.closing_line("ids"), DEADLINE, "the id")
+
+
+@needs_root
+def test_uid_of_dead_supervisor_is_not_reused_while_processes_have_it(tmp_path: Path) -> None:
+    running = supervisor(tmp_path, 1)
+    with running:
+        _, pid = running.result("leave")
+        running.kill()
+        running.start()
+        left = psutil.Process(pid)
+        try:
+            assert is_running(left), "a service of an ended call"
+            assert running.closing_line("ids")["error"]["type"] == "too_many_calls"
+        finally:
+            left.kill()
+        wait_until(lambda: "result" in running.closing_line("ids"), DEADLINE, "the id")
+
+
+@needs_root
+def test_call_with_dynamic_uid_is_stopped_with_all_its_processes(tmp_path: Path) -> None:
+    with supervisor(tmp_path, 1) as running:
+        with running.call("stay") as call:
+            assert call.line() == {**PLAIN, "stream_result": True}
+            process = psutil.Process(call.line()["stream"]["pid"])
+            call.stop()
+            assert not is_running(process)
+        assert running.result("ids")[0] == FIRST
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
+def test_two_supervisors_never_give_out_the_same_uid(directory: Path) -> None:
+    """The call of the other one may not have taken its id yet, so that no process shows it."""
+    ours, (reading, writing) = DynamicUids(directory), os.pipe()
+    child = os.fork()
+    if child == 0:
+        theirs = DynamicUids(directory)
+        os.write(writing, b",".join(b"%d" % theirs.allocate(FIRST, FIRST + 3) for _ in range(2)))
+        signal.pause()
+    try:
+        taken = {int(uid) for uid in os.read(reading, 100).split(b",")}
+        assert taken == {FIRST, FIRST + 1}
+        assert {ours.allocate(FIRST, FIRST + 3) for _ in range(2)} == {FIRST + 2, FIRST + 3}
+        with pytest.raises(NoFreeUid):
+            ours.allocate(FIRST, FIRST + 3)
+        ours.release(FIRST + 2)
+        assert ours.allocate(FIRST, FIRST + 3) == FIRST + 2
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(reading)
+        os.close(writing)
+    assert ours.allocate(FIRST, FIRST + 3) in taken
+    ours.close()
+
+
+@pytest.mark.parametrize("text", ["200000", "10-20", "5-4", "200000-900000", "200000-2147483648", "a-b", "-5-7"])
+def test_invalid_range_is_error(tmp_path: Path, text: str) -> None:
+    harpd = Harpd(tmp_path / "harpd", PROCEDURES, {"dynamic_uids": text})
+    done = subprocess.run(harpd.command("--test"), capture_output=True, text=True, check=False)
+    assert (done.returncode, "dynamic_uids: expected a range" in done.stderr) == (1, True), done.stderr
+
+
+def test_missing_range_is_error_of_check_and_reload(tmp_path: Path) -> None:
+    with Harpd(tmp_path / "harpd", "from harpd.proc import procedure\n") as harpd:
+        harpd.procedures_file.write_text(PROCEDURES)
+        done = subprocess.run(harpd.command("--test"), capture_output=True, text=True, check=False)
+        assert (done.returncode, "dynamic_uids: missing" in done.stderr) == (1, True), done.stderr
+        outcome = harpd.reload()
+        assert (outcome["event"], "dynamic_uids" in outcome["reason"]) == ("reload failed; nothing is changed", True)
+        harpd.configure({"dynamic_uids": f"{FIRST}-{FIRST + 9}"})
+        assert harpd.reload()["event"] == "reloaded"
+
+
+def test_dynamic_uid_with_many_calls_per_process_is_error(tmp_path: Path) -> None:
+    text = PROCEDURES.replace('@procedure(uid="dynamic")', '@procedure(uid="dynamic", max_calls_per_process=2)')
+    harpd = Harpd(tmp_path / "harpd", text, {"dynamic_uids": f"{FIRST}-{FIRST + 9}"})
+    done = subprocess.run(harpd.command("--test"), capture_output=True, text=True, check=False)
+    assert (done.returncode, "max_calls_per_process: expected 1" in done.stderr) == (1, True), done.stderr
