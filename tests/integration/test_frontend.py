@@ -390,8 +390,9 @@ def ask_as(harpd: Harpd, user: str) -> Any:
 def test_authentication_module_failures_reject_the_user(own: Harpd) -> None:
     assert ask_as(own, "good") == {"result": []}
     rejected = error("auth_error", "unknown user or wrong password")[0]
-    for user in ("bad", "raises", "exits", "falsy", "async", "generator", "not implemented", "method", "hangs"):
+    for user in ("bad", "raises", "exits", "falsy", "async", "generator", "not implemented", "method"):
         assert ask_as(own, user) == rejected
+    assert ask_as(own, "hangs")["error"]["type"] == "authentication_timeout"
     own.wait_event("authentication timed out", user="hangs")
     assert [event["error"] for event in own.events("authentication module failed")] == ["ValueError", "SystemExit"]
     assert all("own_users.py:" in event["location"] for event in own.events("authentication module failed"))

@@ -38,7 +38,9 @@ _LIMIT = 500  #: Maximum number of jobs that are ended in one transaction.
 _MAX_LOGGED = 500  #: Maximum length of a logged error in characters.
 
 #: Errors that harpd replies to a start if it has certainly not started the call.
-_NOT_STARTED = frozenset({"too_many_calls", "too_many_connections", "shutdown", "procedure_loading_error"})
+_NOT_STARTED = frozenset(
+    {"too_many_calls", "too_many_connections", "shutdown", "procedure_loading_error", "authentication_timeout"}
+)
 #: Errors before the request was sent that may not occur at the next attempt.
 _NOT_CONNECTED = _NOT_STARTED | {"network_error", "os_error", "system_error", "call_died"}
 

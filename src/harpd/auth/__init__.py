@@ -21,7 +21,7 @@ class AuthDB(ABC):
         """Return whether the user exists and has this password.
 
         It is called in threads, several at the same time, and may block. A call that needs longer than
-        ``limits.authentication_timeout`` seconds rejects the user, and so does an exception, which is logged.
+        ``limits.authentication_timeout`` seconds gives the client an error; an exception, which is logged, rejects it.
 
         Args:
             user: the client's user name; any text.

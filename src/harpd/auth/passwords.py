@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hmac
+import re
 import secrets
 from collections.abc import Mapping
 from functools import cache
@@ -57,8 +58,8 @@ class PasswordCache:
 
         `stored`: the stored passwords by user.
         """
-        # For an unknown user another password is checked, so that the time does not reveal which user names exist.
-        expected = stored.get(user, next(iter(stored.values()), ""))
+        # For an unknown user the costliest password is checked, so that the time does not reveal which names exist.
+        expected = stored.get(user) or max(stored.values(), key=_estimate_cost, default="")
         if not matches(password, expected) or user not in stored:
             return False
         self._digests[user] = self._digest(password, expected)
@@ -74,6 +75,26 @@ class PasswordCache:
     def _digest(self, password: str, stored: str) -> bytes:
         # With the length, so that no other pair gives the same text.
         return hmac.digest(self._key, _encode(f"{len(stored)} {stored}{password}"), "sha256")
+
+
+_BCRYPT = re.compile(r"\$2[abxy]\$(\d\d)\$", re.ASCII)
+_SHA = re.compile(r"\$[56]\$(?:rounds=(\d{1,9})\$)?", re.ASCII)
+_YESCRYPT = re.compile(r"\$g?y\$.([./0-9A-Za-z])", re.ASCII)
+_DIGITS = "./0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+
+
+def _estimate_cost(stored: str) -> float:
+    """Return about how many milliseconds the hash function of a stored password needs."""
+    if stored.startswith(PLAIN):
+        return 0.0
+    setting = stored.removeprefix(CRYPT)
+    if found := _BCRYPT.match(setting):
+        return 0.05 * 2.0 ** int(found[1])
+    if found := _SHA.match(setting):
+        return 0.0004 * int(found[1] or 5000)
+    if found := _YESCRYPT.match(setting):
+        return 30.0 * 2.0 ** (_DIGITS.index(found[1]) - _DIGITS.index("9"))
+    return 100.0 if setting.startswith("$7$") else 0.5
 
 
 def _encode(text: str) -> bytes:

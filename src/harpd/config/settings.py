@@ -88,6 +88,7 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     request_memory: Bytes = 256 * 1024 * 1024
     keep_alive_timeout: Seconds = 60.0  #: Time that a keep-alive connection waits for the next request.
     authentication_timeout: Seconds = 10.0  #: Time for a password check.
+    authentication_delay: Seconds = 5.0  #: Longest delay of a password check after wrong passwords.
     authentication_threads: Count = 8  #: Most password checks at the same time.
     write_timeout: Seconds = 300.0  #: Seconds after which a client that does not read is disconnected.
     kill_grace: Seconds = 5.0  #: Time between SIGXCPU, SIGTERM and SIGKILL when a call is stopped.

@@ -49,7 +49,7 @@ from harp_daemon.sliced_json import decode_slices
 from harp_daemon.timer_wheel import Timer, TimerWheel
 from harpd.config.loaded import LoadedConfig
 from harpd.control.supervisor_client import SupervisorError
-from harpd.frontend.authenticator import Authenticator
+from harpd.frontend.authenticator import Authenticator, PasswordNotChecked
 from harpd.frontend.link import Channel, Link, SupervisorLinks
 from harpd.supervisor.frames import ATTACH, COMMANDS_WINDOW, END, ERROR, START
 
@@ -91,6 +91,9 @@ _SHUTDOWN = Failed("shutdown", "the daemon is shutting down")
 _TOO_MANY_CONNECTIONS = Failed("too_many_connections", "too many connections, in all or from here; try again later")
 _INTERNAL_ERROR = Failed("system_error", "internal error of harpd; its log has the details")
 _AUTH_ERROR = Failed("auth_error", "unknown user or wrong password")
+_NOT_CHECKED = Failed(
+    "authentication_timeout", "the password was not checked in time; it may be right; try again later"
+)
 _REQUEST_MEMORY_FULL = Failed("too_many_connections", "limits.request_memory is used up; try again later")
 _AFTER_REQUEST = Failed("invalid_request", "data after the request line")
 
@@ -448,7 +451,12 @@ class Connection(asyncio.Protocol):
         if not self._is_cached(request):
             begin = time.monotonic()
             authenticate = self._context.authenticator.authenticate
-            if not await authenticate(request.user, request.password, self._log_fields(request)):
+            try:
+                accepted = await authenticate(request.user, request.password, self._address, self._log_fields(request))
+            except PasswordNotChecked:
+                self.end_connection(_NOT_CHECKED)
+                return
+            if not accepted:
                 self.end_connection(_AUTH_ERROR)
                 return
             self._context.confirm(self)
