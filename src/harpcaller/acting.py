@@ -15,8 +15,8 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
-from typing import Any
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from typing import Any, NoReturn
 
 from harp.protocol.dispatcher import Call
 from harp.protocol.ends import End, Failed
@@ -36,12 +36,6 @@ log = logging.getLogger(__name__)
 _DENIAL_SECONDS = 0.005  #: Minimum seconds until the reply about a job that is unknown to the client.
 _QUEUED_RETRY = 1.0  #: `retry_after` of a client with too many queued jobs, in seconds.
 _MAX_NAME = 255  #: Longer names are cut in messages, to this number of characters.
-
-
-class _Grant:
-    """Whether it is still being decided if a request may read its job."""
-
-    is_pending = False
 
 
 class ActingAs:
@@ -163,8 +157,7 @@ class ActingAs:
 
     async def get_job(self, job_id: str) -> Job:
         """Return a job."""
-        await self._check(job_id, Action.READ)
-        return await self._dispatcher.get_job(job_id)
+        return await (self._read_permitted(job_id) if self._is_restricted else self._dispatcher.get_job(job_id))
 
     async def details(self, job_id: str) -> dict[str, Any]:
         """Return all details of a job; the ids of other jobs are replaced by their number, unless it may read these."""
@@ -173,36 +166,32 @@ class ActingAs:
 
     def result(self, job_id: str) -> asyncio.Future[End]:
         """Return a future of the job's end. Cancelling the future ends the wait."""
-        grant = _Grant()
-        permission: Coroutine[Any, Any, None] | None = None
+
+        def watch() -> None:
+            if not result.done():
+                access.add_wait(result, Wait(self._client, job_id, self._policy, lambda: self._revoke(result, job_id)))
+                result.add_done_callback(access.waits.pop)
+
+        access, first_read = self._access, None
         if self._is_restricted:
             # No look-up for a job that is in memory, if the client may read it: this is the usual request.
             job = self._dispatcher.get_active_job(job_id)
             if job is None or not self._may_read(job):
-                grant.is_pending = True
-                permission = self._check_read(job_id, grant)
-        result = self._dispatcher.result(job_id, permission)
-        waits = self._access.waits
-        waits[result] = Wait(self._client, job_id, lambda: self._revoke(result, job_id, grant))
-        result.add_done_callback(waits.pop)
+                first_read = self._read_permitted(job_id, watch)
+        result = self._dispatcher.result(job_id, first_read)
+        if first_read is None:
+            watch()
         return result
 
-    def _revoke(self, result: asyncio.Future[End], job_id: str, grant: _Grant) -> None:
+    def _revoke(self, result: asyncio.Future[End], job_id: str) -> None:
         if not result.done():
-            result.set_exception(self._revocation(job_id, grant))
+            result.set_exception(self._revocation(job_id))
 
-    def _revocation(self, job_id: str, grant: _Grant) -> Exception:
-        """Return the error of a request whose right was revoked. Legacy clients know no such error.
-
-        A request without the right, which has no reply yet, must not learn from it that the job exists.
-        """
-        if grant.is_pending or not self._client.authenticated:
-            return UnknownJob(job_id)
-        return AccessDenied("the right to read this job was revoked")
-
-    async def _check_read(self, job_id: str, grant: _Grant) -> None:
-        await self._check(job_id, Action.READ)
-        grant.is_pending = False
+    def _revocation(self, job_id: str) -> Exception:
+        """Return the error of a request whose right was revoked. Legacy clients know no such error."""
+        if self._client.authenticated:
+            return AccessDenied("the right to read this job was revoked")
+        return UnknownJob(job_id)
 
     def record_delivery(self, job_id: str, received_at: float) -> None:
         """Record that the end of a job was sent to the client, after `result`."""
@@ -212,14 +201,18 @@ class ActingAs:
         self, job_id: str, since: int | None, recent: int | None, wait: bool, on_ready: Callable[[], None]
     ) -> RecordStream:
         """Return the records of a job; with `wait`, also future records. The caller closes the stream."""
-        grant = _Grant()
-        grant.is_pending = self._is_restricted
-        permission = self._check_read(job_id, grant) if self._is_restricted else None
-        stream = self._dispatcher.stream(job_id, since, recent, wait, on_ready, permission)
-        if wait:
-            waits = self._access.waits
-            waits[stream] = Wait(self._client, job_id, lambda: stream.fail(self._revocation(job_id, grant)))
-            stream.on_closed = lambda: waits.pop(stream, None)
+
+        def watch() -> None:
+            if stream.is_waiting:
+                revoke = lambda: stream.fail(self._revocation(job_id))  # noqa: E731
+                access.add_wait(stream, Wait(self._client, job_id, self._policy, revoke))
+                stream.on_closed = lambda: access.waits.pop(stream, None)
+
+        access = self._access
+        first_read = self._read_permitted(job_id, watch) if self._is_restricted else None
+        stream = self._dispatcher.stream(job_id, since, recent, wait, on_ready, first_read)
+        if first_read is None:
+            watch()
         return stream
 
     async def cancel(self, job_id: str) -> bool:
@@ -257,15 +250,38 @@ class ActingAs:
         """Raise `UnknownJob` if the client has not this right to a job, or the job does not exist."""
         if not self._is_restricted:
             return
-        loop = asyncio.get_running_loop()
-        began_at = loop.time()
+        began_at = time.monotonic()
         job = (await self._dispatcher.find_subjects([job_id])).get(job_id)
         if job is None or not self._may(action, job):
-            if job is not None:
-                names = {"host": job.host[:_MAX_NAME], "procedure": job.procedure[:_MAX_NAME]}
-                self._log_denial(action, None, job=job_id, **names)
-            await asyncio.sleep(_DENIAL_SECONDS - (loop.time() - began_at))
-            raise UnknownJob(job_id)
+            await self._raise_unknown(job_id, job, action, began_at)
+
+    async def _read_permitted(self, job_id: str, on_permitted: Callable[[], None] = lambda: None) -> Job:
+        """Return a job that the client may read. Raises `UnknownJob` as `_check` does.
+
+        `on_permitted` is called before it returns. A request is not in `Access.waits` earlier: while the rules change,
+        it would learn from its error that the job exists.
+        """
+        began_at = time.monotonic()
+        denied: list[Subject] = []
+
+        def permits(job: Subject) -> bool:
+            if not self._may_read(job):
+                denied.append(job)
+            return not denied
+
+        try:
+            job = await self._dispatcher.get_job(job_id, permits)
+        except UnknownJob:
+            await self._raise_unknown(job_id, denied[0] if denied else None, Action.READ, began_at)
+        on_permitted()
+        return job
+
+    async def _raise_unknown(self, job_id: str, job: Subject | None, action: Action, began_at: float) -> NoReturn:
+        if job is not None:
+            names = {"host": job.host[:_MAX_NAME], "procedure": job.procedure[:_MAX_NAME]}
+            self._log_denial(action, None, job=job_id, **names)
+        await asyncio.sleep(_DENIAL_SECONDS - (time.monotonic() - began_at))
+        raise UnknownJob(job_id)
 
     def _may(self, action: Action, job: Subject | Job) -> bool:
         return may(self._policy, self._client, action, job)

@@ -32,7 +32,8 @@ from harp.protocol.ends import Cancelled, End
 from harp.protocol.json_text import Raw, dumps
 from harp.protocol.schema import ProtocolError, encode_object
 from harp_daemon.timer_wheel import TimerWheel
-from harpcaller.access.enforcement import SUBJECT_BYTES, Access, Admission, may
+from harpcaller.access.client import Client
+from harpcaller.access.enforcement import SUBJECT_BYTES, Access, Admission, Wait, may
 from harpcaller.access.policy import Action, Policy
 from harpcaller.access.source import PolicySource
 from harpcaller.config import MAX_SECONDS, Config
@@ -320,9 +321,11 @@ class Dispatcher:
         )
         return describe_job(details, state)
 
-    async def get_job(self, job_id: str) -> Job:
-        """Return a job. Raises `UnknownJob`."""
-        return await self.store.get_job(job_id)
+    async def get_job(self, job_id: str, permits: Callable[[Subject], bool] | None = None) -> Job:
+        """Return a job. Raises `UnknownJob`, also for a job for which `permits` returns False in another thread."""
+        if permits is None:
+            return await self.store.get_job(job_id)
+        return await self.store.get_permitted_job(job_id, permits, SUBJECT_BYTES)
 
     def get_active_job(self, job_id: str) -> Job | None:
         """Return a job whose call is active; its state may be out of date."""
@@ -333,14 +336,14 @@ class Dispatcher:
         """Return what decides who may do something with each of these jobs; unknown ones are missing."""
         return await self.store.find_subjects(job_ids, SUBJECT_BYTES)
 
-    def result(self, job_id: str, permission: Awaitable[None] | None = None) -> asyncio.Future[End]:
+    def result(self, job_id: str, first_read: Awaitable[Job] | None = None) -> asyncio.Future[End]:
         """Return a future of the job's end, as `wait_for_end`. It raises `UnknownJob`, also if the job is pruned.
 
-        The wait begins when the `permission` is given; the future raises what `permission` raises.
+        With `first_read` the job is read by it, and the future raises what it raises.
         """
         run = self._runner.runs.get(job_id)
         is_active = run is not None and not run.has_ended
-        return wait_for_end(job_id, is_active, self.store, self._notifier, permission)
+        return wait_for_end(job_id, is_active, self.store, self._notifier, first_read)
 
     def record_delivery(self, job_id: str, received_at: float) -> None:
         """Record that the end of a job was sent to a client; `received_at` is the monotonic time of its request."""
@@ -353,7 +356,7 @@ class Dispatcher:
         recent: int | None,
         wait: bool,
         on_ready: Callable[[], None],
-        permission: Awaitable[None] | None = None,
+        first_read: Awaitable[Job] | None = None,
     ) -> RecordStream:
         """Return the records of a job; with `wait`, also future records. The caller closes the stream.
 
@@ -362,7 +365,7 @@ class Dispatcher:
         """
         if wait and since is None and recent is None:
             recent = 0
-        return RecordStream(job_id, since, recent, wait, self.store, self._notifier, on_ready, permission)
+        return RecordStream(job_id, since, recent, wait, self.store, self._notifier, on_ready, first_read)
 
     async def list_jobs(
         self,
@@ -415,16 +418,14 @@ class Dispatcher:
 
     async def _enforce_changes(self) -> None:
         """Decide again about the requests that wait for a job, after each change of the policy."""
-        policy = self.access.policy
         while True:
             await asyncio.sleep(_POLICY_INTERVAL)
             self.access.refresh()
-            if self.access.policy is not policy:
-                policy = self.access.policy
-                await self._end_denied_waits(policy)
+            if waits := self.access.take_unchecked():
+                await self._end_denied_waits(waits)
 
-    async def _end_denied_waits(self, policy: Policy) -> None:
-        waits = list(self.access.waits.items())
+    async def _end_denied_waits(self, waits: list[tuple[object, Wait]]) -> None:
+        policy = self.access.policy
         while waits:
             step = waits[:_WAITS_STEP]
             try:
@@ -434,9 +435,15 @@ class Dispatcher:
                 await asyncio.sleep(_POLICY_INTERVAL)
                 continue
             del waits[:_WAITS_STEP]
-            for key, wait in step:
-                job = jobs.get(wait.job_id)
-                if key in self.access.waits and job is not None and not may(policy, wait.client, Action.READ, job):
+            found = [(key, wait, job) for key, wait in step if (job := jobs.get(wait.job_id)) is not None]
+            # In a thread, because rules may look at long arguments.
+            allowed = await asyncio.to_thread(_may_read_each, policy, [(wait.client, job) for _, wait, job in found])
+            for (key, wait, _), is_allowed in zip(found, allowed, strict=True):
+                if key not in self.access.waits:
+                    continue
+                if is_allowed:
+                    self.access.add_wait(key, wait._replace(policy=policy))
+                else:
                     wait.revoke()
 
     # Internals.
@@ -517,6 +524,10 @@ class Dispatcher:
             log.warning("no hosts; set hosts_file or host_db_script")
         for warning in self._tls.warnings:
             log.warning(warning)
+
+
+def _may_read_each(policy: Policy, jobs: Sequence[tuple[Client, Subject]]) -> list[bool]:
+    return [may(policy, client, Action.READ, job) for client, job in jobs]
 
 
 def _log_arguments(job: NewJob) -> None:

@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 from harp.protocol.dispatcher import Continue
 from harp.protocol.ends import End
 from harpcaller.model.jobs import Job, Records
-from harpcaller.notifier import Notifier, RecordBatch, Subscription
+from harpcaller.notifier import Notifier, RecordBatch
 from harpcaller.store import UnknownJob
 from harpcaller.store.sqlite import Store
 
@@ -35,8 +35,8 @@ class RecordStream:
 
     It starts with record `since`, which may be in the future, or with the `recent` newest stored records. With `wait`
     it waits until the job has ended; otherwise the last item for a job that has not ended is `Continue`. `on_ready` is
-    called when `next_item` may return an item or raise, never within `next_item`. The first item comes after the
-    `permission`; if it raises, `next_item` does.
+    called when `next_item` may return an item or raise, never within `next_item`. With `first_read` the job is first
+    read by it; if it raises, `next_item` does.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class RecordStream:
         store: Store,
         notifier: Notifier,
         on_ready: Callable[[], None],
-        permission: Awaitable[None] | None = None,
+        first_read: Awaitable[Job] | None = None,
     ) -> None:
         self._job_id = job_id
         self._next = since or 0
@@ -63,10 +63,7 @@ class RecordStream:
         self._reads = 0
         self.on_closed: Callable[[], object] | None = None  #: Called once when the stream waits no longer.
         self._subscription = notifier.subscribe(job_id, self._on_published) if wait else None
-        if permission is None:
-            self._read_job()
-        else:
-            self._read(permission, lambda _: self._read_job())
+        self._read(store.get_job(job_id) if first_read is None else first_read, self._on_job)
 
     def next_item(self) -> RecordBatch | End | Continue | None:
         """Return the next item; None: `on_ready` will be called. Raises `UnknownJob` or `StorageError`."""
@@ -117,6 +114,11 @@ class RecordStream:
             if self.on_closed is not None:
                 self.on_closed()
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it waits until the job has ended."""
+        return self._wait
+
     def fail(self, error: Exception) -> None:
         """Let `next_item` raise this error."""
         self._error = error
@@ -165,54 +167,47 @@ class RecordStream:
 
 
 def wait_for_end(
-    job_id: str, is_active: bool, store: Store, notifier: Notifier, permission: Awaitable[None] | None = None
+    job_id: str, is_active: bool, store: Store, notifier: Notifier, first_read: Awaitable[Job] | None = None
 ) -> asyncio.Future[End]:
     """Return a future of the end of a job. Cancelling the future ends the wait.
 
-    The store is not read for a job that `is_active`: its end will be published. The wait begins after the `permission`;
-    the future raises what `permission` raises.
+    The store is not read for a job that `is_active`: its end will be published. With `first_read` the job is first read
+    by it, in any case; the future raises what it raises.
     """
     result: asyncio.Future[End] = asyncio.get_running_loop().create_future()
-    subscription: Subscription | None = None
+    is_permitted, is_published = first_read is None, False
 
-    def read_job() -> None:
-        asyncio.ensure_future(store.get_job(job_id)).add_done_callback(on_read)
+    def read_job(reading: Awaitable[Job]) -> None:
+        asyncio.ensure_future(reading).add_done_callback(on_read)
 
     def on_read(read: asyncio.Future[Job]) -> None:
+        nonlocal is_permitted
         error = None if read.cancelled() else read.exception()
         if read.cancelled() or result.done():
             return
         if error is not None:
             result.set_exception(error)
-        elif (end := read.result().end) is not None:
+            return
+        is_permitted = True
+        if (end := read.result().end) is not None:
             result.set_result(end)
+        elif is_published:
+            on_published(True)
 
     def on_published(ended: bool) -> None:
+        nonlocal is_published
         if not ended or result.done():
             return
-        if subscription is not None and subscription.end is not None:
+        if not is_permitted:
+            is_published = True
+        elif subscription.end is not None:
             result.set_result(subscription.end)
         else:
-            read_job()
+            is_published = False
+            read_job(store.get_job(job_id))
 
-    def on_permitted(permitted: asyncio.Future[None]) -> None:
-        error = None if permitted.cancelled() else permitted.exception()
-        if permitted.cancelled() or result.done():
-            return
-        if error is not None:
-            result.set_exception(error)
-        else:
-            wait()
-
-    def wait() -> None:
-        nonlocal subscription
-        subscription = notifier.subscribe(job_id, on_published)
-        result.add_done_callback(lambda _: notifier.unsubscribe(job_id, on_published))
-        if permission is not None or not is_active:
-            read_job()
-
-    if permission is None:
-        wait()
-    else:
-        asyncio.ensure_future(permission).add_done_callback(on_permitted)
+    subscription = notifier.subscribe(job_id, on_published)
+    result.add_done_callback(lambda _: notifier.unsubscribe(job_id, on_published))
+    if first_read is not None or not is_active:
+        read_job(store.get_job(job_id) if first_read is None else first_read)
     return result

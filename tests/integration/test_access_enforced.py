@@ -180,9 +180,9 @@ def test_change_of_the_rules_applies_to_the_next_request_of_an_open_connection(
 
 def test_requests_that_wait_end_within_a_second_after_a_change(dispatcher: Harpcallerd, rules: Path) -> None:
     shop, legacy = Client(dispatcher, "shop"), Client(dispatcher)
-    jobs = [client.submit("feed", number) for number, client in enumerate((shop, shop, legacy))]
-    for client, job in zip((shop, shop, legacy), jobs, strict=True):
-        client.wait_running(job)
+    jobs = [owner.submit("feed", number) for number, owner in enumerate((shop, shop, legacy))]
+    for owner, job in zip((shop, shop, legacy), jobs, strict=True):
+        owner.wait_running(job)
     clients = [dispatcher.connect() for _ in range(4)]
     try:
         for client, request in zip(

@@ -29,10 +29,11 @@ class Admission(NamedTuple):
 
 
 class Wait(NamedTuple):
-    """A request that waits for a job, until the right to read the job is revoked."""
+    """A request that waits for a job that its client may read, by a policy; `revoke` ends it."""
 
     client: Client
     job_id: str
+    policy: Policy
     revoke: Callable[[], object]
 
 
@@ -70,18 +71,36 @@ class Access:
     """The policy of a configuration, and what depends on it. Raises `ConfigError`."""
 
     def __init__(self, config: Config) -> None:
+        self.source: PolicySource
+        self.policy: Policy  #: The policy for new requests, see `refresh`.
         self.use(PolicySource(config))
         self.rates = Rates()
         self.waits: dict[object, Wait] = {}  #: The requests that wait, by any key.
+        self._is_checked = True  # whether the policy in use has decided about all of them
 
     def use(self, source: PolicySource) -> None:
         """Use the policy of another source."""
         self.source = source
-        self.policy: Policy = source.policy  #: The policy for new requests, see `refresh`.
+        self.policy = source.policy
+        self._is_checked = False
 
     def refresh(self) -> None:
         """Use the policy of a file that has changed. It is called regularly: a request asks for no file."""
-        self.policy = self.source.policy
+        if self.policy is not self.source.policy:
+            self.use(self.source)
+
+    def add_wait(self, key: object, wait: Wait) -> None:
+        """Add a request that waits. Its policy may have been replaced since."""
+        self.waits[key] = wait
+        if wait.policy is not self.policy:
+            self._is_checked = False
+
+    def take_unchecked(self) -> list[tuple[object, Wait]]:
+        """Return the requests that wait by another policy than the one in use; the caller decides about them."""
+        if self._is_checked:
+            return []
+        self._is_checked = True
+        return [(key, wait) for key, wait in self.waits.items() if wait.policy is not self.policy]
 
 
 def may(policy: Policy, client: Client, action: Action, job: Subject | Job) -> bool:

@@ -124,6 +124,7 @@ class Store:
     list_slot_holders = _reads(reads.list_slot_holders)
     get_job = _reads(reads.get_job)
     find_subjects = _reads(reads.find_subjects)
+    get_permitted_job = _reads(reads.get_permitted_job)
     get_details = _reads(reads.get_details)
     read_records = _reads(reads.read_records)
     get_identity = _reads(reads.get_identity)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -44,6 +44,17 @@ def find_subjects(db: sqlite3.Connection, job_ids: Sequence[str], max_bytes: int
             names = decode_owner(owner), decode_name(host), decode_name(procedure)
             found[job_id] = Subject(*names, Raw(arguments), None if queue is None else Raw(queue), bool(is_refused))
     return found
+
+
+def get_permitted_job(db: sqlite3.Connection, job_id: str, permits: Callable[[Subject], bool], max_bytes: int) -> Job:
+    """Return a job for which `permits` returns True; it is called in the reading thread. Raises `UnknownJob`.
+
+    Of a job that is not permitted, long payloads are not decoded: see `find_subjects`.
+    """
+    subject = find_subjects(db, (job_id,), max_bytes).get(job_id)
+    if subject is None or not permits(subject):
+        raise UnknownJob(job_id)
+    return get_job(db, job_id)
 
 
 def _find_row(db: sqlite3.Connection, job_id: str) -> Sequence[Any]:
