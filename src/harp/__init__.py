@@ -25,9 +25,12 @@ if TYPE_CHECKING:
     from harp.client import HarpCaller, RemoteCall, RemoteProcedure, RemoteServer
     from harp.direct import HarpProcedure, HarpServer, HarpStreamIterator
     from harp.errors import (
+        AccessDenied,
+        AuthenticationFailed,
         CancelledException,
         CommunicationError,
         HarpException,
+        RateLimited,
         RemoteError,
         RemoteException,
         RequestRefused,
@@ -38,6 +41,8 @@ __version__ = "1.0.0.dev0"  #: The version of the distribution `harpcaller`.
 __all__ = [
     "CALL_CANCELLED",
     "CALL_NOT_FINISHED",
+    "AccessDenied",
+    "AuthenticationFailed",
     "Call",
     "CancelledException",
     "CommunicationError",
@@ -48,6 +53,7 @@ __all__ = [
     "HarpStreamIterator",
     "JSONConnection",
     "JSONSSLConnection",
+    "RateLimited",
     "RemoteCall",
     "RemoteError",
     "RemoteException",

@@ -16,6 +16,7 @@ from harp._core.harpd import DirectProcedureBase, DirectServerBase
 from harp._core.operations import CallerBase, JobBase, ProcedureBase, ServerBase
 from harp._core.streams import StreamReader
 from harp._net.aio import AsyncIteration, AsyncJSONConnection, AsyncJSONSSLConnection, AsyncPeer, AsyncStream, method
+from harp._net.sockets import dispatcher_context
 
 __all__ = [
     "AsyncHarpCaller",
@@ -80,9 +81,10 @@ class AsyncHarpCaller(AsyncPeer, CallerBase[AsyncJSONConnection, AsyncRemoteServ
     request = method(CallerBase._send_plain)
 
     connect = method(CallerBase._connect)
+    _make_context = staticmethod(dispatcher_context)
 
     def _connection(self) -> AsyncJSONConnection:
-        return AsyncJSONConnection(self._endpoint.host, self._endpoint.port)
+        return self._prepared(AsyncJSONConnection(self._endpoint.host, self._endpoint.port))
 
 
 class AsyncHarpStreamIterator(AsyncIteration):

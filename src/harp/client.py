@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from harp._core.operations import CallerBase, JobBase, ProcedureBase, ServerBase
 from harp._core.streams import StreamReader
+from harp._net.sockets import dispatcher_context
 from harp._net.sync import JSONConnection, Stream, SyncPeer, method
 
 __all__ = ["HarpCaller", "RemoteCall", "RemoteProcedure", "RemoteServer"]
@@ -73,7 +74,10 @@ class HarpCaller(SyncPeer, CallerBase[JSONConnection, RemoteServer, RemoteCall])
     with an underscore, or that are methods of this class, use `host`. `reconnect` is how many seconds an interrupted
     reader (`RemoteCall.follow`, `result` and `get` with `wait`) tries to reach the dispatcher again; 0, None or False:
     it does not. `keep_alive` is whether connections stay open for further requests; None: if the dispatcher supports
-    it. `request_timeout` is how many seconds a request may take that does not wait for a job; None: any time. No job is
+    it. `request_timeout` is how many seconds a request may take that does not wait for a job; None: any time. `token`
+    proves who the program is; it is sent over TLS, Unix sockets and to loopback addresses only, and no pickle has it.
+    `ca_file`, a PEM file with authorities, turns on TLS, as do `certfile` and `keyfile`, the client's certificate; with
+    `tls=True`, the system's authorities are used; `tls` may also be an `ssl.SSLContext`. No job is
     submitted twice; with the option `request_id`, the client can determine after a lost reply whether it was submitted.
 
     As a context manager it closes its waiting connections at the end, and can be used afterwards, too. Raises
@@ -87,6 +91,7 @@ class HarpCaller(SyncPeer, CallerBase[JSONConnection, RemoteServer, RemoteCall])
     request = method(CallerBase._send_plain)
 
     connect = method(CallerBase._connect)
+    _make_context = staticmethod(dispatcher_context)
 
     def _connection(self) -> JSONConnection:
-        return JSONConnection._unconnected(self._endpoint.host, self._endpoint.port)
+        return self._prepared(JSONConnection._unconnected(self._endpoint.host, self._endpoint.port))

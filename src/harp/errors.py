@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 __all__ = [
+    "AccessDenied",
+    "AuthenticationFailed",
     "CancelledException",
     "CommunicationError",
     "HarpException",
+    "RateLimited",
     "RemoteError",
     "RemoteException",
     "RequestRefused",
@@ -49,3 +52,18 @@ class RemoteError(_Reported):
 
 class RequestRefused(CommunicationError, _Reported):
     """The dispatcher refused the request; this is never how a job ended. Spec: docs/client-api.md, Exceptions."""
+
+    #: Seconds until another attempt can succeed, where the dispatcher has reported them; otherwise None.
+    retry_after: float | None = None
+
+
+class AuthenticationFailed(RequestRefused):
+    """The dispatcher does not accept the token, for example a revoked one. Spec: docs/client-api.md, TLS and tokens."""
+
+
+class AccessDenied(RequestRefused):
+    """No rule of the dispatcher allows the request. Spec: docs/client-api.md, TLS and tokens."""
+
+
+class RateLimited(RequestRefused):
+    """The request exceeds a limit; `retry_after`: seconds to wait. Spec: docs/client-api.md, TLS and tokens."""

@@ -23,7 +23,10 @@ JOB = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
 #: to the published interface, and so are `HarpCaller.submit_many`,
 #: `Call`, `RemoteCall.details` and `RemoteCall.why`.
 SIGNATURES = {
-    "HarpCaller": "(host, port=3502, *, reconnect=300.0, keep_alive=None, request_timeout=30.0)",
+    "HarpCaller": (
+        "(host, port=3502, *, reconnect=300.0, keep_alive=None, request_timeout=30.0, "
+        "token=None, ca_file=None, certfile=None, keyfile=None, tls=None)"
+    ),
     "HarpCaller.__getattr__": "(host)",
     "HarpCaller.__call__": "(host, **kwargs)",
     "HarpCaller.connect": "()",
@@ -82,6 +85,9 @@ SIGNATURES = {
     "RemoteException": "(type, message, data=None)",
     "RemoteError": "(type, message, data=None)",
     "RequestRefused": "(type, message, data=None)",
+    "AuthenticationFailed": "(type, message, data=None)",
+    "AccessDenied": "(type, message, data=None)",
+    "RateLimited": "(type, message, data=None)",
 }
 
 #: Methods whose asyncio version has another name.

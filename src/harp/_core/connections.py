@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from harp.errors import CommunicationError, HarpException
 
@@ -26,6 +26,55 @@ Steps: TypeAlias = Generator[Any, Any, T]
 
 #: A PEM file with authorities; None: the peer's certificate is not verified.
 CAFile: TypeAlias = str | os.PathLike[str] | None
+
+
+class TLSContext(Protocol):
+    """An `ssl.SSLContext`; nothing here uses TLS."""
+
+    wrap_socket: Any
+
+
+@dataclass(frozen=True, slots=True)
+class DispatcherTLS:
+    """TLS to a dispatcher: the server's authorities (None: the system's) and the client's certificate; or a context.
+
+    Without `keyfile`, the key is in `certfile`. Each connection reads the files again if they have changed.
+    """
+
+    ca_file: str | None = None
+    certfile: str | None = None
+    keyfile: str | None = None
+    context: Any = None
+
+    def __deepcopy__(self, memo: object) -> DispatcherTLS:
+        return self  # a context cannot be copied
+
+
+def parse_tls(
+    tls: TLSContext | bool | None, ca_file: CAFile, certfile: CAFile, keyfile: CAFile
+) -> DispatcherTLS | None:
+    """Return the options of TLS; None: the connection has no TLS. Raise `HarpException` if they are invalid."""
+    paths: dict[str, Any] = {}
+    for name, path in (("ca_file", ca_file), ("certfile", certfile), ("keyfile", keyfile)):
+        if path is not None:
+            try:
+                paths[name] = os.fsdecode(path)
+            except TypeError:
+                raise HarpException(f"{name}: expected the path of a file, got {path!r}") from None
+    if "keyfile" in paths and "certfile" not in paths:
+        raise HarpException("keyfile: it needs certfile, the certificate of this key")
+    if tls is None or tls is True:
+        return DispatcherTLS(**paths) if paths or tls else None
+    if tls is False:
+        context, reason = None, "tls is False"
+    elif hasattr(tls, "wrap_socket"):
+        context, reason = DispatcherTLS(context=tls), "the context of tls has its own files"
+    else:
+        raise HarpException(f"tls: expected True, False or an ssl.SSLContext, got {tls!r}")
+    if paths:
+        raise HarpException(f"{next(iter(paths))}: it cannot be used: {reason}")
+    return context
+
 
 #: The most connections that wait in one pool.
 _CAPACITY = 32
@@ -92,6 +141,10 @@ class Connection:
     #: Until when `connect`, `exchange` and `receive_line` must be done; None: `connect` has its usual limit, the others
     #: have none. After it they raise an error whose cause is a `TimeoutError`.
     deadline: Deadline | None = None
+    #: Returns the context for TLS, the same one until its files change; None: the connection has no TLS.
+    make_context: Callable[[], Any] | None = None
+    #: What is sent over this connection, and only with TLS, a Unix socket or to a loopback address: "token".
+    confidential: str | None = None
 
     connect: Callable[[], Any]
     close: Callable[[], Any]

@@ -13,25 +13,39 @@ would treat the close as an interruption, so it has the key only after a grant.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, Generic, Self, TypeVar, Unpack
 
 from harp._core import values
 from harp._core.connections import (
+    CAFile,
     Connection,
     ConnectionPool,
     Deadline,
+    DispatcherTLS,
     Endpoint,
     Peer,
     Steps,
+    TLSContext,
     earlier,
     mark_ambiguous,
+    parse_tls,
 )
 from harp._core.retry import ReconnectPolicy, closed_without_reply, parse_reconnect, unsupported_by_peer
 from harp._core.streams import StreamReader, StreamRequest
-from harp._core.values import Call, JobOptions, refusal_of
+from harp._core.values import Call, JobOptions, Secret, refusal_of
 from harp.errors import CancelledException, CommunicationError, HarpException, RemoteError
 from harp.protocol import dispatcher as protocol
-from harp.protocol.dispatcher import Cancel, FollowStream, GetResult, ReadStream, Refused, Request, SubmitMany
+from harp.protocol.dispatcher import (
+    ACCESS_REFUSALS,
+    Cancel,
+    FollowStream,
+    GetResult,
+    ReadStream,
+    Refused,
+    Request,
+    SubmitMany,
+)
 from harp.protocol.ends import End
 from harp.protocol.json_text import MAX_LINE_DEPTH, loads
 from harp.protocol.schema import check, is_seconds
@@ -47,7 +61,7 @@ _ASK_AGAIN = 300.0
 #: Seconds after which a submission with a request id is not repeated any more.
 _REPEAT_SECONDS = 3600.0
 #: Refusals that do not end the repetitions: an earlier request may have been stored.
-_TEMPORARY_REFUSALS = frozenset({"too_many_connections", "storage_error"})
+_TEMPORARY_REFUSALS = frozenset({"too_many_connections", "storage_error", "rate_limited"})
 
 
 class CallerBase(Peer[C], Generic[C, S, J]):
@@ -57,6 +71,8 @@ class CallerBase(Peer[C], Generic[C, S, J]):
     _job_class: type[J]
     #: Returns a new connection, which is not connected.
     _connection: Callable[[], C]
+    #: Returns the context for TLS to the dispatcher, the same one until its files change.
+    _make_context: Callable[[DispatcherTLS], Any]
 
     def __init__(
         self,
@@ -66,8 +82,17 @@ class CallerBase(Peer[C], Generic[C, S, J]):
         reconnect: float | None = 300.0,
         keep_alive: bool | None = None,
         request_timeout: float | None = 30.0,
+        token: str | None = None,
+        ca_file: CAFile = None,
+        certfile: CAFile = None,
+        keyfile: CAFile = None,
+        tls: TLSContext | bool | None = None,
     ) -> None:
         self._endpoint = Endpoint(host, port)
+        self._tls = parse_tls(tls, ca_file, certfile, keyfile)
+        if self._tls is not None and self._endpoint.path is not None:
+            raise HarpException("tls: a Unix socket has no TLS, and needs none")
+        self._token = None if token is None else Secret(values.check_token(token))
         self._reconnect = parse_reconnect(reconnect)
         if request_timeout is not None and not is_seconds(request_timeout):
             raise HarpException(f"request_timeout: expected a positive number of seconds, got {request_timeout!r}")
@@ -80,8 +105,10 @@ class CallerBase(Peer[C], Generic[C, S, J]):
         self._ask_at: float | None = None
 
     def __repr__(self) -> str:
-        keep_alive = "" if self._keep_alive is None else f", keep_alive={self._keep_alive}"
-        return f"{type(self).__name__}({self._endpoint.host!r}, {self._endpoint.port}{keep_alive})"
+        options = "" if self._keep_alive is None else f", keep_alive={self._keep_alive}"
+        options += "" if self._token is None else ", token='***'"
+        options += "" if self._tls is None else ", tls=True"
+        return f"{type(self).__name__}({self._endpoint.host!r}, {self._endpoint.port}{options})"
 
     def _on_outage(self, error: HarpException) -> None:
         """Ignore the error that begins an outage, in which a reader tries to reach the dispatcher again."""
@@ -148,7 +175,8 @@ class CallerBase(Peer[C], Generic[C, S, J]):
         """
         if not isinstance(req, dict):
             raise HarpException(f"request: expected a dict, got {req!r}")
-        line = values.encode_line({"harpcaller": protocol.VERSION, **req}, "the request")
+        auth = {} if self._token is None else {"auth": {"token": self._token.value}}
+        line = values.encode_line({"harpcaller": protocol.VERSION, **auth, **req}, "the request")
         conn = yield from self._open(self._deadline())
         if _waits_for_end(req):
             conn.deadline = None
@@ -165,6 +193,14 @@ class CallerBase(Peer[C], Generic[C, S, J]):
         """Return a new connection, for one request. Spec: docs/client-api.md, HarpCaller."""
         conn = yield from self._open(self._deadline())
         conn.deadline = None
+        return conn
+
+    def _prepared(self, conn: C) -> C:
+        """Return a new connection, prepared for TLS and a token."""
+        if self._tls is not None:
+            conn.make_context = partial(self._make_context, self._tls)  # not this object: the pool must not refer to it
+        if self._token is not None:
+            conn.confidential = "token"
         return conn
 
     def _open(self, deadline: Deadline | None) -> Steps[C]:
@@ -185,6 +221,8 @@ class CallerBase(Peer[C], Generic[C, S, J]):
         """
         if getattr(request, "start_within", None) is not None:
             feature = "start_within"
+        elif feature is None and self._token is not None and not self._pool.granted:
+            feature = "tokens"
         try:
             reply, _ = yield from self._send(request)
         except CommunicationError as error:
@@ -218,6 +256,8 @@ class CallerBase(Peer[C], Generic[C, S, J]):
                 if not isinstance(reply, Refused):
                     return reply
                 error = refusal_of(reply)
+                if policy.attempts and reply.type in ACCESS_REFUSALS:
+                    error.add_note("the submission was repeated: an earlier request may have become a job")
                 if not policy.attempts or reply.type not in _TEMPORARY_REFUSALS:
                     raise error
             if self._now() >= deadline:
@@ -247,7 +287,6 @@ class CallerBase(Peer[C], Generic[C, S, J]):
             else:
                 self._ask_at = self._now()
         keep_alive = pool.granted or (self._keep_alive is True and policy is None) or (is_question and pool.enabled)
-        encoded = protocol.encode_request(request, keep_alive)
         pooled = pool.get(self._now()) if keep_alive else None
         conn = pooled or (yield from self._open(to_connect))
         granted = None
@@ -256,7 +295,7 @@ class CallerBase(Peer[C], Generic[C, S, J]):
             if policy is not None:
                 policy.connected(self._now())
             try:
-                line = yield from conn.exchange(encoded)
+                line = yield from conn.exchange(self._encode(request, keep_alive, is_first=pooled is None))
             except CommunicationError as error:
                 is_late = to_reply is not None and self._now() >= to_reply.at
                 if is_late or not keep_alive or (is_question and pooled is None):
@@ -266,7 +305,7 @@ class CallerBase(Peer[C], Generic[C, S, J]):
                 conn.deadline = to_connect
                 yield conn.connect()
                 conn.deadline = to_reply
-                line = yield from conn.exchange(encoded)
+                line = yield from conn.exchange(self._encode(request, keep_alive, is_first=True))
             try:
                 reply = _parse_reply(request, line)
             except ValueError as error:
@@ -277,6 +316,11 @@ class CallerBase(Peer[C], Generic[C, S, J]):
             if not pool.put(conn, granted, self._now()):
                 yield conn.close()
         return reply, line
+
+    def _encode(self, request: Request, keep_alive: bool, is_first: bool) -> bytes:
+        """Return the line of a request; the first one of a connection has the token."""
+        token = self._token.value if is_first and self._token is not None else None
+        return protocol.encode_request(request, keep_alive, token)
 
     def _ask(self, until: Deadline | None = None, policy: ReconnectPolicy | None = None) -> Steps[None]:
         """Ask whether the dispatcher is a legacy one, if it is time to. The connection then waits in the pool."""
@@ -440,6 +484,7 @@ class JobBase(Generic[R]):
         dispatcher = self._dispatcher
         reader = StreamReader(request, numbered, dispatcher._reconnect, self._store_end, dispatcher._on_outage)
         reader.deadline = dispatcher._deadline
+        reader.token = None if dispatcher._token is None else dispatcher._token.value
         return reader
 
     def _sent_reader(self, numbered: bool) -> StreamReader:

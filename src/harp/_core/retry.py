@@ -1,7 +1,8 @@
 """The policy for connecting to the dispatcher again after an interruption: when, how often, and for how long.
 
-The shells pass the time (seconds of the monotonic clock) and wait. Refused requests are interruptions. So are errors of
-the network (`OSError`) and the end of the connection (`EOFError`), as the cause of an error. Invalid data from the peer
+The shells pass the time (seconds of the monotonic clock) and wait. Refused requests are interruptions. But if the
+client has no permission, or its token is not accepted, they are only with `retry_after`. So are errors of the network
+(`OSError`) and the end of the connection (`EOFError`), as the cause of an error. Invalid data from the peer
 (`ValueError`) is not, nor is a connection that this side has closed (no cause).
 """
 
@@ -11,7 +12,7 @@ import math
 import random
 from collections.abc import Callable
 
-from harp.errors import CommunicationError, HarpException, RequestRefused
+from harp.errors import AccessDenied, AuthenticationFailed, CommunicationError, HarpException, RequestRefused
 
 #: Seconds before the first attempt; each further pause is twice as long, up to the longest.
 _FIRST_PAUSE = 0.1
@@ -77,7 +78,12 @@ class ReconnectPolicy:
 
     def is_interruption(self, error: HarpException) -> bool:
         """Return whether an error is an interruption, after a connection was established."""
-        transient = isinstance(error, RequestRefused) or isinstance(error.__cause__, (OSError, EOFError))
+        if isinstance(error, (AccessDenied, AuthenticationFailed)):
+            transient = error.retry_after is not None
+        elif isinstance(error, RequestRefused):
+            transient = True
+        else:
+            transient = isinstance(error.__cause__, (OSError, EOFError))
         return transient and self._connected_at is not None
 
     def next_pause(self, error: HarpException, now: float) -> float:
@@ -98,12 +104,16 @@ class ReconnectPolicy:
         if remaining <= 0:
             tried = f"gave up after {self.attempts} attempts in {self._seconds:g} s"
             if isinstance(error, RequestRefused):
-                raise RequestRefused(error.type, f"{error.message}; {tried}", error.data) from error
+                raised = type(error)(error.type, f"{error.message}; {tried}", error.data)
+                raised.retry_after = error.retry_after
+                raise raised from error
             raise CommunicationError(f"{error}; {tried}") from error
         if not self.attempts:
             self._on_outage(error)
         self.attempts += 1
         # Random, so that readers that were disconnected together do not return together.
-        pause = min(self._pause * random.uniform(0.5, 1.0), remaining)  # noqa: S311  not a secret
+        pause = self._pause * random.uniform(0.5, 1.0)  # noqa: S311  not a secret
+        if isinstance(error, RequestRefused) and error.retry_after is not None:
+            pause += error.retry_after
         self._pause = min(self._pause * 2, _LONGEST_PAUSE)
-        return pause
+        return min(pause, remaining)

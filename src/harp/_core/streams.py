@@ -86,6 +86,8 @@ class StreamReader(Reader):
         self._numbered = numbered
         self._policy = ReconnectPolicy(reconnect if isinstance(request, FollowStream) else 0.0, on_outage)
         self._next_number = request.since
+        #: Sent with each request: each has a new connection.
+        self.token: str | None = None
         self._connected_at = 0.0
         self._replied = False
         self._silent_closes = 0
@@ -109,7 +111,7 @@ class StreamReader(Reader):
         """See `Reader`."""
         self.has_request, self._connected_at = False, now
         self._policy.connected(now)
-        return encode_request(self._request)
+        return encode_request(self._request, token=self.token)
 
     def read(self, line: bytes) -> tuple[Any, ...]:
         """Return the records of a line: one, or none for a closing line. Raise the error of a refused request."""

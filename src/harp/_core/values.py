@@ -8,9 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from enum import Enum
-from typing import Any, Final, TypedDict
+from typing import Any, Final, NoReturn, TypedDict
 
-from harp.errors import HarpException, RemoteError, RemoteException, RequestRefused
+from harp.errors import (
+    AccessDenied,
+    AuthenticationFailed,
+    HarpException,
+    RateLimited,
+    RemoteError,
+    RemoteException,
+    RequestRefused,
+)
 from harp.protocol import dispatcher as protocol
 from harp.protocol.ends import Cancelled, End, Failed, Raised, Returned
 from harp.protocol.json_text import NotJSON, Raw, dumps
@@ -27,6 +35,44 @@ def check_name(field: str, name: str) -> str:
     if not isinstance(name, str) or not name:
         raise HarpException(f"{field}: expected a name, got {name!r}")
     return name
+
+
+class Secret:
+    """A value for the arguments of a call that no record of the job contains in plain text.
+
+    Its repr is ``Secret(***)``. It cannot be pickled; copies are the same object.
+    """
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    @property
+    def value(self) -> Any:
+        """The value in plain text."""
+        return self._value
+
+    def __repr__(self) -> str:
+        return "Secret(***)"
+
+    def __copy__(self) -> Secret:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Secret:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a token or a harp.Secret cannot be pickled: a pickle would contain it in plain text")
+
+
+def check_token(token: str) -> str:
+    """Return a token. Raise `HarpException`, which does not quote it, if it is not a text without white space."""
+    if not isinstance(token, str):
+        raise HarpException(f"token: expected a string, got {type(token).__name__}")
+    if not 0 < len(token) <= protocol.MAX_TOKEN or any(each.isspace() or not each.isprintable() for each in token):
+        raise HarpException(f"token: expected 1 to {protocol.MAX_TOKEN} characters without white space")
+    return token
 
 
 class JobOptions(TypedDict, total=False):
@@ -174,10 +220,16 @@ def error_of(report: Failed) -> RemoteError:
     return RemoteError(report.type, report.message, report.data)
 
 
+_REFUSALS = {"auth_error": AuthenticationFailed, "access_denied": AccessDenied, "rate_limited": RateLimited}
+
+
 def refusal_of(reply: protocol.Refused) -> RequestRefused | RemoteError:
     """Return the exception for a refused request. Some refusals are answers: to ask again makes no difference."""
-    kind = RemoteError if reply.type in ("invalid_jobid", "request_id_reused") else RequestRefused
-    return kind(reply.type, reply.message, reply.data)
+    if reply.type in ("invalid_jobid", "request_id_reused"):
+        return RemoteError(reply.type, reply.message, reply.data)
+    error = _REFUSALS.get(reply.type, RequestRefused)(reply.type, reply.message, reply.data)
+    error.retry_after = reply.retry_after
+    return error
 
 
 def outcome_of(end: End) -> Any:

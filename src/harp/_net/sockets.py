@@ -8,6 +8,7 @@ lines; `ValueError` if the peer sent invalid data.
 from __future__ import annotations
 
 import errno
+import ipaddress
 import os
 import select
 import socket
@@ -17,10 +18,10 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NoReturn
 
-from harp._core.connections import CAFile, Connection, Endpoint, Steps
+from harp._core.connections import CAFile, Connection, DispatcherTLS, Endpoint, Steps
 from harp._core.values import encode_line
 from harp._net.connecting import CannotConnect, connect_first
 from harp.errors import CommunicationError, HarpException
@@ -39,12 +40,15 @@ READ_BYTES = 64 * 1024
 #: Nanoseconds in which a file may change twice, but its times only once: contexts of newer files are not cached.
 _CLOCK_TICK = 20_000_000
 
+_OTHER_NAME = (
+    "call the host by a name that its certificate has, or give it one with this {}; HarpServer: or use verify_hostname"
+)
 #: Remedies for a certificate that is not accepted, by OpenSSL's error number.
 _HINTS = {
     9: "check the clocks of both machines",
     10: "renew the server's certificate",
-    62: "call the host by a name that its certificate has, or give it one with this name, or use verify_hostname",
-    64: "call the host by a name that its certificate has, or give it one with this address, or use verify_hostname",
+    62: _OTHER_NAME.format("name"),
+    64: _OTHER_NAME.format("address"),
 }
 
 #: Remedies for a handshake that failed, by OpenSSL's reason.
@@ -52,6 +56,10 @@ _HANDSHAKE_HINTS = {
     "WRONG_VERSION_NUMBER": "it does not speak TLS",
     "TLSV1_ALERT_PROTOCOL_VERSION": "tls_minimum allows older versions",
     "UNSUPPORTED_PROTOCOL": "tls_minimum allows older versions",
+    "TLSV13_ALERT_CERTIFICATE_REQUIRED": "the server requires a client certificate: use certfile",
+    "TLSV1_ALERT_UNKNOWN_CA": "the server does not know the authority of this client's certificate",
+    "SSLV3_ALERT_CERTIFICATE_EXPIRED": "renew this client's certificate",
+    "SSLV3_ALERT_CERTIFICATE_REVOKED": "this client's certificate was revoked",
 }
 
 _VERSIONS = {
@@ -73,6 +81,9 @@ def describe_error(error: Exception) -> str:
     if isinstance(error, ssl.SSLError) and error.reason:
         words = error.reason.lower().replace("_", " ")
         return f"{words} ({_HANDSHAKE_HINTS[error.reason]})" if error.reason in _HANDSHAKE_HINTS else words
+    if isinstance(error, ssl.SSLError):  # its number is not one of the system
+        closed = isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError))
+        return "the peer closed the connection" if closed else error.strerror or str(error)
     if isinstance(error, socket.gaierror):
         return error.strerror or str(error)
     if isinstance(error, OSError) and error.errno:
@@ -92,6 +103,7 @@ class BufferedConnection(Connection, Uncopyable):
 
     #: The process that connected: in a forked process, the connection is not closed for the peer, and not used.
     _process: int
+    _context: ssl.SSLContext | None = None
 
     def __init__(self, host: str, port: int) -> None:
         self._endpoint = Endpoint(host, port)
@@ -106,9 +118,6 @@ class BufferedConnection(Connection, Uncopyable):
         self._poll = select.poll()
         if sock is not None:
             self._poll.register(sock, select.POLLIN)
-
-    def _tls_context(self) -> ssl.SSLContext | None:
-        return None
 
     # Steps of the shell. A deadline is a time of the monotonic clock, after which they raise `TimeoutError`.
 
@@ -131,7 +140,8 @@ class BufferedConnection(Connection, Uncopyable):
             deadline = min(deadline, self.deadline.at)
         if self._endpoint.path is not None:
             return (yield from self._open_path(self._endpoint.path, deadline))
-        context = self._tls_context()
+        context: ssl.SSLContext | None = None if self.make_context is None else self.make_context()
+        self._context = context
         try:
             found = yield self._resolve(deadline)
         except FOREIGN_ERRORS as error:
@@ -146,6 +156,9 @@ class BufferedConnection(Connection, Uncopyable):
             cause = error.failures[-1][1] if error.failures else None
             raise self._error("cannot connect", "; ".join(causes) or "the name has no address") from cause
         if context is None:
+            if self.confidential is not None and not _is_loopback(sock):
+                self._close_socket(sock)
+                raise self.not_private(self.confidential)
             return sock
         try:
             name = self._endpoint.server_name
@@ -174,6 +187,21 @@ class BufferedConnection(Connection, Uncopyable):
             else:
                 return sock
             yield self._wait_connected([], time.monotonic() + _QUEUE_FULL_PAUSE)
+
+    @property
+    def is_private(self) -> bool:
+        """Whether no other machine can read what is sent: over TLS, a Unix socket, or to a loopback address."""
+        sock = self._socket
+        if sock is None or sock.family == socket.AF_UNIX:
+            return True
+        return sock.version() is not None if isinstance(sock, ssl.SSLSocket) else _is_loopback(sock)
+
+    def not_private(self, what: str) -> HarpException:
+        """Return the error for something confidential that was not sent."""
+        return HarpException(
+            f"{self._endpoint}: the {what} was not sent: the connection has no TLS; use ca_file or tls=True with the "
+            "port of a tls: listening address of the dispatcher, or its Unix socket"
+        )
 
     def _remaining(self) -> float | None:
         """Return the seconds until the deadline; None: no deadline. Raise `TimeoutError` if it is over."""
@@ -221,7 +249,12 @@ class BufferedConnection(Connection, Uncopyable):
         """
         if self._socket is None or self._process != os.getpid():
             return False
-        return not (self._lines or self._partial.size or self._poll.poll(0))
+        if self._lines or self._partial.size or self._poll.poll(0):
+            return False
+        try:  # with other files, the peer may not be accepted now, or the client be another one
+            return self.make_context is None or self.make_context() is self._context
+        except HarpException:  # a new connection raises it
+            return False
 
     def _close_socket(self, sock: socket.socket) -> None:
         """Close a socket; a thread that reads it is woken. In a forked process, the connection stays open."""
@@ -268,20 +301,9 @@ class TLSConnection(BufferedConnection):
     def __init__(
         self, host: str, port: int, ca_file: CAFile = None, *, tls_minimum: str = "1.2", verify_hostname: bool = True
     ) -> None:
-        self._tls = ca_file, tls_minimum, bool(verify_hostname)
+        self.make_context = partial(tls_context, ca_file, tls_minimum, bool(verify_hostname))
         Endpoint(host, port).check_tcp()
         super().__init__(host, port)
-
-    def _tls_context(self) -> ssl.SSLContext:
-        self._context = tls_context(*self._tls)
-        return self._context
-
-    def is_idle(self) -> bool:
-        """See `BufferedConnection`; also, the authorities must be unchanged, as they may not accept the peer now."""
-        try:
-            return super().is_idle() and tls_context(*self._tls) is self._context
-        except HarpException:  # a new connection raises it
-            return False
 
 
 def tls_context(ca_file: CAFile, tls_minimum: str = "1.2", verify_hostname: bool = True) -> ssl.SSLContext:
@@ -296,16 +318,80 @@ def tls_context(ca_file: CAFile, tls_minimum: str = "1.2", verify_hostname: bool
         return _context(None, (), tls_minimum, False)
     try:
         path = os.fspath(ca_file)
-        found = os.stat(path)
-        # Two states of a file differ if the file system's clock ticks between the changes.
-        state = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-        settled = time.time_ns() - found.st_ctime_ns > _CLOCK_TICK
+        state, settled = _file_state(path)
         new_context = _context if settled else _context.__wrapped__
         return new_context(path, state, tls_minimum, verify_hostname)
     except ssl.SSLError as error:
         raise HarpException(f"ca_file {os.fspath(ca_file)!r}: contains no certificate in PEM form") from error
     except (OSError, ValueError, TypeError) as error:
         raise HarpException(f"ca_file {ca_file!r}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _file_state(path: str | bytes) -> tuple[tuple[int, ...], bool]:
+    """Return the state of a file, and whether it is settled: then a later change gives another state. Raises OSError.
+
+    Two states differ if the file system's clock ticks between the changes.
+    """
+    found = os.stat(path)
+    state = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    return state, time.time_ns() - found.st_ctime_ns > _CLOCK_TICK
+
+
+def dispatcher_context(tls: DispatcherTLS) -> ssl.SSLContext:
+    """Return the context for a dispatcher, which verifies its chain and its name; or the given one.
+
+    The files are read again after they have changed. Raises `HarpException`, which names the file, if one of them
+    cannot be read.
+    """
+    if tls.context is not None:
+        given: ssl.SSLContext = tls.context
+        return given
+    states, settled = [], True
+    for name, path in (("ca_file", tls.ca_file), ("certfile", tls.certfile), ("keyfile", tls.keyfile)):
+        if path is not None:
+            try:
+                state, old = _file_state(path)
+            except (OSError, ValueError) as error:
+                raise HarpException(f"{name} {path!r}: {getattr(error, 'strerror', None) or error}") from error
+            states.append(state)
+            settled = settled and old
+    new_context = _dispatcher_context if settled else _dispatcher_context.__wrapped__
+    return new_context(tls, tuple(states))
+
+
+@lru_cache(maxsize=16)
+def _dispatcher_context(tls: DispatcherTLS, states: tuple[tuple[int, ...], ...]) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.sslsocket_class = _TLSSocket
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    name, path, problem = "ca_file", tls.ca_file, "contains no certificate in PEM form"
+    try:
+        if path is None:
+            context.load_default_certs()
+        else:
+            context.load_verify_locations(cafile=path)
+        if tls.certfile is not None:
+            name, path, problem = "certfile", tls.certfile, "has no certificate with its key in PEM form; see keyfile"
+            if tls.keyfile is not None:
+                problem = f"has no certificate in PEM form, or keyfile {tls.keyfile!r} is not its key"
+            context.load_cert_chain(tls.certfile, tls.keyfile, _reject_encrypted_key)
+    except ssl.SSLError as error:
+        raise HarpException(f"{name} {path!r}: {problem}") from error
+    except OSError as error:
+        raise HarpException(f"{name} {path!r}: {error.strerror or error}") from error
+    return context
+
+
+def _reject_encrypted_key() -> str:
+    # Otherwise OpenSSL asks for the passphrase on the terminal.
+    raise HarpException("keyfile: the key has a passphrase; use a key without one")
+
+
+def _is_loopback(sock: socket.socket) -> bool:
+    """Return whether the peer of a TCP connection is on this machine."""
+    address = ipaddress.ip_address(sock.getpeername()[0].partition("%")[0])
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback
 
 
 # Creating a context with authorities takes about as long as a full handshake. Errors are not cached.

@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 #: Seconds between two checks whether clients have lost their rights, and between two writes of tokens' last uses.
 _CHECK_EVERY, _WRITE_USES_EVERY = 0.25, 60.0
+_CERTIFICATES_CHANGED = "the certificates that the dispatcher accepts have changed; connect again"
 _MAX_MESSAGE = 1000  #: Maximum length of an error message in characters: it may quote the client's data.
 
 
@@ -112,8 +113,7 @@ class ClientServer(Server):
         version, client = tls.version, anonymous(peer, listener)
 
         def find_error() -> str | None:
-            is_current = self._tls is tls and tls.version == version
-            return None if is_current else "the certificates that the dispatcher accepts have changed; connect again"
+            return None if self._tls is tls and tls.version == version else _CERTIFICATES_CHANGED
 
         def identify(socket: ssl.SSLSocket) -> Client:
             found = certified(client, socket)
@@ -170,7 +170,7 @@ class ClientServer(Server):
         for connection, checks in list(self._proofs.items()):
             error = next(filter(None, (find_error() for find_error in checks)), None)
             if error is not None:
-                connection.expel(protocol.encode_reply(protocol.Refused("auth_error", error, refused=True)))
+                connection.expel(protocol.encode_reply(_auth_refusal(error)))
         tokens = self.identities.tokens
         is_due = time.monotonic() - self._uses_written_at >= _WRITE_USES_EVERY
         if is_due and tokens is not None and (self._writing is None or self._writing.done()):
@@ -370,7 +370,7 @@ class ClientServer(Server):
             case AuthError():
                 reason, token = error.reason, error.token
                 log.info("client not authenticated", extra={"client": client, "reason": reason, "token": token})
-                failure = protocol.Refused("auth_error", str(error), refused=True)
+                failure = _auth_refusal(str(error))
                 if error.delay:
                     connection.on_disconnect(connection.abort)
                     self.timers.call_later(error.delay, lambda: self._refuse(connection, failure))
@@ -398,6 +398,12 @@ class ClientServer(Server):
     def _refuse(self, connection: Connection, refusal: protocol.Refused) -> None:
         connection.write(protocol.encode_reply(refusal))
         connection.close()
+
+
+def _auth_refusal(message: str) -> protocol.Refused:
+    # A client whose certificate is still accepted can continue on a new connection.
+    retry_after = 0.0 if message == _CERTIFICATES_CHANGED else None
+    return protocol.Refused("auth_error", message, retry_after=retry_after, refused=True)
 
 
 def _status(job: Job) -> protocol.Status:

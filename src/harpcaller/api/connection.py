@@ -35,7 +35,7 @@ from harpcaller.api.reply_memory import ReplyMemory, ReplyShare
 
 log = logging.getLogger(__name__)
 
-_READ_BYTES = 64 * 1024
+READ_BYTES = 64 * 1024
 _CLOSE_TIMEOUT = 2.0  #: Maximum seconds for a client to read the last reply and close.
 UNSENT_BYTES = 64 * 1024  #: Maximum unsent bytes in the kernel's buffer for a client.
 #: The errors of a socket that has no data now, or cannot send now. TLS may have to send before it can receive; if it
@@ -209,7 +209,7 @@ class Connection:
 
     def _on_readable(self) -> None:
         try:
-            data = self._socket.recv(_READ_BYTES)
+            data = self._socket.recv(READ_BYTES)
         except _NO_DATA:
             return
         except OSError:

@@ -12,11 +12,14 @@ import ssl
 from collections.abc import Callable
 from contextlib import suppress
 
+from harp.protocol.dispatcher import Refused, encode_reply
 from harp_daemon.settings import OLD_TLS_REASONS
 from harpcaller.access.client import Client
-from harpcaller.api.connection import Connection, Server
+from harpcaller.api.connection import READ_BYTES, Connection, Server
 
 log = logging.getLogger(__name__)
+
+_NEEDS_TLS = encode_reply(Refused("invalid_request", "this listening address requires TLS; see ca_file of HarpCaller"))
 
 _MAX_HANDSHAKE_TIME = 10.0  #: Maximum seconds of a handshake.
 _PLAIN_REASONS = frozenset({"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNEXPECTED_MESSAGE", "PACKET_LENGTH_TOO_LONG"})
@@ -87,6 +90,9 @@ class TLSConnection(Connection):
             fields["hint"] = "the client has no TLS version of at least tls.minimum"
         elif reason in _PLAIN_REASONS:
             fields["hint"] = "the client does not speak TLS"
+            with suppress(OSError):  # the client gets the reason, unless it sends more than this
+                socket.socket.recv(self._tls, READ_BYTES)
+                socket.socket.send(self._tls, _NEEDS_TLS)
         log.info("TLS handshake failed", extra=fields)
         self.abort()
 
