@@ -131,6 +131,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     disconnect_timeout: Seconds = 240.0  #: Seconds without contact after which a host stops a running call.
     result_ttl: Seconds = 3600.0  #: Seconds for which a host stores the end of a call until it is fetched.
     host_timeout: Seconds = 300.0  #: Seconds of an outage after which a host is declared lost.
+    max_record_bytes: Bytes = 1024 * 1024 * 1024  #: Maximum total bytes of the records and the result of a job.
     record_line: Bytes = 64 * 1024 * 1024  #: Maximum length of a line from a host in bytes.
 
     ca_file: Path | None = None  #: PEM file with certificates of authorities.

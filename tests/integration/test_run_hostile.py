@@ -372,3 +372,69 @@ async def test_host_that_ignores_the_window_is_paused(tmp_path: Path) -> None:
             store.off = False
             assert await dispatcher.result(job_id) == Returned(b"1")
     await opened.close()
+
+
+def endless(conn: PeerConnection) -> None:
+    """Stream records until the dispatcher stops the call."""
+    request = conn.expect()
+    if "calls" in request:
+        conn.reply({"harp": 1, "calls": [], "instance": "w1"})
+        return
+    since = request.get("since", 0)
+    conn.reply(acknowledgement(stream=True, records=since))
+    for _ in range(500):
+        conn.reply({"stream": "x" * 50_000})
+    assert next(command for command in commands(conn) if "ack" not in command)["stop"]["why"] == "limit"
+    ends(conn, stop_report(), EXIT_INFO, STOPPED)
+
+
+async def test_records_beyond_the_limit_end_the_job(tmp_path: Path) -> None:
+    with playing(tmp_path, always=endless) as peer:
+        async with running(
+            tmp_path, host_line(peer.port), resumable_calls=True, max_record_bytes=1_000_000
+        ) as dispatcher:
+            job_id, end = await result_of(dispatcher)
+            message = "the records and the result of the job exceed max_record_bytes (1000000 bytes)"
+            assert end == Failed("record_limit", message)
+            assert (await settled(dispatcher, job_id)).stop is StopState.CONFIRMED
+            stored = (await dispatcher.store.get_details(job_id)).record_bytes
+            assert 1_000_000 < stored < 12_000_000
+
+
+async def test_result_beyond_the_limit_ends_the_job(tmp_path: Path) -> None:
+    def script(conn: PeerConnection) -> None:
+        started(conn, stream=True)
+        ends(conn, {"stream": "x" * 600_000}, EXIT_INFO, {"result": "x" * 600_000})
+
+    with playing(tmp_path, call_list(), script) as peer:
+        async with running(
+            tmp_path, host_line(peer.port), resumable_calls=True, max_record_bytes=1_000_000
+        ) as dispatcher:
+            _, end = await result_of(dispatcher)
+            assert isinstance(end, Failed)
+            assert end.type == "record_limit"
+
+
+async def test_records_of_earlier_dispatcher_count_for_the_limit(tmp_path: Path) -> None:
+    def begin(conn: PeerConnection) -> None:
+        started(conn, stream=True)
+        for _ in range(12):
+            conn.reply({"stream": "x" * 50_000})
+        conn.until_closed()
+
+    with playing(tmp_path, call_list(), begin, call_list(), endless) as peer:
+        settings: dict[str, Any] = {"resumable_calls": True, "max_record_bytes": 1_000_000}
+        async with running(tmp_path, host_line(peer.port), **settings) as dispatcher:
+            job_id = await dispatcher.submit(call(), "test")
+
+            async def are_stored() -> bool:
+                return (await dispatcher.get_job(job_id)).records == 12
+
+            check: Any = are_stored
+            await eventually(check, what="the records")
+        async with running(tmp_path, host_line(peer.port), **settings) as dispatcher:
+            end = await dispatcher.result(job_id)
+            assert isinstance(end, Failed)
+            assert end.type == "record_limit"
+            assert (await settled(dispatcher, job_id)).stop is StopState.CONFIRMED
+            assert (await dispatcher.store.get_details(job_id)).record_bytes < 12_000_000

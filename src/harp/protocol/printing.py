@@ -15,5 +15,5 @@ def escape_controls(text: str) -> str:
 
 
 def print_escaped(text: object, file: TextIO | None = None, flush: bool = False) -> None:
-    """Print a text, whoever has written it, as `print` does. Raises OSError."""
+    """Print a text of a peer as `print` does, with escaped control characters. Raises OSError."""
     print(escape_controls(str(text)), file=file, flush=flush)

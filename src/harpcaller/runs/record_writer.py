@@ -35,6 +35,7 @@ class RecordWriter:
         self._in_flight = 0
         self._when_empty: Callable[[], None] | None = None
         self.count = job.records  #: Number of records that are stored, or were discarded after the end of the job.
+        self.size = 0  #: Bytes of the records of this run; the run adds those of earlier runs.
         self.closed = False  #: Whether the job has ended, so that further records are discarded.
 
     @property
@@ -59,6 +60,7 @@ class RecordWriter:
         self._values += records
         self._timestamps += [timestamp] * len(records)
         sizes = [*map(len, records)]
+        self.size += sum(sizes)
         self._bytes += sum(sizes) + _RECORD_OVERHEAD * len(sizes)
         self._longest = max(self._longest, *sizes)
         if not self._in_flight:

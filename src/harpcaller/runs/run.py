@@ -167,6 +167,10 @@ class Run:
                 read = partial(self._context.store.get_details, self.job.id)
                 self._context.writes.retry_until_stored(self.job.id, read, self._on_stop_request_read, self._fail)
                 return
+            if self.job.records:
+                read = partial(self._context.store.get_details, self.job.id)
+                self._context.writes.retry_until_stored(self.job.id, read, self._on_size_read, self._fail)
+                return
         else:
             self._starts.on_start(self.job)
         self._connect()
@@ -390,9 +394,11 @@ class Run:
         self._records.add_records(records, self._context.wall() if self._record_time is None else self._record_time)
         if self._records.closed:
             self._on_records_stored(self._records.count)
-        elif self._records.is_full(self._terms is not None):
+        elif (is_exceeded := self._exceeds_bytes()) or self._records.is_full(self._terms is not None):
             assert self._conn is not None
             self._conn.pause_reading()
+            if is_exceeded and not self.has_ended:
+                self._records.when_empty(partial(self._end_job, self._record_limit(), "limit"))
 
     @_event
     def on_message(self, message: harpd.Message) -> None:
@@ -402,6 +408,8 @@ class Run:
         self._deadlines.on_message()
         if texts := self._arguments.texts:
             message = mask_message(message, texts)
+        if isinstance(message, Returned) and self._exceeds_bytes(len(message.result)):
+            message = self._record_limit()
         match message:
             case harpd.RecordTime(made_at):
                 self._record_time = made_at
@@ -420,6 +428,14 @@ class Run:
             case Returned() | Raised() | Failed():
                 self._phase = RunPhase.STORING_END
                 self._records.when_empty(partial(self._store_call_end, message))
+
+    def _exceeds_bytes(self, result: int = 0) -> bool:
+        """Return whether the records of the job, and the bytes of its result, exceed `max_record_bytes`."""
+        return self._records.size + result > self._context.config.max_record_bytes
+
+    def _record_limit(self) -> Failed:
+        limit = self._context.config.max_record_bytes
+        return Failed("record_limit", f"the records and the result of the job exceed max_record_bytes ({limit} bytes)")
 
     def _on_acknowledged(self, terms: harpd.GrantedTerms | None) -> None:
         conn = self._conn
@@ -637,6 +653,12 @@ class Run:
     def _lose_contact(self, error: str) -> None:
         self._begin_outage(error)
         self._connect_later()
+
+    @_event
+    def _on_size_read(self, details: JobDetails) -> None:
+        self._records.size += details.record_bytes
+        if self._phase is RunPhase.OUTAGE and self._opening is None:
+            self._connect()
 
     def _on_stop_request_read(self, details: JobDetails) -> None:
         stop_request = details.metadata.stop_request
