@@ -117,6 +117,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     access_file: Path | None = None  #: File of roles and rules. None: every client may call everything.
 
     stream_directory: Path = Path("/var/lib/harpcaller/stream")  #: Directory of jobs and records.
+    #: Free bytes of the file system of `stream_directory` below which no job is accepted.
+    disk_reserve: Annotated[int, Meta(ge=0)] = 128 * 1024 * 1024
     default_timeout: Seconds = 600.0  #: Maximum seconds between two messages of a job.
     max_exec_time: Seconds = 600.0  #: Maximum seconds from the start of a job to its end.
     start_within: SecondsOrZero = 10.0  #: Seconds for which a start that certainly did not happen is tried again.

@@ -53,6 +53,7 @@ from harpcaller.runs.context import RunContext, StoreWrites, log_fields
 from harpcaller.runs.reconciliation import OrphanReaper
 from harpcaller.secret_arguments import read_key_file
 from harpcaller.store import StorageError, UnknownJob
+from harpcaller.store.disk_space import DiskSpace
 from harpcaller.store.sqlite import Store
 
 log = logging.getLogger(__name__)
@@ -104,6 +105,7 @@ class Dispatcher:
         self._group = asyncio.TaskGroup()
         # A call that a host lists, and that has no run, is an orphan.
         self._orphan_reaper = OrphanReaper(self._group, self._runner.runs.__contains__)
+        self._disk_space = DiskSpace(config.stream_directory)
         self._requests: set[asyncio.Task[Any]] = set()
 
     async def __aenter__(self) -> Self:
@@ -190,9 +192,12 @@ class Dispatcher:
         is the client's address, for the log; `received_at` is the monotonic time of the request, or None. Raises
         `LimitReached` for too many queued jobs.
         """
+        job_id: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        if (shortage := self._disk_space.find_shortage(self.config.disk_reserve)) is not None:
+            job_id.set_exception(shortage)
+            return job_id
         job = self._new_job(new_job_id(self._wall()), call, admission)
         write_started_at = time.monotonic()
-        job_id: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
         def on_stored(stored: asyncio.Future[str]) -> None:
             if (error := stored.exception()) is not None:
@@ -221,6 +226,8 @@ class Dispatcher:
         """Store jobs, all or none, as `submit` does; return their ids in the same order."""
         if not calls:
             return []
+        if (shortage := self._disk_space.find_shortage(self.config.disk_reserve)) is not None:
+            raise shortage
         # In a thread, so that many jobs do not block the event loop.
         jobs = await asyncio.to_thread(self._new_jobs, calls, admissions or [_ADMITTED] * len(calls))
         job_ids = await self.store.add_jobs(jobs, self._wall(), self._runner.request_claim)

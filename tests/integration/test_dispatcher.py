@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from harp.protocol.dispatcher import Continue
@@ -531,3 +532,22 @@ async def test_shutdown_leaves_no_task_or_connection(tmp_path: Path) -> None:
             await eventually(lambda: gated.running == 20, what="the calls")
         gated.release(20)
         assert asyncio.all_tasks() == before
+
+
+async def test_job_below_the_disk_reserve_is_refused(tmp_path: Path) -> None:
+    """A job that runs meanwhile stores its end; new ones are accepted again when space is free."""
+    gated = GatedHost()
+    with host(tmp_path, gated.script) as peer:
+        async with running(tmp_path, host_line(peer.port)) as dispatcher:
+            job_id = await dispatcher.submit(call(), "test")
+            config = dispatcher.config
+            await dispatcher.reload(msgspec.structs.replace(config, disk_reserve=2**62))
+            with pytest.raises(StorageError, match="no job is accepted: .* MiB are free, and disk_reserve is"):
+                await dispatcher.submit(call(), "test")
+            with pytest.raises(StorageError, match="no job is accepted"):
+                await dispatcher.submit_many([call()], "test")
+            gated.release(1)
+            assert await dispatcher.result(job_id) == Returned(b"[]")
+            await dispatcher.reload(config)
+            assert await dispatcher.submit(call(), "test")
+            gated.release(1)

@@ -83,7 +83,9 @@ def main() -> None:
     store = directory / "small"
     store.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(store)], check=True)
-    with running(directory, PROCEDURES + OWN, dispatcher={"stream_directory": str(store / "jobs")}) as system:
+    with running(
+        directory, PROCEDURES + OWN, dispatcher={"stream_directory": str(store / "jobs"), "disk_reserve": 0}
+    ) as system:
         scenario(system, store, directory / "go")
     print("ok")
 
