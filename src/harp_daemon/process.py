@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import gc
 import os
 import re
 import signal
 import socket
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -47,10 +49,16 @@ def pidfile(path: Path | None) -> Iterator[None]:
         yield
         return
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        # Private: each user who can read a file can lock it, and so prevent every later start.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     except OSError as error:
-        raise ProcessError(f"pid file {path}: {error.strerror}") from error
+        reason = "it is a symbolic link; remove it" if error.errno == errno.ELOOP else error.strerror
+        raise ProcessError(f"pid file {path}: {reason}") from error
     try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+            raise ProcessError(f"pid file {path}: not a file of this user; remove it")
+        os.fchmod(descriptor, 0o600)  # one of an earlier version
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -55,7 +55,7 @@ class Listener:
         """Stop listening and remove the file of a Unix socket, unless another process has replaced it; once only."""
         if self.path is not None and self.socket.fileno() >= 0:
             # OSError: the directory was removed or is read-only; the next start removes the file.
-            with suppress(OSError), _directory_lock(self.path):
+            with suppress(OSError), _path_lock(self.path):
                 if _file_identity(self.path) == self._identity:
                     self.path.unlink()
         self.socket.close()
@@ -116,7 +116,7 @@ def listen_unix(path: Path, mode: int, name: str = "") -> Listener:
     try:
         path.parent.mkdir(mode=0o755, exist_ok=True)
         os.fchmod(listening.fileno(), mode)  # Linux creates the file with the permissions of the socket
-        with _directory_lock(path), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        with _path_lock(path), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.setblocking(False)
             # Only a socket without a process refuses; a full backlog has another error.
             if path.is_socket() and probe.connect_ex(str(path)) == errno.ECONNREFUSED:
@@ -136,14 +136,26 @@ def _to_listen_error(error: OSError) -> ListenError:
 
 
 @contextmanager
-def _directory_lock(path: Path) -> Iterator[None]:
-    """Lock the directory of `path`: HARP's processes replace or remove sockets in it under this lock."""
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(directory, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(directory)
+def _path_lock(path: Path) -> Iterator[None]:
+    """Lock a path: HARP's processes replace or remove its socket under this lock. Raises OSError.
+
+    The lock is a file beside it that only this user can open: others could hold a lock on the directory for ever.
+    """
+    file = path.with_name(f".{path.name}.lock")
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+        try:
+            status = os.fstat(descriptor)
+            if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+                raise PermissionError(errno.EACCES, f"{file}: not a private file of this user; remove it")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if _file_identity(file) != (status.st_dev, status.st_ino):
+                continue  # the last holder has removed it
+            yield
+            file.unlink()
+            return
+        finally:
+            os.close(descriptor)
 
 
 def _file_identity(path: Path) -> tuple[int, int] | None:

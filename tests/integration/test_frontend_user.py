@@ -23,6 +23,7 @@ from support.certificates import server_files
 from support.daemonlog import DEADLINE
 from support.deadline import wait_until
 from support.harpd import Harpd, is_dead
+from support.other_user import without_rights
 from support.procedures_file import BROKEN, CHANGED, PROCEDURES
 
 pytestmark = [
@@ -181,7 +182,6 @@ def test_procedure_of_the_frontends_user_is_refused(tmp_path: Path) -> None:
 
 #: Sends each line to each socket that it can reach, as a user without capabilities.
 SEND = """
-import os, socket, sys
 directory, *lines = sys.argv[1:]
 for found, _, names in os.walk(directory):
     for name in names:
@@ -228,11 +228,9 @@ class Limits:
 
 
 def run_as(uid: int, program: str, *arguments: object) -> str:
-    """Run a Python program as a user without capabilities; return its output. It starts in the open directories."""
-    modules = "import os, socket, sys, encodings.idna\nfrom harpd.processes.capabilities import become_unprivileged\n"
-    command = [sys.executable, "-c", f"{modules}become_unprivileged({uid}, {uid})\n{program}", *map(str, arguments)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=DEADLINE)
-    return done.stdout
+    """Run a Python program as a user without capabilities; return its output."""
+    command = without_rights(uid, program, *arguments)
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=DEADLINE).stdout
 
 
 @pytest.fixture
@@ -520,7 +518,7 @@ def test_other_user_cannot_connect_as_the_frontend(tmp_path: Path) -> None:
         directory = os.open(harpd.runtime_directory / "frontend", os.O_PATH)
         try:  # it has got a descriptor of the directory somehow
             os.set_inheritable(directory, True)
-            program = f"import os; os.chdir('/proc/self/fd/{directory}')\n{SEND}"
+            program = f"import os, socket, sys; os.chdir('/proc/self/fd/{directory}')\n{SEND}"
             command = [sys.executable, "-c", program, ".", '{"calls":"o"}']
             prefix = ["setpriv", "--reuid", str(OTHER), "--clear-groups", "--ambient-caps", "+dac_read_search"]
             prefix += ["--inh-caps", "+dac_read_search"]
