@@ -43,6 +43,7 @@ authentication:
     {user}: "plain:{password}"
 runtime_directory: {directory}/run
 default_user: {default_user}
+strict_modes: false   # this copy of the project may belong to another user than the one who tries it
 """
 
 HARPCALLER_TOML = """\

@@ -235,9 +235,11 @@ def run_as(uid: int, program: str, *arguments: object) -> str:
 
 @pytest.fixture
 def public() -> Iterator[Path]:
-    """A directory that every user can read and write; the parents of a test's directory are closed to them."""
+    """A directory that every user can read, with one that they can write; a test's own directory is closed to them."""
     with tempfile.TemporaryDirectory(prefix="harp-test-") as directory:
-        os.chmod(directory, 0o777)
+        os.chmod(directory, 0o755)
+        Path(directory, "results").mkdir()
+        Path(directory, "results").chmod(0o777)
         yield Path(directory)
 
 
@@ -247,7 +249,7 @@ import errno, json, os, socket, struct, traceback
 from pathlib import Path
 from harpd.supervisor import frames
 
-DIRECTORY = Path(__file__).parent
+DIRECTORY = Path(__file__).parent / "results"
 
 def attempt(action):
     """Return what an action returns, or the name of its error."""
@@ -348,7 +350,7 @@ class TakenOver:
             client.send(self.harpd.request("version", [], auth=auth))
             (reply,) = client.lines()
         assert reply["error"]["type"] == "auth_error"
-        file = self._directory / "result"
+        file = self._directory / "results" / "result"
         wait_until(file.exists, DEADLINE, "the result")
         found = json.loads(file.read_text())
         file.unlink()

@@ -85,6 +85,7 @@ class Harpd(DaemonLog):
         self._services = services
         self._launcher: subprocess.Popen[bytes] | None = None
         self._prefix: list[str] = []
+        self.keyfile.chmod(0o600)
         self.procedures_file.write_text(procedures)
         self._stderr = stderr
         logging: dict[str, Any] = _LOGGING
@@ -121,6 +122,7 @@ class Harpd(DaemonLog):
             merged = isinstance(usual, dict) and isinstance(section, dict) and name != "authentication"
             configuration[name] = {**usual, **section} if merged and usual is not None else section
         self.config_file.write_text(yaml.safe_dump(configuration))
+        self.config_file.chmod(0o600)
 
     def without_runtime_directory(self) -> Harpd:
         """Configure no runtime directory, for a user without a default one: another user if the test's is root."""
@@ -128,7 +130,7 @@ class Harpd(DaemonLog):
         self._prefix = ["env", "-u", "XDG_RUNTIME_DIR", "-u", "RUNTIME_DIRECTORY"]
         if os.geteuid() == 0:
             self._prefix += as_user(4242)
-            self.directory.parent.chmod(0o777)  # for the files that its calls write
+            self.directory.parent.chmod(0o1777)  # for the files that its calls write
         return self
 
     def command(self, *options: str) -> list[str]:

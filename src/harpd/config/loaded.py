@@ -29,6 +29,7 @@ import msgspec
 
 from harp_daemon import logs
 from harp_daemon.expiry import Validity, read_validities
+from harp_daemon.file_modes import describe_reader, describe_writer
 from harp_daemon.process import describe_exit
 from harp_daemon.settings import ConfigError
 from harp_daemon.sockets import ResolveError, resolve
@@ -144,6 +145,26 @@ class SupervisorConfig:
         user = DEFAULT_FRONTEND_USER
         return f"the network frontend runs as root, because there is no user {user}; {_CREATE_USER.format(user)}"
 
+    def writable_files(self) -> list[str]:
+        """Return why another user could change what the calls or the users are, for each file by which it could."""
+        options, configuration = self.options, self.configuration
+        search_path = [path for paths in configuration.python.search_paths().values() for path in paths]
+        named = [configuration.network.keyfile, configuration.authentication.get("file"), *search_path]
+        # The runtime directory itself is checked whenever it is opened.
+        directory = configuration.runtime_directory
+        above = None if directory is None else Path(directory).absolute().parent
+        names = [options.config, options.procedures, options.logging, *named, above]
+        writers = [describe_writer(Path(name)) for name in names if isinstance(name, (str, Path))]
+        return [*dict.fromkeys(filter(None, writers))]
+
+    def readable_files(self) -> list[str]:
+        """Return that every user can read a secret, for each file with secrets."""
+        configuration = self.configuration
+        names: list[Any] = [configuration.network.keyfile, configuration.authentication.get("file")]
+        if "users" in configuration.authentication:  # passwords
+            names.append(self.options.config)
+        return [*filter(None, (describe_reader(Path(name)) for name in names if isinstance(name, (str, Path))))]
+
     def supervisor_settings(self, runtime_directory: Path, outlive: bool) -> dict[str, Any]:
         """Return the supervisor's settings: JSON values, no secret."""
         options, configuration = self.options, self.configuration
@@ -187,6 +208,8 @@ def load_supervisor_config(options: CommandLine, files: Files = LOCAL_FILES) -> 
     config = SupervisorConfig(options, configuration, {"syslog": options.syslog, "config": log_config})
     if config.runs_calls_as_root and not configuration.is_legacy:
         raise ConfigError(f"{options.config}: {ROOT_CALLS}")
+    if configuration.strict_modes and files is LOCAL_FILES and (writable := config.writable_files()):
+        raise ConfigError(f"{options.config}: strict_modes: {writable[0]}")
     return config
 
 
@@ -359,6 +382,9 @@ def _load_everything(options: CommandLine) -> list[str]:
         warnings += filter(None, [validity.describe_warning(now)])
     if config.problems:
         raise ConfigError(config.problems[0])
+    if config.configuration.strict_modes and (readable := config.readable_files()):
+        raise ConfigError(f"{options.config}: strict_modes: {readable[0]}")
+    warnings += [] if config.configuration.strict_modes else [*config.writable_files(), *config.readable_files()]
     if not procedures:
         warnings.append(f"{options.procedures}: exposes no procedure; decorate functions with @procedure")
     if (running := threading.active_count() - threads_before) > 0:

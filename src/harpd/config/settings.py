@@ -153,6 +153,8 @@ class Configuration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     environment: dict[str, str | None] = {}
     #: The user of the frontend if harpd runs as root: name or numeric id; None: ``harpd`` if it exists, otherwise root.
     frontend_user: str | int | None = None
+    #: Whether a file by which another user could control calls prevents start and reload; otherwise it is a warning.
+    strict_modes: bool = True
 
     def uid_range(self) -> tuple[int, int] | None:
         """Return the first and the last of `dynamic_uids`. Raises ValueError."""

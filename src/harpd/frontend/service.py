@@ -174,6 +174,8 @@ class _FrontendService:
     def _log_warnings(self) -> None:
         if warning := self._config.frontend_warning():
             log.warning("frontend runs as root", extra={"hint": warning})
+        for problem in (*self._config.writable_files(), *self._config.readable_files()):
+            log.warning("configuration has a mistake", extra={"problem": problem})
 
     async def stop(self) -> None:
         """Stop within a bounded time. If this program launches the supervisor, all calls end with ``shutdown``.
