@@ -240,7 +240,7 @@ def test_connection_phases_have_deadlines(tmp_path: Path) -> None:
 
 
 def test_silent_clients_do_not_delay_others(tmp_path: Path) -> None:
-    with Harpd(tmp_path, PROCEDURES) as harpd:
+    with Harpd(tmp_path, PROCEDURES, {"limits": {"max_connections_per_peer": 1000}}) as harpd:
         silent = [socket.create_connection((harpd.host, harpd.port), DEADLINE) for _ in range(100)]
         half = [harpd.connect() for _ in range(50)]
         try:
@@ -256,6 +256,9 @@ def test_connection_over_the_limit_gets_an_error(tmp_path: Path) -> None:
     with Harpd(tmp_path, PROCEDURES, {"limits": {"max_connections": 3}}) as harpd:
         open_clients = [harpd.connect() for _ in range(3)]
         try:
+            for client in open_clients:  # a connection without an authenticated request would give way to a new one
+                client.send(harpd.request("wait_for", [str(tmp_path / "never")]))
+                assert client.message() == ACKNOWLEDGED
             with harpd.connect() as surplus:
                 surplus.send(harpd.request("echo", []))
                 (rejection,) = surplus.lines()
