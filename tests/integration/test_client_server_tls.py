@@ -9,7 +9,7 @@ import ssl
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from support.certificates import make_client, server_files, write_revocations
 from support.daemonlog import DEADLINE
 from support.deadline import wait_until
 from support.harpcallerd import Harpcallerd, LineClient
+from support.key_updates import key_updates
 from support.peers import Peer
 from support.scripted import scripted_harpd
 
@@ -206,27 +207,21 @@ def test_tls_handshakes_of_many_do_not_delay_requests(dispatcher: TLS) -> None:
 
 
 def test_tls_client_over_the_limit_gets_the_refusal(tmp_path: Path, peer: Peer) -> None:
-    with TLS(
-        tmp_path, {"web01": peer.port}, settings={**settings(tmp_path / "pki"), "max_connections": 2}
-    ) as dispatcher:
+    keys = {**settings(tmp_path / "pki"), "max_connections": 2}
+    with TLS(tmp_path, {"web01": peer.port}, settings=keys) as dispatcher, ExitStack() as stack:
         job = dispatcher.submit("web01", "hang")
-        waiting = [dispatcher.connect() for _ in range(2)]
-        for client in waiting:
+
+        def refusal() -> str | None:
+            """Wait for the job with another client; return the type of the error that it gets at once, if any."""
+            client = stack.enter_context(dispatcher.connect())
             client.send({"harpcaller": 1, "get_result": job})
-        wait_until(lambda: refusal(dispatcher) == "too_many_connections", DEADLINE, "the refusal")
-        for client in waiting:
-            client.close()
-        wait_until(lambda: dispatcher.ask(cancel=job) == [{"cancelled": True}], DEADLINE, "room for a client")
+            client.socket.settimeout(1)
+            try:
+                return str(client.message()["error"]["type"])
+            except TimeoutError:
+                return None  # it waits
 
-
-def refusal(dispatcher: TLS) -> str | None:
-    """Return the type of the error that a client gets that sends nothing; None: it gets nothing for some time."""
-    with dispatcher.connect() as client:
-        client.socket.settimeout(1)
-        try:
-            return str(client.message()["error"]["type"])
-        except TimeoutError:
-            return None
+        assert wait_until(refusal, DEADLINE, "the refusal") == "too_many_connections"
 
 
 def test_listeners_with_and_without_tls_serve_side_by_side(tmp_path: Path, peer: Peer) -> None:
@@ -257,6 +252,30 @@ def test_reload_reports_a_changed_listen_and_refuses_invalid_files(tmp_path: Pat
         dispatcher.configure({"listen": ["127.0.0.1:0"]})  # without the section: the listener stays until a restart
         assert dispatcher.control("reload").returncode == 0
         assert dispatcher.ask(cancel=UNKNOWN) == [{"cancelled": False}]
+
+
+@pytest.mark.parametrize("requested", [False, True])
+def test_tls_messages_without_data_do_not_delay_others(tmp_path: Path, requested: bool) -> None:
+    """60,000 of them take OpenSSL more than 2 s."""
+    pki = tmp_path / "pki"
+    with (
+        TLS(tmp_path, settings=settings(pki)) as dispatcher,
+        socket.create_connection((dispatcher.host, dispatcher.port), DEADLINE) as hostile,
+    ):
+        records = key_updates(hostile, pki / "ca.pem", tmp_path / "keys", 60_000, requested)
+        with dispatcher.connect() as client:
+            hostile.settimeout(0.1)
+            with suppress(OSError):
+                hostile.sendall(records)  # as much as the kernel takes
+            delays: list[float] = []
+            end = time.monotonic() + DEADLINE
+            while not dispatcher.events("TLS client sends no data") or len(delays) < 10:
+                begin = time.monotonic()
+                assert begin < end
+                client.send({"harpcaller": 1, "cancel": UNKNOWN, "keep_alive": True})
+                assert client.message()["cancelled"] is False
+                delays.append(time.monotonic() - begin)
+    assert max(delays) < 0.5, sorted(delays)[-3:]
 
 
 # Certificates of clients.

@@ -112,7 +112,7 @@ def anonymous(peer: str, listener: Listener) -> Client:
     return Client((f"anonymous@{listener.name}",), listener.name, peer)
 
 
-def certified(client: Client, connection: ssl.SSLSocket) -> Client:
+def certified(client: Client, connection: ssl.SSLSocket | ssl.SSLObject) -> Client:
     """Return a client with the names of the certificate that it has shown, if any."""
     certificate = connection.getpeercert()
     return replace(_with(client, _names(certificate)), authenticated=True) if certificate else client

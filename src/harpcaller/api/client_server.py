@@ -115,8 +115,8 @@ class ClientServer(Server):
         def find_error() -> str | None:
             return None if self._tls is tls and tls.version == version else _CERTIFICATES_CHANGED
 
-        def identify(socket: ssl.SSLSocket) -> Client:
-            found = certified(client, socket)
+        def identify(tls_object: ssl.SSLObject) -> Client:
+            found = certified(client, tls_object)
             if found.authenticated:
                 self._add_proof(connection, find_error)
             return found

@@ -17,7 +17,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-import ssl
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -38,10 +37,6 @@ log = logging.getLogger(__name__)
 READ_BYTES = 64 * 1024
 _CLOSE_TIMEOUT = 2.0  #: Maximum seconds for a client to read the last reply and close.
 UNSENT_BYTES = 64 * 1024  #: Maximum unsent bytes in the kernel's buffer for a client.
-#: The errors of a socket that has no data now, or cannot send now. TLS may have to send before it can receive; if it
-#: cannot, because the client does not read, that counts as the end of input.
-_NO_DATA = (BlockingIOError, InterruptedError, ssl.SSLWantReadError)
-_CANNOT_SEND = (BlockingIOError, InterruptedError, ssl.SSLWantWriteError)
 _DRAIN_TIMEOUT = 5.0  #: Maximum seconds that a closing server waits for the requests in progress.
 
 
@@ -210,10 +205,14 @@ class Connection:
     def _on_readable(self) -> None:
         try:
             data = self._socket.recv(READ_BYTES)
-        except _NO_DATA:
+        except (BlockingIOError, InterruptedError):
             return
         except OSError:
             data = b""
+        self._on_data(data)
+
+    def _on_data(self, data: bytes) -> None:
+        """Handle received data; none at its end."""
         if not data:
             self._on_end_of_input()
         elif not self._is_reading:
@@ -311,7 +310,7 @@ class Connection:
             return
         try:
             sent = self._send(data)
-        except _CANNOT_SEND:
+        except (BlockingIOError, InterruptedError):
             sent = 0
         except OSError:
             self.abort()
