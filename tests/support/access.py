@@ -25,11 +25,16 @@ PRINCIPALS = (
     "token:shop2",
     "cert:a.ops.example.net",
     "cert:b.example.net",
+    "cert:mallory@a.ops.example.net",
+    "cert:https://x.example/a.ops.example.net",
     "uid:www-data",
     "gid:web",
     f"anonymous@{LISTENER}",
 )
-PATTERNS = (*PRINCIPALS, "token:*", "token:shop?", "cert:*.ops.example.net", "anonymous@*", "*")
+PATTERNS = (
+    *(*PRINCIPALS, "token:*", "token:shop?", "anonymous@*", "*"),
+    *("cert:*.ops.example.net", "cert:*@*.ops.example.net", "cert:https://*", "cert:*"),
+)
 ROLES = ("web", "ops", "all")
 HOSTS = ("web01", "web02", "db01", "[web]*")
 HOST_GLOBS = ("web*", "web0?", "db01", "*", "[web]*", "web01")
@@ -49,6 +54,14 @@ QUEUES = (
 
 def glob(pattern: str, name: str | None) -> bool:
     return name is not None and fnmatchcase(name, pattern.replace("[", "[[]"))
+
+
+def names_principal(pattern: str, name: str) -> bool:
+    if name.startswith("cert:") and pattern.startswith("cert:") and pattern != "cert:*":
+        kinds = [(":" in text[5:] or "/" in text[5:]) * 2 or text.count("@") for text in (pattern, name)]
+        if kinds[0] != kinds[1] and kinds[0] != 2:
+            return False
+    return glob(pattern, name)
 
 
 def written_principals(document: Mapping[str, Any], texts: Sequence[str]) -> set[str]:
@@ -115,7 +128,7 @@ def reference(document: Mapping[str, Any], client: Client, action: str, target: 
     for number, rule in enumerate(document["rule"], 1):
         is_own = target.owner in client.principals or (target.owner is None and action not in ("read", "cancel"))
         if not (
-            any(glob(text, name) for text in written_principals(document, rule["who"]) for name in names)
+            any(names_principal(text, name) for text in written_principals(document, rule["who"]) for name in names)
             and action in rule.get("allow", rule.get("deny"))
             and ("hosts" not in rule or any(glob(text, target.host) for text in rule["hosts"]))
             and ("procedures" not in rule or any(glob(text, target.procedure) for text in rule["procedures"]))

@@ -128,6 +128,8 @@ def test_first_rule_that_matches_decides() -> None:
         ('site = {pattern = "[a-z]+"}', '{"site":"blog","more":1}', False),
         ('site = {pattern = "[a-z]+"}\n"*" = {}', '{"site":"blog","more":1}', True),
         ('site = {pattern = "[a-z]+"}', '["blog"]', False),
+        ("site = {pattern = '\\d+'}", '{"site":"12"}', True),
+        ("site = {pattern = '\\d+'}", '{"site":"\\u0661"}', False),  # a digit, but not of ASCII
         ('site = {pattern = "[a-z]+", position = 1}', '["blog"]', True),
         ('site = {pattern = "[a-z]+", position = 1}', '["blog","x"]', False),
         ('site = {pattern = "[a-z]+", position = 2}', '["x","blog"]', False),
@@ -234,6 +236,27 @@ def test_globs_have_two_special_characters() -> None:
         assert found.decide(one, Action.CALL, call()).allowed is allowed, principal
 
 
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("cert:*.ops.example.net", ["cert:a.ops.example.net", "cert:a.b.ops.example.net"]),
+        ("cert:*@*.example.net", ["cert:mallory@a.ops.example.net"]),
+        ("cert:https://*", ["cert:https://evil.example/a.ops.example.net"]),
+        ("cert:*/a.ops.example.net", ["cert:https://evil.example/a.ops.example.net"]),
+    ],
+)
+def test_globs_of_certificates_match_their_own_kind_of_names(pattern: str, names: list[str]) -> None:
+    found = policy(rule("", f'["{pattern}"]'))
+    for name in (
+        *("cert:a.ops.example.net", "cert:a.b.ops.example.net", "cert:mallory@a.ops.example.net"),
+        *("cert:https://evil.example/a.ops.example.net", "token:a.ops.example.net"),
+    ):
+        assert found.decide(Client((name,), "x", "x"), Action.CALL, call()).allowed is (name in names), name
+        assert policy(rule("", '["cert:*"]')).decide(Client((name,), "x", "x"), Action.CALL, call()).allowed is (
+            name.startswith("cert:")
+        )
+
+
 def test_administrator_of_the_control_socket_has_all_rights() -> None:
     for action in Action:
         assert policy("").decide(LOCAL_ADMINISTRATOR, action, Target()).allowed
@@ -294,6 +317,7 @@ def test_page_has_a_valid_example_and_all_keys() -> None:
         (rule("queues = [{a = 1.5}]"), "queues[0].a: expected a text, an integer, true or false, got 1.5"),
         (rule("arguments = {a = {max = 1}}"), "arguments.a.max: expected one of enum, pattern"),
         (rule("arguments = {a = {pattern = '('}}"), "arguments.a.pattern: expected a regular expression, got '('"),
+        (rule("arguments = {a = {pattern = '(?u)a'}}"), "expected a regular expression, got '(?u)a'"),
         (rule("arguments = {a = {maximum = inf}}"), "arguments.a.maximum: expected a number, got inf"),
         (rule("arguments = {a = {enum = [[]]}}"), "arguments.a.enum[0]: expected a text, a number, true or false"),
         (rule("arguments = {a = {position = 0}}"), "arguments.a.position: expected an integer of at least 1, got 0"),

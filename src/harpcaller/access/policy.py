@@ -17,7 +17,18 @@ from msgspec import Struct
 
 from harp_daemon.settings import ConfigError
 from harpcaller.access.client import LOCAL_ADMINISTRATOR, Client
-from harpcaller.access.rules import NO_LIMITS, ROLE, Action, Examined, Globs, Limits, Rate, Rule, Target, Unreadable
+from harpcaller.access.rules import (
+    NO_LIMITS,
+    ROLE,
+    Action,
+    Examined,
+    Limits,
+    Principals,
+    Rate,
+    Rule,
+    Target,
+    Unreadable,
+)
 from harpcaller.access.rules_file import read_rules
 
 __all__ = ["ALLOW_ALL", "Action", "Decision", "Limits", "Policy", "Rate", "Target", "load"]
@@ -94,10 +105,10 @@ class Policy:
             return self._decisions[index]
         return _ALLOWED_TO_ALL if action in self._by_default else _DENIED
 
-    def expand(self, text: str) -> Globs:
+    def expand(self, text: str) -> Principals:
         """Return the principals that a text in `who` means: those of a role and the role itself, or the text."""
         of_role = self.roles.get(text.removeprefix(ROLE), ()) if text.startswith(ROLE) else ()
-        return Globs((text, *of_role))
+        return Principals((text, *of_role))
 
     def may_ever(self, client: Client, action: Action) -> bool:
         """Return whether some rule allows this action to the client for some target."""

@@ -95,8 +95,12 @@ class Globs:
     def __init__(self, texts: Iterable[str]) -> None:
         self.texts = tuple(texts)
         self._exact = frozenset(text for text in self.texts if not is_glob(text))
-        globs = [translate(text.replace("[", "[[]")) for text in self.texts if is_glob(text)]
+        globs = [self._translate(text) for text in self.texts if is_glob(text)]
         self._match = re.compile("|".join(globs)).match if globs else None
+
+    def _translate(self, text: str) -> str:
+        """Return the regular expression of a glob."""
+        return translate(text.replace("[", "[[]"))
 
     def match(self, name: str | None) -> bool:
         """Return whether one of the texts matches the whole name. None matches nothing."""
@@ -108,6 +112,29 @@ class Globs:
 
     def __str__(self) -> str:
         return ", ".join(self.texts)
+
+
+CERT = "cert:"  #: The beginning of the principals of a certificate.
+
+
+class Principals(Globs):
+    """Globs of principals. Those of a certificate match names of their own kind.
+
+    The names of a certificate are DNS names, email addresses and URIs. An authority may let clients choose an address
+    ``x@a.ops.example.net``, or a URI with this end, but not the DNS name that ``cert:*.ops.example.net`` means.
+    """
+
+    def _translate(self, text: str) -> str:
+        name = text.removeprefix(CERT)
+        if name in (text, "*") or is_uri(name):
+            return super()._translate(text)
+        kind = r"[^@:/]*@[^@:/]*" if "@" in name else r"[^@:/]*"
+        return rf"(?={CERT}{kind}\Z)" + super()._translate(text)
+
+
+def is_uri(name: str) -> bool:
+    """Return whether a name of a certificate, or a glob of them, is neither a DNS name nor an email address."""
+    return ":" in name or "/" in name
 
 
 def is_glob(text: str) -> bool:
@@ -257,7 +284,7 @@ class Rule:
     line: int
     allows: bool  # False: it denies
     actions: frozenset[Action]
-    who: Globs  # principals; roles are expanded
+    who: Principals  # roles are expanded
     written_who: tuple[str, ...]  # as in the file
     hosts: Globs | None = None
     procedures: Globs | None = None

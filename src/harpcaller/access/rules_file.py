@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from harp_daemon.settings import ConfigError
 from harpcaller.access.rules import (
     ANY_OTHER,
+    CERT,
     NO_QUEUE,
     RATE_NAMES,
     ROLE,
@@ -26,10 +27,12 @@ from harpcaller.access.rules import (
     Check,
     Globs,
     Limits,
+    Principals,
     QueuePattern,
     Rate,
     Rule,
     Scalar,
+    is_uri,
 )
 from harpcaller.config import MAX_SECONDS
 
@@ -121,6 +124,9 @@ def _expand(
         if not text.startswith(ROLE):
             if not is_principal(text):
                 raise _Wrong(f'expected a principal such as "token:shop" or "role:web", got {text!r}{_near(text)}')
+            name = text.removeprefix(CERT)
+            if name != text and "@" not in name and not is_uri(name) and name != name.lower():
+                raise _Wrong(f"expected a DNS name in lower case, got {text!r}")
             found[text] = None
             continue
         name = text.removeprefix(ROLE)
@@ -156,7 +162,7 @@ def _read_rule(number: int, line: int, table: dict[str, Any], roles: Mapping[str
     with _key("who"):
         if "who" not in values:
             raise _Wrong("expected a list of principals, got none")
-        who = Globs(_expand(values["who"], roles))
+        who = Principals(_expand(values["who"], roles))
     if ("allow" in values) == ("deny" in values):
         raise _Wrong(f"expected one of the two, got {'both' if 'allow' in values else 'none'}", "allow, deny")
     limits = {key: value for key, value in values.items() if key in Limits.__struct_fields__}
@@ -276,8 +282,8 @@ def _read_number(value: Any, expected: str = "a number") -> int | float:
 
 def _read_pattern(value: Any) -> re.Pattern[str]:
     try:
-        return re.compile(_read_text(value))
-    except (re.error, OverflowError, RecursionError) as error:
+        return re.compile(_read_text(value), re.ASCII)  # \d and \w mean ASCII characters
+    except (re.error, ValueError, OverflowError, RecursionError) as error:
         raise _Wrong(f"expected a regular expression, got {value!r}: {error}") from error
 
 
