@@ -3,7 +3,8 @@
 - A client without a right to a job gets what it would get for a job id that does not exist, at the same time: after
   the same look-ups, and not before `_DENIAL_SECONDS`, in which the decision takes place.
 - A call that is denied, or above a limit, is refused. A client that is not authenticated may be a legacy client, which
-  knows job ids only: it gets the id of a job that has ended as ``access_denied`` or ``rate_limited``.
+  knows job ids only: it gets the id of a job that has ended as ``access_denied`` or ``rate_limited``. So that nobody
+  fills the disk with such jobs, their rate and their length are limited.
 - A request that waits for a job ends when the right to read the job is revoked.
 
 One `ActingAs` is for one request, which is decided by the policy in use when it begins. Spec: docs/access.md.
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 
 _DENIAL_SECONDS = 0.005  #: Minimum seconds until the reply about a job that is unknown to the client.
 _QUEUED_RETRY = 1.0  #: `retry_after` of a client with too many queued jobs, in seconds.
+_REFUSED_RATE = Rate(1000, 3600)  #: Calls of one owner that become jobs although they are refused: 1,000 an hour.
+_MAX_REFUSED = 16 * 1024  #: Maximum bytes of the payloads of such a job.
 _MAX_NAME = 255  #: Longer names are cut in messages, to this number of characters.
 
 
@@ -67,9 +70,7 @@ class ActingAs:
             if (rate := decision.limits.rate) is not None:
                 self._take_rates({(client.owner, rate): 1})
         except (AccessDenied, RateLimited) as refusal:
-            if client.authenticated:
-                raise
-            return dispatcher.submit(call, client.peer, received_at, self._refuse_by_job(refusal))
+            return dispatcher.submit(call, client.peer, received_at, self._refuse_by_job(call, refusal))
         admission = Admission(client.owner, decision.limits, client.owner)
         submitted = dispatcher.submit(call, client.peer, received_at, admission)
         return submitted if decision.limits.queued is None else self._limit(submitted, call)
@@ -86,11 +87,13 @@ class ActingAs:
                 job_id.set_result(submitted.result())
             elif not isinstance(error, LimitReached):
                 job_id.set_exception(error)
-            elif self._client.authenticated:
-                job_id.set_exception(_to_refusal(error))
             else:
-                refused = self._refuse_by_job(_to_refusal(error))
-                self._dispatcher.submit(call, self._client.peer, None, refused).add_done_callback(on_submitted)
+                try:
+                    refused = self._refuse_by_job(call, _to_refusal(error))
+                except RateLimited as refusal:
+                    job_id.set_exception(refusal)
+                else:
+                    self._dispatcher.submit(call, self._client.peer, None, refused).add_done_callback(on_submitted)
 
         submitted.add_done_callback(on_submitted)
         return job_id
@@ -100,6 +103,14 @@ class ActingAs:
         client = self._client
         if self._policy is ALLOW_ALL:
             return await self._dispatcher.submit_many(calls, client.peer, [Admission(client.owner)] * len(calls))
+        try:
+            return await self._submit_many(calls)
+        except RateLimited as refusal:
+            self._log_limit(refusal)
+            raise
+
+    async def _submit_many(self, calls: Sequence[Call]) -> list[str]:
+        client = self._client
         # In a thread, because it takes long to decide about many calls.
         decisions = await asyncio.to_thread(self._decide_calls, calls)
         rates = Counter((client.owner, rate) for found in decisions if (rate := found.limits.rate) is not None)
@@ -145,8 +156,19 @@ class ActingAs:
             rates = ", ".join(str(rate) for _, rate in wanted)
             raise RateLimited(f"{self._client.owner} may submit calls at a rate of {rates}", delay)
 
-    def _refuse_by_job(self, refusal: AccessDenied | RateLimited) -> Admission:
-        """Return the admission of a refused call, which becomes a job that has ended."""
+    def _refuse_by_job(self, call: Call, refusal: AccessDenied | RateLimited) -> Admission:
+        """Return the admission of a refused call, which becomes a job that has ended.
+
+        Raises the refusal if the client is authenticated. It is also raised instead of storing many or long jobs.
+        """
+        if isinstance(refusal, RateLimited):
+            self._log_limit(refusal)
+        if self._client.authenticated:
+            raise refusal
+        payloads = call.arguments, call.info or b"", call.queue.name if call.queue else b""
+        rate = f"refused calls of {self._client.owner}", _REFUSED_RATE
+        if sum(map(len, payloads)) > _MAX_REFUSED or self._access.rates.take({rate: 1}, time.monotonic()) != 0:
+            raise refusal
         if isinstance(refusal, RateLimited):
             end = Failed("rate_limited", str(refusal), dumps({"retry_after": refusal.retry_after}))
         else:
@@ -350,6 +372,10 @@ class ActingAs:
     def _deny(self, action: Action, decision: Decision | None) -> None:
         self._log_denial(action, decision)
         raise AccessDenied(f"{self._client.owner} has not the right: {action}")
+
+    def _log_limit(self, refusal: RateLimited) -> None:
+        client = {"client": self._client.peer, "principal": self._client.owner}
+        log.info("call above a limit refused", extra={"reason": str(refusal), **client})
 
     def _log_denial(self, action: Action, decision: Decision | None, **fields: str) -> None:
         rule = None if decision is None else decision.rule

@@ -124,6 +124,23 @@ def test_why_of_a_queued_job_names_the_full_limit(held: int, on_host: int, why: 
     assert describe_job(JobDetails(job, NO_METADATA, 0, position), context)["why"] == why
 
 
+def test_why_of_a_job_whose_owner_has_reached_its_limit() -> None:
+    call = "web01", "p", Raw(b"[]"), 1.0, 1.0, None, Raw(b"null"), 1.0, None, None, None, 0
+    job = Job("id", State.QUEUED, *call, owner="token:shop", max_running=2)
+    position = QueuePosition(3, None, 2, ("other",), 2, slots_held_by_owner=2)
+    found = describe_job(JobDetails(job, NO_METADATA, 0, position), CONTEXT)
+    assert found["why"] == "its owner has reached its limit (2 of 2 jobs), position 3"
+    assert (found["owner"], found["limits"]["running"]) == ("token:shop", 2)
+
+
+def test_why_of_a_full_queue_counts_hidden_holders() -> None:
+    call = "web01", "p", Raw(b"[]"), 1.0, 1.0, Raw(b'{"n":1}'), Raw(b"null"), 1.0, None, None, None, 0
+    position = QueuePosition(1, 12, 12, ("own",), 1)
+    context = replace(CONTEXT, hidden_holders=9)
+    found = describe_job(JobDetails(Job("id", State.QUEUED, *call), NO_METADATA, 0, position), context)
+    assert found["why"] == 'queue {"n":1} is full (12 of 12: own, 9 of other owners, ...), position 1'
+
+
 def test_why_of_a_job_whose_host_accepts_no_starts() -> None:
     now = time.monotonic()
     failing = FailingStarts(now - 60, now - 2, now - 1, Failed("too_many_calls", "limit"), attempts=7, next_at=now + 4)
