@@ -96,6 +96,24 @@ def test_wrong_change_keeps_the_rules_in_use(dispatcher: Harpcallerd, rules: Pat
         assert status["access"]["rules"] == 0
 
 
+def test_access_file_that_others_can_change_is_refused(dispatcher: Harpcallerd, rules: Path) -> None:
+    reason = f"{dispatcher.config_file}: access_file: {rules}: other users can write to it; run: chmod go-w {rules}"
+    rules.chmod(0o666)
+    for arguments in (("start",), ("--test",)):
+        done = dispatcher.control(*arguments, f"--config={dispatcher.config_file}")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.splitlines()[-1] == f"harpcallerd: {reason}"
+    rules.chmod(0o644)
+    with dispatcher:
+        rules.chmod(0o666)
+        event = dispatcher.wait_event("cannot use changed file", file=str(rules))
+        assert event["error"][:200] == reason[:200]  # long fields are cut
+        [status] = dispatcher.listed("status", "--full")
+        assert status["access"]["rules"] == 3
+        rules.chmod(0o644)
+        wait_until(lambda: not dispatcher.control("status").stderr, DEADLINE, "the end of the warning")
+
+
 def test_without_access_file_open_listeners_are_named(dispatcher: Harpcallerd) -> None:
     listen = ["*:0", "127.0.0.1:0", "[::1]:0", f"unix:{dispatcher.directory}/calls", "localhost:0"]
     dispatcher.configure({"listen": listen})

@@ -1,6 +1,7 @@
 """The policy in use: that of `access_file`, which is read again after a change.
 
-A changed file with an error is not used: the policy stays as it was, and the log has an error.
+A changed file with an error is not used: the policy stays as it was, and the log has an error. A file that other users
+can change is an error, too: they could give themselves every right.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from harp_daemon.file_modes import describe_writer
 from harp_daemon.settings import ConfigError
 from harp_daemon.watched_file import WatchedFile
 from harpcaller.access.policy import ALLOW_ALL, Policy, parse
@@ -40,6 +42,8 @@ def _watch(config: Config) -> WatchedFile[Policy] | None:
         return None
 
     def parse_text(text: bytes) -> Policy:
+        if (writer := describe_writer(file)) is not None:
+            raise ValueError(f"{config.file}: access_file: {writer}")
         try:
             return parse(file, text)
         except ConfigError as error:
