@@ -184,17 +184,14 @@ def test_requests_that_wait_end_within_a_second_after_a_change(dispatcher: Harpc
     for owner, job in zip((shop, shop, legacy), jobs, strict=True):
         owner.wait_running(job)
     clients = [dispatcher.connect() for _ in range(4)]
+    requests: list[dict[str, Any]] = [
+        {"follow_stream": jobs[0], "since": 0, **shop.auth},
+        {"get_result": jobs[0], **shop.auth},
+        {"get_result": jobs[2]},
+        {"follow_stream": jobs[2], "since": 0},
+    ]
     try:
-        for client, request in zip(
-            clients,
-            (
-                {"follow_stream": jobs[0], "since": 0, **shop.auth},
-                {"get_result": jobs[0], **shop.auth},
-                {"get_result": jobs[2]},
-                {"follow_stream": jobs[2], "since": 0},
-            ),
-            strict=True,
-        ):
+        for client, request in zip(clients, requests, strict=True):
             client.send({"harpcaller": 1, **request})
         assert clients[0].message() == {"packet": 0, "data": 0}
         assert clients[3].message() == {"packet": 0, "data": 2}

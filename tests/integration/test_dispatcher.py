@@ -542,7 +542,7 @@ async def test_job_below_the_disk_reserve_is_refused(tmp_path: Path) -> None:
             job_id = await dispatcher.submit(call(), "test")
             config = dispatcher.config
             await dispatcher.reload(msgspec.structs.replace(config, disk_reserve=2**62))
-            with pytest.raises(StorageError, match="no job is accepted: .* MiB are free, and disk_reserve is"):
+            with pytest.raises(StorageError, match=r"no job is accepted: .* MiB are free, and disk_reserve is"):
                 await dispatcher.submit(call(), "test")
             with pytest.raises(StorageError, match="no job is accepted"):
                 await dispatcher.submit_many([call()], "test")
