@@ -62,10 +62,10 @@ def _license(name: str) -> str | None:
     except metadata.PackageNotFoundError:
         return None
     classifiers = [line for line in about.get_all("Classifier", []) if line.startswith("License :: OSI Approved :: ")]
-    found = about.get("License-Expression") or about.get("License")
-    if found and len(found) < 100:
+    found = str(about.get("License-Expression") or about.get("License") or "")
+    if 0 < len(found) < 100:
         return found
-    return classifiers[0].rpartition(" :: ")[2] if classifiers else None
+    return str(classifiers[0]).rpartition(" :: ")[2] if classifiers else None
 
 
 if __name__ == "__main__":
