@@ -62,7 +62,7 @@ def _license(name: str) -> str | None:
     except metadata.PackageNotFoundError:
         return None
     classifiers = [line for line in about.get_all("Classifier", []) if line.startswith("License :: OSI Approved :: ")]
-    found = str(about.get("License-Expression") or about.get("License") or "")
+    found = next((str(about[key]) for key in ("License-Expression", "License") if key in about), "")
     if 0 < len(found) < 100:
         return found
     return str(classifiers[0]).rpartition(" :: ")[2] if classifiers else None
