@@ -155,6 +155,17 @@ def test_invalid_option_is_error(tmp_path: Path, option: str) -> None:
     assert (done.returncode, f"{option.partition('=')[0]}: expected" in done.stderr) == (1, True), done.stderr
 
 
+@pytest.mark.root
+@needs_root
+def test_check_warns_of_processes_of_root(tmp_path: Path) -> None:
+    text = "from harpd.proc import procedure\n@procedure(processes=9{})\ndef one(): pass\n"
+    harpd = Harpd(tmp_path / "harpd", text.format(""))
+    for option, warned in (("", True), (", uid='nobody'", False)):
+        harpd.procedures_file.write_text(text.format(option))
+        done = subprocess.run(harpd.command("--test"), capture_output=True, text=True, check=False)
+        assert (done.returncode, "one: processes restricts no call" in done.stderr) == (0, warned), done.stderr
+
+
 def test_cgroup_limits_are_written_where_the_kernel_has_them(tmp_path: Path) -> None:
     group = tmp_path / "call-1"
     group.mkdir()

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+import harp
 from harpd.auth.rights import UserRights
 from support.harpd import OWNER, SECRET, Harpd
 from support.supervisor import Supervisor
+from support.system import running
 
 PROCEDURES = """
 from harpd.proc import procedure
@@ -67,6 +69,15 @@ def test_user_calls_only_procedures_of_its_rights(tmp_path: Path) -> None:
         assert harpd.reload()["event"] == "reloaded"
         assert call(harpd, "other", "restart") == "restarted"
         assert call(harpd, "web", "restart")["type"] == "access_denied"
+
+
+def test_job_without_the_right_ends_with_the_error(tmp_path: Path) -> None:
+    with running(tmp_path, PROCEDURES, {"rights": {Harpd.user: {"procedures": ["read_*"]}}}) as system:
+        assert system.rpc.web01.read_time().get() == "time"
+        with pytest.raises(harp.RemoteError) as denied:
+            system.rpc.web01.restart().get()
+        assert denied.value.type == "access_denied"
+        assert len(system.harpd.events("call accepted", "call denied")) == 3, "it is not tried again"
 
 
 def test_option_users_narrows_rights(tmp_path: Path) -> None:

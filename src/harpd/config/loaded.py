@@ -39,7 +39,7 @@ from harpd.auth.rights import UserRights
 from harpd.config.settings import LOCAL_FILES, Configuration, load, load_yaml, one_line, server_context
 from harpd.proc import DYNAMIC_UID
 from harpd.worker.environment import call_environment, enter_surroundings
-from harpd.worker.privileges import UserError, resolve_credentials
+from harpd.worker.privileges import UserError, resolve_credentials, user_id
 from harpd.worker.procedures import LOAD_TIMEOUT, load_procedures
 
 #: The keys of section `limits` that the supervisor applies.
@@ -402,6 +402,9 @@ def _load_everything(options: CommandLine) -> list[str]:
                 f"{options.config}: dynamic_uids: missing; {name} has uid={DYNAMIC_UID!r}, which needs it"
             )
         accounts.append((f"{options.procedures}: {name}", 0 if has_dynamic_uid else found.uid, found.gid))
+        user = config.default_user if found.uid is None else found.uid
+        if found.processes is not None and user_id(user) == 0:
+            warnings.append(f"{options.procedures}: {name}: processes restricts no call that runs as root")
     for owner, user, groups in accounts:
         try:
             uid, *_ = resolve_credentials(user, groups)
