@@ -17,6 +17,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 from harp.protocol.dispatcher import Call
@@ -26,6 +27,7 @@ from harpcaller.access import AccessDenied, RateLimited
 from harpcaller.access.client import LOCAL_ADMINISTRATOR, Client
 from harpcaller.access.enforcement import Admission, Wait, may
 from harpcaller.access.policy import ALLOW_ALL, Action, Decision, Rate, Target
+from harpcaller.audit import ALLOWED, DENIED
 from harpcaller.dispatcher import Dispatcher
 from harpcaller.hosts.registry import Host, HostChange
 from harpcaller.model.jobs import Job, JobDetails, State, Subject
@@ -58,21 +60,28 @@ class ActingAs:
         # Whether it depends on a job if the client may read and cancel it.
         self._is_restricted = self._policy is not ALLOW_ALL and client is not LOCAL_ADMINISTRATOR
 
+    @property
+    def _records_reads(self) -> bool:
+        return self._dispatcher.audit.log is not None and self._dispatcher.config.audit_reads
+
     # Submission.
 
     def submit(self, call: Call, received_at: float | None = None) -> asyncio.Future[str]:
         """Store a job; return a future of its id."""
-        dispatcher, client = self._dispatcher, self._client
+        dispatcher, client, audit = self._dispatcher, self._client, self._dispatcher.audit
+        audit.check_room()
         if self._policy is ALLOW_ALL:
-            return dispatcher.submit(call, client.peer, received_at, Admission(client.owner))
+            record = partial(audit.record_call, client, ALLOWED, None)
+            return dispatcher.submit(call, client.peer, received_at, Admission(client.owner), record)
         try:
             decision = self._decide_call(call)
             if (rate := decision.limits.rate) is not None:
                 self._take_rates({(client.owner, rate): 1})
         except (AccessDenied, RateLimited) as refusal:
-            return dispatcher.submit(call, client.peer, received_at, self._refuse_by_job(call, refusal))
+            return self._submit_refused(call, refusal, received_at)
         admission = Admission(client.owner, decision.limits, client.owner)
-        submitted = dispatcher.submit(call, client.peer, received_at, admission)
+        record = partial(audit.record_call, client, ALLOWED, decision.rule)
+        submitted = dispatcher.submit(call, client.peer, received_at, admission, record)
         return submitted if decision.limits.queued is None else self._limit(submitted, call)
 
     def _limit(self, submitted: asyncio.Future[str], call: Call) -> asyncio.Future[str]:
@@ -89,35 +98,59 @@ class ActingAs:
                 job_id.set_exception(error)
             else:
                 try:
-                    refused = self._refuse_by_job(call, _to_refusal(error))
+                    refused = self._submit_refused(call, _to_refusal(error), None)
                 except RateLimited as refusal:
                     job_id.set_exception(refusal)
                 else:
-                    self._dispatcher.submit(call, self._client.peer, None, refused).add_done_callback(on_submitted)
+                    refused.add_done_callback(on_submitted)
 
         submitted.add_done_callback(on_submitted)
         return job_id
 
+    def _submit_refused(
+        self, call: Call, refusal: AccessDenied | RateLimited, received_at: float | None
+    ) -> asyncio.Future[str]:
+        """Store a refused call as a job that has ended. Raises the refusal as `_refuse_by_job` does."""
+        client, dispatcher = self._client, self._dispatcher
+        try:
+            admission = self._refuse_by_job(call, refusal)
+        except (AccessDenied, RateLimited):
+            self._record_refused_call(refusal, call)
+            raise
+        record = partial(dispatcher.audit.record_call, client, DENIED, refusal.fields.get("rule"))
+        return dispatcher.submit(call, client.peer, received_at, admission, record)
+
+    def _record_refused_call(self, refusal: AccessDenied | RateLimited, call: Call) -> None:
+        fields = {"host": call.host, "procedure": call.procedure, "arguments": call.arguments}
+        audit = self._dispatcher.audit
+        refusal.recorded = audit.record_denial(self._client, "call", **fields, **refusal.fields, reason=str(refusal))
+
     async def submit_many(self, calls: Sequence[Call]) -> list[str]:
         """Store jobs, all or none; return their ids in the same order. A refusal names the first refused call."""
-        client = self._client
+        client, audit = self._client, self._dispatcher.audit
+        audit.check_room()
         if self._policy is ALLOW_ALL:
-            return await self._dispatcher.submit_many(calls, client.peer, [Admission(client.owner)] * len(calls))
+            admissions = [Admission(client.owner)] * len(calls)
+            record = partial(audit.record_calls, client, [None] * len(calls))
+            return await self._dispatcher.submit_many(calls, client.peer, admissions, record)
         try:
             return await self._submit_many(calls)
-        except RateLimited as refusal:
-            self._log_limit(refusal)
+        except (AccessDenied, RateLimited) as refusal:
+            if isinstance(refusal, RateLimited):
+                self._log_limit(refusal)
+            self._record_refused_call(refusal, calls[refusal.fields.get("index", 0)])
             raise
 
     async def _submit_many(self, calls: Sequence[Call]) -> list[str]:
-        client = self._client
+        client, audit = self._client, self._dispatcher.audit
         # In a thread, because it takes long to decide about many calls.
         decisions = await asyncio.to_thread(self._decide_calls, calls)
         rates = Counter((client.owner, rate) for found in decisions if (rate := found.limits.rate) is not None)
         self._take_rates(rates)
         admissions = [Admission(client.owner, decision.limits, client.owner) for decision in decisions]
         try:
-            return await self._dispatcher.submit_many(calls, client.peer, admissions)
+            record = partial(audit.record_calls, client, [decision.rule for decision in decisions])
+            return await self._dispatcher.submit_many(calls, client.peer, admissions, record)
         except LimitReached as error:
             raise _to_refusal(error) from error
 
@@ -126,10 +159,11 @@ class ActingAs:
         for index, call in enumerate(calls):
             try:
                 decisions.append(self._decide_call(call))
-            except AccessDenied as error:
-                raise AccessDenied(f"submit_many[{index}]: {error}") from error
-            except RateLimited as error:
-                raise RateLimited(f"submit_many[{index}]: {error}", None) from error
+            except (AccessDenied, RateLimited) as error:
+                message = f"submit_many[{index}]: {error}"
+                refusal = AccessDenied(message) if isinstance(error, AccessDenied) else RateLimited(message, None)
+                refusal.fields = {**error.fields, "index": index}
+                raise refusal from error
         return decisions
 
     def _decide_call(self, call: Call) -> Decision:
@@ -141,7 +175,9 @@ class ActingAs:
         if not decision.allowed:
             names = {"host": call.host[:_MAX_NAME], "procedure": call.procedure[:_MAX_NAME]}
             self._log_denial(Action.CALL, decision, **names)
-            raise AccessDenied(f"{client.owner} may not call {names['procedure']} on host {names['host']}")
+            denial = AccessDenied(f"{client.owner} may not call {names['procedure']} on host {names['host']}")
+            denial.fields = {"rule": decision.rule}
+            raise denial
         most = decision.limits.bytes
         if most is not None:
             size = len(call.arguments) + (0 if call.info is None else len(call.info))
@@ -179,7 +215,8 @@ class ActingAs:
 
     async def get_job(self, job_id: str) -> Job:
         """Return a job."""
-        return await (self._read_permitted(job_id) if self._is_restricted else self._dispatcher.get_job(job_id))
+        is_plain = not self._is_restricted and not self._records_reads
+        return await (self._dispatcher.get_job(job_id) if is_plain else self._read_permitted(job_id))
 
     async def details(self, job_id: str) -> dict[str, Any]:
         """Return all details of a job; the ids of other jobs are replaced by their number, unless it may read these."""
@@ -195,7 +232,9 @@ class ActingAs:
                 result.add_done_callback(access.waits.pop)
 
         access, first_read = self._access, None
-        if self._is_restricted:
+        if self._records_reads:
+            first_read = self._read_permitted(job_id, watch)
+        elif self._is_restricted:
             # No look-up for a job that is in memory, if the client may read it: this is the usual request.
             job = self._dispatcher.get_active_job(job_id)
             if job is None or not self._may_read(job):
@@ -231,7 +270,8 @@ class ActingAs:
                 stream.on_closed = lambda: access.waits.pop(stream, None)
 
         access = self._access
-        first_read = self._read_permitted(job_id, watch) if self._is_restricted else None
+        is_plain = not self._is_restricted and not self._records_reads
+        first_read = None if is_plain else self._read_permitted(job_id, watch)
         stream = self._dispatcher.stream(job_id, since, recent, wait, on_ready, first_read)
         if first_read is None:
             watch()
@@ -239,11 +279,15 @@ class ActingAs:
 
     async def cancel(self, job_id: str) -> bool:
         """Cancel a job; return False if it has ended, or is unknown to the client."""
+        client = self._client
         try:
-            await self._check(job_id, Action.CANCEL)
+            job = await self._check(job_id, Action.CANCEL)
         except UnknownJob:
             return False
-        return await self._dispatcher.cancel(job_id, self._client.peer)
+        cancelled = await self._dispatcher.cancel(job_id, client.peer, client.owner)
+        if cancelled:
+            await self._dispatcher.audit.record(client, "cancel", ALLOWED, job=job_id, **_names_of(job))
+        return cancelled
 
     async def wait_stopped(self, job_id: str) -> JobDetails:
         """Wait until a job has ended and its stop is not pending; return its details."""
@@ -253,11 +297,16 @@ class ActingAs:
     async def cancel_queue(self, queue: Raw) -> int:
         """Cancel the jobs of a queue that the client may cancel; return how many were cancelled."""
         dispatcher, client = self._dispatcher, self._client
+        name = queue.decode("utf-8", "replace")
         if not self._is_restricted:
-            return await dispatcher.cancel_queue(queue, client.peer)
+            cancelled = await dispatcher.cancel_queue(queue, client.peer, client.owner)
+            await dispatcher.audit.record(client, "cancel", ALLOWED, queue=name, jobs=cancelled)
+            return cancelled
         jobs = [job async for job in dispatcher.list_jobs(queue=queue) if self._may(Action.CANCEL, job)]
         jobs.sort(key=lambda job: job.state is State.RUNNING)  # so that no queued job gets the slot of another one
-        return sum([await dispatcher.cancel(job.id, client.peer) for job in jobs])
+        cancelled = sum([await dispatcher.cancel(job.id, client.peer, client.owner) for job in jobs])
+        await dispatcher.audit.record(client, "cancel", ALLOWED, queue=name, jobs=cancelled)
+        return cancelled
 
     async def release_slot(self, job_id: str) -> bool:
         """Release the slot of a job that has ended; return False if it holds no slot, or is unknown to the client."""
@@ -268,14 +317,22 @@ class ActingAs:
             return False
         return await self._dispatcher.release_slot(job_id)
 
-    async def _check(self, job_id: str, action: Action) -> None:
-        """Raise `UnknownJob` if the client has not this right to a job, or the job does not exist."""
-        if not self._is_restricted:
-            return
+    async def _check(self, job_id: str, action: Action) -> Subject | None:
+        """Return what decides about a job, if that is needed.
+
+        Raises `UnknownJob` if the client has not this right to the job, or the job does not exist.
+        """
+        audit = self._dispatcher.audit
+        is_recorded = self._records_reads if action is Action.READ else audit.log is not None
+        if not self._is_restricted and not is_recorded:
+            return None
         began_at = time.monotonic()
         job = (await self._dispatcher.find_subjects([job_id])).get(job_id)
-        if job is None or not self._may(action, job):
+        if self._is_restricted and (job is None or not self._may(action, job)):
             await self._raise_unknown(job_id, job, action, began_at)
+        if action is Action.READ and is_recorded:
+            await audit.record(self._client, "read", ALLOWED, job=job_id, **_names_of(job))
+        return job
 
     async def _read_permitted(self, job_id: str, on_permitted: Callable[[], None] = lambda: None) -> Job:
         """Return a job that the client may read. Raises `UnknownJob` as `_check` does.
@@ -295,6 +352,8 @@ class ActingAs:
             job = await self._dispatcher.get_job(job_id, permits)
         except UnknownJob:
             await self._raise_unknown(job_id, denied[0] if denied else None, Action.READ, began_at)
+        if self._records_reads:
+            await self._dispatcher.audit.record(self._client, "read", ALLOWED, job=job_id, **_names_of(job))
         on_permitted()
         return job
 
@@ -302,6 +361,11 @@ class ActingAs:
         if job is not None:
             names = {"host": job.host[:_MAX_NAME], "procedure": job.procedure[:_MAX_NAME]}
             self._log_denial(action, None, job=job_id, **names)
+        # An unknown job has an entry, too: a wait for the disk would show that a job exists.
+        recorded = self._dispatcher.audit.record_denial(self._client, action.value, job=job_id, **_names_of(job))
+        if recorded is not None:
+            await asyncio.wait([recorded])
+            recorded.exception()  # the action is denied all the same
         await asyncio.sleep(_DENIAL_SECONDS - (time.monotonic() - began_at))
         raise UnknownJob(job_id)
 
@@ -371,7 +435,10 @@ class ActingAs:
 
     def _deny(self, action: Action, decision: Decision | None) -> None:
         self._log_denial(action, decision)
-        raise AccessDenied(f"{self._client.owner} has not the right: {action}")
+        denial = AccessDenied(f"{self._client.owner} has not the right: {action}")
+        rule = None if decision is None else decision.rule
+        denial.recorded = self._dispatcher.audit.record_denial(self._client, action.value, rule=rule)
+        raise denial
 
     def _log_limit(self, refusal: RateLimited) -> None:
         client = {"client": self._client.peer, "principal": self._client.owner}
@@ -381,6 +448,10 @@ class ActingAs:
         rule = None if decision is None else decision.rule
         client = {"client": self._client.peer, "principal": self._client.owner}
         log.info("access denied", extra={"action": action.value, **fields, "rule": rule, **client})
+
+
+def _names_of(job: Subject | Job | None) -> dict[str, Any]:
+    return {} if job is None else {"host": job.host, "procedure": job.procedure, "owner": job.owner}
 
 
 def _to_refusal(error: LimitReached) -> RateLimited:

@@ -15,6 +15,8 @@ from typing import Any
 
 from harp.protocol.json_text import MAX_LINE_DEPTH, InvalidJSON, Raw, loads
 from harp.protocol.printing import escape_controls, print_escaped
+from harp_daemon.audit_commands import add_commands as add_audit_commands
+from harp_daemon.audit_commands import run as run_on_audit_file
 from harp_daemon.process import ProcessError, detach, occupy_standard_descriptors, pidfile
 from harp_daemon.program import add_version, written_output
 from harp_daemon.settings import ConfigError
@@ -44,6 +46,8 @@ examples:
   harpcallerd --socket=./control stop --print-pid       the daemon that uses this control socket
   harpcallerd access who --host=web07 --procedure=restart_nginx
                                                         who may call it; see: harpcallerd access --help
+  harpcallerd audit search --host=web07 --procedure=restart_nginx
+                                                        who has called it; see: harpcallerd audit --help
 
 signals:
   HUP         reload the configuration, all or nothing
@@ -312,6 +316,20 @@ def _tokens_module() -> Any:
     return tokens
 
 
+def _audit(parsed: Namespace) -> int:
+    try:
+        file = parsed.file or load(parsed.config).audit_file
+        if file is None:
+            raise ControlError(f"{parsed.config}: audit_file: not set: nothing is recorded; use --file")
+        return run_on_audit_file(parsed, file)
+    except ConfigError as error:
+        raise ControlError(str(error)) from error
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise ControlError(f"{error.filename or 'audit file'}: {error.strerror}") from error
+
+
 def _print_reply(parsed: Namespace) -> None:
     _print_lines(_send(parsed))
 
@@ -380,6 +398,9 @@ def parser() -> argparse.ArgumentParser:
     access = add_parser("access", _access, "ask the access file who may do what; needs no daemon")
     access.add_argument("--config", **path, default=argparse.SUPPRESS, help=f"TOML file ({DEFAULT_FILE})")
     add_commands(access)
+    audit = add_parser("audit", _audit, "prove that the audit file is complete, and search it; needs no daemon")
+    audit.add_argument("--config", **path, default=argparse.SUPPRESS, help=f"TOML file ({DEFAULT_FILE})")
+    add_audit_commands(audit, "harpcallerd")
     option = add("backup", _backup, "copy the jobs to a file while the dispatcher runs")
     option("file", metavar="FILE", type=_absolute_path, help="a new file, or an earlier backup, which is replaced")
     option = add("restore", _restore, "copy the jobs of a backup to a stopped dispatcher without jobs")

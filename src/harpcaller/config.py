@@ -116,6 +116,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     secrets_key_file: Path | None = None  #: File of the keys that encrypt secret arguments. None: these are refused.
     access_file: Path | None = None  #: File of roles and rules. None: every client may call everything.
 
+    audit_file: Path | None = None  #: File in which the actions of clients are recorded. None: none.
+    audit_file_bytes: Bytes = 100 * 1024 * 1024  #: Size in bytes from which on another audit file is begun.
+    audit_reads: bool = False  #: Whether it also has the requests that read jobs.
+
     stream_directory: Path = Path("/var/lib/harpcaller/stream")  #: Directory of jobs and records.
     #: Free bytes of the file system of `stream_directory` below which no job is accepted.
     disk_reserve: Annotated[int, Meta(ge=0)] = 128 * 1024 * 1024

@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import resource
 import signal
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack, aclosing, closing, suppress
 from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
+from harp import __version__
 from harp_daemon import logs
+from harp_daemon.audit import AuditError, AuditLog
 from harp_daemon.expiry import Validity, log_expiry_regularly, read_validities
 from harp_daemon.process import ProcessError, notify_service_manager
 from harp_daemon.settings import ConfigError, report_restart_needed
@@ -26,6 +31,7 @@ from harpcaller.access.identities import Identities
 from harpcaller.access.source import PolicySource
 from harpcaller.api.client_server import ClientServer, listen
 from harpcaller.api.control_server import ControlServer
+from harpcaller.audit import Audit
 from harpcaller.config import Config, file_errors, load
 from harpcaller.dispatcher import Dispatcher
 from harpcaller.hosts.registry import read_hosts_file, run_hosts_script
@@ -36,7 +42,13 @@ from harpcaller.store.sqlite import open_store
 
 log = logging.getLogger(__name__)
 
-_NEEDING_RESTART = ("listen", "stream_directory", "request_memory")  #: The settings that a reload does not change.
+_NEEDING_RESTART = (
+    "audit_file",
+    "audit_file_bytes",
+    "listen",
+    "stream_directory",
+    "request_memory",
+)  #: The settings that a reload does not change.
 _OWN_DESCRIPTORS = 64  #: Descriptors of the program without those of its connections.
 
 
@@ -133,19 +145,28 @@ async def run(
             with file_errors(config, "stream_directory"):
                 store = await open_store(config.stream_directory)
             stack.push_async_callback(store.close)
-            dispatcher = await stack.enter_async_context(Dispatcher(config, store, wall))
+            audit = await _open_audit(config, stack)
+
+            def reopen() -> None:
+                logs.reopen()
+                audit.reopen()
+
+            loop.add_signal_handler(signal.SIGUSR1, reopen)
+            dispatcher = await stack.enter_async_context(Dispatcher(config, store, wall, audit))
             clients = await stack.enter_async_context(aclosing(ClientServer(dispatcher, identities)))
             reloader = _Reloader(dispatcher, clients, debug)
             controller = ControlServer(dispatcher, stop.set, reloader.reload, lambda: clients.identities)
             await stack.enter_async_context(aclosing(controller))
             controller.serve([control])
             clients.serve(listeners)
+            audit.report("start", **_describe_program(config, dispatcher))
             on_ready()
             notify_service_manager("READY=1")
             reloading = asyncio.create_task(reloader.reload_on_request(reload_requested))
             reporting = asyncio.create_task(log_expiry_regularly(lambda: _validities(dispatcher.config)))
             await stop.wait()
             log.info("harpcallerd stops")
+            audit.report("stop")
             notify_service_manager("STOPPING=1")
             for task in (reloading, reporting):
                 task.cancel()
@@ -200,7 +221,29 @@ class _Reloader:
             finally:
                 notify_service_manager("READY=1")
             log.info("reloaded")
+            self._dispatcher.audit.report("reloaded", **_describe_program(config, self._dispatcher))
             return report_restart_needed(self._at_start, config, _NEEDING_RESTART)
+
+
+async def _open_audit(config: Config, stack: AsyncExitStack) -> Audit:
+    if config.audit_file is None:
+        return Audit()
+    try:
+        audit_log = AuditLog(config.audit_file, config.audit_file_bytes)
+    except AuditError as error:
+        raise ConfigError(f"{config.file}: audit_file: {error}") from error
+    stack.push_async_callback(audit_log.close)
+    return Audit(audit_log)
+
+
+def _describe_program(config: Config, dispatcher: Dispatcher) -> dict[str, Any]:
+    """Return the fields of an entry about the daemon and its settings."""
+    digest = None
+    with suppress(OSError):
+        digest = sha256(config.file.read_bytes()).hexdigest()
+    listeners = [str(address) for address in config.listen]
+    settings = {"config": str(config.file), "config_sha256": digest, **dispatcher.access.source.describe_version()}
+    return {"version": __version__, "pid": os.getpid(), "listen": listeners, **settings}
 
 
 def _open_control(path: Path) -> Listener:

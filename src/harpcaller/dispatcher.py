@@ -19,6 +19,7 @@ import logging
 import sys
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial, wraps
 from hashlib import blake2b
@@ -36,6 +37,7 @@ from harpcaller.access.client import Client
 from harpcaller.access.enforcement import SUBJECT_BYTES, Access, Admission, Wait, may
 from harpcaller.access.policy import Action, Policy
 from harpcaller.access.source import PolicySource
+from harpcaller.audit import Audit
 from harpcaller.config import MAX_SECONDS, Config
 from harpcaller.explain import ExplainContext, describe_job
 from harpcaller.hosts.capabilities import HostCapabilities
@@ -91,9 +93,12 @@ class Dispatcher:
     times that are stored and shown. Raises `ConfigError` if a certificate file or the hosts file is invalid.
     """
 
-    def __init__(self, config: Config, store: Store, wall: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, config: Config, store: Store, wall: Callable[[], float] = time.time, audit: Audit | None = None
+    ) -> None:
         self.config = config  #: The current configuration.
         self.store = store
+        self.audit = audit or Audit()  #: What is recorded; the requests are recorded by `harpcaller.acting`.
         self._wall = wall
         self._notifier = Notifier()
         self.access = Access(config)  #: The policy; `harpcaller.acting` enforces it.
@@ -132,6 +137,7 @@ class Dispatcher:
             request_claim=runner.request_claim,
             wall=self._wall,
             secret_keys=self._secret_keys,
+            audit=self.audit,
         )
         self._report_config(self.config, frozenset())
         await self._group.__aenter__()
@@ -183,24 +189,35 @@ class Dispatcher:
         return len(self._runner.runs)
 
     def submit(
-        self, call: Call, client: str, received_at: float | None = None, admission: Admission = _ADMITTED
+        self,
+        call: Call,
+        client: str,
+        received_at: float | None = None,
+        admission: Admission = _ADMITTED,
+        record: Callable[[NewJob], asyncio.Future[None] | None] = lambda job: None,
     ) -> asyncio.Future[str]:
         """Store a job; return a future of its id, which is set when the job is on stable storage.
 
         An unknown host is accepted; the job then ends as ``unknown_host``. Limits are lowered to the configured limits.
         A call with the request id of a stored job is that job; raises `RequestIDReused` if the call differs. `client`
-        is the client's address, for the log; `received_at` is the monotonic time of the request, or None. Raises
-        `LimitReached` for too many queued jobs.
+        is the client's address, for the log; `received_at` is the monotonic time of the request, or None.
+        `record` returns the future of its audit entry, which the id waits for. Raises `LimitReached` for too many
+        queued jobs.
         """
         job_id: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         if (shortage := self._disk_space.find_shortage(self.config.disk_reserve)) is not None:
             job_id.set_exception(shortage)
             return job_id
         job = self._new_job(new_job_id(self._wall()), call, admission)
+        recorded = record(job)
         write_started_at = time.monotonic()
 
         def on_stored(stored: asyncio.Future[str]) -> None:
+            if recorded is not None and not recorded.done():
+                recorded.add_done_callback(lambda _: on_stored(stored))
+                return
             if (error := stored.exception()) is not None:
+                self.audit.report("end", job=job.id, end="not_stored", error=str(error))
                 if not job_id.done():
                     job_id.set_exception(error)
                 return
@@ -211,8 +228,13 @@ class Dispatcher:
                     _log_arguments(job)
             else:
                 repeated = {"job": stored.result(), "request_id": job.request_id}
+                self.audit.report("end", job=job.id, end="not_stored", same_as=stored.result())
                 log.info("job submitted again", extra={**repeated, "client": client})
-            if not job_id.done():
+            if admission.end is not None and stored.result() == job.id:
+                self.audit.report_end(job.id, None, admission.end, "dispatcher")
+            if not job_id.done() and recorded is not None and (failure := recorded.exception()) is not None:
+                job_id.set_exception(StorageError(f"the audit file cannot be written: {failure}"))
+            elif not job_id.done():
                 job_id.set_result(stored.result())
 
         self._runner.request_claim()  # before `add_job`, so that both share a commit
@@ -221,7 +243,11 @@ class Dispatcher:
 
     @_shielded
     async def submit_many(
-        self, calls: Sequence[Call], client: str, admissions: Sequence[Admission] | None = None
+        self,
+        calls: Sequence[Call],
+        client: str,
+        admissions: Sequence[Admission] | None = None,
+        record: Callable[[Sequence[NewJob]], Awaitable[None]] | None = None,
     ) -> list[str]:
         """Store jobs, all or none, as `submit` does; return their ids in the same order."""
         if not calls:
@@ -230,7 +256,17 @@ class Dispatcher:
             raise shortage
         # In a thread, so that many jobs do not block the event loop.
         jobs = await asyncio.to_thread(self._new_jobs, calls, admissions or [_ADMITTED] * len(calls))
-        job_ids = await self.store.add_jobs(jobs, self._wall(), self._runner.request_claim)
+        if record is not None:
+            await record(jobs)
+        try:
+            job_ids = await self.store.add_jobs(jobs, self._wall(), self._runner.request_claim)
+        except Exception as error:
+            ids = {"first": jobs[0].id, "last": jobs[-1].id}
+            self.audit.report("end", jobs=len(jobs), **ids, end="not_stored", error=str(error))
+            raise
+        for job, job_id in zip(jobs, job_ids, strict=True):
+            if job.id != job_id:
+                self.audit.report("end", job=job.id, end="not_stored", same_as=job_id)
         new = [job for job, job_id in zip(jobs, job_ids, strict=True) if job.id == job_id]
         ids = {"first": job_ids[0], "last": job_ids[-1]}
         log.info("jobs submitted", extra={"jobs": len(new), "again": len(jobs) - len(new), **ids, "client": client})
@@ -241,18 +277,20 @@ class Dispatcher:
         return job_ids
 
     @_shielded
-    async def cancel(self, job_id: str, client: str | None = None) -> bool:
+    async def cancel(self, job_id: str, client: str | None = None, principal: str | None = None) -> bool:
         """Cancel a queued or running job; return False if it has ended or is unknown.
 
-        Its call is not started after this function has returned. `client` is the address in the stop request.
+        Its call is not started after this function has returned. `client` is the address in the stop request;
+        `principal` is for the audit.
         """
         before = await self.store.cancel_job(job_id, self._wall(), self._cancelled_by(client))
         if before is not None:
+            await self._report_cancelled([job_id], principal)
             await self._stop_cancelled(job_id, before, client)
         return before is not None
 
     @_shielded
-    async def cancel_queue(self, queue: Raw, client: str | None = None) -> int:
+    async def cancel_queue(self, queue: Raw, client: str | None = None, principal: str | None = None) -> int:
         """Cancel all jobs of a queue, as `cancel` does; return how many were cancelled.
 
         Each step is a separate transaction, so that other writes do not wait for all steps.
@@ -260,6 +298,7 @@ class Dispatcher:
         stop_request, cancelled = self._cancelled_by(client), 0
         while True:
             jobs = await self.store.cancel_queue(queue, self._wall(), stop_request, limit=_CANCEL_STEP)
+            await self._report_cancelled([job_id for job_id, _ in jobs], principal)
             await asyncio.gather(*(self._stop_cancelled(job_id, before, client) for job_id, before in jobs))
             cancelled += len(jobs)
             if len(jobs) < _CANCEL_STEP:
@@ -425,9 +464,13 @@ class Dispatcher:
 
     async def _enforce_changes(self) -> None:
         """Decide again about the requests that wait for a job, after each change of the policy."""
+        policy = self.access.source.policy
         while True:
             await asyncio.sleep(_POLICY_INTERVAL)
             self.access.refresh()
+            if self.access.source.policy is not policy:
+                policy = self.access.source.policy
+                self.audit.report("policy", **self.access.source.describe_version())
             if waits := self.access.take_unchecked():
                 await self._end_denied_waits(waits)
 
@@ -508,6 +551,15 @@ class Dispatcher:
 
     def _cancelled_by(self, client: str | None) -> Raw:
         return dumps({"why": "cancelled", "by": client, "at": self._wall()})
+
+    async def _report_cancelled(self, job_ids: Sequence[str], principal: str | None) -> None:
+        if self.audit.log is None:
+            return
+        subjects: dict[str, Subject] = {}
+        with suppress(StorageError):  # the entries name the jobs only
+            subjects = await self.find_subjects(job_ids)
+        for job_id in job_ids:
+            self.audit.report_end(job_id, subjects.get(job_id), Cancelled(), principal)
 
     async def _stop_cancelled(self, job_id: str, before: State, client: str | None) -> None:
         """Stop the call of a cancelled job, after the commit of its end."""

@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
-class AuthError(Exception):
+
+class Refusal(Exception):
+    """A request that is refused because of its client."""
+
+    recorded: asyncio.Future[None] | None = None  #: The entry of the audit file, which the reply waits for.
+    fields: Mapping[str, Any] = MappingProxyType({})  #: More fields of the entry, such as the rule.
+
+
+class AuthError(Refusal):
     """A request whose `auth` proves no identity. The message is for the client.
 
     `reason` is for the log, and `token` the name in the token, if it has the form of one: neither contains its secret.
@@ -17,11 +29,11 @@ class AuthError(Exception):
         self.delay = delay
 
 
-class AccessDenied(Exception):
+class AccessDenied(Refusal):
     """An action that no rule allows. The message is for the client."""
 
 
-class RateLimited(Exception):
+class RateLimited(Refusal):
     """A request above a limit of its client.
 
     `retry_after`: seconds until another attempt can succeed; None: no attempt can.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
 
 from msgspec import Struct
@@ -67,6 +68,7 @@ class Policy:
     ) -> None:
         self.rules = tuple(rules)
         self.roles = roles or {}
+        self.sha256 = ""  #: Of the file.
         self._by_default = by_default
         self._decisions = [_decision_of(rule) for rule in rules]
         self._of_action = {action: _bits(action in rule.actions for rule in rules) for action in Action}
@@ -158,4 +160,6 @@ def load(path: Path) -> Policy:
 
 def parse(path: Path, text: bytes) -> Policy:
     """Return the policy of the contents of a file. Raises `ConfigError`."""
-    return Policy(*read_rules(path, text))
+    policy = Policy(*read_rules(path, text))
+    policy.sha256 = sha256(text).hexdigest()
+    return policy

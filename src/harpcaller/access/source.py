@@ -27,6 +27,12 @@ class PolicySource:
         """The policy to use for one request."""
         return ALLOW_ALL if self._watched is None else self._watched.value
 
+    def describe_version(self) -> dict[str, Any]:
+        """Return file and SHA-256 of the rules in use; nothing without a file."""
+        if self._watched is None:
+            return {}
+        return {"access_file": str(self._watched.file), "access_sha256": self._watched.value.sha256}
+
     def describe(self) -> dict[str, Any] | None:
         """Return file, number of rules, age in seconds and the error of the latest contents; None without a file."""
         if self._watched is None:

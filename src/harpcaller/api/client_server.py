@@ -21,7 +21,7 @@ from harp.protocol.schema import ProtocolError
 from harp_daemon.event_loop import LONG_LINE, decode_in_thread
 from harp_daemon.settings import ConfigError
 from harp_daemon.sockets import Listener, ListenError, listen_tcp, listen_unix
-from harpcaller.access import AccessDenied, AuthError, RateLimited
+from harpcaller.access import AccessDenied, AuthError, RateLimited, Refusal
 from harpcaller.access.client import Client
 from harpcaller.access.identities import Identities, anonymous, certified
 from harpcaller.access.tokens import Token, parse_token
@@ -360,6 +360,14 @@ class ClientServer(Server):
         return True
 
     def _on_failed(self, connection: Connection, error: BaseException) -> None:
+        if isinstance(error, AuthError) and error.recorded is None:
+            fields = {"reason": error.reason, "token": error.token or None}
+            error.recorded = self._dispatcher.audit.record_denial(connection.client, "authenticate", **fields)
+        if isinstance(error, Refusal) and error.recorded is not None and not error.recorded.done():
+            error.recorded.add_done_callback(lambda _: self._on_failed(connection, error))
+            return
+        if isinstance(error, Refusal) and error.recorded is not None:
+            error.recorded.exception()  # it is refused all the same
         client = connection.client.peer
         match error:
             case ProtocolError():

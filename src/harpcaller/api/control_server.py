@@ -27,6 +27,7 @@ from harpcaller.access.policy import Action
 from harpcaller.access.tokens import TokenError, TokenStore, add_token, describe_token, revoke_token
 from harpcaller.acting import ActingAs
 from harpcaller.api.connection import Connection, Server
+from harpcaller.audit import ALLOWED, FAILED
 from harpcaller.dispatcher import Dispatcher
 from harpcaller.hosts.registry import RefreshFailed
 from harpcaller.model.jobs import Job, State
@@ -108,14 +109,27 @@ class ControlServer(Server):
         log.debug("command", extra={"command": name, "client": connection.client.peer})
         piece = bytearray()  # of bounded size, so that a long list needs few sends and little memory
         acting = ActingAs(self._dispatcher, connection.client)
-        async with aclosing(run(self, acting, **options)) as items:
-            async for item in items:
-                piece += _line(item=item)
-                if len(piece) >= _SEND_BYTES:
-                    await connection.send(bytes(piece))
-                    piece.clear()
+        try:
+            async with aclosing(run(self, acting, **options)) as items:
+                async for item in items:
+                    piece += _line(item=item)
+                    if len(piece) >= _SEND_BYTES:
+                        await connection.send(bytes(piece))
+                        piece.clear()
+        except Exception as error:
+            if name in _RECORDED and not isinstance(error, AccessDenied):
+                await self._record(connection.client, name, FAILED, options, reason=str(error))
+            raise
+        if name in _RECORDED:
+            await self._record(connection.client, name, ALLOWED, options)
         connection.write(bytes(piece) + _line(done=True))
         connection.close()
+
+    async def _record(
+        self, client: Client, name: str, decision: str, options: Mapping[str, Any], reason: str | None = None
+    ) -> None:
+        fields = {"target" if key == "name" else key: value for key, value in options.items()}
+        await self._dispatcher.audit.record(client, name, decision, **fields, reason=reason)
 
     # The commands.
 
@@ -144,6 +158,7 @@ class ControlServer(Server):
     async def _reopen_logs(self, acting: ActingAs) -> Items:
         acting.require(Action.ADMIN)
         logs.reopen()
+        self._dispatcher.audit.reopen()
         yield Envelope(reopened=True)
 
     async def _list(
@@ -308,6 +323,11 @@ class Command(NamedTuple):
     optional: Mapping[str, Callable[[JSONObject, str], Any]] = {}
 
 
+#: The commands that change something. `harpcaller.acting` records the cancellations.
+_RECORDED = (
+    *("stop", "reload", "reopen-logs", "release-slot", "hosts-refresh", "prune-jobs"),
+    *("token-add", "token-revoke"),
+)
 _LIST_OPTIONS = {"all": _flag, "queue": _flag, "newest": _count, "host": required_string, "of_queue": _queue}
 _COMMANDS = {
     "status": Command(ControlServer._status),

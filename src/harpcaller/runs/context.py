@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from harp.protocol.harpd import Attach, Caller, Request, RequestedTerms, StartEncoder, encode_request
 from harp_daemon.timer_wheel import TimerWheel
+from harpcaller.audit import Audit
 from harpcaller.config import Config
 from harpcaller.hosts.capabilities import HostCapabilities, HostSupport
 from harpcaller.hosts.pool import ConnectionPool
@@ -136,6 +137,7 @@ class RunContext:
     request_claim: Callable[[], None]  # before a write that releases a slot: the same transaction assigns it again
     wall: Callable[[], float]  # the wall clock for stored times; Unix seconds
     secret_keys: SecretKeys | None = None  # None: no key file is configured
+    audit: Audit = field(default_factory=Audit)
     timings: Timings = field(default_factory=Timings)
     openings: set[asyncio.Task[Any]] = field(default_factory=set)  #: The tasks that open connections.
     _start_encoders: dict[tuple[Host, HostSupport], StartEncoder] = field(default_factory=dict, init=False)

@@ -249,6 +249,7 @@ class HostStarts:
         for job_id in ended:
             reason = {"error": end.type[:_MAX_LOGGED], "reason": end.message[:_MAX_LOGGED]}
             log.info("job ended without a start", extra={"job": job_id, "host": host, **reason})
+            context.audit.report_end(job_id, None, end, "dispatcher", host=host)
             context.notifier.publish_end(job_id, end)
         if self._failing.get(host) is not failing:
             return

@@ -763,6 +763,8 @@ class Run:
                 self._end_fields = {**(self._end_fields or {"end": "cancelled"}), "stop": outcome.stop.value}
             elif stored:
                 context.timings.record_end(job_id, write_started_at)
+                by = "host" if self._stop_report is not None else None
+                context.audit.report_end(job_id, self.job, end, "dispatcher" if outcome.stop_request else by)
                 self._end_fields = {"end": state_of(end).value}
                 if isinstance(end, (Failed, Raised)):
                     self._end_fields |= {"error": end.type[:_MAX_LOGGED], "reason": end.message[:_MAX_LOGGED]}

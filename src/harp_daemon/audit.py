@@ -1,0 +1,318 @@
+"""The audit log of a daemon: entries of actions, on stable storage before their replies, in groups.
+
+`harp_daemon.audit_file` has the format, `harp_daemon.audit_reading` finds changes, `harp_daemon.audit_commands` are
+the commands.
+
+Theory of operation. A thread writes: all entries that are recorded while it waits for the disk are its next group, with
+one wait. `AuditLog` belongs to an asyncio loop. `DirectAuditLog`, for a loop without futures, writes immediately, so
+that a process that is killed loses nothing, and only the wait for the disk is in a thread.
+
+While the file has a `problem`, for example a full disk, entries of new jobs are refused. Entries with `must` cannot be
+refused, because what they describe has happened: they are written into the room that was allocated for them. If even
+that is used up, a limited number waits in memory.
+
+Entries that anybody can cause are bounded: the first `_MAX_SINGLE` with the same key in a minute have entries, the
+others of that minute share one, with a count.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any, NamedTuple
+
+from harp_daemon.audit_file import AuditError, AuditFile
+
+__all__ = ["AuditError", "AuditLog", "DirectAuditLog"]
+
+log = logging.getLogger(__name__)
+
+DEFAULT_MAX_BYTES = 100 * 1024 * 1024  #: The default size from which on a file is rotated.
+_RETRY_INTERVAL = 1.0  #: Seconds between two attempts to write, or to allocate room.
+_MAX_WAITING = 20_000  #: Maximum number of entries with `must` in memory while they cannot be written.
+_WINDOW, _MAX_SINGLE = 60.0, 10  #: Seconds of a window, and the entries of a key in it before the shared one.
+_MAX_KEYS = 1000  #: Maximum number of keys in a window; all others share one.
+
+
+class _Entry(NamedTuple):
+    fields: dict[str, Any]
+    must: bool
+    future: asyncio.Future[None] | None
+
+
+class _Repetitions:
+    """The entries of the present minute that anybody can cause, by their keys."""
+
+    def __init__(self) -> None:
+        self._ends_at = 0.0
+        self._counts: dict[Hashable, tuple[int, dict[str, Any]]] = {}
+
+    def admit(self, key: Hashable, fields: dict[str, Any], now: float) -> bool:
+        """Return whether an entry is written now; otherwise it is counted."""
+        if not self._counts:
+            self._ends_at = now + _WINDOW
+        if key not in self._counts and len(self._counts) >= _MAX_KEYS:
+            key, fields = None, {key: fields[key] for key in ("action", "decision")} | {"peer": "others"}
+        count, first = self._counts.get(key, (0, fields))
+        self._counts[key] = count + 1, first
+        return count < _MAX_SINGLE
+
+    def end_window(self, now: float) -> list[dict[str, Any]]:
+        """Return the shared entries of a window that has ended; with infinity as `now`, of any window."""
+        if not self._counts or now < self._ends_at:
+            return []
+        counts, self._counts = self._counts, {}
+        return [
+            {**first, "time": time.time(), "count": count - _MAX_SINGLE, "since": first["time"]}
+            for count, first in counts.values()
+            if count > _MAX_SINGLE
+        ]
+
+
+class AuditLog:
+    """An audit log whose entries are recorded in the loop in which it was made. Raises `AuditError`."""
+
+    def __init__(self, path: Path, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
+        self.path = path
+        self._file = AuditFile(path, max_bytes)
+        self._loop = asyncio.get_running_loop()
+        self._repetitions = _Repetitions()
+        self._next: list[_Entry] = []
+        self._waiting: deque[_Entry] = deque()  # with `must`, while they cannot be written
+        self._queue: SimpleQueue[list[_Entry] | None] = SimpleQueue()
+        self._closed = False
+        self._problem_logged: str | None = None
+        self._thread = threading.Thread(target=self._run, name="audit-writer", daemon=True)
+        self._thread.start()
+
+    @property
+    def problem(self) -> str | None:
+        """Why new jobs are to be refused; None: entries can be written."""
+        return self._file.problem
+
+    def record(
+        self, action: str, decision: str | None, *, repeats: Hashable = None, must: bool = False, **fields: Any
+    ) -> asyncio.Future[None]:
+        """Record an entry; return a future that is done when it is on stable storage, or has an `AuditError`.
+
+        With `must`, an entry that cannot be written now is written later, in spite of the error. `repeats`: the entry
+        is one of a kind that anybody can cause, with this key; if it is only counted, the future is done. A field with
+        None is omitted. The entry has a digest of ``arguments``, which are bytes.
+        """
+        future: asyncio.Future[None] = self._loop.create_future()
+        fields = {"time": time.time(), "action": action, "decision": decision, **fields}
+        if repeats is not None and not self._repetitions.admit((action, decision, repeats), fields, time.monotonic()):
+            future.set_result(None)
+        elif self._closed or not (must or self._file.has_room):
+            future.set_exception(AuditError(self.problem or f"{self.path}: it is closed"))
+        else:
+            self._add([_Entry(fields, must, future)])
+        return future
+
+    def record_all(self, entries: Sequence[dict[str, Any]]) -> asyncio.Future[None]:
+        """Record entries with ``action`` and other fields, together, as `record` with `must`."""
+        future: asyncio.Future[None] = self._loop.create_future()
+        now = time.time()
+        added = [_Entry({"time": now, **fields}, True, None) for fields in entries]
+        self._add([*added[:-1], added[-1]._replace(future=future)])
+        return future
+
+    def report(self, action: str, **fields: Any) -> None:
+        """Record an entry about something that has happened. It is written soon."""
+        self._add([_Entry({"time": time.time(), "action": action, **fields}, True, None)])
+
+    def reopen(self) -> None:
+        """Continue in another file if the file was renamed. That happens with the next entry, too."""
+        self._queue.put([])
+
+    async def close(self) -> None:
+        """Write all entries and close the file."""
+        if not self._closed:
+            self._closed = True
+            self._add([_Entry(fields, True, None) for fields in self._repetitions.end_window(float("inf"))])
+            self._flush()
+            self._queue.put(None)
+            await asyncio.to_thread(self._thread.join)
+
+    def _add(self, entries: Sequence[_Entry]) -> None:
+        if entries and not self._next:
+            self._loop.call_soon(self._flush)
+        self._next += entries
+
+    def _flush(self) -> None:
+        if self._next:
+            self._queue.put(self._next)
+            self._next = []
+
+    # The thread.
+
+    def _run(self) -> None:
+        ended = False
+        while not ended:
+            group, ended = self._next_group()
+            error = None
+            try:
+                if group or self._waiting or self._file.problem:
+                    self._write_group(group)
+            except AuditError as failure:
+                error = failure
+            self._log_problem()
+            futures = [entry.future for entry in group if entry.future is not None]
+            if futures:
+                with suppress(RuntimeError):  # the loop is closed
+                    self._loop.call_soon_threadsafe(_resolve, futures, error)
+        self._file.close()
+
+    def _next_group(self) -> tuple[list[_Entry], bool]:
+        """Wait for entries; return all that were recorded, and whether the log ends."""
+        group: list[_Entry] = []
+        try:
+            busy = bool(self._waiting) or self._file.problem is not None
+            entries = self._queue.get(timeout=_RETRY_INTERVAL if busy else _WINDOW)
+            while entries is not None:
+                group += entries
+                entries = self._queue.get_nowait()
+        except Empty:
+            # Counts are changed by the loop only, so the loop ends the window, too.
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._end_window)
+            return group, False
+        return group, True
+
+    def _end_window(self) -> None:
+        self._add([_Entry(fields, True, None) for fields in self._repetitions.end_window(time.monotonic())])
+
+    def _write_group(self, group: Sequence[_Entry]) -> None:
+        self._file.check_room()
+        self._waiting += (entry for entry in group if entry.must)
+        while len(self._waiting) > _MAX_WAITING:
+            self._waiting.popleft()
+        others = [entry.fields for entry in group if not entry.must]
+        if others and not self._file.has_room:
+            if self._waiting:
+                self._write([entry.fields for entry in self._waiting])
+            raise AuditError(self._file.problem or f"{self.path}: no room")
+        entries = [*(entry.fields for entry in self._waiting), *others]
+        entries.sort(key=lambda fields: float(fields["time"]))
+        self._write(entries)
+
+    def _write(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        if entries:
+            self._file.append(entries)
+        self._waiting.clear()
+        self._file.sync()
+
+    def _log_problem(self) -> None:
+        problem = self._file.problem
+        if problem != self._problem_logged:
+            if problem is None:
+                log.info("audit file can be written again", extra={"file": str(self.path)})
+            else:
+                log.error("audit file has no room; jobs refused", extra={"reason": problem})
+            self._problem_logged = problem
+
+
+def _resolve(futures: Sequence[asyncio.Future[None]], error: AuditError | None) -> None:
+    for future in futures:
+        if future.done():
+            continue
+        if error is None:
+            future.set_result(None)
+        else:
+            future.set_exception(AuditError(str(error)))
+
+
+class DirectAuditLog:
+    """An audit log that writes immediately; a thread waits for the disk. Raises `AuditError`.
+
+    `call_later` calls a function after a number of seconds, in the thread of the program's loop.
+    """
+
+    def __init__(self, path: Path, max_bytes: int, call_later: Callable[[float, Callable[[], None]], object]) -> None:
+        self.path = path
+        self._file = AuditFile(path, max_bytes)
+        self._call_later = call_later
+        self._repetitions = _Repetitions()
+        self._waiting: deque[dict[str, Any]] = deque(maxlen=_MAX_WAITING)
+        self._timer_is_set = False
+        self._written = threading.Event()
+        self._closed = False
+        self._thread = threading.Thread(target=self._sync_repeatedly, name="audit-sync", daemon=True)
+        self._thread.start()
+
+    @property
+    def problem(self) -> str | None:
+        """Why new calls are to be refused; None: entries can be written."""
+        return self._file.problem
+
+    def record(
+        self, action: str, decision: str | None, *, must: bool = False, repeats: Hashable = None, **fields: Any
+    ) -> None:
+        """Write an entry, as `AuditLog.record`; raise `AuditError` if an entry without `must` cannot be written."""
+        entry = {"time": time.time(), "action": action, "decision": decision, **fields}
+        if repeats is not None:
+            self._set_timer(_WINDOW)
+            if not self._repetitions.admit((action, decision, repeats), entry, time.monotonic()):
+                return
+        if must:
+            self._waiting.append(entry)
+            self._write_waiting()
+        elif self._file.has_room:
+            self._file.append([entry])
+            self._written.set()
+        else:
+            raise AuditError(self.problem or f"{self.path}: no room")
+
+    def check_room(self) -> None:
+        """Find out whether a full disk has room again."""
+        if self._file.problem is not None:
+            self._file.check_room()
+
+    def reopen(self) -> None:
+        """Continue in another file if the file was renamed. That happens with the next entry, too."""
+        with suppress(AuditError):
+            self._file.append([])
+
+    def close(self) -> None:
+        """Write all entries and close the file."""
+        self._waiting += self._repetitions.end_window(float("inf"))
+        self._write_waiting()
+        self._closed = True
+        self._written.set()
+        self._thread.join()
+        self._file.close()
+
+    def _set_timer(self, seconds: float) -> None:
+        if not self._timer_is_set:
+            self._timer_is_set = True
+            self._call_later(seconds, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer_is_set = False
+        self._waiting += self._repetitions.end_window(time.monotonic())
+        self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        if not self._waiting:
+            return
+        try:
+            self._file.append(self._waiting)
+        except AuditError:
+            self._set_timer(_RETRY_INTERVAL)
+        else:
+            self._waiting.clear()
+            self._written.set()
+
+    def _sync_repeatedly(self) -> None:
+        while not self._closed:
+            self._written.wait()
+            self._written.clear()
+            with suppress(AuditError):
+                self._file.sync()

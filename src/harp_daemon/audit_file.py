@@ -1,0 +1,419 @@
+"""The audit file: JSON Lines, each with a number and the SHA-256 hash of the line before it. It has no thread.
+
+Theory of operation. An entry is one line, ``{"entry": N, "time": ..., "previous": HASH, "action": ..., ...}``. Who
+changes, drops, inserts or moves a line would have to write all later lines again; `harp_daemon.audit_reading` finds it.
+Numbers and hashes continue in the next file after a rotation, whose first entry names the file before it.
+
+Beside the file are two private files. ``.NAME.head`` has number and hash of the last entry on stable storage, so that
+an end that was cut off is found, too; the process that writes holds a lock on it. ``.NAME.key`` is the key of the
+digests of arguments: without it, a digest does not show whether a guess is right.
+
+Blocks are allocated in advance, behind the end of the file. If no more can be allocated, the disk is full: `problem`
+says so while there are still allocated blocks. The daemon then refuses new jobs; running jobs end with their entries.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import gzip
+import hmac
+import json
+import os
+import re
+import stat
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from hashlib import sha256
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+FIRST_HASH = "0" * 64  #: The hash in entry 1, which has no line before it.
+NEW_FILE = "audit-file"  #: The action of the first entry of a file after another one.
+MAX_TEXT = 256  #: Maximum characters of a text of an entry; longer texts are cut, and followed by their length.
+#: Bytes that are allocated in advance; the file is full when fewer than the second number can be.
+_AHEAD, _LEAST_AHEAD = 8 * 1024 * 1024, 4 * 1024 * 1024
+_RESERVED_FOR_ENDS = 2 * 1024 * 1024  #: Of these bytes, those for entries that must be written, such as ends of jobs.
+_MAX_LINE = 64 * 1024  #: Longer than any line: texts are cut.
+_KEEP_SIZE = 1  # of fallocate(2): the size of the file stays as it is
+_LINES_TRIED = 5  #: Lines at the start of a file of which one has to be an entry.
+_FRAGMENT_SHOWN = 1000  #: Maximum bytes of an incomplete line that the entry about it repeats.
+
+_encode = json.JSONEncoder(separators=(",", ":"), default=str).encode
+
+
+class AuditError(Exception):
+    """The audit file cannot be used or written. The message has file and reason."""
+
+
+class Position(NamedTuple):
+    """The number of an entry and the hash of its line; 0 and `FIRST_HASH` before the first entry."""
+
+    entry: int = 0
+    hash: str = FIRST_HASH
+
+
+NO_ENTRY = Position()  #: The position before the first entry.
+
+
+class Line(NamedTuple):
+    """A line of an audit file."""
+
+    file: Path
+    number: int  # from 1
+    text: bytes  # without the line feed
+    is_complete: bool  # False: its line feed is missing
+
+
+def hash_line(text: bytes) -> str:
+    """Return the hash of a line without its line feed."""
+    return sha256(text).hexdigest()
+
+
+def parse_line(text: bytes) -> dict[str, Any] | None:
+    """Return an entry; None if the line is not one."""
+    try:
+        entry = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    valid = isinstance(entry, dict) and type(entry.get("entry")) is int and isinstance(entry.get("previous"), str)
+    return entry if valid else None
+
+
+def head_file(path: Path) -> Path:
+    """Return the file beside an audit file with number and hash of its last entry."""
+    return path.with_name(f".{path.name}.head")
+
+
+def read_head(path: Path) -> Position | None:
+    """Return the position in the head of an audit file; None if it has none. Raises OSError."""
+    try:
+        text = head_file(path).read_text("ascii", "replace")
+    except FileNotFoundError:
+        return None
+    found = re.fullmatch(r"(\d{1,18}) ([0-9a-f]{64})\n", text)
+    return None if found is None else Position(int(found[1]), found[2])
+
+
+def format_time(seconds: float) -> str:
+    """Return the text of a time in Unix seconds."""
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{int(seconds % 1 * 1000):03d}Z"
+
+
+def open_files(path: Path) -> list[tuple[Path, IO[bytes]]]:
+    """Open an audit file and the files before it, compressed ones too, in the order of their entries.
+
+    Those before it have its name, followed by ``.`` or ``-`` and any text. Raises OSError.
+    """
+    for _ in range(10):
+        with ExitStack() as stack:
+            opened: dict[tuple[int, int], tuple[int, Path, IO[bytes]]] = {}
+            names = {name for name in (path, *path.parent.glob(f"{path.name}[.-]*")) if name.exists()}
+            if not names:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+            try:
+                for name in names:
+                    file = stack.enter_context(_open_for_reading(name))
+                    first = _find_first(file)
+                    if first is None and name != path:
+                        continue  # another file with such a name
+                    status = os.fstat(file.fileno())
+                    opened[status.st_dev, status.st_ino] = 1 << 62 if first is None else first, name, file
+            except FileNotFoundError:
+                continue  # a rotation has renamed it
+            stack.pop_all()
+            return [(name, file) for _, name, file in sorted(opened.values(), key=lambda one: one[0])]
+    raise OSError(errno.EBUSY, "it is rotated again and again", str(path))
+
+
+def _open_for_reading(path: Path) -> IO[bytes]:
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]  # it is one
+
+
+def _find_first(file: IO[bytes]) -> int | None:
+    """Return the number of the first entry among the first lines; None if none is an entry."""
+    try:
+        for _ in range(_LINES_TRIED):
+            entry = parse_line(file.readline(_MAX_LINE).rstrip(b"\n"))
+            if entry is not None:
+                return int(entry["entry"])
+        return None
+    finally:
+        file.seek(0)
+
+
+def read_lines(path: Path) -> Iterator[Line]:
+    """Yield all lines of an audit file and of the files before it. Raises OSError."""
+    files = open_files(path)
+    with ExitStack() as stack:
+        for _, file in files:
+            stack.enter_context(file)
+        for name, file in files:
+            for number, text in enumerate(file, 1):
+                yield Line(name, number, text.rstrip(b"\n"), text.endswith(b"\n"))
+
+
+class AuditFile:
+    """The writer of an audit file. It rotates the file before it has more than `max_bytes`. Raises `AuditError`."""
+
+    def __init__(self, path: Path, max_bytes: int) -> None:
+        self.path = path
+        self.problem: str | None = None  #: Why new jobs are to be refused; None: there is room.
+        self._max_bytes = max_bytes
+        self._lock = threading.Lock()
+        self._descriptor = self._head = -1
+        self._position = NO_ENTRY
+        self._size = self._allocated = 0  # bytes of the file; bytes up to which blocks are allocated
+        try:
+            self._head = _open_private(head_file(path), os.O_RDWR | os.O_CREAT)
+            try:
+                fcntl.flock(self._head, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise AuditError(f"{path}: another process writes it") from None
+            self._key = _read_key(path.with_name(f".{path.name}.key"))
+            self._open()
+        except OSError as error:
+            self.close()
+            raise AuditError(f"{error.filename or path}: {error.strerror}") from error
+        except AuditError:
+            self.close()
+            raise
+
+    def digest(self, data: bytes) -> str:
+        """Return a digest that only the holder of the key can compute."""
+        return hmac.digest(self._key, data, "sha256").hex()[:32]
+
+    @property
+    def has_room(self) -> bool:
+        """Whether there is room beside that for the ends of jobs."""
+        return self.problem is None or self._allocated - self._size > _RESERVED_FOR_ENDS
+
+    def append(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        """Write entries with ``time``, ``action`` and so on. After an error none is written; raises `AuditError`."""
+        with self._lock:
+            self._follow_rename()
+            if self._size >= self._max_bytes and self.problem is None:  # another file would need room
+                self.rotate()
+            if entries:
+                self._write(entries)
+
+    def sync(self) -> None:
+        """Wait until the written entries are on stable storage, then store the head. Raises `AuditError`.
+
+        Another thread may call it: only here, and not in `append`, does the disk delay the caller.
+        """
+        try:
+            with self._lock:
+                position, descriptor = self._position, os.dup(self._descriptor)
+            try:
+                os.fdatasync(descriptor)
+            finally:
+                os.close(descriptor)
+            os.pwrite(self._head, f"{position.entry} {position.hash}\n".encode(), 0)
+        except OSError as error:
+            self.problem = f"{self.path}: {error.strerror}"
+            raise AuditError(self.problem) from error
+
+    def check_room(self) -> None:
+        """Allocate blocks in advance; `problem` has the result."""
+        if self._allocated - self._size >= _LEAST_AHEAD:
+            self.problem = None
+            return
+        try:
+            _allocate(self._descriptor, self._size, _AHEAD)
+            self._allocated = self._size + _AHEAD
+        except OSError as error:
+            if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):  # the file system cannot allocate
+                self._allocated = self._size
+            else:
+                self.problem = f"{self.path}: no disk space in reserve: {error.strerror}"
+                return
+        self.problem = None
+
+    def rotate(self) -> None:
+        """Rename the file, so that its name ends with the number of its last entry, and begin another one."""
+        target = self.path.with_name(f"{self.path.name}.{self._position.entry:010d}")
+        with suppress(OSError):  # the file grows until the next attempt
+            os.link(self.path, target)  # unlike a rename, this replaces no file
+            self.path.unlink()
+            self._begin_file(target.name)
+
+    def close(self) -> None:
+        """Store the head durably and close the files. The entries must have been synchronized."""
+        for descriptor in (self._head, self._descriptor):
+            if descriptor >= 0:
+                with suppress(OSError):
+                    os.fsync(descriptor)
+                os.close(descriptor)
+        self._head = self._descriptor = -1
+
+    # Internals.
+
+    def _open(self) -> None:
+        """Open the file, find the position to continue at, and write what was found."""
+        head = read_head(self.path)
+        self._descriptor = _open_private(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+        text, fragment = self._read_end()
+        if fragment:
+            os.ftruncate(self._descriptor, self._size)
+        last = None if text is None else parse_line(text)
+        found = NO_ENTRY if text is None or last is None else Position(last["entry"], hash_line(text))
+        if text is None and head is None:
+            found = _find_last(self.path)
+        self._position = found if head is None or found.entry > head.entry else head
+        self._allocated = self._size
+        self.check_room()
+        entries: list[dict[str, Any]] = []
+        if self._position == NO_ENTRY:
+            entries.append({"action": "audit-begin"})
+        elif text is None:
+            entries.append({"action": NEW_FILE, "previous_file": None})
+        if fragment:  # no reply was sent for it
+            shown = fragment[:_FRAGMENT_SHOWN].decode("ascii", "backslashreplace")
+            entries.append({"action": "audit-recovered", "incomplete_line": shown, "bytes": len(fragment)})
+        if text is not None and self._position is head and found != head:
+            entries.append({"action": "audit-gap", "expected": head.entry, "found": found.entry})
+        with suppress(AuditError):  # no room: `problem` says so
+            self._write([{"time": time.time(), **entry} for entry in entries])
+            self.sync()
+        os.fsync(self._head)
+        _sync_directory(self.path.parent)
+
+    def _read_end(self) -> tuple[bytes | None, bytes]:
+        """Return the last complete line (None: there is none) and what follows it; set the size without the latter."""
+        size = os.fstat(self._descriptor).st_size
+        tail = os.pread(self._descriptor, 4 * _MAX_LINE, max(0, size - 4 * _MAX_LINE))
+        complete = tail.rfind(b"\n") + 1
+        self._size = size - (len(tail) - complete)
+        text = tail[: complete - 1].rpartition(b"\n")[2] if complete else None
+        return text, tail[complete:]
+
+    def _follow_rename(self) -> None:
+        """Begin another file if the file was renamed or removed, as by logrotate."""
+        try:
+            status = os.stat(self.path, follow_symlinks=False)
+            own = os.fstat(self._descriptor)
+            if (status.st_dev, status.st_ino) == (own.st_dev, own.st_ino):
+                self._size = min(self._size, status.st_size)  # it was truncated: the numbers show it
+                return
+        except OSError:
+            own = os.fstat(self._descriptor)
+        name = None
+        with suppress(OSError):
+            for file in self.path.parent.glob(f"{self.path.name}[.-]*"):
+                if os.stat(file).st_ino == own.st_ino:
+                    name = file.name
+        try:
+            self._begin_file(name)
+        except OSError as error:
+            raise AuditError(f"{self.path}: {error.strerror}") from error
+
+    def _begin_file(self, previous_file: str | None) -> None:
+        opened = _open_private(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+        old, self._descriptor = self._descriptor, opened
+        with suppress(OSError):
+            os.ftruncate(old, self._size)  # frees the blocks behind the end
+            os.fdatasync(old)
+        os.close(old)
+        _sync_directory(self.path.parent)
+        self._size = self._allocated = os.fstat(opened).st_size
+        self.check_room()
+        self._write([{"time": time.time(), "action": NEW_FILE, "previous_file": previous_file}])
+
+    def _write(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        position, lines = self._position, []
+        for entry in entries:
+            text = self._encode_entry(position, entry)
+            lines.append(text + b"\n")
+            position = Position(position.entry + 1, hash_line(text))
+        data = b"".join(lines)
+        try:
+            written = 0
+            while written < len(data):
+                written += os.write(self._descriptor, data[written:])
+        except OSError as error:
+            with suppress(OSError):
+                os.ftruncate(self._descriptor, self._size)
+                self._allocated = self._size
+            self.problem = f"{self.path}: {error.strerror}"
+            raise AuditError(self.problem) from error
+        self._size += len(data)
+        self._position = position
+        self.check_room()
+
+    def _encode_entry(self, position: Position, entry: Mapping[str, Any]) -> bytes:
+        members: dict[str, Any] = {"entry": position.entry + 1, "time": format_time(entry["time"])}
+        members["previous"] = position.hash
+        for key, value in entry.items():
+            if key == "arguments":
+                members[key] = self.digest(value)
+            elif key not in members and value is not None:
+                is_long = isinstance(value, str) and len(value) > MAX_TEXT
+                members[key] = f"{value[:MAX_TEXT]}... ({len(value)} characters)" if is_long else value
+        return _encode(members).encode()
+
+
+def _find_last(path: Path) -> Position:
+    """Return the position of the last entry of the files before an audit file."""
+    last = NO_ENTRY
+    for line in read_lines(path):
+        entry = parse_line(line.text)
+        if entry is not None and entry["entry"] > last.entry:
+            last = Position(entry["entry"], hash_line(line.text))
+    return last
+
+
+def _open_private(path: Path, flags: int) -> int:
+    """Open a regular file of this user, with mode 0600, through no symbolic link. Raises OSError."""
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        if status.st_uid != os.geteuid():
+            raise OSError(errno.EPERM, f"it belongs to uid {status.st_uid}, not to uid {os.geteuid()}", str(path))
+        if status.st_mode & 0o077:
+            os.fchmod(descriptor, 0o600)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _read_key(path: Path) -> bytes:
+    """Return the key in a file; create it if the file is empty or missing. Raises OSError."""
+    descriptor = _open_private(path, os.O_RDWR | os.O_CREAT)
+    try:
+        key = os.pread(descriptor, 64, 0)
+        if not key:
+            key = os.urandom(32).hex().encode()
+            os.pwrite(descriptor, key, 0)
+            os.fsync(descriptor)
+        return key
+    finally:
+        os.close(descriptor)
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _allocate(descriptor: int, offset: int, length: int) -> None:
+    """Allocate blocks without a change of the file's size. Raises OSError."""
+    function = getattr(_LIBC, "fallocate64", None) or getattr(_LIBC, "fallocate", None)
+    if function is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    function.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    if function(descriptor, _KEEP_SIZE, offset, length) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+_LIBC = ctypes.CDLL(None, use_errno=True)

@@ -1,0 +1,112 @@
+"""The audit of a dispatcher: what is recorded of the requests of clients, and of the ends of jobs.
+
+Without `audit_file`, nothing is recorded, and each future is done. Spec: docs/audit.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from harp.protocol.ends import End, Failed, Raised
+from harp_daemon.audit import AuditError, AuditLog
+from harpcaller.access.client import Client
+from harpcaller.model.jobs import Job, NewJob, Subject, state_of
+from harpcaller.store import StorageError
+
+
+class Audit:
+    """The entries of a dispatcher. `log` is closed by its creator."""
+
+    def __init__(self, log: AuditLog | None = None) -> None:
+        self.log = log
+
+    def check_room(self) -> None:
+        """Raise `StorageError` if no new job can be accepted, because no entries about it could be written."""
+        if self.log is not None and self.log.problem is not None:
+            raise StorageError(f"the audit file cannot be written: {self.log.problem}")
+
+    # Requests. Each future is done when the entry is on stable storage, or has an `AuditError`.
+
+    def record_call(self, client: Client, decision: str, rule: int | None, job: NewJob) -> asyncio.Future[None] | None:
+        """Record a call, before its job is stored. Refused ones of a client without proof are bounded."""
+        if self.log is None:
+            return None
+        repeats = None if decision == ALLOWED else _source(client)
+        fields = _describe_call(client, rule, job)
+        return self.log.record("call", decision, must=decision == ALLOWED, repeats=repeats, **fields)
+
+    async def record_calls(self, client: Client, rules: Sequence[int | None], jobs: Sequence[NewJob]) -> None:
+        """Record allowed calls, before their jobs are stored. Raises `StorageError`."""
+        if self.log is None:
+            return
+
+        def describe() -> list[dict[str, Any]]:
+            decision = {"action": "call", "decision": ALLOWED}
+            return [{**decision, **_describe_call(client, *of_job)} for of_job in zip(rules, jobs, strict=True)]
+
+        entries = await asyncio.to_thread(describe)  # many entries would delay the event loop
+        try:
+            await self.log.record_all(entries)
+        except AuditError as error:
+            raise StorageError(f"the audit file cannot be written: {error}") from error
+
+    def record_denial(self, client: Client, action: str, **fields: Any) -> asyncio.Future[None] | None:
+        """Record an action that is denied or refused. Many of one client share an entry."""
+        if self.log is None:
+            return None
+        return self.log.record(action, DENIED, repeats=_source(client), **describe_client(client), **fields)
+
+    async def record(self, client: Client, action: str, decision: str, **fields: Any) -> None:
+        """Record an action that has happened, or whose entry is needed first. Raises `StorageError`."""
+        if self.log is not None:
+            try:
+                await self.log.record(action, decision, must=True, **describe_client(client), **fields)
+            except AuditError as error:
+                raise StorageError(f"the audit file cannot be written: {error}") from error
+
+    # Events.
+
+    def reopen(self) -> None:
+        """Continue in another file if the file was renamed."""
+        if self.log is not None:
+            self.log.reopen()
+
+    def report(self, action: str, **fields: Any) -> None:
+        """Record something that has happened, without a wait for the disk."""
+        if self.log is not None:
+            self.log.report(action, **fields)
+
+    def report_end(self, job_id: str, job: Job | Subject | None, end: End, by: str | None, **fields: Any) -> None:
+        """Record the end of a job, and who has caused it; None: the call itself."""
+        if self.log is None:
+            return
+        error = end.type if isinstance(end, (Failed, Raised)) else None
+        names = {} if job is None else {"host": job.host, "procedure": job.procedure, "owner": job.owner}
+        self.log.report("end", job=job_id, end=state_of(end).value, error=error, by=by, **names, **fields)
+
+
+ALLOWED, DENIED, FAILED = "allowed", "denied", "failed"  #: The decisions.
+
+
+def describe_client(client: Client) -> dict[str, Any]:
+    """Return the fields of an entry that name a client."""
+    return {"principal": client.owner, "listener": client.listener, "peer": client.peer}
+
+
+def _describe_call(client: Client, rule: int | None, job: NewJob) -> dict[str, Any]:
+    return {
+        **describe_client(client),
+        "rule": rule,
+        "job": job.id,
+        "host": job.host,
+        "procedure": job.procedure,
+        "queue": None if job.queue is None else job.queue.decode("utf-8", "replace"),
+        "arguments": job.arguments,
+    }
+
+
+def _source(client: Client) -> tuple[str, str]:
+    """Return what the requests of one client have in common: not its port, which changes."""
+    return client.owner, client.peer.rpartition(":")[0]

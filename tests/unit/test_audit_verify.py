@@ -1,0 +1,255 @@
+"""The audit file: every change of its lines is found, and its chain survives rotation and torn lines."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from harp_daemon.audit_file import AuditError, AuditFile, Position, head_file
+from harp_daemon.audit_reading import search, verify
+
+LARGE = 1 << 30
+
+
+def write(path: Path, count: int, max_bytes: int = LARGE, start: int = 0) -> None:
+    file = AuditFile(path, max_bytes)
+    for number in range(start, start + count):
+        file.append([{"time": 1000.0 + number, "action": "call", "decision": "allowed", "job": f"job-{number}"}])
+    file.sync()
+    file.close()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "audit.jsonl"
+
+
+def test_audit_untouched_file_is_complete(path: Path) -> None:
+    write(path, 5)
+    report = verify(path)
+    assert (report.problems, report.notes, report.first, report.last.entry) == ([], [], 1, 6)
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_audit_chain_continues_after_reopening(path: Path) -> None:
+    write(path, 3)
+    write(path, 3, start=3)
+    assert verify(path).problems == []
+    assert [entry["job"] for entry, _ in search(path, {"action": "call"}, None)] == [f"job-{n}" for n in range(6)]
+
+
+def edit_lines(path: Path, change: Callable[[list[bytes]], None]) -> None:
+    lines = path.read_bytes().splitlines(keepends=True)
+    change(lines)
+    path.write_bytes(b"".join(lines))
+
+
+def test_audit_changed_line_is_named(path: Path) -> None:
+    write(path, 9)
+    edit_lines(path, lambda lines: lines.__setitem__(4, lines[4].replace(b"allowed", b"denied")))
+    assert verify(path).problems == [f"{path}:5: entry 5 was changed"]
+
+
+def test_audit_changed_last_line_is_named(path: Path) -> None:
+    write(path, 9)
+    edit_lines(path, lambda lines: lines.__setitem__(9, lines[9].replace(b"allowed", b"denied")))
+    assert verify(path).problems == [f"{path}:10: entry 10 was changed"]
+
+
+def test_audit_unreadable_line_is_named(path: Path) -> None:
+    write(path, 9)
+    edit_lines(path, lambda lines: lines.__setitem__(4, b"\x00\xff\n"))
+    assert verify(path).problems == [f"{path}:5: entry 5 was changed"]
+
+
+def test_audit_dropped_lines_are_named(path: Path) -> None:
+    write(path, 9)
+    edit_lines(path, lambda lines: lines.__delitem__(slice(3, 5)))
+    assert verify(path).problems == ["entries 4 to 5 were dropped"]
+
+
+def test_audit_dropped_end_is_named(path: Path) -> None:
+    write(path, 9)
+    edit_lines(path, lambda lines: lines.__delitem__(slice(8, None)))
+    assert verify(path).problems == ["entries 9 to 10 were dropped at the end"]
+    write(path, 2)  # a restart does not hide it
+    assert verify(path).problems == ["entries 9 to 10 were dropped"]
+
+
+def test_audit_inserted_line_is_named(path: Path) -> None:
+    write(path, 9)
+
+    def insert(lines: list[bytes]) -> None:
+        forged = json.loads(lines[5])
+        forged["previous"] = json.loads(lines[5])["previous"]
+        forged["job"] = "job-of-others"
+        lines.insert(5, json.dumps(forged).encode() + b"\n")
+
+    edit_lines(path, insert)
+    assert verify(path).problems == [f"{path}:6: a line was inserted"]
+
+
+def test_audit_moved_line_is_named(path: Path) -> None:
+    write(path, 9)
+    edit_lines(path, lambda lines: lines.insert(6, lines.pop(3)))
+    assert verify(path).problems == [f"{path}:7: entry 4 was moved: it is after entry 7"]
+
+
+@st.composite
+def changes(draw: st.DrawFn) -> tuple[str, int, int]:
+    kind = draw(st.sampled_from(["change", "drop", "insert", "move", "cut"]))
+    return kind, draw(st.integers(0, 19)), draw(st.integers(0, 400))
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.lists(changes(), min_size=1, max_size=3))
+def test_audit_any_change_of_lines_is_found(edits: list[tuple[str, int, int]]) -> None:
+    with TemporaryDirectory() as directory:
+        path = Path(directory) / "audit.jsonl"
+        write(path, 19)
+        original = path.read_bytes()
+        lines = original.splitlines(keepends=True)
+        for kind, place, other in edits:
+            if not lines:
+                break
+            place %= len(lines)
+            if kind == "change":
+                at = other % max(1, len(lines[place]) - 1)
+                lines[place] = lines[place][:at] + bytes([lines[place][at] ^ 1]) + lines[place][at + 1 :]
+            elif kind == "drop":
+                del lines[place]
+            elif kind == "insert":
+                lines.insert(other % len(lines), lines[place])
+            elif kind == "move":
+                lines.insert(other % len(lines), lines.pop(place))
+            else:
+                del lines[place:]
+        path.write_bytes(b"".join(lines))
+        report = verify(path)
+        assert bool(report.problems) == (path.read_bytes() != original), report
+
+
+def test_audit_rewritten_file_is_found_by_known_entry(path: Path) -> None:
+    write(path, 9)
+    known = verify(path).last
+    assert verify(path, known).problems == []
+    for file in path.parent.iterdir():
+        file.unlink()
+    write(path, 9, start=100)  # with right hashes, and an own head
+    assert verify(path).problems == []
+    assert verify(path, known).problems == [f"entry 10 with the hash {known.hash} is not there"]
+    assert verify(path, Position(20, known.hash)).problems != []
+
+
+def test_audit_rotation_by_size_keeps_chain(path: Path) -> None:
+    write(path, 50, max_bytes=2000)
+    files = sorted(path.parent.glob("audit.jsonl*"))
+    assert len(files) == 5
+    assert verify(path).problems == []
+    first_of_last = json.loads(path.read_bytes().splitlines()[0])
+    assert first_of_last["action"] == "audit-file"
+    assert first_of_last["previous_file"] == files[-1].name
+    packed = files[2].with_name(f"{files[2].name}.gz")
+    packed.write_bytes(gzip.compress(files[2].read_bytes()))
+    files[2].unlink()
+    assert verify(path).problems == []
+    assert len([*search(path, {"job": "job-*"}, None)]) == 50
+    packed.unlink()
+    assert "were dropped" in verify(path).problems[0]
+
+
+def test_audit_oldest_file_removed_is_a_note(path: Path) -> None:
+    write(path, 50, max_bytes=2000)
+    oldest = sorted(path.parent.glob("audit.jsonl.*"))[0]
+    last = json.loads(oldest.read_bytes().splitlines()[-1])["entry"]
+    oldest.unlink()
+    report = verify(path)
+    assert report.problems == []
+    assert report.notes == [f"entries 1 to {last} are in no file here"]
+
+
+def test_audit_renamed_file_is_followed(path: Path) -> None:
+    file = AuditFile(path, LARGE)
+    file.append([{"time": 1.0, "action": "one"}])
+    path.rename(path.with_name("audit.jsonl.1"))
+    file.append([{"time": 2.0, "action": "two"}])
+    file.sync()
+    file.close()
+    assert [entry["action"] for entry, _ in search(path, {}, None)] == ["audit-begin", "one", "audit-file", "two"]
+    assert [entry["previous_file"] for entry, _ in search(path, {"action": "audit-file"}, None)] == ["audit.jsonl.1"]
+    assert verify(path).problems == []
+
+
+def test_audit_file_renamed_while_stopped_continues_chain(path: Path) -> None:
+    write(path, 3)
+    path.rename(path.with_name("audit.jsonl.1"))
+    write(path, 3, start=3)
+    assert verify(path).problems == []
+    head_file(path).unlink()
+    path.rename(path.with_name("audit.jsonl.2"))
+    write(path, 3, start=6)
+    assert verify(path).problems == []
+
+
+def test_audit_incomplete_line_is_reported_and_repaired(path: Path) -> None:
+    write(path, 3)
+    with path.open("ab") as file:
+        file.write(b'{"entry":5,"time":"2026-11')
+    report = verify(path)
+    assert (report.problems, len(report.notes)) == ([], 1)
+    write(path, 2, start=3)
+    assert verify(path).problems == []
+    [(entry, _)] = search(path, {"action": "audit-recovered"}, None)
+    assert (entry["incomplete_line"], entry["bytes"]) == ('{"entry":5,"time":"2026-11', 26)
+
+
+def test_audit_confirmed_entry_cut_in_the_middle_is_found(path: Path) -> None:
+    write(path, 3)
+    os.truncate(path, path.stat().st_size - 5)
+    assert verify(path).problems == ["entry 4 was dropped at the end"]
+    write(path, 2, start=3)
+    assert verify(path).problems == ["entry 4 was dropped"]
+
+
+def test_audit_second_writer_is_refused(path: Path) -> None:
+    file = AuditFile(path, LARGE)
+    with pytest.raises(AuditError, match="another process writes it"):
+        AuditFile(path, LARGE)
+    file.close()
+
+
+def test_audit_symbolic_link_is_refused(path: Path) -> None:
+    path.symlink_to(path.parent / "elsewhere")
+    with pytest.raises(AuditError, match=r"audit\.jsonl: "):
+        AuditFile(path, LARGE)
+    assert not (path.parent / "elsewhere").exists()
+
+
+def test_audit_digest_needs_the_key(path: Path) -> None:
+    file, other = AuditFile(path, LARGE), AuditFile(path.with_name("other.jsonl"), LARGE)
+    assert file.digest(b'["1234"]') != other.digest(b'["1234"]')
+    digest = file.digest(b'["1234"]')
+    file.close()
+    other.close()
+    file = AuditFile(path, LARGE)
+    assert file.digest(b'["1234"]') == digest
+    file.append([{"time": 1.0, "action": "call", "arguments": b'["1234"]'}])
+    file.close()
+    assert digest in path.read_text()
+    assert "1234" not in path.read_text().replace(digest, "")
+
+
+def test_audit_long_text_is_cut(path: Path) -> None:
+    file = AuditFile(path, LARGE)
+    file.append([{"time": 1.0, "action": "call", "host": "x" * 100_000 + "\x1b[31m"}])
+    file.close()
+    assert len(path.read_bytes()) < 1000
+    assert "(100005 characters)" in path.read_text()
