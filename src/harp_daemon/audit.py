@@ -230,14 +230,14 @@ def _resolve(futures: Sequence[asyncio.Future[None]], error: AuditError | None) 
 
 
 class DirectAuditLog:
-    """An audit log that writes immediately; a thread waits for the disk. Raises `AuditError`.
+    """An audit log that writes immediately; a thread waits for the disk. Other processes may write the same file.
 
-    `call_later` calls a function after a number of seconds, in the thread of the program's loop.
+    `call_later` calls a function after a number of seconds, in the thread of the program's loop. Raises `AuditError`.
     """
 
     def __init__(self, path: Path, max_bytes: int, call_later: Callable[[float, Callable[[], None]], object]) -> None:
         self.path = path
-        self._file = AuditFile(path, max_bytes)
+        self._file = AuditFile(path, max_bytes, shared=True)
         self._call_later = call_later
         self._repetitions = _Repetitions()
         self._waiting: deque[dict[str, Any]] = deque(maxlen=_MAX_WAITING)

@@ -26,7 +26,7 @@ import stat
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -157,24 +157,30 @@ def read_lines(path: Path) -> Iterator[Line]:
 
 
 class AuditFile:
-    """The writer of an audit file. It rotates the file before it has more than `max_bytes`. Raises `AuditError`."""
+    """The writer of an audit file. It rotates the file before it has more than `max_bytes`. Raises `AuditError`.
 
-    def __init__(self, path: Path, max_bytes: int) -> None:
+    Several processes may write a `shared` file: each write continues after the last line of any of them.
+    """
+
+    def __init__(self, path: Path, max_bytes: int, shared: bool = False) -> None:
         self.path = path
         self.problem: str | None = None  #: Why new jobs are to be refused; None: there is room.
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
+        self._shared = shared
         self._descriptor = self._head = -1
         self._position = NO_ENTRY
         self._size = self._allocated = 0  # bytes of the file; bytes up to which blocks are allocated
         try:
             self._head = _open_private(head_file(path), os.O_RDWR | os.O_CREAT)
             try:
-                fcntl.flock(self._head, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self._head, fcntl.LOCK_EX | (0 if shared else fcntl.LOCK_NB))
             except BlockingIOError:
                 raise AuditError(f"{path}: another process writes it") from None
             self._key = _read_key(path.with_name(f".{path.name}.key"))
             self._open()
+            if shared:
+                fcntl.flock(self._head, fcntl.LOCK_UN)
         except OSError as error:
             self.close()
             raise AuditError(f"{error.filename or path}: {error.strerror}") from error
@@ -193,8 +199,10 @@ class AuditFile:
 
     def append(self, entries: Sequence[Mapping[str, Any]]) -> None:
         """Write entries with ``time``, ``action`` and so on. After an error none is written; raises `AuditError`."""
-        with self._lock:
+        with self._lock, self._process_lock():
             self._follow_rename()
+            if self._shared:
+                self._follow_others()
             if self._size >= self._max_bytes and self.problem is None:  # another file would need room
                 self.rotate()
             if entries:
@@ -212,7 +220,10 @@ class AuditFile:
                 os.fdatasync(descriptor)
             finally:
                 os.close(descriptor)
-            os.pwrite(self._head, f"{position.entry} {position.hash}\n".encode(), 0)
+            with self._process_lock():
+                stored = read_head(self.path) if self._shared else None
+                if stored is None or stored.entry < position.entry:
+                    os.pwrite(self._head, f"{position.entry} {position.hash}\n".encode(), 0)
         except OSError as error:
             self.problem = f"{self.path}: {error.strerror}"
             raise AuditError(self.problem) from error
@@ -251,6 +262,29 @@ class AuditFile:
         self._head = self._descriptor = -1
 
     # Internals.
+
+    @contextmanager
+    def _process_lock(self) -> Iterator[None]:
+        """Exclude the other processes that write a shared file."""
+        if not self._shared:
+            yield
+            return
+        fcntl.flock(self._head, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._head, fcntl.LOCK_UN)
+
+    def _follow_others(self) -> None:
+        """Continue after the lines that other processes have written to a shared file."""
+        size = self._size
+        if os.fstat(self._descriptor).st_size != size:
+            text, fragment = self._read_end()
+            if fragment:  # the process died
+                os.ftruncate(self._descriptor, self._size)
+            entry = None if text is None else parse_line(text)
+            if text is not None and entry is not None and entry["entry"] > self._position.entry:
+                self._position = Position(entry["entry"], hash_line(text))
 
     def _open(self) -> None:
         """Open the file, find the position to continue at, and write what was found."""
@@ -297,7 +331,8 @@ class AuditFile:
             status = os.stat(self.path, follow_symlinks=False)
             own = os.fstat(self._descriptor)
             if (status.st_dev, status.st_ino) == (own.st_dev, own.st_ino):
-                self._size = min(self._size, status.st_size)  # it was truncated: the numbers show it
+                if not self._shared:
+                    self._size = min(self._size, status.st_size)  # it was truncated: the numbers show it
                 return
         except OSError:
             own = os.fstat(self._descriptor)
@@ -312,16 +347,21 @@ class AuditFile:
             raise AuditError(f"{self.path}: {error.strerror}") from error
 
     def _begin_file(self, previous_file: str | None) -> None:
+        if self._shared:
+            self._follow_others()
         opened = _open_private(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
         old, self._descriptor = self._descriptor, opened
         with suppress(OSError):
-            os.ftruncate(old, self._size)  # frees the blocks behind the end
+            os.ftruncate(old, os.fstat(old).st_size)  # frees the blocks behind the end
             os.fdatasync(old)
         os.close(old)
         _sync_directory(self.path.parent)
-        self._size = self._allocated = os.fstat(opened).st_size
+        self._size = self._allocated = 0
+        if os.fstat(opened).st_size:  # another process has begun it
+            self._follow_others()
         self.check_room()
-        self._write([{"time": time.time(), "action": NEW_FILE, "previous_file": previous_file}])
+        if not self._size:
+            self._write([{"time": time.time(), "action": NEW_FILE, "previous_file": previous_file}])
 
     def _write(self, entries: Sequence[Mapping[str, Any]]) -> None:
         position, lines = self._position, []

@@ -250,13 +250,14 @@ def test_host_without_listener_ends_job_as_network_error(tmp_path: Path) -> None
 
 @pytest.mark.root
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
-def test_dispatcher_with_full_disk_recovers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("program", ["full_dispatcher.py", "full_audit.py"])
+def test_dispatcher_with_full_disk_recovers(tmp_path: Path, program: str) -> None:
     """The dispatcher runs in a mount namespace, so that the small file system ends with the test."""
     probe = subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False)
     if probe.returncode:
         pytest.skip("mount namespaces are not allowed here")
     here = Path(__file__).parents[1]
-    command = ["unshare", "--mount", sys.executable, "-P", str(here / "support" / "full_dispatcher.py"), str(tmp_path)]
+    command = ["unshare", "--mount", sys.executable, "-P", str(here / "support" / program), str(tmp_path)]
     done = subprocess.run(
         command, env={**os.environ, "PYTHONPATH": str(here)}, capture_output=True, text=True, check=False
     )

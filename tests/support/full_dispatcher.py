@@ -71,13 +71,13 @@ def scenario(system: System, store: Path, go: Path) -> None:
     assert system.rpc.web01.same("again").get() == "again"
 
 
-def _on_timeout(number: int, frame: FrameType | None) -> None:
+def on_timeout(number: int, frame: FrameType | None) -> None:
     raise TimeoutError(f"not done within {TIME_LIMIT} s")
 
 
 def main() -> None:
     # If the caller timed out first, it could not clean up the processes of this program.
-    signal.signal(signal.SIGALRM, _on_timeout)
+    signal.signal(signal.SIGALRM, on_timeout)
     signal.alarm(TIME_LIMIT)
     directory = Path(sys.argv[1])
     store = directory / "small"

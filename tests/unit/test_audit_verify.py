@@ -253,3 +253,18 @@ def test_audit_long_text_is_cut(path: Path) -> None:
     file.close()
     assert len(path.read_bytes()) < 1000
     assert "(100005 characters)" in path.read_text()
+
+
+def test_audit_shared_file_has_one_chain(path: Path) -> None:
+    files = [AuditFile(path, 3000, shared=True) for _ in range(3)]
+    for number in range(60):
+        files[number % 3].append([{"time": 1.0, "action": "call", "job": f"job-{number}"}])
+        files[number * 2 % 3].sync()
+        if number == 30:
+            path.rename(path.with_name("audit.jsonl.1"))
+    for file in files:
+        file.sync()
+        file.close()
+    assert len([*path.parent.glob("audit.jsonl.*")]) > 2
+    assert [entry["job"] for entry, _ in search(path, {"job": "*"}, None)] == [f"job-{number}" for number in range(60)]
+    assert verify(path).problems == []
