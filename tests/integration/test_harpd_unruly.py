@@ -45,6 +45,29 @@ def setting():
 """
 
 
+EMPTY_LINES = """
+import os
+from harpd.proc import procedure
+
+@procedure
+def print_empty_lines():
+    for _ in range(64):
+        os.write(1, b"\\n" * 4096)
+        os.write(2, b"\\n" * 4096)
+    os.write(1, b"text\\n\\n\\ntext\\n")
+    return "printed"
+"""
+
+
+def test_empty_lines_do_not_multiply_into_the_log(tmp_path: Path) -> None:
+    with Harpd(tmp_path, EMPTY_LINES) as harpd:
+        assert result(harpd, "print_empty_lines") == "printed"
+        call = last_call(harpd, "print_empty_lines")
+        wait_until(lambda: printed(harpd, call).count("text") == 2, DEADLINE, "the last line")
+        assert sorted(printed(harpd, call)) == ["", "", "", "text", "text"]
+        assert harpd.log_file.stat().st_size < 32 * 1024
+
+
 def test_procedures_file_unruly_does_not_harm_harpd(tmp_path: Path) -> None:
     harpd = Harpd(tmp_path / "with a space and \u00fc", UNRULY, {"limits": {"kill_grace": 1}})
     with harpd:

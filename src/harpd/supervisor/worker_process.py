@@ -229,6 +229,7 @@ class OutputPipe:
         self._fields: Mapping[str, str] = {"stream": stream}
         self._partial_line = b""
         self.masked_texts: Sequence[bytes] = ()  #: Texts that are masked in its lines.
+        self._is_empty = False  # the last line is empty; of such lines in a row, the first is logged
         self._last: deque[bytes] = deque(maxlen=_MAX_LAST_LINES)
         self._watch()
 
@@ -309,7 +310,8 @@ class OutputPipe:
 
     def _log(self, line: bytes) -> None:
         self._last.append(line)
-        if self._limit.accept(len(line) + 1):
+        is_repeated, self._is_empty = self._is_empty and not line, not line
+        if not is_repeated and self._limit.accept(len(line) + 1):
             output_log.info(self._event, extra={**self._fields, "text": self._text(line)})
 
     def _text(self, line: bytes) -> str:
