@@ -32,7 +32,7 @@ LONG, _MAX_STRING = 64 * 1024, 1024 * 1024
 _MAX_MEMBERS = 100  #: Maximum number of members of an object.
 _SPACE = b" \t\r\n"
 #: The text between two values: white space, a comma, a name and its colon.
-_NAME = re.compile(rb'[ \t\r\n,]*("(?:[^"\\]|\\.){0,9999}")[ \t\r\n]*:[ \t\r\n]*')
+_NAME = re.compile(rb'[ \t\r\n,]*("(?:[^"\\]|\\.){0,9999}+")[ \t\r\n]*:[ \t\r\n]*')
 #: The exceptions of msgspec for text that it rejects.
 _REJECTIONS = (msgspec.MsgspecError, ValueError, RecursionError)
 
