@@ -129,6 +129,12 @@ def test_invalid_variable_is_error(tmp_path: Path, name: str) -> None:
     assert f"environment.{name}: expected the name of a variable" in found.stderr
 
 
+def test_invalid_value_of_variable_is_error(tmp_path: Path) -> None:
+    harpd = Harpd(tmp_path / "harpd", PROCEDURES, {"environment": {"NAME": "a\0b"}})
+    found = subprocess.run(harpd.command("--test"), capture_output=True, text=True, check=False)
+    assert (found.returncode, "environment.NAME: expected a text" in found.stderr) == (1, True), found.stderr
+
+
 def test_check_loads_file_in_the_surroundings_of_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NEEDED", "yes")
     procedures = 'import os\nassert os.getcwd() == "/", os.getcwd()\nos.environ["NEEDED"]\n' + PROCEDURES

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import signal
 import subprocess
 import tempfile
@@ -176,6 +177,13 @@ def test_invalid_range_is_error(tmp_path: Path, text: str) -> None:
     harpd = Harpd(tmp_path / "harpd", PROCEDURES, {"dynamic_uids": text})
     done = subprocess.run(harpd.command("--test"), capture_output=True, text=True, check=False)
     assert (done.returncode, "dynamic_uids: expected a range" in done.stderr) == (1, True), done.stderr
+
+
+def test_range_with_an_account_is_error(tmp_path: Path) -> None:
+    nobody = pwd.getpwnam("nobody").pw_uid
+    harpd = Harpd(tmp_path / "harpd", PROCEDURES, {"dynamic_uids": f"{nobody - 5}-{nobody}"})
+    done = subprocess.run(harpd.command("--test"), capture_output=True, text=True, check=False)
+    assert (done.returncode, "has an id of this range" in done.stderr) == (1, True), done.stderr
 
 
 def test_missing_range_is_error_of_check_and_reload(tmp_path: Path) -> None:

@@ -393,6 +393,10 @@ def _load_everything(options: CommandLine) -> list[str]:
         warnings.append(f"{options.config}: {ROOT_CALLS}")
     identity = config.frontend_identity()
     frontend_user = None if identity is None else identity[0]
+    if (uids := config.configuration.uid_range()) is not None:
+        taken = [entry.pw_name for entry in pwd.getpwall() if uids[0] <= entry.pw_uid <= uids[1]]
+        if taken:
+            raise ConfigError(f"{options.config}: dynamic_uids: user {taken[0]} has an id of this range")
     default_groups = None if config.default_group is None else (config.default_group,)
     accounts: list[tuple[str, Any, Any]] = [("the default user and group", config.default_user, default_groups)]
     for name, found in procedures.items():

@@ -164,7 +164,7 @@ class Configuration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         first, last = map(int, found.groups()) if found else (0, 0)
         if not _LEAST_DYNAMIC_UID <= first <= last <= _MOST_DYNAMIC_UID or last - first >= _MAX_DYNAMIC_UIDS:
             least, most, number = _LEAST_DYNAMIC_UID, _MOST_DYNAMIC_UID, _MAX_DYNAMIC_UIDS
-            expected = f"a range as 200000-200999 from {least} to {most}, of at most {number} ids"
+            expected = f"a range as 1900000000-1900000999 from {least} to {most}, of at most {number} ids"
             raise ValueError(f"dynamic_uids: expected {expected}, got {self.dynamic_uids!r}")
         return first, last
 
@@ -176,6 +176,8 @@ class Configuration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
             if not name or name.startswith(OWN_PREFIX) or not name.isprintable() or "=" in name:
                 own = f"no {OWN_PREFIX}..., which harpd sets itself"
                 raise ValueError(f"environment.{name}: expected the name of a variable, {own}")
+            if "\0" in (self.environment[name] or ""):
+                raise ValueError(f"environment.{name}: expected a text without the character NUL")
         module = self.authentication.get("module")
         if not isinstance(module, str) or not module:
             raise ValueError(f"authentication.module: expected the name of a module, got {describe_value(module)}")
