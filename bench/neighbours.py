@@ -24,6 +24,7 @@ import harp
 from bench.harp_client import connect_server
 from bench.load import SETTINGS, Figures, payload, quantiles
 from harpcaller.api.control_client import ControlClient
+from support.bad_lines import BAD_VALUES
 from support.certificates import Certificates
 from support.harpcallerd import Harpcallerd
 from support.peers import Peer, PeerConnection, server_context
@@ -35,6 +36,8 @@ _PERIODS, _RATE = 2, 50
 _BEGIN, _END = 0.3, 10.0
 #: A value of about 2.7 MB, and one that has as many bytes in few parts.
 _LONG = [[number, {"key": "x" * 20, "more": [1.5, None, True]}] for number in range(40_000)]
+#: Bytes of a line that is expensive to decode.
+_BAD_LINE = 15 * 1024 * 1024
 _OWNER, _QUEUE = "neighbour", {"neighbour": 1}
 
 _fork = multiprocessing.get_context("fork")
@@ -102,6 +105,23 @@ def _wrong_password(rpc: harp.HarpCaller) -> Callable[[], object]:
     return lambda: _exchange(line)
 
 
+def _bad_line_to_harpd(rpc: harp.HarpCaller) -> Callable[[], object]:
+    line = b'{"harp":%b}\n' % BAD_VALUES["empty arrays"](_BAD_LINE)
+    return lambda: _exchange(line)
+
+
+def _bad_line_to_dispatcher(rpc: harp.HarpCaller) -> Callable[[], object]:
+    line = b'{"harpcaller":%b}\n' % BAD_VALUES["empty arrays"](_BAD_LINE)
+    address = ("127.0.0.1", rpc._endpoint.port)
+
+    def send() -> None:
+        with socket.create_connection(address) as sock, suppress(OSError):
+            sock.sendall(line)
+            sock.recv(1 << 16)
+
+    return send
+
+
 def _long_job(rpc: harp.HarpCaller) -> Callable[[], object]:
     return lambda: rpc.web01.reused_echo(_LONG).get()
 
@@ -116,6 +136,9 @@ def _many_jobs(rpc: harp.HarpCaller) -> Callable[[], object]:
 
 
 def _hostile_host(rpc: harp.HarpCaller, size: int) -> Callable[[], object]:
+    """Have a host send records of `size` bytes; 0: it acknowledges each start with a long line."""
+    if not size:
+        return lambda: rpc.hostile.flood(size).get()
     rpc.hostile.flood(size)
     return lambda: time.sleep(1)
 
@@ -128,11 +151,14 @@ _PEERS: dict[str, _Work] = {
     "command": _command,
     "stream": _stream,
     "password": _wrong_password,
+    "line": _bad_line_to_harpd,
+    "client-line": _bad_line_to_dispatcher,
     "long-job": _long_job,
     "long-call": _long_call,
     "many-jobs": _many_jobs,
     "host": partial(_hostile_host, size=100),
     "host-long": partial(_hostile_host, size=1_000_000),
+    "host-line": partial(_hostile_host, size=0),
 }
 
 
@@ -146,6 +172,10 @@ def _flood(conn: PeerConnection) -> None:
         elif "attach" in request:
             conn.reply(NO_SUCH_CALL)
         else:
+            if not request["arguments"][0]:
+                conn.send(b'{"harp":1,"stream_result":%b}\n' % BAD_VALUES["empty arrays"](_BAD_LINE))
+                conn.until_closed()
+                return
             conn.reply({"harp": 1, "stream_result": True, "call": TERMS})
             record = json.dumps({"stream": "x" * request["arguments"][0]}).encode() + b"\n"
             while True:

@@ -227,11 +227,14 @@ _NEIGHBOURS = {
     "command": "unusual commands without end",
     "stream": "a fast stream of tiny records",
     "password": "requests of 2.7 MB with a wrong password",
+    "line": "lines of 15 MiB of empty arrays to harpd, without a password",
+    "client-line": "the same lines to the dispatcher",
     "long-job": "jobs with arguments of 2.7 MB",
     "long-call": "direct calls with arguments of 2.7 MB",
     "many-jobs": "10,000 jobs in a request, again and again",
     "host": "a host that sends records without end",
     "host-long": "a host that sends records of 1 MB without end",
+    "host-line": "a host that acknowledges each start with such a line",
 }
 
 
