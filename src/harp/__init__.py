@@ -20,7 +20,7 @@ from harp import _distributions
 TYPE_CHECKING = False  # not from `typing`: the zygote imports this package, too, and stays small without it
 if TYPE_CHECKING:
     from harp import aio as aio
-    from harp._core.values import CALL_CANCELLED, CALL_NOT_FINISHED, Call, Result
+    from harp._core.values import CALL_CANCELLED, CALL_NOT_FINISHED, Call, Result, Secret
     from harp._net.sync import JSONConnection, JSONSSLConnection
     from harp.client import HarpCaller, RemoteCall, RemoteProcedure, RemoteServer
     from harp.direct import HarpProcedure, HarpServer, HarpStreamIterator
@@ -61,6 +61,7 @@ __all__ = [
     "RemoteServer",
     "RequestRefused",
     "Result",
+    "Secret",
 ]
 
 

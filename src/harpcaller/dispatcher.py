@@ -53,7 +53,7 @@ from harpcaller.record_stream import RecordStream, wait_for_end
 from harpcaller.runner import Runner
 from harpcaller.runs.context import RunContext, StoreWrites, log_fields
 from harpcaller.runs.reconciliation import OrphanReaper
-from harpcaller.secret_arguments import read_key_file
+from harpcaller.secret_arguments import SecretKeys, read_key_file
 from harpcaller.store import StorageError, UnknownJob
 from harpcaller.store.disk_space import DiskSpace
 from harpcaller.store.sqlite import Store
@@ -545,9 +545,13 @@ class Dispatcher:
         """Return the arguments to store and show, and the encrypted secret values."""
         if not call.secrets:
             return call.arguments, None
+        return self.require_secret_keys().seal(job_id, call.arguments, call.secrets)
+
+    def require_secret_keys(self) -> SecretKeys:
+        """Return the keys for secret arguments. Raises `ProtocolError` if there are none."""
         if self._secret_keys is None:
             raise ProtocolError("secrets: the dispatcher has no keys for secret arguments; set secrets_key_file")
-        return self._secret_keys.seal(job_id, call.arguments, call.secrets)
+        return self._secret_keys
 
     def _cancelled_by(self, client: str | None) -> Raw:
         return dumps({"why": "cancelled", "by": client, "at": self._wall()})

@@ -328,11 +328,15 @@ with socket.create_server(("192.0.2.1", 0)) as server:
         except harp.HarpException as error:
             print(type(error).__name__, error)
     try:
+        harp.HarpCaller("192.0.2.1", port).web01.p(harp.Secret(sys.argv[1]))
+    except harp.HarpException as error:
+        print(type(error).__name__, str(error).replace("secret value", "token"))
+    try:
         asyncio.run(ask(aio.AsyncHarpCaller("192.0.2.1", port, token=sys.argv[1])))
     except harp.HarpException as error:
         print(type(error).__name__, error)
     socket.create_connection(("192.0.2.1", port)).close()
-    while len(received) < 5:
+    while len(received) < 6:
         pass
     assert not any(received), received
 """
@@ -347,7 +351,7 @@ def test_token_is_not_sent_over_a_network_without_tls() -> None:
         pytest.skip(f"no network namespace: {done.stderr}")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 5
     for line in lines:
         assert line.startswith("HarpException 192.0.2.1:")
         assert "the token was not sent: the connection has no TLS; use ca_file or tls=True" in line

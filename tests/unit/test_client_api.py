@@ -72,6 +72,7 @@ SIGNATURES = {
     "HarpProcedure.__call__": "(*args, **kwargs)",
     "HarpStreamIterator": "(orig_iterator)",
     "Result": "(value)",
+    "Secret": "(value)",
     "JSONConnection": "(host, port)",
     "JSONConnection.close": "()",
     "JSONConnection.connect": "()",

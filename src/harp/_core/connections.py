@@ -150,6 +150,10 @@ class Connection:
     close: Callable[[], Any]
     #: Closes the connection without waiting, from any thread.
     close_threadsafe: Callable[[], None]
+    #: Returns whether no other machine can read what is sent: over TLS, a Unix socket, or to a loopback address.
+    is_private: Callable[[], bool]
+    #: Returns the error for something confidential that was not sent.
+    not_private: Callable[[str], HarpException]
     #: Returns whether the connection is open and its peer has not sent data since the last reply.
     is_idle: Callable[[], bool]
     #: Waits for a line and returns it without its line feed.

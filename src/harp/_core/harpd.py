@@ -101,7 +101,7 @@ class DirectProcedureBase(Generic[S]):
         `CommunicationError` if harpd cannot be reached, its certificate is not accepted, or the connection broke. Spec:
         docs/client-api.md, HarpProcedure.
         """
-        server, arguments = self._server, encode_arguments(args, kwargs)
+        server, arguments = self._server, encode_arguments(args, kwargs).text
         pool = server._pool
         request = daemon.Request(self._name, arguments, server._user, server._password, keep_alive=pool.enabled)
         line = daemon.encode_request(request)

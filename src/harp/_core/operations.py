@@ -13,6 +13,7 @@ would treat the close as an interruption, so it has the key only after a grant.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, Generic, Self, TypeVar, Unpack
 
@@ -34,7 +35,7 @@ from harp._core.connections import (
 from harp._core.retry import ReconnectPolicy, closed_without_reply, parse_reconnect, unsupported_by_peer
 from harp._core.streams import StreamReader, StreamRequest
 from harp._core.values import Call, JobOptions, Secret, refusal_of
-from harp.errors import CancelledException, CommunicationError, HarpException, RemoteError
+from harp.errors import CancelledException, CommunicationError, HarpException, RemoteError, RequestRefused
 from harp.protocol import dispatcher as protocol
 from harp.protocol.dispatcher import (
     ACCESS_REFUSALS,
@@ -149,6 +150,8 @@ class CallerBase(Peer[C], Generic[C, S, J]):
                 raise HarpException(f"calls[{len(found)}]: expected a harp.Call, got {call!r}")
             found.append(call._request)
         with_id = sum(call.request_id is not None for call in found)
+        if any(call.secrets for call in found):
+            yield from self._ask_for_secrets()
         if not (with_id or self._keep_alive or self._supports_many):
             yield from self._ask()
         in_parts = with_id or self._keep_alive or self._supports_many
@@ -203,9 +206,10 @@ class CallerBase(Peer[C], Generic[C, S, J]):
             conn.confidential = "token"
         return conn
 
-    def _open(self, deadline: Deadline | None) -> Steps[C]:
+    def _open(self, deadline: Deadline | None, confidential: str | None = None) -> Steps[C]:
         conn = self._connection()
         conn.deadline = deadline
+        conn.confidential = conn.confidential or confidential
         yield conn.connect()
         return conn
 
@@ -242,13 +246,19 @@ class CallerBase(Peer[C], Generic[C, S, J]):
         policy = ReconnectPolicy(self._reconnect, self._on_outage)
         deadline = self._now() + _REPEAT_SECONDS
         supports_many, must_ask = self._supports_many, False
+        has_secrets = bool(getattr(request, "secrets", None))
         while True:
             try:
-                if must_ask:
+                if must_ask and has_secrets:
+                    yield from self._ask_for_secrets(policy)
+                    must_ask = False
+                elif must_ask:
                     yield from self._send_question(policy)
                     supports_many, must_ask = True, False
                 reply, _ = yield from self._send(request, policy)
             except CommunicationError as interruption:
+                if isinstance(interruption, RequestRefused) and interruption.type not in _TEMPORARY_REFUSALS:
+                    raise  # the refusal of the question
                 if closed_without_reply(interruption) and not supports_many and (must_ask or not policy):
                     raise unsupported_by_peer(interruption, "request_id") from interruption
                 error: HarpException = interruption
@@ -263,7 +273,7 @@ class CallerBase(Peer[C], Generic[C, S, J]):
             if self._now() >= deadline:
                 raise error
             yield self._sleep(policy.next_pause(error, self._now()))
-            must_ask = not self._supports_many
+            must_ask = has_secrets or not self._supports_many
 
     def _send(
         self,
@@ -287,8 +297,12 @@ class CallerBase(Peer[C], Generic[C, S, J]):
             else:
                 self._ask_at = self._now()
         keep_alive = pool.granted or (self._keep_alive is True and policy is None) or (is_question and pool.enabled)
+        confidential = "secret value" if getattr(request, "secrets", None) else None
         pooled = pool.get(self._now()) if keep_alive else None
-        conn = pooled or (yield from self._open(to_connect))
+        if pooled is not None and confidential and not pooled.is_private():
+            pooled.close_threadsafe()
+            raise pooled.not_private(confidential)
+        conn = pooled or (yield from self._open(to_connect, confidential))
         granted = None
         try:
             conn.deadline = to_reply
@@ -335,6 +349,21 @@ class CallerBase(Peer[C], Generic[C, S, J]):
 
     def _send_question(self, policy: ReconnectPolicy | None = None, until: Deadline | None = None) -> Steps[None]:
         yield from self._send(SubmitMany(()), policy, is_question=True, until=until)
+        self._supports_many = True
+
+    def _ask_for_secrets(self, policy: ReconnectPolicy | None = None) -> Steps[None]:
+        """Raise `CommunicationError` unless the dispatcher can encrypt secret values; the question has none.
+
+        It is asked before each request with secret values: the dispatcher may have been replaced, or lost its keys.
+        """
+        try:
+            reply, _ = yield from self._send(SubmitMany((), True), policy, is_question=True)
+        except CommunicationError as error:
+            if self._supports_many or not closed_without_reply(error):
+                raise
+            raise unsupported_by_peer(error, "secret values, so none was sent") from error
+        if isinstance(reply, Refused):
+            raise refusal_of(replace(reply, message=f"{reply.message}; no secret value was sent"))
         self._supports_many = True
 
     def _raise_unless_repeatable(self, error: CommunicationError, request: Request, reused: bool) -> None:
@@ -421,6 +450,8 @@ class ProcedureBase(Generic[J]):
         """
         dispatcher, server, arguments = self._dispatcher, self._server, values.encode_arguments(args, kwargs)
         request = values.job_request(server._hostname, self._procedure, arguments, server._options)
+        if request.secrets:
+            yield from dispatcher._ask_for_secrets()
         submit = dispatcher._request if request.request_id is None else dispatcher._request_repeatedly
         reply: protocol.Submitted = yield from submit(request)
         return dispatcher._job_class(dispatcher, reply.job_id)

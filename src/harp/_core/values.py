@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from enum import Enum
-from typing import Any, Final, NoReturn, TypedDict
+from typing import Any, Final, NamedTuple, NoReturn, TypedDict
 
 from harp.errors import (
     AccessDenied,
@@ -38,9 +38,9 @@ def check_name(field: str, name: str) -> str:
 
 
 class Secret:
-    """A value for the arguments of a call that no record of the job contains in plain text.
+    """A value in the arguments of a call that the dispatcher encrypts in its store, and never shows.
 
-    Its repr is ``Secret(***)``. It cannot be pickled; copies are the same object.
+    Its repr is ``Secret(***)``. It cannot be pickled; copies are the same object. Spec: docs/client-api.md, Secret.
     """
 
     __slots__ = ("_value",)
@@ -122,8 +122,15 @@ def _encode(what: str, value: Any) -> Raw:
         raise HarpException(f"{what} cannot be sent as JSON: {error}") from error
 
 
-def encode_arguments(args: Mapping[str, Any] | Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Raw:
-    """Return a call's arguments as JSON text: an array, or an object of named arguments.
+class Arguments(NamedTuple):
+    """The arguments of a call as JSON text, with secret values in plain text, and the pointers to these; None: none."""
+
+    text: Raw
+    secrets: tuple[str, ...] | None = None
+
+
+def encode_arguments(args: Mapping[str, Any] | Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Arguments:
+    """Return a call's arguments: an array, or an object of named arguments.
 
     Raise `HarpException` for both kinds, and for an argument without a form in JSON, which the message names.
     """
@@ -131,12 +138,41 @@ def encode_arguments(args: Mapping[str, Any] | Sequence[Any], kwargs: Mapping[st
         raise HarpException("positional and named arguments cannot be mixed in one call")
     arguments = kwargs or args
     try:
-        return dumps(arguments)
-    except NotJSON:  # encode each argument, for a message that names it
-        if isinstance(arguments, Mapping):
-            named = [dumps(name) + b":" + _encode(f"argument {name!r}", value) for name, value in arguments.items()]
-            return Raw(b"{" + b",".join(named) + b"}")
-        return Raw(b"[" + b",".join([_encode(f"argument {n}", value) for n, value in enumerate(arguments, 1)]) + b"]")
+        return Arguments(dumps(arguments))
+    except NotJSON:  # there are secret values, or an argument has no form in JSON: find out which
+        pointers: list[str] = []
+        try:
+            revealed = _reveal(arguments, "", pointers)
+        except RecursionError:
+            raise HarpException("the arguments are nested too deep, or contain themselves") from None
+        if len(pointers) > protocol.MAX_SECRETS:
+            raise HarpException(f"a call may have at most {protocol.MAX_SECRETS} secret values") from None
+        for name, value in revealed.items() if isinstance(revealed, Mapping) else enumerate(revealed, 1):
+            _encode(f"argument {name!r}", value)
+        return Arguments(_encode("the arguments", revealed), tuple(pointers) or None)
+
+
+def _reveal(value: Any, pointer: str, pointers: list[str]) -> Any:
+    """Return a value with each `Secret` in it replaced by its value, and add the JSON pointers to these."""
+    if isinstance(value, Secret):
+        try:
+            dumps(value.value)
+        except NotJSON:
+            # The reason may quote the value.
+            raise HarpException(f"the secret value at {pointer} of the arguments has no form in JSON") from None
+        pointers.append(pointer)
+        return value.value
+    if isinstance(value, Mapping):
+        return {key: _reveal(each, f"{pointer}/{_pointer_token(key)}", pointers) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_reveal(each, f"{pointer}/{index}", pointers) for index, each in enumerate(value)]
+    return value
+
+
+def _pointer_token(key: Any) -> str:
+    """Return a key of a dict as a part of a JSON pointer; any text if it has no form in JSON."""
+    name = key if isinstance(key, str) else dumps(key).decode() if isinstance(key, (int, float, type(None))) else ""
+    return name.replace("~", "~0").replace("/", "~1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,16 +208,17 @@ class Call:
         object.__setattr__(self, "_request", job_request(self.host, self.procedure, arguments, options))
 
 
-def job_request(host: str, procedure: str, arguments: Raw, options: Mapping[str, Any]) -> protocol.Call:
+def job_request(host: str, procedure: str, arguments: Arguments, options: Mapping[str, Any]) -> protocol.Call:
     """Return the request that submits a job. Raise `HarpException` for `concurrency` without `queue`."""
-    if not options:
-        return protocol.Call(host, procedure, arguments)
+    text, secrets = arguments
+    if not options and secrets is None:
+        return protocol.Call(host, procedure, text)
     queue, concurrency, timeout, max_exec_time, info, start_within, request_id = map(options.get, _OPTIONS)
     if concurrency is not None and queue is None:
         raise HarpException("option 'concurrency' needs option 'queue'")
     in_queue = None if queue is None else protocol.Queue(queue, concurrency or 1)
     options_of_job = timeout, max_exec_time, in_queue, info, start_within, request_id
-    return protocol.Call(host, procedure, arguments, *options_of_job)
+    return protocol.Call(host, procedure, text, *options_of_job, secrets)
 
 
 def encode_line(value: Any, what: str = "the value") -> bytes:

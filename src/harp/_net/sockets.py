@@ -188,9 +188,8 @@ class BufferedConnection(Connection, Uncopyable):
                 return sock
             yield self._wait_connected([], time.monotonic() + _QUEUE_FULL_PAUSE)
 
-    @property
     def is_private(self) -> bool:
-        """Whether no other machine can read what is sent: over TLS, a Unix socket, or to a loopback address."""
+        """Return whether no other machine can read what is sent: over TLS, a Unix socket, or to a loopback address."""
         sock = self._socket
         if sock is None or sock.family == socket.AF_UNIX:
             return True

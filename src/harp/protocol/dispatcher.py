@@ -150,23 +150,28 @@ _ENVELOPE_BYTES = 100
 
 
 class SubmitMany(WireObject):
-    """Submit jobs, all or none; the reply has their ids in this order. A call may be encoded already."""
+    """Submit jobs, all or none; the reply has their ids in this order. A call may be encoded already.
+
+    `secrets`: the calls may have secret values. A dispatcher that cannot encrypt them refuses the request.
+    """
 
     calls: Annotated[Sequence[Call | Raw], "submit_many", Kind(decode=_decode_calls, encode=_encode_calls)]
+    secrets: bool = False
 
 
 def submit_in_parts(calls: Sequence[Call]) -> Iterator[SubmitMany]:
     """Yield the fewest requests that submit these calls within `MAX_CALLS` and `MAX_LINE`, at least one."""
+    has_secrets = any(call.secrets for call in calls)
     part: list[Raw] = []
     size = _ENVELOPE_BYTES
     for call in calls:
         encoded = encode_object(call)
         size += len(encoded) + 1
         if part and (size > MAX_LINE or len(part) == MAX_CALLS):
-            yield SubmitMany(part)
+            yield SubmitMany(part, has_secrets)
             part, size = [], _ENVELOPE_BYTES + len(encoded) + 1
         part.append(encoded)
-    yield SubmitMany(part)
+    yield SubmitMany(part, has_secrets)
 
 
 def _decode_job_id(members: JSONObject, key: str) -> str:

@@ -266,7 +266,9 @@ class ClientServer(Server):
         acting = self._acting(connection)
         reply: protocol.Reply
         match request:
-            case protocol.SubmitMany(calls):
+            case protocol.SubmitMany(calls, has_secrets):
+                if has_secrets:
+                    self._dispatcher.require_secret_keys()
                 received = cast(Sequence[protocol.Call], calls)  # encoded calls occur only in clients
                 reply = protocol.SubmittedMany(await acting.submit_many(received))
             case protocol.Cancel(job, wait):
