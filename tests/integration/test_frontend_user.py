@@ -167,6 +167,51 @@ def test_cleaned_directory_of_sockets_costs_no_call(tmp_path: Path, remove: str)
         assert harpd.wait_event("runtime directory was cleaned; files created again")
 
 
+def test_supervisor_without_socket_for_the_frontend_loses_no_call(tmp_path: Path) -> None:
+    """It started before the user existed, or is one of an earlier version: the frontend stays root meanwhile."""
+    with Harpd(tmp_path / "harpd", PROCEDURES, services=True) as harpd:
+        with harpd.start_resumable("wait_for", str(tmp_path / "go")) as client:
+            client.message()
+        harpd.stop_frontend()
+        harpd.configure({"frontend_user": FRONTEND})
+        harpd.stop_launcher(signal.SIGUSR1)
+        harpd.start_launcher()
+        harpd.start()
+        assert harpd.events("frontend runs as root")[-1]["hint"].startswith("older supervisors have no socket")
+        (tmp_path / "go").touch()
+        with harpd.attach(client.call) as again:
+            assert again.closing_line() == {"result": "there"}
+        wait_until(lambda: len(harpd.statuses()) == 1, DEADLINE, "the end of the older supervisor")
+        harpd.stop_frontend()
+        harpd.start()
+        assert harpd.call("version")[-1] == {"result": 1}
+        assert frontend_of(harpd).uids() == (FRONTEND,) * 3
+
+
+class UnitHarpd(Harpd):
+    """A harpd whose frontend service has the capabilities of the shipped unit only."""
+
+    def command(self, *options: str) -> list[str]:
+        command = super().command(*options)
+        if options[:1] != ("frontend",):
+            return command
+        unit = (Path(__file__).parents[2] / "examples/systemd/harpd.service").read_text()
+        line = next(line for line in unit.splitlines() if line.startswith("CapabilityBoundingSet="))
+        names = [name.removeprefix("CAP_").lower() for name in line.partition("=")[2].split()]
+        assert names
+        return ["setpriv", "--bounding-set", ",".join(["-all", *(f"+{name}" for name in names)]), *command]
+
+
+def test_frontend_works_with_the_capabilities_of_its_unit(tmp_path: Path) -> None:
+    with UnitHarpd(tmp_path / "harpd", PROCEDURES, {"frontend_user": FRONTEND}, services=True) as harpd:
+        assert harpd.call("version")[-1] == {"result": 1}
+        harpd.procedures_file.write_text(CHANGED)
+        assert harpd.reload()["event"] == "reloaded"
+        assert harpd.call("version")[-1] == {"result": 2}
+        frontend = frontend_of(harpd)
+    assert is_dead(frontend.pid)
+
+
 def test_procedure_of_the_frontends_user_is_refused(tmp_path: Path) -> None:
     """Its calls could connect to the supervisor as the frontend does, and start procedures of other users."""
     own = f"\n@procedure(uid={FRONTEND})\ndef own():\n    return os.geteuid()\n"
@@ -510,6 +555,23 @@ def test_taken_over_frontend_reads_and_stops_no_other_call(taken_over: TakenOver
     (tmp_path / "go").touch()
     with harpd.attach(call) as again:
         assert "result" in again.closing_line()
+
+
+def test_frontend_that_cannot_be_killed_ends_the_service(tmp_path: Path, public: Path) -> None:
+    """The monitor of the shipped unit may not send signals to it; the service manager starts the service again."""
+    (public / "taken_over.py").write_text(TAKEN_OVER)
+    changes: Any = {"authentication": {"module": "taken_over"}, "python": {"path": str(public)}}
+    harpd = UnitHarpd(tmp_path / "harpd", PROCEDURES, {"frontend_user": FRONTEND, **changes}, services=True)
+    with harpd:
+        frontend = frontend_of(harpd)
+        with harpd.connect() as client:
+            code = "own_sockets(socket.SOCK_SEQPACKET)[1].send(b'nonsense'); os.kill(os.getpid(), 19)"
+            client.send(harpd.request("version", [], auth={"user": "attacker", "password": f"# attack\n{code}"}))
+            harpd.wait_event("cannot kill frontend; exiting")
+        harpd.kill()
+        frontend.kill()  # as the service manager does with all processes of the service
+        harpd.start()
+        assert frontend_of(harpd).is_running()
 
 
 def test_other_user_cannot_connect_as_the_frontend(tmp_path: Path) -> None:

@@ -38,6 +38,11 @@ _DONE = {
 _IGNORED = {
     *("Description", "NotifyAccess", "RestartKillSignal", "KillMode", "Delegate", "TimeoutStopSec", "Restart"),
     *("RestartSec", "RuntimeDirectoryPreserve", "NoNewPrivileges", "ProtectSystem", "ProtectHome", "PrivateTmp"),
+    *("CapabilityBoundingSet", "AmbientCapabilities", "PrivateDevices", "PrivateMounts", "PrivateIPC", "PrivateUsers"),
+    *("ProtectClock", "ProtectControlGroups", "ProtectHostname", "ProtectKernelLogs", "ProtectKernelModules"),
+    *("ProtectKernelTunables", "ProtectProc", "ProcSubset", "RestrictAddressFamilies", "RestrictNamespaces"),
+    *("RestrictRealtime", "RestrictSUIDSGID", "LockPersonality", "KeyringMode", "SystemCallArchitectures"),
+    *("SystemCallErrorNumber", "SystemCallFilter", "UMask", "MemoryDenyWriteExecute"),
 }
 
 
@@ -110,7 +115,7 @@ class Manager:
         with log.open("ab") as output:
             how |= {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output, "cwd": "/"}
             for command in unit.values.get("ExecStartPre", []):
-                status = subprocess.run(shlex.split(command.removeprefix("-")), **how, check=False).returncode
+                status = subprocess.run(shlex.split(command.lstrip("-+")), **how, check=False).returncode
                 if status and not command.startswith("-"):
                     sys.exit(f"systemctl: {unit.name}: {command}: exit status {status}\n{log.read_text()}")
             ready = self._state / f"{unit.name}.ready"

@@ -136,6 +136,9 @@ class SupervisorConfig:
             raise ConfigError(f"{where}: cannot change to user {user}: harpd does not run as root")
         assert uid is not None
         assert gid is not None
+        first, last = self.configuration.uid_range() or (0, -1)
+        if first <= uid <= last:
+            raise ConfigError(f"{self.options.config}: dynamic_uids: includes {uid}, the user of the frontend")
         return uid, gid
 
     def frontend_warning(self) -> str | None:

@@ -147,6 +147,18 @@ class SupervisorClient:
                 with SupervisorClient(directory) as client:
                     await client._remove_dead_sockets()
 
+    async def names_without_frontend(self) -> list[str]:
+        """Return the names of running supervisors that have no socket for a frontend of another user."""
+        directory = self.directory / FRONTEND_DIRECTORY
+        have = set(os.listdir(directory)) if directory.is_dir() else set()
+        found = []
+        for name in self.socket_names():
+            if name not in have:
+                with suppress(SupervisorError):
+                    (await self.connect(name)).close()
+                    found.append(name)
+        return found
+
     async def _remove_dead_sockets(self) -> None:
         for name in os.listdir(self._descriptor):
             if name == ACTIVE_SOCKET or name.startswith(SOCKET_PREFIX):

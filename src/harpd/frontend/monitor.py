@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from harp.protocol.json_text import InvalidJSON, dumps, loads
+from harp_daemon import logs
 from harp_daemon.process import describe_exit
 from harp_daemon.settings import ConfigError
 from harp_daemon.sockets import Listener
@@ -302,8 +303,14 @@ class _FrontendProcess:
             await self._exited.wait()
 
     def _kill(self) -> None:
-        with suppress(ProcessLookupError):
+        try:
             self._process.kill()
+        except ProcessLookupError:
+            pass
+        except PermissionError:  # without CAP_KILL, as in the shipped unit, whose service manager kills what is left
+            log.error("cannot kill frontend; exiting")
+            logs.flush()
+            os._exit(1)
 
     def _close(self) -> None:
         """Close the sockets, whereupon it exits."""

@@ -55,6 +55,11 @@ async def run(config: SupervisorConfig, on_serving: Callable[[], None], frontend
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     roles = ("frontend",) if frontend_only else ("frontend", "launcher")
     with runtime_directory(config, *roles) as client:
+        if not isinstance(config, LoadedConfig) and await client.names_without_frontend():
+            # Otherwise their calls would be lost: they started before there was a user for the frontend.
+            hint = "older supervisors have no socket for its user; restart the supervisor, and harpd when they are gone"
+            log.warning("frontend runs as root", extra={"hint": hint})
+            config = load_config(config.options)
         listeners = _listen(config.configuration.network, config.options.config)
         service = _FrontendService(config, client, listeners, frontend_only)
         await runner.run(service.start, service.reload, service.stop, on_serving)
@@ -124,11 +129,11 @@ class _FrontendService:
             self._launcher = SupervisorLauncher(client, background, self._settings, self._settings)
         identity = config.frontend_identity()
         self._frontend: _Frontend
-        if identity is None:
-            assert isinstance(config, LoadedConfig)
+        if isinstance(config, LoadedConfig):
             self._load: Callable[[CommandLine], SupervisorConfig] = load_config
             self._frontend = _OwnFrontend(config, client, listeners)
         else:
+            assert identity is not None
             self._load = load_supervisor_config
             self._frontend = SeparateFrontend(config, identity, client.directory, listeners)
 
