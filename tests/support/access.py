@@ -233,13 +233,26 @@ def _raw(texts: Sequence[str]) -> st.SearchStrategy[Raw]:
     return st.sampled_from([Raw(text.encode()) for text in texts])
 
 
+def random_arguments() -> st.SearchStrategy[Raw]:
+    """Return arrays and objects of any values, written in one of several ways."""
+    scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
+    values = st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=5)
+    names = st.sampled_from(["site", "force", "depth", "*", "1"]) | st.text()
+    arguments = st.lists(values, max_size=3) | st.dictionaries(names, values, max_size=3)
+
+    def write(value: Any, ascii: bool, space: str) -> Raw:
+        return Raw(json.dumps(value, ensure_ascii=ascii, separators=(f",{space}", f":{space}")).encode())
+
+    return st.builds(write, arguments, st.booleans(), st.sampled_from(["", " ", "\t"]))
+
+
 def targets() -> st.SearchStrategy[Target]:
     """Return targets of any kind."""
     return st.builds(
         Target,
         st.none() | st.sampled_from(HOSTS),
         st.none() | st.sampled_from(PROCEDURES),
-        st.none() | _raw(ARGUMENTS),
+        st.none() | _raw(ARGUMENTS) | random_arguments(),
         st.none() | _raw(QUEUES),
         st.none() | st.just("") | st.sampled_from(PRINCIPALS),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -318,6 +319,7 @@ def test_page_has_a_valid_example_and_all_keys() -> None:
         (rule("arguments = {a = {max = 1}}"), "arguments.a.max: expected one of enum, pattern"),
         (rule("arguments = {a = {pattern = '('}}"), "arguments.a.pattern: expected a regular expression, got '('"),
         (rule("arguments = {a = {pattern = '(?u)a'}}"), "expected a regular expression, got '(?u)a'"),
+        (rule("arguments = {a = {pattern = '[[]a'}}"), "got '[[]a': Possible nested set at position 1"),
         (rule("arguments = {a = {maximum = inf}}"), "arguments.a.maximum: expected a number, got inf"),
         (rule("arguments = {a = {enum = [[]]}}"), "arguments.a.enum[0]: expected a text, a number, true or false"),
         (rule("arguments = {a = {position = 0}}"), "arguments.a.position: expected an integer of at least 1, got 0"),
@@ -346,6 +348,25 @@ def test_wrong_file_is_refused_with_the_place(text: str, error: str) -> None:
     assert message.startswith(f"{FILE}: ")
     assert error in message
     assert "\n" not in message
+
+
+@given(text=st.binary(max_size=200) | st.text(max_size=200).map(str.encode))
+def test_any_bytes_are_rules_or_an_error(text: bytes) -> None:
+    with suppress(ConfigError):
+        parse(FILE, text)
+
+
+@given(
+    start=st.integers(0, len(EXAMPLE)),
+    length=st.integers(0, 12),
+    new=st.sampled_from(["", "[", "]", "{", '"', "\n", "=", "1", "*", "[[rule]]", "role:", "'", "inf", "\0", "\ud800"]),
+)
+def test_mutated_file_is_rules_or_an_error(start: int, length: int, new: str) -> None:
+    text = EXAMPLE[:start] + new + EXAMPLE[start + length :]
+    with suppress(ConfigError):
+        found = parse(FILE, text.encode("utf-8", "surrogatepass"))
+        for action in Action:
+            found.decide(client("token:shop"), action, call('{"site":"blog"}', queue='{"site":"blog"}'))
 
 
 def test_file_that_ends_within_a_line_is_refused() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import tomllib
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -281,9 +282,12 @@ def _read_number(value: Any, expected: str = "a number") -> int | float:
 
 
 def _read_pattern(value: Any) -> re.Pattern[str]:
+    text = _read_text(value)
     try:
-        return re.compile(_read_text(value), re.ASCII)  # \d and \w mean ASCII characters
-    except (re.error, ValueError, OverflowError, RecursionError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # Python warns of patterns that may be a mistake
+            return re.compile(text, re.ASCII)  # \d and \w mean ASCII characters
+    except (re.error, ValueError, Warning, OverflowError, RecursionError) as error:
         raise _Wrong(f"expected a regular expression, got {value!r}: {error}") from error
 
 
