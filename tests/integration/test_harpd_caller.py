@@ -61,8 +61,10 @@ def request(harpd: Harpd, procedure: str, *arguments: Any, **members: Any) -> An
 def test_job_has_its_client_as_caller(system: System) -> None:
     job = system.rpc.web01.who()
     found = job.get()
-    principal = found.pop("principal")
-    assert found == {"job": job.id(), "address": None, "user": system.harpd.user}
+    principal, address = found.pop("principal"), found.pop("address")
+    assert found == {"job": job.id(), "user": system.harpd.user}
+    assert principal.startswith("anonymous@127.0.0.1:")
+    assert address.startswith("127.0.0.1:")
     (streamed,) = list(system.rpc.web01.stream_who().follow(since=0))
     assert streamed["principal"] == principal
     assert system.harpd.wait_event("call accepted", job=job.id())["caller"] == principal

@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_MAX_PRINCIPAL = 255  #: Maximum characters of a principal that a host is sent.
+_MAX_PRINCIPAL = 255  #: Maximum characters of a principal, and of an address, that a host is sent.
+_MAX_ADDRESSES = 20_000  #: Maximum number of jobs whose client's address is in memory; each needs about 200 bytes.
 _MAX_ENCODERS = 2000  #: Maximum number of stored encoders of starts; each needs about 1 kB.
 _RETRY_DELAY = 1.0  #: Seconds before a failed write is repeated.
 _MAX_JOBS = 1000  #: Maximum number of jobs with durations in memory; each needs about 400 bytes.
@@ -119,6 +120,23 @@ class Timings:
         return self._jobs.setdefault(job_id, {})
 
 
+class ClientAddresses:
+    """The addresses of the clients that have submitted the latest jobs, in memory only: for the hosts of these jobs."""
+
+    def __init__(self) -> None:
+        self._addresses: dict[str, str] = {}  # by job; the oldest job first
+
+    def record(self, job_id: str, address: str) -> None:
+        """Record the address of the client that submits a job."""
+        if len(self._addresses) >= _MAX_ADDRESSES:
+            del self._addresses[next(iter(self._addresses))]
+        self._addresses[job_id] = address
+
+    def find(self, job_id: str) -> str | None:
+        """Return the address for a job; None: it was submitted before many others, or before a restart."""
+        return self._addresses.get(job_id)
+
+
 @dataclass(frozen=True, slots=True)
 class RunContext:
     """The environment of a run."""
@@ -139,6 +157,7 @@ class RunContext:
     secret_keys: SecretKeys | None = None  # None: no key file is configured
     audit: Audit = field(default_factory=Audit)
     timings: Timings = field(default_factory=Timings)
+    addresses: ClientAddresses = field(default_factory=ClientAddresses)
     openings: set[asyncio.Task[Any]] = field(default_factory=set)  #: The tasks that open connections.
     _start_encoders: dict[tuple[Host, HostSupport], StartEncoder] = field(default_factory=dict, init=False)
 
@@ -165,7 +184,10 @@ class RunContext:
             if len(self._start_encoders) >= _MAX_ENCODERS:
                 self._start_encoders.clear()  # a restarted supervisor needs a new encoder
             encoder = self._start_encoders[host, support] = StartEncoder(shared)
-        caller = Caller(job.owner and job.owner[:_MAX_PRINCIPAL], job.id) if support.caller else None
+        caller = None
+        if support.caller:
+            principal, address = ((text or "")[:_MAX_PRINCIPAL] for text in (job.owner, self.addresses.find(job.id)))
+            caller = Caller(principal or None, job.id, address or None)
         of_job = caller, opened.pointers if support.secrets else ()
         return encoder.encode(job.procedure, arguments, job.id, secret, job.timeout, job.max_exec_time, *of_job)
 
