@@ -30,7 +30,7 @@ from harpcaller.access.policy import ALLOW_ALL, Action, Decision, Rate, Target
 from harpcaller.audit import ALLOWED, DENIED
 from harpcaller.dispatcher import Dispatcher
 from harpcaller.hosts.registry import Host, HostChange
-from harpcaller.model.jobs import Job, JobDetails, State, Subject
+from harpcaller.model.jobs import Job, JobDetails, NewJob, State, Subject
 from harpcaller.record_stream import RecordStream
 from harpcaller.store import LimitReached, QueueStatus, UnknownJob
 
@@ -236,7 +236,7 @@ class ActingAs:
             first_read = self._read_permitted(job_id, watch)
         elif self._is_restricted:
             # No look-up for a job that is in memory, if the client may read it: this is the usual request.
-            job = self._dispatcher.get_active_job(job_id)
+            job = self._dispatcher.get_active_job(job_id) or access.get_recent(job_id)
             if job is None or not self._may_read(job):
                 first_read = self._read_permitted(job_id, watch)
         result = self._dispatcher.result(job_id, first_read)
@@ -369,10 +369,10 @@ class ActingAs:
         await asyncio.sleep(_DENIAL_SECONDS - (time.monotonic() - began_at))
         raise UnknownJob(job_id)
 
-    def _may(self, action: Action, job: Subject | Job) -> bool:
+    def _may(self, action: Action, job: Subject | Job | NewJob) -> bool:
         return may(self._policy, self._client, action, job)
 
-    def _may_read(self, job: Subject | Job) -> bool:
+    def _may_read(self, job: Subject | Job | NewJob) -> bool:
         return self._may(Action.READ, job)
 
     # Lists.

@@ -223,6 +223,7 @@ class Dispatcher:
                     job_id.set_exception(error)
                 return
             if stored.result() == job.id:
+                self.access.remember(job)
                 self._runner.context.timings.record_stored(job.id, received_at, write_started_at)
                 log.info("job submitted", extra={**log_fields(job), "client": client})
                 if log.isEnabledFor(logging.DEBUG):

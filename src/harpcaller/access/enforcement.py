@@ -7,15 +7,17 @@ from typing import NamedTuple
 
 from harp.protocol.ends import Failed
 from harpcaller.access.client import Client
-from harpcaller.access.policy import Action, Policy
+from harpcaller.access.policy import ALLOW_ALL, Action, Policy
 from harpcaller.access.rules import MAX_EXAMINED, NO_LIMITS, Limits, Rate, Target
 from harpcaller.access.source import PolicySource
 from harpcaller.config import Config
-from harpcaller.model.jobs import Job, Subject
+from harpcaller.model.jobs import Job, NewJob, Subject
 
 #: How many bytes of each payload are needed for a decision: rules refuse to judge longer ones.
 SUBJECT_BYTES = MAX_EXAMINED + 1
 _ROUNDING = 1e-9  #: Seconds. A shorter delay is an error of rounding.
+_MAX_RECENT = 1000  #: Maximum number of the latest jobs in memory.
+_MAX_REMEMBERED = 4096  #: Maximum length of the arguments of such a job.
 _MAX_RATES = 10_000  #: Number of rates from which unused ones are removed.
 
 
@@ -76,6 +78,7 @@ class Access:
         self.use(PolicySource(config))
         self.rates = Rates()
         self.waits: dict[object, Wait] = {}  #: The requests that wait, by any key.
+        self._recent: dict[str, NewJob] = {}  # the latest jobs, by id
         self._is_checked = True  # whether the policy in use has decided about all of them
 
     def use(self, source: PolicySource) -> None:
@@ -88,6 +91,17 @@ class Access:
         """Use the policy of a file that has changed. It is called regularly: a request asks for no file."""
         if self.policy is not self.source.policy:
             self.use(self.source)
+
+    def remember(self, job: NewJob) -> None:
+        """Keep a job in memory for a while, so that its client can wait for it without a look-up."""
+        if self.policy is not ALLOW_ALL and len(job.arguments) <= _MAX_REMEMBERED:
+            self._recent[job.id] = job
+            if len(self._recent) > _MAX_RECENT:
+                del self._recent[next(iter(self._recent))]
+
+    def get_recent(self, job_id: str) -> NewJob | None:
+        """Return one of the latest jobs. What decides who may do something with a job never changes."""
+        return self._recent.get(job_id)
 
     def add_wait(self, key: object, wait: Wait) -> None:
         """Add a request that waits. Its policy may have been replaced since."""
@@ -103,7 +117,7 @@ class Access:
         return [(key, wait) for key, wait in self.waits.items() if wait.policy is not self.policy]
 
 
-def may(policy: Policy, client: Client, action: Action, job: Subject | Job) -> bool:
+def may(policy: Policy, client: Client, action: Action, job: Subject | Job | NewJob) -> bool:
     """Return whether a client may do something with a job.
 
     Every client may read its refused calls, because the end of such a job is the refusal.
