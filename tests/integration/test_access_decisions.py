@@ -248,8 +248,9 @@ class Check:
         assert reply["cancelled"] == self.allows("cancel", target)
 
 
+@pytest.mark.timeout(400)
 @settings(
-    max_examples=25,
+    max_examples=20,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],  # a smaller example would take minutes
     suppress_health_check=[HealthCheck.too_slow],
 )
