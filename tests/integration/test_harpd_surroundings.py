@@ -145,6 +145,15 @@ def test_check_loads_file_in_the_surroundings_of_calls(tmp_path: Path, monkeypat
     assert subprocess.run(harpd.command("--test"), capture_output=True, cwd=tmp_path, check=False).returncode == 0
 
 
+def test_check_finds_modes_of_files_with_relative_paths(tmp_path: Path) -> None:
+    harpd = Harpd(tmp_path / "harpd", PROCEDURES)
+    key = harpd.keyfile.relative_to(harpd.directory)
+    harpd.configure({"network": {"keyfile": str(key)}})
+    harpd.keyfile.chmod(0o644)
+    found = subprocess.run(harpd.command("--test"), capture_output=True, text=True, cwd=harpd.directory, check=False)
+    assert (found.returncode, str(key) in found.stderr, "strict_modes" in found.stderr) == (1, True, True), found.stderr
+
+
 def test_relative_python_path_begins_at_start_of_harpd(tmp_path: Path) -> None:
     harpd = Harpd(tmp_path / "harpd", "import site_module\n" + PROCEDURES, {"python": {"path": "library"}})
     (harpd.directory / "library").mkdir()

@@ -369,10 +369,12 @@ def _load_everything(options: CommandLine) -> list[str]:
         resolve(config.configuration.network.address)  # only a start can find that a port is in use
     except ResolveError as error:
         raise ConfigError(f"{options.config}: network.address: {error}") from error
+    warnings = config.users.warnings() if isinstance(config.users, AuthDB) else []
+    # Before the change of the directory: paths may be relative.
+    writable, readable = config.writable_files(), config.readable_files()
     threads_before = threading.active_count()
     _enter_surroundings(config.configuration)
     procedures = load_procedures(options.procedures)
-    warnings = config.users.warnings() if isinstance(config.users, AuthDB) else []
     warnings += filter(None, [config.frontend_warning()])
     for line in _services_without_output(options.procedures):
         warnings.append(
@@ -385,9 +387,9 @@ def _load_everything(options: CommandLine) -> list[str]:
         warnings += filter(None, [validity.describe_warning(now)])
     if config.problems:
         raise ConfigError(config.problems[0])
-    if config.configuration.strict_modes and (readable := config.readable_files()):
+    if config.configuration.strict_modes and readable:
         raise ConfigError(f"{options.config}: strict_modes: {readable[0]}")
-    warnings += [] if config.configuration.strict_modes else [*config.writable_files(), *config.readable_files()]
+    warnings += [] if config.configuration.strict_modes else [*writable, *readable]
     if not procedures:
         warnings.append(f"{options.procedures}: exposes no procedure; decorate functions with @procedure")
     if (running := threading.active_count() - threads_before) > 0:
