@@ -160,7 +160,8 @@ asyncio.run(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
 @pytest.mark.parametrize("killed_at", [1, 3])
 async def test_crash_between_the_steps_loses_no_job(reopen: Reopen, tmp_path: Path, killed_at: int) -> None:
     command = [sys.executable, "-c", KILLED, str(tmp_path / "store"), str(MANY), str(killed_at)]
-    killed = await asyncio.to_thread(subprocess.run, command, check=False, env=os.environ, timeout=60)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    killed = await asyncio.to_thread(subprocess.run, command, check=False, env=environment, timeout=60)
     assert killed.returncode == -9
     copy = tmp_path / "copy"
     await asyncio.to_thread(backup.back_up, tmp_path / "store" / "harpcaller.sqlite", copy)
