@@ -24,6 +24,7 @@ from harp import __version__
 from harp_daemon import logs
 from harp_daemon.audit import AuditError, AuditLog
 from harp_daemon.expiry import Validity, log_expiry_regularly, read_validities
+from harp_daemon.file_modes import describe_reader
 from harp_daemon.process import ProcessError, notify_service_manager
 from harp_daemon.settings import ConfigError, report_restart_needed
 from harp_daemon.sockets import Listener, ListenError, listen_unix
@@ -98,6 +99,8 @@ def check(config: Config) -> tuple[list[str], list[str]]:
         warnings.append(f"{config.file}: access_file: not set: {reason}")
     try:
         if config.hosts_file is not None:
+            if (reason := describe_reader(config.hosts_file)) is not None:  # it has passwords
+                warnings.append(f"{config.file}: hosts_file: {reason}")
             with file_errors(config, "hosts_file"):
                 lists.append(read_hosts_file(config.hosts_file))
     except ConfigError as error:

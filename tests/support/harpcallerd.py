@@ -85,6 +85,7 @@ class Harpcallerd(DaemonLog):
             {"hostname": name, "address": "127.0.0.1", "port": port, "credentials": credentials}
             for name, port in hosts.items()
         )
+        self.hosts_file.touch(0o600)  # it has passwords
         self.hosts_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def configure(self, settings: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from ipaddress import ip_address
 from typing import Any
 
+from harp_daemon.file_modes import describe_reader
 from harp_daemon.server_tls import ServerTLS, server_context
 from harp_daemon.settings import ConfigError
 from harp_daemon.sockets import Listener
@@ -47,6 +48,8 @@ class Identities:
         if (tls := config.tls) is not None:
             files = tls.certfile, tls.keyfile, tls.minimum, tls.client_ca_file, tls.crl_file
             where = f"{config.file}: tls"
+            if (reason := describe_reader(tls.keyfile)) is not None:
+                raise ConfigError(f"{where}.keyfile: {reason}")
             if before is not None and before.config.tls == tls and before.tls is not None:
                 server_context(where, *files)  # raises if the files are invalid now
                 self.tls = before.tls
