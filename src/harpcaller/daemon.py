@@ -99,8 +99,8 @@ def check(config: Config) -> tuple[list[str], list[str]]:
         warnings.append(f"{config.file}: access_file: not set: {reason}")
     try:
         if config.hosts_file is not None:
-            if (reason := describe_reader(config.hosts_file)) is not None:  # it has passwords
-                warnings.append(f"{config.file}: hosts_file: {reason}")
+            if (readers := describe_reader(config.hosts_file)) is not None:  # it has passwords
+                warnings.append(f"{config.file}: hosts_file: {readers}")
             with file_errors(config, "hosts_file"):
                 lists.append(read_hosts_file(config.hosts_file))
     except ConfigError as error:
