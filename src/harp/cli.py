@@ -13,8 +13,18 @@ from io import TextIOWrapper
 from typing import Any, TextIO
 
 from harp import __version__, client, direct
-from harp._core.values import CALL_NOT_FINISHED, Result
-from harp.errors import CancelledException, CommunicationError, HarpException, RemoteError, RemoteException
+from harp._core.values import CALL_NOT_FINISHED, Result, Secret, check_token
+from harp.contexts import Context, config_file, read_context, read_token
+from harp.errors import (
+    AccessDenied,
+    AuthenticationFailed,
+    CancelledException,
+    CommunicationError,
+    HarpException,
+    RateLimited,
+    RemoteError,
+    RemoteException,
+)
 from harp.protocol.json_text import InvalidJSON, loads
 from harp.protocol.printing import print_escaped
 
@@ -32,13 +42,16 @@ examples:
   harp result JOB --no-wait                             exit code 5 while the job runs
   harp why JOB                                          why it waits, runs or ended
   harp cancel JOB --wait                                wait until the host confirms the stop
+  harp --context prod why JOB                           by a context of ~/.config/harp/config.toml
+  harp call web01 set_password --named user=alice --secret password=@new_password.txt
   HARP_PASSWORD=secret harp direct web01 uptime --user admin --ca-file ca.pem
 
 exit codes:
-    0  success                                    4  the job was cancelled; cancel: it had already ended
-    1  the procedure raised an exception          5  the job has not ended
-    2  wrong usage, or a value without JSON form  6  no connection, or an invalid reply
-    3  the job failed, or does not exist          7  the output cannot be written
+    0  success                                    5  the job has not ended
+    1  the procedure raised an exception          6  no connection, an invalid reply, or refused for now
+    2  wrong usage, or a value without JSON form  7  the output cannot be written
+    3  the job failed, or does not exist          8  the token is not accepted, or access is denied
+    4  the job was cancelled; cancel: it had already ended
   130  Ctrl-C; a job continues, a direct call is cancelled
 """
 
@@ -54,11 +67,14 @@ class Exit(IntEnum):
     NOT_FINISHED = 5
     UNREACHABLE = 6
     NOT_WRITTEN = 7
+    DENIED = 8
     INTERRUPTED = 130
 
 
 #: What to do about an error, by its type: a second line on stderr. docs/protocol.md has every type.
 _ADVICE = {
+    "access_denied": "no rule of the dispatcher's access file allows it to this client, which has sent no token: use "
+    "--token-file FILE or HARP_TOKEN; `harpcallerd access test` explains a decision",
     "auth_error": "the users file of harpd on the host must have this user and password; "
     "the dispatcher takes both from its hosts registry",
     "no_such_procedure": "`harpd status` on the host prints its procedures; reload harpd after a change of its file",
@@ -68,7 +84,18 @@ _ADVICE = {
     "network_error": "check that harpd runs on the host, and its address, port and firewall",
 }
 
+#: The same for requests that were refused.
+_ADVICE_FOR_REFUSALS: dict[type[HarpException], str] = {
+    AuthenticationFailed: "--token-file, HARP_TOKEN or the context must have a valid token; on the dispatcher, "
+    "`harpcallerd token list` prints names and ends, `harpcallerd token add NAME` makes one",
+    AccessDenied: "on the dispatcher, `harpcallerd access test` explains the decision, `harpcallerd access who` prints "
+    "who is allowed",
+    RateLimited: "the limits of this client are in the access file of the dispatcher: `harpcallerd access explain`",
+}
+
 _EXITS = (
+    (AuthenticationFailed, Exit.DENIED),
+    (AccessDenied, Exit.DENIED),
     (RemoteException, Exit.RAISED),
     (RemoteError, Exit.FAILED),
     (CancelledException, Exit.CANCELLED),
@@ -109,6 +136,12 @@ def _advice(error: HarpException) -> str | None:
     """Return what to do about an error, if its message does not have that."""
     if isinstance(error, RemoteError):
         return _ADVICE.get(error.type)
+    if isinstance(error, RateLimited) and error.retry_after is not None:
+        return f"try again in {error.retry_after:g} s; {_ADVICE_FOR_REFUSALS[RateLimited]}"
+    if type(error) in _ADVICE_FOR_REFUSALS:
+        return _ADVICE_FOR_REFUSALS[type(error)]
+    if isinstance(error, CommunicationError) and " requires TLS; " in str(error):
+        return "use --ca-file FILE, or --tls if an authority of this system has issued the dispatcher's certificate"
     if isinstance(error, CommunicationError) and ": cannot connect: " in str(error):
         return "check that the daemon runs there and listens on this address (settings `listen`, `network.address`)"
     return None
@@ -148,9 +181,85 @@ class _Caller(client.HarpCaller):
 
 
 def _dispatcher(options: Namespace) -> client.HarpCaller:
-    if options.dispatcher is None:
-        raise HarpException("no dispatcher: use --dispatcher HOST[:PORT] or unix:/PATH, or set HARP_DISPATCHER")
-    return _Caller(**options.dispatcher, reconnect=options.reconnect, keep_alive=False)
+    context = _context(options)
+    token_file = options.token_file or context.token_file
+    return _Caller(
+        **_check_dispatcher(context.dispatcher),
+        reconnect=options.reconnect,
+        keep_alive=False,
+        request_timeout=options.request_timeout or None,
+        token=_token_of_environment() if token_file is None else read_token(token_file),
+        ca_file=options.ca_file or context.ca_file,
+        certfile=options.certfile or context.certfile,
+        keyfile=options.keyfile or (None if options.certfile else context.keyfile),
+        tls=options.tls or context.tls,
+    )
+
+
+def _context(options: Namespace) -> Context:
+    """Return the dispatcher that the options, the environment or the configuration file name, in this order."""
+    if options.context is not None and options.dispatcher is not None:
+        raise HarpException("--context: it excludes --dispatcher, because it has the address of a dispatcher")
+    if options.context is None:
+        if options.dispatcher is not None:
+            return Context(options.dispatcher)
+        if os.environ.get("HARP_DISPATCHER"):
+            return Context(os.environ["HARP_DISPATCHER"])
+    file = config_file(os.environ)
+    context = read_context(file, options.context, _check_dispatcher)
+    if context is None:
+        hint = "use --dispatcher HOST[:PORT] or unix:/PATH, or set HARP_DISPATCHER, or `default` in"
+        raise HarpException(f"no dispatcher: {hint} {file}")
+    return context
+
+
+def _token_of_environment() -> str | None:
+    try:
+        return check_token(os.environ["HARP_TOKEN"]) if os.environ.get("HARP_TOKEN") else None
+    except HarpException as error:
+        raise HarpException(f"HARP_TOKEN: {error}") from None
+
+
+def _check_dispatcher(text: str) -> dict[str, Any]:
+    """Return the address of a dispatcher, as `_parse_address` does; ``unix:/PATH`` is the host."""
+    try:
+        return {"host": text} if text.startswith("unix:/") else _parse_address(text)
+    except argparse.ArgumentTypeError as error:
+        raise HarpException(str(error)) from error
+
+
+def _named(options: Namespace) -> dict[str, Any]:
+    """Return the named arguments of a call, with secret ones."""
+    return {**dict(options.named), **{name: Secret(_read_secret(name, source)) for name, source in options.secrets}}
+
+
+def _read_secret(name: str, source: str | None) -> str:
+    """Return a text from ``@FILE``, ``-`` (standard input) or ``fd:N``, without its last line end; None: ask for it."""
+    try:
+        if source is None:
+            return _ask_for_secret(name)
+        opened: str | int = source[1:] if source[0] == "@" else 0 if source == "-" else int(source.removeprefix("fd:"))
+        with open(opened, "rb", closefd=opened != 0) as file:
+            text = file.read().decode()
+    except OSError as error:
+        raise HarpException(f"--secret {name}: cannot read {source}: {error.strerror}") from error
+    except UnicodeDecodeError:
+        raise HarpException(f"--secret {name}: cannot read {source}: not UTF-8") from None
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def _ask_for_secret(name: str) -> str:
+    import getpass
+    import warnings
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # it would be visible
+            return getpass.getpass(f"{name}: ")
+    except (EOFError, getpass.GetPassWarning):
+        raise HarpException(
+            f"--secret {name}: no terminal to ask for it; use {name}=@FILE, {name}=- or {name}=fd:N"
+        ) from None
 
 
 def _job(options: Namespace) -> client.RemoteCall:
@@ -161,7 +270,7 @@ def _call(options: Namespace) -> Exit:
     names = ("queue", "concurrency", "timeout", "max_exec_time", "info", "start_within", "request_id")
     dispatcher = _dispatcher(options)
     host = dispatcher.host(options.host, **{name: getattr(options, name) for name in names})
-    job = client.RemoteProcedure(dispatcher, host, options.procedure)(*options.arguments, **dict(options.named))
+    job = client.RemoteProcedure(dispatcher, host, options.procedure)(*options.arguments, **_named(options))
     if not (options.wait or options.follow):
         print_escaped(job.id(), flush=True)
         return Exit.OK
@@ -222,7 +331,7 @@ def _direct(options: Namespace) -> Exit:
     access = {"user": options.user, "password": password, "ca_file": options.ca_file, "keep_alive": False}
     tls = {"tls_minimum": options.tls_minimum, "verify_hostname": options.verify_hostname}
     server = direct.HarpServer(**options.address, **access, **tls)
-    result = direct.HarpProcedure(server, options.procedure)(*options.arguments, **dict(options.named))
+    result = direct.HarpProcedure(server, options.procedure)(*options.arguments, **_named(options))
     return _print_all(result) if isinstance(result, direct.HarpStreamIterator) else _print_value(result)
 
 
@@ -244,9 +353,35 @@ def _parse_named(text: str) -> tuple[str, Any]:
     return name, _parse_value(value)
 
 
-def _parse_dispatcher(text: str) -> dict[str, Any]:
-    """Return an address as `_parse_address` does; ``unix:/PATH`` is the host."""
-    return {"host": text} if text.startswith("unix:/") else _parse_address(text)
+def _parse_secret(text: str) -> tuple[str, str | None]:
+    """Return the name and the source of a secret argument. No error quotes the source: it may be the secret."""
+    name, equals, source = text.partition("=")
+    if not name:
+        raise argparse.ArgumentTypeError("expected NAME=@FILE, NAME=-, NAME=fd:N or NAME")
+    if not equals:
+        return name, None
+    if source == "-" or (source[:1] == "@" and source[1:]) or (source[:3] == "fd:" and source[3:].isdecimal()):
+        return name, source
+    use = f"use {name}=@FILE, {name}=- for standard input, {name}=fd:N, or only {name} to be asked"
+    raise argparse.ArgumentTypeError(f"a secret cannot be an argument, which other users can see: {use}")
+
+
+def _parse_dispatcher(text: str) -> str:
+    try:
+        _check_dispatcher(text)
+    except HarpException as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def _parse_seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError("expected a number of seconds of at least 0")
+    return seconds
 
 
 def _parse_address(text: str) -> dict[str, Any]:
@@ -281,7 +416,27 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "--dispatcher": {
         "metavar": "HOST[:PORT]",
         "type": _parse_dispatcher,
-        "help": "or unix:/PATH; default: $HARP_DISPATCHER",
+        "help": "or unix:/PATH; default: $HARP_DISPATCHER, or the default context",
+    },
+    "--context": {"metavar": "NAME", "help": "the dispatcher of a context in ~/.config/harp/config.toml"},
+    "--token-file": {"metavar": "FILE", "help": "file with the token of this client; default: $HARP_TOKEN"},
+    "--tls": {"action": "store_true", "help": "use TLS; without --ca-file, with the authorities of this system"},
+    "--ca-file": {"metavar": "FILE", "help": "use TLS; PEM file of the authorities of the dispatcher's certificate"},
+    "--certfile": {"metavar": "FILE", "help": "use TLS; PEM file with the certificate of this client"},
+    "--keyfile": {"metavar": "FILE", "help": "PEM file with the key of --certfile; default: it is in the same file"},
+    "--request-timeout": {
+        "metavar": "SECONDS",
+        "type": _parse_seconds,
+        "help": "how long a request may take that does not wait for a job; default: 30, 0: any time",
+    },
+    "--secret": {
+        "metavar": "NAME[=SOURCE]",
+        "dest": "secrets",
+        "action": "append",
+        "default": [],
+        "type": _parse_secret,
+        "help": "named argument that the dispatcher encrypts, a text: @FILE, - for standard input, fd:N for a "
+        "descriptor; without SOURCE, the program asks for it",
     },
     "--named": {
         "metavar": "NAME=ARG",
@@ -315,7 +470,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "--numbered": {"action": "store_true", "help": "print pairs [number, record]"},
     "--timed": {"action": "store_true", "help": "print [number, time, record]; time: Unix seconds"},
     "--user": {"required": True, "help": "user to authenticate as"},
-    "--ca-file": {"metavar": "FILE", "help": "PEM file of the certificate's authorities; needed, or --insecure"},
+    "direct --ca-file": {"metavar": "FILE", "help": "PEM file of the certificate's authorities; needed, or --insecure"},
     "--tls-minimum": {"metavar": "VERSION", "default": "1.2", "help": "1.0, 1.1, 1.2 or 1.3; default: 1.2"},
     "--insecure": {
         "action": "store_true",
@@ -328,13 +483,25 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     },
 }
 
+#: The options of every command that uses a dispatcher, before or after the command, and their defaults.
+_CONNECTION = (
+    *("--dispatcher", "--context", "--token-file", "--tls", "--ca-file", "--certfile", "--keyfile"),
+    *("--reconnect", "--request-timeout"),
+)
+_DEFAULTS = {"--reconnect": 300.0, "--request-timeout": 30.0}
+
 _JOB = "--queue --concurrency --timeout --max-exec-time --info --start-within --request-id"
-_DIRECT = "address procedure arguments --named --user --ca-file --insecure --tls-minimum --no-verify-hostname"
+_DIRECT = "address procedure arguments --named --secret --user --insecure --tls-minimum --no-verify-hostname"
 _STREAM = "job --since --recent --numbered --timed"
 
 #: The commands: name, function, help, names of the arguments.
 _COMMANDS = (
-    ("call", _call, "submit a job and print its id", f"host procedure arguments --named --wait --follow {_JOB}"),
+    (
+        "call",
+        _call,
+        "submit a job and print its id",
+        f"host procedure arguments --named --secret --wait --follow {_JOB}",
+    ),
     ("result", _result, "wait for a job to end and print its result", "job --no-wait"),
     ("status", _status, "print a job's call, and when it was submitted, started and ended", "job"),
     ("details", _details, "print all that is known about a job: queue, host, call, stop report, end", "job"),
@@ -350,16 +517,17 @@ def _make_parser() -> argparse.ArgumentParser:
     """Return the parser of the program's arguments, which sets `run` to that of the given command."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="harp", description=__doc__, epilog=_EPILOG, formatter_class=form)
-    parser.add_argument("--dispatcher", default=os.environ.get("HARP_DISPATCHER") or None, **_ARGUMENTS["--dispatcher"])
-    parser.add_argument("--reconnect", default=300.0, **_ARGUMENTS["--reconnect"])
+    for argument in _CONNECTION:
+        parser.add_argument(argument, **{"default": _DEFAULTS.get(argument), **_ARGUMENTS[argument]})
     parser.add_argument("--version", action="version", version=f"harp {__version__}", help="print the version")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, run, help, arguments in _COMMANDS:
         subparser = subparsers.add_parser(name, help=help, description=help, epilog=_EPILOG, formatter_class=form)
         subparser.set_defaults(run=run, command=name)
-        for argument in ("--dispatcher", "--reconnect"):
-            subparser.add_argument(argument, default=argparse.SUPPRESS, **_ARGUMENTS[argument])
+        for argument in ("--dispatcher", "--reconnect", "--ca-file") if name == "direct" else _CONNECTION:
+            settings = _ARGUMENTS.get(f"{name} {argument}") or _ARGUMENTS[argument]
+            subparser.add_argument(argument, **{**settings, "default": argparse.SUPPRESS})
         for argument in arguments.split():
-            settings = _ARGUMENTS.get(f"{name} {argument}") or _ARGUMENTS.get(argument)
-            subparser.add_argument(argument, **(settings or {"metavar": argument.upper()}))
+            settings = _ARGUMENTS.get(f"{name} {argument}") or _ARGUMENTS.get(argument) or {"metavar": argument.upper()}
+            subparser.add_argument(argument, **settings)
     return parser
