@@ -11,6 +11,8 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from harp.protocol.printing import print_escaped
+from harp_daemon.audit_commands import add_commands as add_audit_commands
+from harp_daemon.audit_commands import run as run_on_audit_file
 from harp_daemon.event_loop import run
 from harp_daemon.process import ProcessError, detach, occupy_standard_descriptors, pidfile
 from harp_daemon.program import add_version, written_output
@@ -26,6 +28,7 @@ from harpd.control.supervisor_client import (
 )
 from harpd.frontend import service
 
+_CONFIG = "/etc/harpd/harpd.conf"
 #: Seconds between two status requests while the last calls end.
 _DRAIN_INTERVAL = 0.2
 
@@ -36,6 +39,7 @@ commands:
   supervisor  run only the supervisor; TERM ends all calls, USR1 ends this program but no call
   drain       reject new calls; wait until no call runs and no dispatcher has a result to fetch
   resume      accept new calls again
+  audit       prove that the audit file is complete, and search it: see harpd audit --help
   status      print the status of each supervisor: one JSON object a line
 
 examples:
@@ -57,6 +61,9 @@ exit status: 0 success; 1 an error (one line on stderr; status: no supervisor ru
 def main(arguments: list[str] | None = None) -> int:
     """Run harpd; return its exit status."""
     occupy_standard_descriptors()
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["audit"]:
+        return _audit(given[1:])
     command_line = parser()
     with written_output("harpd"):  # of --help and --version
         options = CommandLine(**vars(command_line.parse_args(arguments)))
@@ -98,6 +105,28 @@ def _run_command(options: CommandLine) -> int:
             config.configure_log()
             run(service.run(config, on_serving, frontend_only=options.command == "frontend"))
     return 0
+
+
+def _audit(arguments: list[str]) -> int:
+    command_line = argparse.ArgumentParser(prog="harpd audit", description="Prove and search the audit file.")
+    add_audit_commands(command_line, "harpd")
+    with written_output("harpd"):
+        parsed = command_line.parse_args(arguments)
+    config = getattr(parsed, "config", Path(_CONFIG))
+    try:
+        with written_output("harpd"):
+            file = parsed.file or load(config).audit_file
+            if file is None:
+                raise ConfigError(f"{config}: audit_file: not set: nothing is recorded; use --file")
+            return run_on_audit_file(parsed, Path(file))
+    except ConfigError as error:
+        reason = str(error)
+    except OSError as error:
+        reason = f"{error.filename or 'audit file'}: {error.strerror}"
+    except KeyboardInterrupt:  # of tail
+        return 1
+    print_escaped(f"harpd: {reason}", file=sys.stderr)
+    return 1
 
 
 async def _control(client: SupervisorClient, command: str, deadline: float | None) -> int:
@@ -152,7 +181,7 @@ def parser() -> argparse.ArgumentParser:
     add = command.add_argument
     commands = ("frontend", "supervisor", "drain", "resume", "status")
     add("command", nargs="?", choices=commands, metavar="COMMAND", help=f"one of {', '.join(commands)}: see below")
-    add("-c", "--config", metavar="FILE", type=_path, default="/etc/harpd/harpd.conf", help="YAML (%(default)s)")
+    add("-c", "--config", metavar="FILE", type=_path, default=_CONFIG, help="YAML (%(default)s)")
     add("-r", "--procedures", metavar="FILE", type=_path, default="/etc/harpd/harpd.py", help="(%(default)s)")
     add("-l", "--logging", metavar="FILE", type=_path, help="YAML for Python's logging.config.dictConfig")
     add("-t", "--test", action="store_true", help="check the configuration and all files that it names")

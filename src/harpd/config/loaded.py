@@ -183,6 +183,8 @@ class SupervisorConfig:
             "rights": self.rights_section,
             "dynamic_uids": configuration.uid_range(),
             "outlive": outlive,
+            "audit_file": configuration.audit_file,
+            "audit_file_bytes": configuration.audit_file_bytes,
             "frontend": self.frontend_identity(),
             "runtime_directory": str(runtime_directory),
             "logging": self.log,

@@ -156,6 +156,10 @@ class Configuration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     #: Whether a file by which another user could control calls prevents start and reload; otherwise it is a warning.
     strict_modes: bool = True
 
+    #: The file that records calls, denials and commands; None: none.
+    audit_file: str | None = None
+    audit_file_bytes: Bytes = 100 * 1024 * 1024  #: The size from which on another audit file is begun.
+
     def uid_range(self) -> tuple[int, int] | None:
         """Return the first and the last of `dynamic_uids`. Raises ValueError."""
         if self.dynamic_uids is None:

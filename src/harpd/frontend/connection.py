@@ -144,6 +144,7 @@ class ConnectionContext:
     arrival_clock: ArrivalClock
     timers: TimerWheel
     confirm: Callable[[Connection], None]  # the client of this connection has authenticated
+    report_login: Callable[[str, str, str], None]  # a login of a user from an address has failed, for this reason
 
 
 class Connection(asyncio.Protocol):
@@ -367,7 +368,7 @@ class Connection(asyncio.Protocol):
             fields |= {"caller": request.caller.principal, "job": request.caller.job}
         log.info("call accepted", extra=fields)
         header: dict[str, Any] = {"call": call_id, "procedure": request.procedure}  # see `harpd.supervisor.main`
-        header["user"] = request.user
+        header |= {"user": request.user, "peer": self.peer}
         if (caller := request.caller) is not None:
             header["caller"] = {"principal": caller.principal, "job": caller.job, "address": caller.address}
         if request.secrets:
@@ -454,15 +455,18 @@ class Connection(asyncio.Protocol):
             try:
                 accepted = await authenticate(request.user, request.password, self._address, self._log_fields(request))
             except PasswordNotChecked:
+                self._context.report_login(request.user, self._address, "not checked in time")
                 self.end_connection(_NOT_CHECKED)
                 return
             if not accepted:
+                self._context.report_login(request.user, self._address, "wrong password, or unknown user")
                 self.end_connection(_AUTH_ERROR)
                 return
             self._context.confirm(self)
             self._authentication_time = time.monotonic() - begin
         if not self._may_connect(request):
             log.warning("user denied from this address", extra=self._log_fields(request))
+            self._context.report_login(request.user, self._address, "not allowed from this address")
             hint = "see the setting rights of harpd"
             self.end_connection(Failed("access_denied", f"user {request.user!r} may not connect from here; {hint}"))
             return

@@ -21,6 +21,7 @@ from harpd.control.supervisor_client import SupervisorClient
 from harpd.frontend.authenticator import Authenticator
 from harpd.frontend.connection import ArrivalClock, Connection, ConnectionContext
 from harpd.frontend.link import SupervisorLinks
+from harpd.frontend.login_reports import LoginReports
 
 log = logging.getLogger("harpd.frontend")
 
@@ -34,6 +35,7 @@ class FrontendServer:
     def __init__(self, config: LoadedConfig, client: SupervisorClient, listeners: list[Listener]) -> None:
         self._listeners = listeners
         self._links = SupervisorLinks(client)
+        self._login_reports = LoginReports(client)
         self._arrival_clock = ArrivalClock()
         self._timers = TimerWheel()
         self._expiry_report: asyncio.Task[None] | None = None
@@ -64,6 +66,7 @@ class FrontendServer:
             arrival_clock=self._arrival_clock,
             timers=self._timers,
             confirm=lambda connection: self._acceptor.confirm(connection),
+            report_login=self._login_reports.add if config.configuration.audit_file else lambda *_: None,
         )
 
     def apply(self, config: LoadedConfig) -> None:
@@ -92,6 +95,7 @@ class FrontendServer:
 
     async def finish_stop(self, deadline: float) -> None:
         """Wait until connection-bound calls have ended, for at most this number of seconds; close all connections."""
+        await self._login_reports.close()
         await self._links.wait_until_unused(deadline)
         await self._acceptor.drain(_FINAL_REPLY_TIMEOUT)
         self._links.close()

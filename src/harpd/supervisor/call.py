@@ -41,6 +41,7 @@ from harpd.auth.rights import UserRights
 from harpd.processes.cgroup import create_cgroup, delegated_cgroup
 from harpd.processes.cookie import cookie_for
 from harpd.processes.process_tree import CallTree, Scan, Snapshot, send_signal
+from harpd.supervisor.audit import CallAudit
 from harpd.supervisor.dynamic_uids import DynamicUids
 from harpd.supervisor.event_loop import READ, WRITE, EventLoop, Timer
 from harpd.supervisor.fair_shares import Account
@@ -134,6 +135,7 @@ class CallContext:
         self.instance = instance
         self.settings = settings  # for new calls, see `harpd.config.loaded`; a call has those of its start
         self.rights = UserRights(settings["rights"])
+        self.audit = CallAudit(loop, settings)
         self.dynamic_uids = DynamicUids(Path(settings["runtime_directory"]))
         self.calls: dict[str, Call] = {}  # the running calls, by id
         self.shutting_down = False
@@ -294,6 +296,7 @@ class Call:
 
     def on_fork_failed(self, reason: str) -> None:
         log.info("call ended", extra={**self._fields, "end": "system_error", "reason": reason})
+        self._record_end("system_error")
         self._has_closing_line = self._exit_reported = True
         self._session.on_end(encode_message(Failed("system_error", reason)))
         self._close()
@@ -429,6 +432,7 @@ class Call:
         if kinds[0] == "exception":
             log.warning("procedure raised", extra={**self._fields, "traceback": self._traceback})
         log.info("call ended", extra={**self._fields, "end": kinds[0]})
+        self._record_end(kinds[0])
         worker = self._worker
         # After an error of harpd's own code, the worker may be in an undefined state.
         reuse = kinds[0] != "error" and not (self._partial_line or self._unsent) and self._zygote.may_reuse(worker)
@@ -513,7 +517,12 @@ class Call:
             self._has_closing_line = True
             end = self._failure()
             log.info("call ended", extra={**self._fields, "end": end.type, "reason": end.message})
+            self._record_end(end.type)
             self._session.on_end(encode_message(end))
+
+    def _record_end(self, end: str) -> None:
+        by = None if self._stop_reason is None else self._stop_reason.value[0]
+        self._context.audit.record_end(self._fields, end, by, self._stopped_by_user)
 
     def _failure(self) -> Failed:
         code, detail = self._exit_code, self._stop_detail

@@ -32,6 +32,7 @@ Both may have "keep_alive": SECONDS, which the acknowledgement repeats. START ma
 duration of the password check, which exit info repeats. The supervisor sends the lines for the client, see
 docs/protocol.md. A connection with another first line receives one line:
 
+    {"report": [...]}                           {"ok": true}: failed logins, see `harpd.supervisor.audit`
     {"calls": OWNER}                            the list of the owner's resumable calls
     {"control": "status"}                       {"calls": N, "resumable": N, "supervisor": PID, "instance": NAME,
                                                  "accepting": BOOL, "zygote": PID, "procedures": [NAME]}
@@ -72,6 +73,7 @@ from harp.protocol.json_text import JSONObject, Raw, dumps, loads
 from harp.protocol.lines import LineBuffer
 from harp.protocol.schema import ProtocolError, check, required_string
 from harp_daemon import logs
+from harp_daemon.audit import AuditError
 from harp_daemon.process import tune_memory
 from harp_daemon.secret_values import texts_at
 from harpd.auth.rights import UserRights
@@ -190,6 +192,7 @@ class Supervisor:
                 self._context.quota.limit = settings["spool_memory"]
                 fields = {"file": settings["procedures"], "procedures": len(zygote.procedures)}
                 log.info("procedures loaded", extra=fields)
+                self._context.audit.record_command("loaded", file=settings["procedures"], instance=self._instance)
                 if settings["default_user"] is None and os.geteuid() == 0:
                     hint = "write default_user into harpd.conf: another user, or root"
                     log.warning("procedures without uid run as root", extra={"hint": hint})
@@ -245,6 +248,9 @@ class Supervisor:
             link = Link(self._loop, connection, request_line, self._on_start, attach, self._links.discard)
             self._links.add(link)
             link.receive(received)
+        elif "report" in request:
+            self._context.audit.record_reports(request.value("report"))
+            send_final_reply(self._loop, connection, b'{"ok":true}\n')
         else:
             send_final_reply(self._loop, connection, self._registry.list_calls(required_string(request, "calls")))
 
@@ -264,7 +270,9 @@ class Supervisor:
         if not isinstance(secrets, list) or not all(isinstance(pointer, str) for pointer in secrets):
             raise ProtocolError("secrets: expected an array of JSON pointers")
         texts = texts_at(arguments, secrets) if secrets else ()
-        call = self._create_call(channel, call_id, name, user, header)
+        audit = self._context.audit
+        call = audit.check_room() or self._create_call(channel, call_id, name, user, header)
+        audit.record_start(call_id, name, header, arguments, call if isinstance(call, Failed) else None)
         if isinstance(call, Failed):
             channel.reject(encode_message(call))
         else:
@@ -344,7 +352,10 @@ class Supervisor:
         def reply(message: dict[str, Any]) -> None:
             send_final_reply(self._loop, connection, dumps(message) + b"\n")
 
-        match request.value("control"):
+        command = request.value("control")
+        if command in ("reload", "drain", "resume", "retire", "shutdown"):
+            self._context.audit.record_command(str(command))
+        match command:
             case "status":
                 zygote = self._zygote
                 status = {
@@ -359,7 +370,7 @@ class Supervisor:
                 reply(status)
             case "reload":
                 self._request_settings(reply)
-            case "drain" | "resume" as command:
+            case "drain" | "resume":
                 self._draining = command == "drain"
                 log.info("rejecting new calls" if self._draining else "accepting new calls again")
                 reply({"ok": True})
@@ -462,6 +473,8 @@ class Supervisor:
         self._close_listeners()
         self._context.state_files.close()
         self._context.dynamic_uids.close()
+        self._context.audit.record_command("stop", instance=self._instance)
+        self._context.audit.close()
         self._loop.stop()
 
     def _close_listeners(self) -> None:
@@ -507,7 +520,12 @@ def main() -> NoReturn:
     loop = EventLoop()
     logs.write_per_turn(loop.call_soon)
     defaults = {"descriptors": soft, "request_line": _DEFAULT_REQUEST_LINE}  # for a launcher of an earlier version
-    Supervisor(loop, socket.socket(fileno=lifeline), defaults | settings)
+    try:
+        Supervisor(loop, socket.socket(fileno=lifeline), defaults | settings)
+    except AuditError as error:
+        log.error("cannot open audit file", extra={"reason": str(error)})
+        logs.flush()
+        os._exit(1)
     loop.run()
     logs.flush()
     os._exit(0)

@@ -1,0 +1,93 @@
+"""What the supervisor records in the audit file: calls and their ends, commands, and failed logins.
+
+The frontend reads what strangers send, so it does not write the file. It reports failed logins in messages of bounded
+size, see `harpd.frontend.login_reports`; their entries say so. Spec: docs/audit.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from harp.protocol.ends import Failed
+from harp.protocol.json_text import Raw
+from harp.protocol.schema import ProtocolError, check, check_string
+from harp_daemon.audit import DirectAuditLog
+from harpd.supervisor.event_loop import EventLoop
+
+MAX_REPORTS = 100  #: Maximum number of failed logins in a message of the frontend.
+
+
+class CallAudit:
+    """The entries of a supervisor; none without the setting ``audit_file``. Raises `AuditError`."""
+
+    def __init__(self, loop: EventLoop, settings: Mapping[str, Any]) -> None:
+        file = settings.get("audit_file")
+        self._log: DirectAuditLog | None = None
+        if file is not None:
+            self._log = DirectAuditLog(Path(file), settings["audit_file_bytes"], loop.call_later)
+
+    def check_room(self) -> Failed | None:
+        """Return why no call can start: its entries could not be written."""
+        if self._log is None:
+            return None
+        self._log.check_room()
+        if self._log.problem is None:
+            return None
+        return Failed("system_error", f"the audit file of this host cannot be written: {self._log.problem}")
+
+    def record_start(
+        self, call_id: str, procedure: str, header: Mapping[str, Any], arguments: Raw, rejection: Failed | None
+    ) -> None:
+        """Record a call before its procedure begins, or one that is rejected; `header` is that of the frontend."""
+        if self._log is None:
+            return
+        user, peer = str(header.get("user", "")), str(header.get("peer", ""))
+        fields: dict[str, Any] = {"principal": f"user:{user}", "peer": peer, "procedure": procedure}
+        fields["arguments"] = arguments
+        if (caller := header.get("caller")) is not None:
+            fields |= {f"caller_{key}": str(caller.get(key)) for key in ("principal", "job", "address")}
+        if rejection is None:
+            self._log.record("call", "allowed", must=True, job=call_id, **fields)
+        else:
+            decision = "denied" if rejection.type == "access_denied" else "failed"
+            source = user, peer.rpartition(":")[0]
+            error = {"error": rejection.type, "reason": rejection.message}
+            self._log.record("call", decision, must=True, repeats=source, job=call_id, **fields, **error)
+
+    def record_end(self, fields: Mapping[str, Any], end: str, by: str | None, user: str | None) -> None:
+        """Record the end of a call. `by`: why it was stopped; `user`: by whom."""
+        if self._log is not None:
+            names = {"job": fields["call"], "procedure": fields["procedure"]}
+            self._log.record("end", None, must=True, **names, end=end, by=user or by, why=by)
+
+    def record_command(self, action: str, **fields: Any) -> None:
+        """Record a command of an administrator, or an event of the supervisor."""
+        if self._log is not None:
+            self._log.record(action, None, must=True, **fields)
+
+    def record_reports(self, reports: object) -> None:
+        """Record failed logins of a message of the frontend. Raises `ProtocolError`."""
+        check(isinstance(reports, list) and len(reports) <= MAX_REPORTS, "report: expected a short array")
+        assert isinstance(reports, list)
+        for report in reports:
+            if not isinstance(report, dict):
+                raise ProtocolError("report: expected objects")
+            user, peer, reason = (check_string(key, report.get(key)) for key in ("user", "peer", "reason"))
+            count = report.get("count")
+            check(type(count) is int, "count: expected an integer")
+            if self._log is not None:
+                fields = {"principal": f"user:{user}", "peer": peer, "reason": reason, "reporter": "frontend"}
+                number = count if count != 1 else None
+                self._log.record("authenticate", "denied", must=True, repeats=peer, **fields, count=number)
+
+    def reopen(self) -> None:
+        """Continue in another file if the file was renamed."""
+        if self._log is not None:
+            self._log.reopen()
+
+    def close(self) -> None:
+        """Write all entries, and close the file."""
+        if self._log is not None:
+            self._log.close()

@@ -1,0 +1,91 @@
+"""The audit file of harpd: calls and their ends, denials, failed logins and commands."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harp_daemon.audit_reading import verify
+from support.deadline import wait_until
+from support.harpd import Harpd
+from support.procedures_file import PROCEDURES
+
+
+def entries(harpd: Harpd, **wanted: Any) -> list[dict[str, Any]]:
+    lines = (harpd.directory / "audit.jsonl").read_bytes().splitlines()
+    return [entry for entry in map(json.loads, lines) if wanted.items() <= entry.items()]
+
+
+@pytest.fixture
+def harpd(tmp_path: Path) -> Iterator[Harpd]:
+    rights = {"tester": {"procedures": ["same", "sleep", "echo", "wait_for"]}}
+    configuration = {"audit_file": str(tmp_path / "audit.jsonl"), "rights": rights}
+    with Harpd(tmp_path, PROCEDURES, configuration) as harpd:
+        yield harpd
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-P", "-m", "harpd.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_audit_harpd_records_calls_and_ends(harpd: Harpd) -> None:
+    assert harpd.call("same", "secret-1234")[-1] == {"result": "secret-1234"}
+    [started] = entries(harpd, action="call")
+    expected = {"principal": "user:tester", "decision": "allowed", "procedure": "same"}
+    assert started.items() >= expected.items()
+    assert started["peer"].startswith("127.0.0.1:")
+    assert "secret-1234" not in (harpd.directory / "audit.jsonl").read_text()
+    [ended] = entries(harpd, action="end", job=started["job"])
+    assert ended["end"] == "result"
+
+
+def test_audit_harpd_records_who_stopped_a_call(harpd: Harpd, tmp_path: Path) -> None:
+    with harpd.start_resumable("wait_for", str(tmp_path / "never")) as client:
+        client.message()
+        client.send({"stop": {"why": "cancelled", "by": "token:alice"}})
+        client.lines()
+    [ended] = entries(harpd, action="end")
+    assert ended.items() >= {"end": "cancelled", "by": "token:alice"}.items()
+
+
+def test_audit_harpd_records_denials_and_failed_logins(harpd: Harpd) -> None:
+    harpd.call("fail", "x")
+    [denied] = entries(harpd, action="call", decision="denied")
+    assert denied["procedure"] == "fail"
+    for _ in range(3):
+        harpd.request("same", [1], auth={"user": "mallory", "password": "guess"})
+        with harpd.connect() as client:
+            client.send(harpd.request("same", [1], auth={"user": "mallory", "password": "guess"}))
+            client.lines()
+    failed = wait_until(lambda: entries(harpd, action="authenticate"), what="the report of the frontend")
+    assert failed[0].items() >= {"principal": "user:mallory", "reporter": "frontend", "peer": "127.0.0.1"}.items()
+
+
+def test_audit_harpd_survives_kill_and_reload_with_one_chain(harpd: Harpd) -> None:
+    for number in range(5):
+        harpd.call("same", number)
+    harpd.reload()
+    for number in range(5):
+        harpd.call("same", number)
+    path = harpd.directory / "audit.jsonl"
+    recorded = len(entries(harpd, action="call"))
+    harpd.kill()
+    assert recorded == 10
+    assert verify(path).problems == []
+    harpd.start()
+    harpd.call("same", 1)
+    assert len(entries(harpd, action="call")) == 11
+    done = run("audit", "verify", f"--config={harpd.config_file}")
+    assert (done.returncode, done.stdout[:9]) == (0, "complete:"), done.stderr
+    found = run("audit", "search", "--procedure=same", "--action=call", f"--config={harpd.config_file}")
+    assert len(found.stdout.splitlines()) == 11
+    path.write_bytes(path.read_bytes().replace(b'"user:tester"', b'"user:nobody"', 1))
+    done = run("audit", "verify", f"--file={path}")
+    assert (done.returncode, "was changed" in done.stderr) == (1, True)
