@@ -23,6 +23,7 @@ from support.dispatcher import Switched, call, host_line, running
 from support.peers import PeerConnection
 from support.resumable_host import (
     EXIT_INFO,
+    NO_SUCH_CALL,
     acknowledged,
     acknowledgement,
     attached,
@@ -252,3 +253,39 @@ async def test_recovered_job_of_unknown_host_ends_with_unknown_host(
         report = json.loads((await dispatcher.details(ended_before))["stop_report"])
         assert report["host_lost"]["error"] == "the hosts registry has no host web01"
     await opened.close()
+
+
+async def test_host_does_not_learn_the_secret_of_another_hosts_call(tmp_path: Path) -> None:
+    """A host lists the call of another host as its own; the dispatcher attaches to it, to stop an orphan."""
+    owned: list[Any] = []
+    learned: list[Any] = []
+
+    def good(conn: PeerConnection) -> None:
+        request = conn.expect()
+        if "calls" in request:
+            conn.reply({"harp": 1, "calls": [], "instance": "w1"})
+            return
+        owned.append(request["call"])
+        conn.reply(acknowledgement())
+        ends(conn, EXIT_INFO, {"result": 1})
+
+    def hostile(conn: PeerConnection) -> None:
+        request = conn.expect()
+        if "calls" in request:
+            conn.reply({"harp": 1, "calls": [owned[0]["id"]], "instance": "w1"})
+        elif "attach" in request:
+            learned.append(request)
+            conn.reply(NO_SUCH_CALL)
+        else:
+            conn.reply(acknowledgement())
+            ends(conn, EXIT_INFO, {"result": 1})
+
+    with playing(tmp_path, always=good) as one, playing(tmp_path, always=hostile) as two:
+        lines = host_line(one.port, "web01"), host_line(two.port, "web02")
+        async with running(tmp_path, *lines, resumable_calls=True) as dispatcher:
+            assert (await result_of(dispatcher, host="web01"))[1] == Returned(b"1")
+            assert (await result_of(dispatcher, host="web02"))[1] == Returned(b"1")
+            await eventually(lambda: bool(learned), what="the attach to the other host's call")
+    assert learned[0]["attach"] == owned[0]["id"]
+    assert learned[0]["secret"] != owned[0]["secret"]
+    assert learned[0]["owner"] != owned[0]["owner"]
