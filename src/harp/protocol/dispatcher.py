@@ -44,6 +44,7 @@ from harp.protocol.schema import (
     is_object,
     member_value,
     only_kind,
+    quote,
     reject_unknown_keys,
     required_object,
 )
@@ -278,7 +279,7 @@ def decode_request(line: bytes, decoder: Decoder = decode_values) -> Received:
     """Return the request of a line. Raises `ProtocolError`."""
     members = decode_object(line, decoder)
     version = member_value(members, "harpcaller")
-    check(type(version) is int and version == VERSION, f"harpcaller: expected {VERSION}, got {version!r}")
+    check(type(version) is int and version == VERSION, f"harpcaller: expected {VERSION}, got {quote(version)}")
     expected = f"expected exactly one of {', '.join(_REQUESTS)}"
     kind = _REQUESTS[only_kind(_REQUESTS, members, expected, expected)]
     keep_alive = member_value(members, "keep_alive")
@@ -354,7 +355,7 @@ class Details(WireObject):
 def _decode_time(members: JSONObject, key: str) -> float:
     time = members.value(key)
     if type(time) not in (int, float) or not -_MAX_TIME < time < _MAX_TIME:
-        raise ProtocolError(f"{key}: expected Unix seconds, got {time!r}")
+        raise ProtocolError(f"{key}: expected Unix seconds, got {quote(time)}")
     return float(time)
 
 

@@ -40,6 +40,7 @@ from harp.protocol.schema import (
     is_object,
     member_value,
     only_kind,
+    quote,
 )
 
 #: Maximum length of a command's line in bytes, without its line feed.
@@ -236,7 +237,7 @@ def decode_request(line: bytes, decoder: Decoder = decode_values) -> AnyRequest:
 def _check_version(members: JSONObject) -> None:
     version = member_value(members, "harp")
     if type(version) is not int or version != VERSION:
-        raise ProtocolError(f"harp: expected {VERSION}, got {version!r}", "invalid_protocol")
+        raise ProtocolError(f"harp: expected {VERSION}, got {quote(version)}", "invalid_protocol")
 
 
 # The caller's commands to a resumable call.

@@ -148,6 +148,20 @@ def is_arguments(payload: Payload) -> bool:
     return payload.startswith((b"[", b"{")) if isinstance(payload, Raw) else isinstance(payload, (list, tuple, dict))
 
 
+def quote(value: Any) -> str:
+    """Return a received value for an error. Python needs quadratic time to write arrays of many levels."""
+    return _TYPE_NAMES.get(type(value), "an object") if isinstance(value, (list, dict)) and value else repr(value)
+
+
+class _Quoted(NamedTuple):
+    """A value that is quoted by ``{!r}``."""
+
+    value: Any
+
+    def __repr__(self) -> str:
+        return quote(self.value)
+
+
 class Null(Enum):
     """A rule for null in an optional member, other than the usual one."""
 
@@ -184,7 +198,7 @@ class WireObject:
         for name, label, is_valid, expected, default in self._layout.checks:
             value = getattr(self, name)
             if value is not default and not is_valid(value):
-                raise ProtocolError(f"{label}: expected {expected.format(value)}")
+                raise ProtocolError(f"{label}: expected {expected.format(_Quoted(value))}")
 
 
 T = TypeVar("T", bound=WireObject)
