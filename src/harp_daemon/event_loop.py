@@ -1,7 +1,8 @@
 """How a daemon runs its event loop: asyncio's own, with settings that suit many connections and long lines.
 
 A thread that decodes a long line delays each event of the loop by up to `_SWITCH_INTERVAL`, and by the longest step of
-the decoder: about 1.2 ms for each MiB. Several threads would multiply that, so one line is decoded at a time.
+the decoder: about 1 ms. Several threads would multiply that, so one of them runs at a time. They take turns after each
+step, so that a line waits for one step of each other line, and not for all of a line that is long or expensive.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import logging
 import ssl
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from harp_daemon import logs
+from harp_daemon import json_pieces, logs
 from harp_daemon.process import tune_memory
 
 T = TypeVar("T")
@@ -24,6 +27,8 @@ log = logging.getLogger(__name__)
 
 #: Bytes from which a line is long: it is decoded in a thread, because the loop must not wait for it.
 LONG_LINE = 64 * 1024
+#: Threads for long lines and other work; a line that has none waits for the end of another one.
+_MAX_THREADS = 64
 _RETAINED_BYTES, _MAPPED_BYTES = 64 * 1024 * 1024, 16 * 1024 * 1024
 #: Receive buffer of each TLS connection, in bytes. asyncio allocates 256 KiB, even for an idle connection. This many
 #: bytes of messages without data take about 20 ms.
@@ -33,7 +38,44 @@ _MAX_WITHOUT_DATA = 64 * 1024
 #: Seconds after which a thread that is busy lets the event loop run. With Python's 5 ms, each event waits so long.
 _SWITCH_INTERVAL = 0.0005
 
-_one_at_a_time = threading.Lock()
+
+class Turns:
+    """A lock that waiting threads get in the order in which they have asked for it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # of the attributes
+        self._owner: int | None = None
+        self._waiting: deque[tuple[int, threading.Event]] = deque()
+
+    def __enter__(self) -> None:
+        is_next = threading.Event()
+        with self._lock:
+            if self._owner is None:
+                self._owner = threading.get_ident()
+                return
+            self._waiting.append((threading.get_ident(), is_next))
+        is_next.wait()
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._owner, is_next = self._waiting.popleft() if self._waiting else (None, None)
+        if is_next is not None:
+            is_next.set()
+
+    @property
+    def waiting(self) -> int:
+        """The number of threads that wait."""
+        return len(self._waiting)
+
+    def pass_on(self) -> None:
+        """Let all threads that wait have a turn, if this thread has the lock."""
+        if self._waiting and self._owner == threading.get_ident():
+            self.__exit__()
+            self.__enter__()
+
+
+long_lines = Turns()  #: The lock of the thread that decodes a long line.
+json_pieces.between_pieces = long_lines.pass_on
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
@@ -43,6 +85,7 @@ def run(main: Coroutine[Any, Any, T]) -> T:
     sys.setswitchinterval(_SWITCH_INTERVAL)
     try:
         with asyncio.Runner() as runner:
+            runner.get_loop().set_default_executor(ThreadPoolExecutor(_MAX_THREADS))
             runner.get_loop().set_exception_handler(_log_unexpected)
             logs.write_per_turn(runner.get_loop().call_soon)
             return runner.run(main)
@@ -95,10 +138,10 @@ def _log_unexpected(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) ->
 
 
 def decode_in_thread(decode: Callable[[bytes], T], line: bytes) -> asyncio.Future[T]:
-    """Decode a line in a thread, after the long lines before it; return a future of the result."""
+    """Decode a line in a thread, in turn with other long lines; return a future of the result."""
 
     def work() -> T:
-        with _one_at_a_time:
+        with long_lines:
             return decode(line)
 
     return asyncio.get_running_loop().run_in_executor(None, work)

@@ -7,7 +7,9 @@ import threading
 
 import pytest
 
-from harp_daemon.event_loop import decode_in_thread
+from harp_daemon import json_pieces
+from harp_daemon.event_loop import Turns, decode_in_thread, long_lines
+from support.deadline import eventually
 
 
 async def test_long_lines_are_decoded_one_at_a_time() -> None:
@@ -33,3 +35,38 @@ async def test_long_line_that_is_invalid_raises() -> None:
     with pytest.raises(ValueError, match="invalid literal"):
         await decode_in_thread(int, b"x")
     assert await decode_in_thread(int, b"1") == 1
+
+
+async def test_long_lines_are_decoded_in_turn() -> None:
+    """A short one waits for a piece of each other line only."""
+    turns: list[bytes] = []
+    has_begun, may_continue = threading.Event(), threading.Event()
+
+    def decode(line: bytes) -> int:
+        for _ in range(len(line)):
+            turns.append(line)
+            if line == b"x" * 100 and not may_continue.is_set():
+                has_begun.set()
+                assert may_continue.wait(60)
+            json_pieces.between_pieces()
+        return len(line)
+
+    long = decode_in_thread(decode, b"x" * 100)
+    await asyncio.to_thread(has_begun.wait, 60)
+    short = decode_in_thread(decode, b"yy")
+    await eventually(lambda: long_lines.waiting == 1, what="the short line")
+    may_continue.set()
+    assert [*await asyncio.gather(long, short)] == [100, 2]
+    assert turns[:4] == [b"x" * 100, b"yy", b"x" * 100, b"yy"]
+
+
+def test_turn_is_passed_on_by_its_owner_only() -> None:
+    turns = Turns()
+    turns.pass_on()
+    with turns:
+        turns.pass_on()
+    with turns:
+        thread = threading.Thread(target=turns.pass_on)
+        thread.start()
+        thread.join(60)
+        assert not thread.is_alive()
