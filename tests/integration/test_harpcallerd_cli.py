@@ -142,6 +142,12 @@ def test_signal_stops_the_daemon(dispatcher: Harpcallerd, number: signal.Signals
     assert not dispatcher.faults()
 
 
+def test_commands_start_without_the_event_loop() -> None:
+    program = "import harpcaller.cli, sys; print(*{'asyncio', 'sqlite3', 'cryptography'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=DEADLINE)
+    assert (done.returncode, done.stdout) == (0, "\n")
+
+
 # Starts.
 
 
