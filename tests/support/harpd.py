@@ -37,6 +37,10 @@ _LOGGING: dict[str, Any] = {
 }
 
 
+#: The user of the frontend if the tests run as root. To run them with a separate frontend:
+#: HARP_FRONTEND_USER=64321 ./dev test tests/integration/test_frontend.py
+_FRONTEND_USER = int(os.environ.get("HARP_FRONTEND_USER", "0"))
+
 #: The default owner and secret of resumable calls.
 OWNER, SECRET = "the owner of calls", "a secret of calls"
 
@@ -114,7 +118,11 @@ class Harpd(DaemonLog):
             },
             "authentication": {"module": "harpd.auth.inconfig", "users": {self.user: f"plain:{self.password}"}},
             "runtime_directory": str(self.runtime_directory),
-            **({"default_user": "root", "frontend_user": 0} if os.geteuid() == 0 and not self._prefix else {}),
+            **(
+                {"default_user": "root", "frontend_user": _FRONTEND_USER}
+                if os.geteuid() == 0 and not self._prefix
+                else {}
+            ),
             "environment": {COOKIE_VARIABLE: None},  # a process that a test leaves behind is found by it
         }
         for name, section in changes.items():

@@ -177,7 +177,7 @@ class SupervisorLauncher:
             delay = self._backoff.next_delay()
             try:
                 await self.start()
-            except (SupervisorError, OSError) as error:
+            except (ConfigError, SupervisorError, OSError) as error:  # ConfigError: a user has been deleted
                 fields = {"reason": str(error), "retry_in": round(delay, 1)}
                 log.error("cannot start supervisor; retrying", extra=fields)
 
