@@ -420,6 +420,7 @@ MISTAKES = ["alice:$5$saltsalt$0IyaXrmV7.sGNS6tirgqHLqX/G.FBvgkYA.lpPdS5sA"] * 2
 def test_mistake_in_users_file_fails_the_test_and_warns(tmp_path: Path) -> None:
     users = tmp_path / "users"
     users.write_text(MISTAKES[0])
+    users.chmod(0o600)
     configuration = {"authentication": {"module": "harpd.auth.passfile", "file": str(users)}}
     with Harpd(tmp_path / "harpd", PROCEDURES, configuration) as harpd:
         tested = subprocess.run(harpd.command("--test"), capture_output=True, text=True, check=False)

@@ -26,6 +26,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import fields
@@ -49,6 +50,8 @@ _REPLY_TIMEOUT = 60.0
 _EXIT_TIMEOUT = 5.0
 #: Seconds between two starts of a frontend that dies: the first delay, and the longest.
 _MIN_DELAY, _MAX_DELAY = 0.1, 30.0
+#: A frontend that ran this many seconds resets the delay.
+_STABLE_TIME = 10.0
 #: The most bytes of a message.
 MAX_MESSAGE_BYTES = 1 << 16
 
@@ -74,6 +77,7 @@ class SeparateFrontend:
         self._process: _FrontendProcess | None = None
         self._restarting: asyncio.Task[None] | None = None
         self._stopping = False
+        self._started_at = 0.0
         self._backoff = Backoff(_MIN_DELAY, _MAX_DELAY)
 
     async def start(self) -> None:
@@ -89,16 +93,20 @@ class SeparateFrontend:
         start = {"start": _encode_options(options)}
         try:
             await process.request(start, descriptors=[listener.socket.fileno() for listener in self._listeners])
+            process.check()
         except BaseException:
             await process.end()
             raise
         self._process = process
+        self._started_at = time.monotonic()
 
     def _on_exit(self, process: _FrontendProcess, status: int) -> None:
         if process is self._process:
             self._process = None
             if not self._stopping:
                 log.error("frontend died", extra={"status": describe_exit(status)})
+                if time.monotonic() - self._started_at > _STABLE_TIME:
+                    self._backoff.reset()
                 self._restarting = asyncio.create_task(self._restart_until_ready())
 
     async def _restart_until_ready(self) -> None:
@@ -146,7 +154,7 @@ class SeparateFrontend:
         for listener in self._listeners:
             listener.close()
         with suppress(ConfigError):
-            await self._command({"begin_stop": supervisor_stops})
+            await self._command({"begin_stop": supervisor_stops}, _EXIT_TIMEOUT)
 
     async def finish_stop(self, deadline: float) -> None:
         """Wait until it has exited, for about this number of seconds; then kill it."""
@@ -233,6 +241,11 @@ class _FrontendProcess:
                 await asyncio.shield(reply)
         except TimeoutError as error:
             raise ConfigError(f"the frontend did not reply within {deadline:g} s") from error
+
+    def check(self) -> None:
+        """Raise `FrontendDied` if it has exited."""
+        if self._exited.is_set():
+            raise FrontendDied("the frontend exited after its start; its log shows why")
 
     def _on_reply(self) -> None:
         try:
