@@ -484,6 +484,21 @@ def test_rate_limited_submission_with_request_id_is_repeated_after_a_lost_reply(
         assert limited.value.retry_after == 7
 
 
+def test_request_on_a_connection_that_is_void_is_sent_again(shell: Shell) -> None:
+    """The dispatcher uses other certificates now: it refuses requests on the connections of before."""
+    granted, void = {**SUBMITTED, "keep_alive": 60}, {"error": {"type": "auth_error", "message": "m", "refused": True}}
+    again = {"error": {**void["error"], "retry_after": 0}}
+    with Peer(keeping([granted], [again]), keeping([granted], [granted], [void])) as peer:
+        rpc = shell.caller(peer, keep_alive=True, token=TOKEN)
+        for _ in range(3):
+            assert rpc.web01.p().id() == JOB
+        with pytest.raises(harp.AuthenticationFailed):
+            rpc.web01.p()
+    assert [len(conn.received) for conn in peer.connections] == [2, 3]
+    with Peer(answering(again)) as peer, pytest.raises(harp.AuthenticationFailed):
+        shell.caller(peer, keep_alive=True, token=TOKEN).web01.p()
+
+
 def test_legacy_dispatcher_is_named_as_too_old_for_tokens(shell: Shell) -> None:
     with Peer(answering()) as peer, pytest.raises(harp.CommunicationError, match="may be too old for tokens"):
         shell.caller(peer, token=TOKEN).web01.p()

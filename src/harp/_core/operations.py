@@ -322,6 +322,12 @@ class CallerBase(Peer[C], Generic[C, S, J]):
                 line = yield from conn.exchange(self._encode(request, keep_alive, is_first=True))
             try:
                 reply = _parse_reply(request, line)
+                if pooled is not None and _refuses_connection(reply):
+                    conn.deadline = to_connect
+                    yield conn.connect()
+                    conn.deadline = to_reply
+                    line = yield from conn.exchange(self._encode(request, keep_alive, is_first=True))
+                    reply = _parse_reply(request, line)
             except ValueError as error:
                 raise conn.error("reply", error) from error
             if keep_alive:
@@ -375,6 +381,11 @@ class CallerBase(Peer[C], Generic[C, S, J]):
                 raise unsupported_by_peer(error, "keep_alive=True") from error.__cause__
             self._pool.granted = self._supports_many = False  # it may have been replaced by a legacy one
         raise mark_ambiguous(error, reused) from error.__cause__
+
+
+def _refuses_connection(reply: protocol.Reply) -> bool:
+    """Return whether a request was refused only because of its connection: nothing was done."""
+    return isinstance(reply, Refused) and reply.type == "auth_error" and reply.retry_after == 0
 
 
 def _waits_for_end(req: Mapping[str, Any]) -> bool:
