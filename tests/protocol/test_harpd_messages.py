@@ -458,3 +458,16 @@ def test_long_list_of_calls_is_decoded() -> None:
         with pytest.raises(ProtocolError, match="calls: expected an array of UUIDs"):
             decode_message(b'{"harp":1,"calls":%b,"instance":"i"}' % wrong, decode_slices)
     assert decode_message(b'{"harp":1,"calls":[],"instance":"i"}', decode_slices) == CallList([], "i")
+
+
+@pytest.mark.parametrize("character", ["x", "\\u00e9", "\\\\", '\\"', "\\n", "\xe9", "\U0001f600", "\\ud83d\\ude00"])
+@pytest.mark.parametrize("shift", range(7))
+def test_long_text_of_exception_is_cut(character: str, shift: int) -> None:
+    text = "y" * shift + character * (1_100_000 // len(character.encode()))
+    line = f'{{"exception":{{"type":"E","message":"{text}","data":[1]}}}}'.encode()
+    message = decode_message(line, decode_slices)
+    assert isinstance(message, Raised)
+    kept, _, mark = message.message.partition("... (cut: it had ")
+    assert mark == f"{len(text.encode()) + 2} bytes)"
+    assert kept == json.loads(f'"{text}"')[: len(kept)] or character.startswith("\\ud")
+    assert len(kept) > 80_000
