@@ -106,6 +106,7 @@ def loopback(quick_start: QuickStart, environment: dict[str, str], directory: Pa
     if shutil.which("openssl") is None:
         pytest.skip("the quick start needs openssl")
     replaced = {quick_start.address: "127.0.0.1", "4306": str(free_port()), "3502": str(free_port())}
+    replaced["tls:*:"] = "tls:127.0.0.1:"
     with ExitStack() as closing:
         yield {
             name: closing.enter_context(LoopbackMachine(name, directory / name, environment, replaced))
@@ -167,16 +168,23 @@ def running(machine: Machine, program: str) -> list[psutil.Process]:
     return found
 
 
+def commands_of(page: str) -> list[str]:
+    """Return the commands of a page, which begins with those of the environment."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / "docs" / page).read_text(), re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in block.splitlines()]
+
+
+def machine_of(line: str, quick_start: QuickStart, machines: Machines) -> Machine:
+    """Return the machine of a command: the dispatcher's, or the one that its comment names."""
+    return machines[quick_start.server if f"  # on {quick_start.server}" in line else "dispatcher"]
+
+
 def follow_operations(quick_start: QuickStart, machines: Machines) -> None:
     """Run every command of docs/operations.md after the quick start, in the order of the page."""
-    page = (ROOT / "docs" / "operations.md").read_text()
-    blocks = re.findall(r"^```sh\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    environment, *lines = [line for block in blocks for line in block.splitlines()]
+    environment, *lines = commands_of("operations.md")
     assert len(lines) > 40
     for line in lines:
-        command, _, comment = line.partition("  # ")
-        machine = machines[quick_start.server if f"on {quick_start.server}" in comment else "dispatcher"]
-        machine.run(environment, command)
+        machine_of(line, quick_start, machines).run(environment, line.partition("  # ")[0])
         if " renew " in line:
             copy_certificate(quick_start, machines)
         if "pki2/ca.pem > " in line:  # the page asks to copy the new certificate now
@@ -202,6 +210,38 @@ def test_operations_page_in_namespaces(quick_start: QuickStart, namespaces: Mach
 @pytest.mark.timeout(900)
 def test_operations_page_on_loopback(quick_start: QuickStart, loopback: Machines) -> None:
     check_operations(quick_start, loopback)
+
+
+def check_access(quick_start: QuickStart, machines: Machines) -> None:
+    """Run every command of docs/access.md after the quick start, in the order of the page."""
+    follow(quick_start, machines)
+    environment, *lines = commands_of("access.md")
+    shown: dict[str, str] = {}
+    for line in lines:
+        command = line.partition("  # ")[0]
+        expected = command.removeprefix("! ")
+        run = machine_of(line, quick_start, machines).run
+        if command == expected:
+            shown[command.partition(" --")[0]] = run(environment, "umask 077", command)
+        else:
+            with pytest.raises(CommandFailed, match=r"denied|not accepted|auth_error"):
+                run(environment, expected)
+    assert "token:shop" in shown["harpcallerd access who"]
+    assert "token:shop" in shown["harpcallerd audit search"]
+    machines[quick_start.server].run("systemctl stop harpd-supervisor harpd")
+    machines["dispatcher"].run("systemctl stop harpcallerd")
+    for machine in machines.values():
+        wait_until(partial(stopped, machine), 60, f"the end of all services of {machine.name}")
+
+
+@pytest.mark.timeout(900)
+def test_access_page_in_namespaces(quick_start: QuickStart, namespaces: Machines) -> None:
+    check_access(quick_start, namespaces)
+
+
+@pytest.mark.timeout(900)
+def test_access_page_on_loopback(quick_start: QuickStart, loopback: Machines) -> None:
+    check_access(quick_start, loopback)
 
 
 @pytest.mark.timeout(600)
