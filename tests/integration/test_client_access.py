@@ -529,3 +529,58 @@ def test_refusal_can_be_pickled(kind: str) -> None:
     error.retry_after = 2.0
     same = pickle.loads(pickle.dumps(error))
     assert (type(same), str(same), same.retry_after) == (type(error), f"{kind}: no", 2.0)
+
+
+# Rules of a real dispatcher.
+
+RULES = """
+[[rule]]
+who = ["token:limited"]
+allow = ["call", "read"]
+procedures = ["count"]
+rate = "1/h"
+
+[[rule]]
+who = ["token:shop"]
+allow = ["call", "read", "cancel"]
+procedures = ["echo"]
+"""
+
+
+@pytest.fixture(scope="module")
+def ruled(tmp_path_factory: pytest.TempPathFactory, host: Peer) -> Iterator[Harpcallerd]:
+    directory = tmp_path_factory.mktemp("ruled")
+    (directory / "access.toml").write_text(RULES)
+    settings = {"tokens_file": "tokens", "access_file": str(directory / "access.toml")}
+    with Harpcallerd(directory, {"web01": host.port}, settings=settings) as found:
+        yield found
+
+
+def test_rules_of_a_dispatcher_raise_their_errors(shell: Shell, ruled: Harpcallerd) -> None:
+    """A call that no rule allows, in one and in many; jobs of others; a limit; a client without a token."""
+
+    def caller(name: str | None) -> Any:
+        token = None if name is None else ruled.control("token", "add", name).stdout.strip()
+        return shell.caller_at(ruled.host, ruled.port, token=token)
+
+    try:
+        shop, limited = caller("shop"), caller("limited")
+        job = shop.web01.echo(5)
+        assert job.get() == [5]
+        for submit in (shop.web01.count, lambda _: shop.submit_many([harp.Call("web01", "count", [1])])):
+            with pytest.raises(harp.AccessDenied, match=r"^access_denied: ") as denied:
+                submit(1)
+            assert denied.value.retry_after is None
+        for read in (limited.job(job.id()).get, limited.job(job.id()).follow(since=0).all):
+            with pytest.raises(harp.RemoteError, match="invalid_jobid"):
+                read()
+        with pytest.raises(harp.RateLimited, match=r"^rate_limited: ") as refused:
+            for _ in range(3):
+                limited.web01.count(1)
+        assert refused.value.retry_after is not None
+        assert 0 < refused.value.retry_after <= 3600
+        end = caller(None).web01.echo(5).result(wait=True)  # such a job ends when it is submitted
+        assert (type(end), end.type) == (harp.RemoteError, "access_denied")
+    finally:
+        for name in ("shop", "limited"):
+            ruled.control("token", "revoke", name)

@@ -16,7 +16,9 @@ import pytest
 
 from harp.cli import Exit
 from harp_daemon.certificates import make_certificate
+from harpcaller.secret_arguments import add_key
 from support.certificates import Certificates, server_files
+from support.deadline import wait_until
 from support.harpcallerd import Harpcallerd
 from support.peers import Peer, answering, server_context, silent
 from support.scripted import scripted_harpd
@@ -371,3 +373,41 @@ def test_refused_secret_is_not_sent(harp: Harp) -> None:
         assert done.returncode == Exit.UNREACHABLE
         assert "no secret value was sent" in done.stderr
         assert "hunter2" not in json.dumps(peer.requests)
+
+
+def places_of(secret: bytes, directory: Path) -> list[str]:
+    """Return the files of a directory, and the command lines and environments of all processes, that have a text."""
+    files = [file for file in directory.rglob("*") if file.is_file()]
+    files += [file for name in ("cmdline", "environ") for file in Path("/proc").glob(f"[0-9]*/{name}")]
+    found = []
+    for file in files:
+        try:
+            if secret in file.read_bytes():
+                found.append(str(file))
+        except OSError:  # the process has ended
+            pass
+    return found
+
+
+def test_secret_of_a_running_call_is_in_no_file_and_no_process_list(harp: Harp, tmp_path: Path) -> None:
+    secret = "correct horse 4711"
+    directory = tmp_path / "d"
+    directory.mkdir()
+    add_key(tmp_path / "keys")
+    settings = {"secrets_key_file": str(tmp_path / "keys")}
+    with scripted_harpd(directory) as peer, Harpcallerd(directory, {"web01": peer.port}, settings=settings) as found:
+        environment = {"HARP_DISPATCHER": f"{found.host}:{found.port}"}
+        done = harp("call", "web01", "hang", "--secret", "password=-", stdin=secret, **environment)
+        assert (done.returncode, done.stderr) == (Exit.OK, "")
+        job = done.stdout.strip()
+
+        def is_called() -> bool:
+            return any(request.get("arguments") == {"password": secret} for request in peer.requests)
+
+        wait_until(is_called, what="the call on the host")
+        assert places_of(secret.encode(), directory) == []
+        done = harp("status", job, **environment)
+        assert json.loads(done.stdout)["call"]["arguments"] == {"password": "***"}
+        assert harp("cancel", job, **environment).stdout == "true\n"
+    assert places_of(secret.encode(), directory) == []
+    assert places_of(job.encode(), directory)  # the search finds what is there
