@@ -89,6 +89,7 @@ class AuditLog:
         self._queue: SimpleQueue[list[_Entry] | None] = SimpleQueue()
         self._closed = False
         self._problem_logged: str | None = None
+        self._unsynced = False  # whether written entries are not on stable storage yet
         self._thread = threading.Thread(target=self._run, name="audit-writer", daemon=True)
         self._thread.start()
 
@@ -159,7 +160,7 @@ class AuditLog:
             group, ended = self._next_group()
             error = None
             try:
-                if group or self._waiting or self._file.problem:
+                if group or self._waiting or self._file.problem or self._unsynced:
                     self._write_group(group)
             except AuditError as failure:
                 error = failure
@@ -168,13 +169,15 @@ class AuditLog:
             if futures:
                 with suppress(RuntimeError):  # the loop is closed
                     self._loop.call_soon_threadsafe(_resolve, futures, error)
+        with suppress(AuditError):
+            self._file.sync()
         self._file.close()
 
     def _next_group(self) -> tuple[list[_Entry], bool]:
         """Wait for entries; return all that were recorded, and whether the log ends."""
         group: list[_Entry] = []
         try:
-            busy = bool(self._waiting) or self._file.problem is not None
+            busy = bool(self._waiting) or self._file.problem is not None or self._unsynced
             entries = self._queue.get(timeout=_RETRY_INTERVAL if busy else _WINDOW)
             while entries is not None:
                 group += entries
@@ -201,13 +204,17 @@ class AuditLog:
             raise AuditError(self._file.problem or f"{self.path}: no room")
         entries = [*(entry.fields for entry in self._waiting), *others]
         entries.sort(key=lambda fields: float(fields["time"]))
-        self._write(entries)
+        # Nobody waits for reports: they are synchronized with the next group, or soon.
+        self._write(entries, sync=not group or any(entry.future is not None for entry in group))
 
-    def _write(self, entries: Sequence[Mapping[str, Any]]) -> None:
+    def _write(self, entries: Sequence[Mapping[str, Any]], sync: bool = True) -> None:
         if entries:
             self._file.append(entries)
+            self._unsynced = True
         self._waiting.clear()
-        self._file.sync()
+        if sync:
+            self._file.sync()
+            self._unsynced = False
 
     def _log_problem(self) -> None:
         problem = self._file.problem

@@ -18,7 +18,6 @@ import ctypes
 import errno
 import fcntl
 import gzip
-import hmac
 import json
 import os
 import re
@@ -27,9 +26,12 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from hashlib import sha256
+from functools import lru_cache
+from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import IO, Any, NamedTuple
+
+import msgspec
 
 FIRST_HASH = "0" * 64  #: The hash in entry 1, which has no line before it.
 NEW_FILE = "audit-file"  #: The action of the first entry of a file after another one.
@@ -42,7 +44,8 @@ _KEEP_SIZE = 1  # of fallocate(2): the size of the file stays as it is
 _LINES_TRIED = 5  #: Lines at the start of a file of which one has to be an entry.
 _FRAGMENT_SHOWN = 1000  #: Maximum bytes of an incomplete line that the entry about it repeats.
 
-_encode = json.JSONEncoder(separators=(",", ":"), default=str).encode
+_encode = json.JSONEncoder(separators=(",", ":"), default=str).encode  # to ASCII
+_encode_fast = msgspec.json.Encoder().encode
 
 
 class AuditError(Exception):
@@ -100,7 +103,12 @@ def read_head(path: Path) -> Position | None:
 
 def format_time(seconds: float) -> str:
     """Return the text of a time in Unix seconds."""
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{int(seconds % 1 * 1000):03d}Z"
+    return f"{_format_second(int(seconds))}.{int(seconds % 1 * 1000):03d}Z"
+
+
+@lru_cache(16)
+def _format_second(seconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
 
 
 def open_files(path: Path) -> list[tuple[Path, IO[bytes]]]:
@@ -189,8 +197,8 @@ class AuditFile:
             raise
 
     def digest(self, data: bytes) -> str:
-        """Return a digest that only the holder of the key can compute."""
-        return hmac.digest(self._key, data, "sha256").hex()[:32]
+        """Return a digest that only the holder of the key can compute: BLAKE2b with a key."""
+        return blake2b(data, key=self._key, digest_size=16).hexdigest()
 
     @property
     def has_room(self) -> bool:
@@ -385,14 +393,23 @@ class AuditFile:
         self.check_room()
 
     def _encode_entry(self, position: Position, entry: Mapping[str, Any]) -> bytes:
-        members: dict[str, Any] = {"entry": position.entry + 1, "time": format_time(entry["time"])}
-        members["previous"] = position.hash
+        members: dict[str, Any] = {"entry": position.entry + 1, "time": "", "previous": position.hash}
         for key, value in entry.items():
-            if key == "arguments":
-                members[key] = self.digest(value)
-            elif key not in members and value is not None:
-                is_long = isinstance(value, str) and len(value) > MAX_TEXT
-                members[key] = f"{value[:MAX_TEXT]}... ({len(value)} characters)" if is_long else value
+            if value is None:
+                continue
+            if type(value) is str and len(value) > MAX_TEXT:
+                members[key] = f"{value[:MAX_TEXT]}... ({len(value)} characters)"
+            else:
+                members[key] = value
+        members["time"] = format_time(entry["time"])
+        if "arguments" in entry:
+            members["arguments"] = self.digest(entry["arguments"])
+        try:
+            text = _encode_fast(members)
+            if text.isascii():
+                return text
+        except (TypeError, ValueError):  # for example a lone surrogate
+            pass
         return _encode(members).encode()
 
 
