@@ -35,6 +35,7 @@ __all__ = ["AuditError", "AuditLog", "DirectAuditLog"]
 log = logging.getLogger(__name__)
 
 DEFAULT_MAX_BYTES = 100 * 1024 * 1024  #: The default size from which on a file is rotated.
+_REPORT_DELAY = 0.01  #: Seconds until an entry is written that nobody waits for: each wakeup of the thread costs time.
 _RETRY_INTERVAL = 1.0  #: Seconds between two attempts to write, or to allocate room.
 _MAX_WAITING = 20_000  #: Maximum number of entries with `must` in memory while they cannot be written.
 _WINDOW, _MAX_SINGLE = 60.0, 10  #: Seconds of a window, and the entries of a key in it before the shared one.
@@ -87,6 +88,7 @@ class AuditLog:
         self._next: list[_Entry] = []
         self._waiting: deque[_Entry] = deque()  # with `must`, while they cannot be written
         self._queue: SimpleQueue[list[_Entry] | None] = SimpleQueue()
+        self._flush_is_due = self._flush_is_planned = False
         self._closed = False
         self._problem_logged: str | None = None
         self._unsynced = False  # whether written entries are not on stable storage yet
@@ -126,8 +128,15 @@ class AuditLog:
         return future
 
     def report(self, action: str, **fields: Any) -> None:
-        """Record an entry about something that has happened. It is written soon."""
-        self._add([_Entry({"time": time.time(), "action": action, **fields}, True, None)])
+        """Record an entry about something that has happened. It is written with others, at the latest after 10 ms."""
+        self._next.append(_Entry({"time": time.time(), "action": action, **fields}, True, None))
+        if not self._flush_is_planned:
+            self._flush_is_planned = True
+            self._loop.call_later(_REPORT_DELAY, self._flush)
+
+    def read_recent(self) -> list[dict[str, Any]]:
+        """Return the entries of the last 8 MiB. May block. Raises OSError."""
+        return self._file.read_recent()
 
     def reopen(self) -> None:
         """Continue in another file if the file was renamed. That happens with the next entry, too."""
@@ -143,11 +152,13 @@ class AuditLog:
             await asyncio.to_thread(self._thread.join)
 
     def _add(self, entries: Sequence[_Entry]) -> None:
-        if entries and not self._next:
+        if entries and not self._flush_is_due:
+            self._flush_is_due = True
             self._loop.call_soon(self._flush)
         self._next += entries
 
     def _flush(self) -> None:
+        self._flush_is_due = self._flush_is_planned = False
         if self._next:
             self._queue.put(self._next)
             self._next = []

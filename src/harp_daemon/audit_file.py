@@ -26,6 +26,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from datetime import datetime
 from functools import lru_cache
 from hashlib import blake2b, sha256
 from pathlib import Path
@@ -41,6 +42,7 @@ _AHEAD, _LEAST_AHEAD = 8 * 1024 * 1024, 4 * 1024 * 1024
 _RESERVED_FOR_ENDS = 2 * 1024 * 1024  #: Of these bytes, those for entries that must be written, such as ends of jobs.
 _MAX_LINE = 64 * 1024  #: Longer than any line: texts are cut.
 _KEEP_SIZE = 1  # of fallocate(2): the size of the file stays as it is
+_RECENT = 8 * 1024 * 1024  #: The last bytes of a file, for `AuditFile.read_recent`.
 _LINES_TRIED = 5  #: Lines at the start of a file of which one has to be an entry.
 _FRAGMENT_SHOWN = 1000  #: Maximum bytes of an incomplete line that the entry about it repeats.
 
@@ -104,6 +106,11 @@ def read_head(path: Path) -> Position | None:
 def format_time(seconds: float) -> str:
     """Return the text of a time in Unix seconds."""
     return f"{_format_second(int(seconds))}.{int(seconds % 1 * 1000):03d}Z"
+
+
+def parse_time(text: str) -> float:
+    """Return the Unix seconds of a time as `format_time` writes it. Raises ValueError."""
+    return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
 
 
 @lru_cache(16)
@@ -259,6 +266,18 @@ class AuditFile:
             os.link(self.path, target)  # unlike a rename, this replaces no file
             self.path.unlink()
             self._begin_file(target.name)
+
+    def read_recent(self) -> list[dict[str, Any]]:
+        """Return the entries of the last 8 MiB, also of earlier files. Raises OSError."""
+        text = b""
+        with ExitStack() as stack:
+            files = [stack.enter_context(file) for _, file in open_files(self.path)]
+            while files and len(text) < _RECENT:
+                file = files.pop()
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - _RECENT + len(text)))
+                text = file.read() + text
+        return [entry for line in text.split(b"\n") if (entry := parse_line(line)) is not None]
 
     def close(self) -> None:
         """Store the head durably and close the files. The entries must have been synchronized."""

@@ -11,9 +11,14 @@ from typing import Any
 
 from harp.protocol.ends import End, Failed, Raised
 from harp_daemon.audit import AuditError, AuditLog
+from harp_daemon.audit_file import parse_time
 from harpcaller.access.client import Client
 from harpcaller.model.jobs import Job, NewJob, Subject, state_of
 from harpcaller.store import StorageError
+from harpcaller.store.sqlite import Store
+
+_LATEST_END = 60.0  #: Seconds before the last entry: ends of that time may lack an entry.
+_MAX_MISSING_ENDS = 10_000
 
 
 class Audit:
@@ -85,6 +90,21 @@ class Audit:
         error = end.type if isinstance(end, (Failed, Raised)) else None
         names = {} if job is None else {"host": job.host, "procedure": job.procedure, "owner": job.owner}
         self.log.report("end", job=job_id, end=state_of(end).value, error=error, by=by, **names, **fields)
+
+
+async def report_missing_ends(audit: Audit, store: Store) -> None:
+    """Report ends that were stored, and not recorded, because the dispatcher was killed in between."""
+    if audit.log is None:
+        return
+    try:
+        recent = await asyncio.to_thread(audit.log.read_recent)
+        first, last = (parse_time(str(recent[index].get("time"))) for index in (0, -1))
+    except (OSError, IndexError, ValueError):
+        return  # the file was changed
+    recorded = {entry.get("job") for entry in recent if entry.get("action") == "end"}
+    for job in await store.list_ended_since(max(first, last - _LATEST_END), _MAX_MISSING_ENDS):
+        if job.id not in recorded and job.end is not None:
+            audit.report_end(job.id, job, job.end, None, recovered=True)
 
 
 ALLOWED, DENIED, FAILED = "allowed", "denied", "failed"  #: The decisions.

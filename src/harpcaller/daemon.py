@@ -32,7 +32,7 @@ from harpcaller.access.identities import Identities
 from harpcaller.access.source import PolicySource
 from harpcaller.api.client_server import ClientServer, listen
 from harpcaller.api.control_server import ControlServer
-from harpcaller.audit import Audit
+from harpcaller.audit import Audit, report_missing_ends
 from harpcaller.config import Config, file_errors, load
 from harpcaller.dispatcher import Dispatcher
 from harpcaller.hosts.registry import read_hosts_file, run_hosts_script
@@ -149,6 +149,7 @@ async def run(
                 store = await open_store(config.stream_directory)
             stack.push_async_callback(store.close)
             audit = await _open_audit(config, stack)
+            await report_missing_ends(audit, store)
 
             def reopen() -> None:
                 logs.reopen()

@@ -181,10 +181,13 @@ def test_audit_kill_loses_no_entry_of_a_reply(tmp_path: Path, seed: int) -> None
             stopping.set()
             for client in clients:
                 client.join()
+        ended = {job["job"] for job in dispatcher.listed("list", "--all") if job["time"]["end"] is not None}
     lines = [line for file in tmp_path.glob("audit.jsonl*") for line in file.read_bytes().splitlines()]
     recorded = {(entry["action"], entry.get("job")) for entry in map(json.loads, lines)}
     assert len(replies) > 80
     assert [reply for reply in replies if reply not in recorded] == []
+    assert len(ended) > 40
+    assert [job for job in ended if ("end", job) not in recorded] == []
     report = verify(tmp_path / "audit.jsonl")
     assert report.problems == []
     assert report.first == 1

@@ -532,3 +532,13 @@ async def test_get_identity_of_two_stores_differs(tmp_path: Path, store: Store, 
     await other.close()
     assert first.owner != second.owner
     assert first.key != second.key
+
+
+async def test_list_ended_since_has_later_ends(store: Store) -> None:
+    ids = []
+    for number in range(4):
+        ids.append(await store.add_job(new_job(), 1.0))
+        await store.cancel_job(ids[-1], 100.0 + number)
+    await store.add_job(new_job(), 1.0)
+    assert [job.id for job in await store.list_ended_since(101.0, 10)] == ids[1:]
+    assert [job.id for job in await store.list_ended_since(101.0, 2)] == ids[1:3]

@@ -122,6 +122,7 @@ class Store:
     update_metadata = _writes(Writes.update_metadata)
     set_prune_time = _writes(Writes.set_prune_time)
     list_slot_holders = _reads(reads.list_slot_holders)
+    list_ended_since = _reads(reads.list_ended_since)
     get_job = _reads(reads.get_job)
     find_subjects = _reads(reads.find_subjects)
     get_permitted_job = _reads(reads.get_permitted_job)

@@ -191,6 +191,11 @@ SELECT id FROM jobs WHERE seq IN (
 SELECT * FROM job_view
 WHERE seq IN (SELECT seq FROM jobs INDEXED BY jobs_holding WHERE holds_slot = 1) ORDER BY seq;
 
+-- name: list_ended_since
+SELECT * FROM job_view WHERE seq IN (
+    SELECT seq FROM jobs INDEXED BY jobs_ended WHERE ended IS NOT NULL AND ended >= :since ORDER BY ended LIMIT :limit
+) ORDER BY seq;
+
 -- name: list_jobs
 SELECT * FROM job_view WHERE seq > :after ORDER BY seq LIMIT :limit;
 

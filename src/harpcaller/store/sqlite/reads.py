@@ -119,6 +119,12 @@ def list_slot_holders(db: sqlite3.Connection) -> list[Job]:
     return [decode_job(row) for row in db.execute(QUERIES["list_slot_holders"]).fetchall()]
 
 
+def list_ended_since(db: sqlite3.Connection, since: float, limit: int) -> list[Job]:
+    """Return the jobs that have ended at a time or later, the first `limit` of them."""
+    rows = db.execute(QUERIES["list_ended_since"], {"since": since, "limit": limit}).fetchall()
+    return [decode_job(row) for row in rows]
+
+
 def get_identity(db: sqlite3.Connection) -> Identity:
     """Return the identity of the dispatcher that owns this store. It never changes."""
     [row] = db.execute(QUERIES["get_identity"]).fetchall()
