@@ -16,13 +16,12 @@ import os
 import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from harp._core.values import check_token
 from harp.errors import HarpException
 
-#: More than the longest token with white space around it.
+#: Bytes; more than the longest token with white space around it.
 _MAX_TOKEN_FILE = 4096
 
 
@@ -46,13 +45,13 @@ _TYPES: Mapping[str, tuple[type, str]] = {
 }
 
 
-def config_file(environment: Mapping[str, str]) -> Path:
+def config_file(environment: Mapping[str, str]) -> str:
     """Return the path of the configuration file."""
     base = environment.get("XDG_CONFIG_HOME", "")
-    return Path(base if os.path.isabs(base) else os.path.expanduser("~/.config"), "harp", "config.toml")
+    return os.path.join(base if os.path.isabs(base) else os.path.expanduser("~/.config"), "harp", "config.toml")
 
 
-def read_context(file: Path, name: str | None, check_address: Callable[[str], object]) -> Context | None:
+def read_context(file: str, name: str | None, check_address: Callable[[str], object]) -> Context | None:
     """Return a context of a file; without `name` its default one, None if there is no file or no default.
 
     `check_address` raises `HarpException` for text that is not the address of a dispatcher. Raises `HarpException`, as
@@ -61,7 +60,8 @@ def read_context(file: Path, name: str | None, check_address: Callable[[str], ob
     import tomllib  # most commands do not need it
 
     try:
-        content = tomllib.loads(file.read_text("utf-8"))
+        with open(file, "rb") as opened:
+            content = tomllib.load(opened)
     except FileNotFoundError as error:
         if name is None:
             return None
@@ -84,14 +84,14 @@ def read_context(file: Path, name: str | None, check_address: Callable[[str], ob
     return contexts.get(name or default or "")
 
 
-def reject_unknown(file: Path, where: str, table: Mapping[str, Any], known: tuple[str, ...]) -> None:
+def reject_unknown(file: str, where: str, table: Mapping[str, Any], known: tuple[str, ...]) -> None:
     """Raise `HarpException` if a table has another key than the known ones."""
     for key in table:
         if key not in known:
             raise HarpException(f"{file}: {where}{key}: expected one of {', '.join(known)}, got an unknown key")
 
 
-def _parse_context(file: Path, name: str, table: Any, check_address: Callable[[str], object]) -> Context:
+def _parse_context(file: str, name: str, table: Any, check_address: Callable[[str], object]) -> Context:
     where = f"contexts.{name}"
     if not isinstance(table, dict):
         raise HarpException(f"{file}: {where}: expected a table, got {table!r}")
@@ -108,7 +108,8 @@ def _parse_context(file: Path, name: str, table: Any, check_address: Callable[[s
         check_address(table["dispatcher"])
     except HarpException as error:
         raise HarpException(f"{file}: {where}.dispatcher: {error}") from error
-    paths = {key: str(file.parent / os.path.expanduser(table[key])) for key in _FILES if key in table}
+    directory = os.path.dirname(file)
+    paths = {key: os.path.join(directory, os.path.expanduser(table[key])) for key in _FILES if key in table}
     return Context(**{**table, **paths})
 
 
