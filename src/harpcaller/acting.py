@@ -81,31 +81,27 @@ class ActingAs:
             return self._submit_refused(call, refusal, received_at)
         admission = Admission(client.owner, decision.limits, client.owner)
         record = partial(audit.record_call, client, ALLOWED, decision.rule)
-        submitted = dispatcher.submit(call, client.peer, received_at, admission, record)
-        return submitted if decision.limits.queued is None else self._limit(submitted, call)
+        on_limit = None if decision.limits.queued is None else partial(self._on_limit, call)
+        return dispatcher.submit(call, client.peer, received_at, admission, record, on_limit)
 
-    def _limit(self, submitted: asyncio.Future[str], call: Call) -> asyncio.Future[str]:
-        """Return a future of the id of a submitted job; the client may have too many queued jobs."""
-        job_id: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    def _on_limit(self, call: Call, error: LimitReached, job_id: asyncio.Future[str]) -> None:
+        """Handle that the client has too many queued jobs."""
 
         def on_submitted(submitted: asyncio.Future[str]) -> None:
             error = submitted.exception()
             if job_id.done():
                 return
-            if error is None:
-                job_id.set_result(submitted.result())
-            elif not isinstance(error, LimitReached):
+            if error is not None:
                 job_id.set_exception(error)
             else:
-                try:
-                    refused = self._submit_refused(call, _to_refusal(error), None)
-                except RateLimited as refusal:
-                    job_id.set_exception(refusal)
-                else:
-                    refused.add_done_callback(on_submitted)
+                job_id.set_result(submitted.result())
 
-        submitted.add_done_callback(on_submitted)
-        return job_id
+        try:
+            refused = self._submit_refused(call, _to_refusal(error), None)
+        except RateLimited as refusal:
+            job_id.set_exception(refusal)
+        else:
+            refused.add_done_callback(on_submitted)
 
     def _submit_refused(
         self, call: Call, refusal: AccessDenied | RateLimited, received_at: float | None

@@ -54,7 +54,7 @@ from harpcaller.runner import Runner
 from harpcaller.runs.context import RunContext, StoreWrites, log_fields
 from harpcaller.runs.reconciliation import OrphanReaper
 from harpcaller.secret_arguments import SecretKeys, read_key_file
-from harpcaller.store import StorageError, UnknownJob
+from harpcaller.store import LimitReached, StorageError, UnknownJob
 from harpcaller.store.disk_space import DiskSpace
 from harpcaller.store.sqlite import Store
 
@@ -195,6 +195,7 @@ class Dispatcher:
         received_at: float | None = None,
         admission: Admission = _ADMITTED,
         record: Callable[[NewJob], asyncio.Future[None] | None] = lambda job: None,
+        on_limit: Callable[[LimitReached, asyncio.Future[str]], None] | None = None,
     ) -> asyncio.Future[str]:
         """Store a job; return a future of its id, which is set when the job is on stable storage.
 
@@ -202,7 +203,7 @@ class Dispatcher:
         A call with the request id of a stored job is that job; raises `RequestIDReused` if the call differs. `client`
         is the client's address, for the log; `received_at` is the monotonic time of the request, or None.
         `record` returns the future of its audit entry, which the id waits for. Raises `LimitReached` for too many
-        queued jobs.
+        queued jobs; with `on_limit`, that function gets the error and sets the future.
         """
         job_id: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         if (shortage := self._disk_space.find_shortage(self.config.disk_reserve)) is not None:
@@ -219,7 +220,11 @@ class Dispatcher:
                 return
             if (error := stored.exception()) is not None:
                 self.audit.report("end", job=job.id, end="not_stored", error=str(error))
-                if not job_id.done():
+                if job_id.done():
+                    return
+                if on_limit is not None and isinstance(error, LimitReached):
+                    on_limit(error, job_id)
+                else:
                     job_id.set_exception(error)
                 return
             if stored.result() == job.id:

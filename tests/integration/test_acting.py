@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import pytest
@@ -203,7 +202,8 @@ async def test_denied_job_is_like_an_unknown_one_also_in_time(tmp_path: Path) ->
                 times.setdefault(each, []).append(time.monotonic() - began)
         assert min(times[job]) >= 0.005
         assert min(times[unknown]) >= 0.005
-        assert abs(median(times[job]) - median(times[unknown])) < 0.001
+        # The shortest times, because those do not depend on how busy the machine is.
+        assert abs(min(times[job]) - min(times[unknown])) < 0.002
 
 
 # Submission.

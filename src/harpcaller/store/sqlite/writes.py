@@ -10,7 +10,6 @@ memory is read from the file again.
 from __future__ import annotations
 
 import sqlite3
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache
 from itertools import chain
@@ -219,15 +218,15 @@ class Writes:
 
     def _check_queued(self, jobs: Sequence[NewJob]) -> None:
         """Raise `LimitReached` if these jobs and those that are queued are more than their owner may have."""
-        new: Counter[str | None] = Counter()
-        all_new = Counter(job.owner for job in jobs)
+        new: dict[str | None, int] = {}
         for job in jobs:
             assert job.max_queued is not None
-            new[job.owner] += 1
+            new[job.owner] = count = new.get(job.owner, 0) + 1
             queued = self._active.owners[job.owner].queued if job.owner in self._active.owners else 0
-            if queued + new[job.owner] > job.max_queued:
+            if queued + count > job.max_queued:
                 message = f"{queued} jobs of {job.owner} are queued; the limit is {job.max_queued}"
-                raise LimitReached(message, may_pass=all_new[job.owner] <= job.max_queued)
+                all_new = sum(other.owner == job.owner for other in jobs)
+                raise LimitReached(message, may_pass=all_new <= job.max_queued)
 
     # Many jobs of one request: see `staging`.
 
