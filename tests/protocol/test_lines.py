@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,3 +36,18 @@ def test_feed_of_incomplete_long_line_raises(pieces: list[bytes]) -> None:
     with pytest.raises(LineTooLong, match="longer than 3 bytes"):
         for piece in pieces:
             buffer.feed(piece)
+
+
+def test_line_in_tiny_pieces_needs_little_memory() -> None:
+    lines, line = LineBuffer(10**6), b"xy" * 100_000
+    pieces = [line[at : at + 2] for at in range(0, len(line), 2)]
+    tracemalloc.start()
+    try:
+        for piece in pieces:
+            assert lines.feed(bytes(bytearray(piece))) == []  # a copy, as if it had just been received
+        assert tracemalloc.get_traced_memory()[1] < 2 * len(line)
+    finally:
+        tracemalloc.stop()
+    assert lines.size == len(line)
+    assert lines.feed(b"\nz") == [line]
+    assert lines.pending == b"z"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+#: Pieces that are joined: a peer may send a line in pieces of few bytes, each of which needs about 50 bytes of memory.
+_MAX_PIECES = 256
+
 
 class LineTooLong(ValueError):
     """A line is longer than the limit."""
@@ -13,6 +16,7 @@ class LineBuffer:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._pieces: list[bytes] = []
+        self._joined = 0  # how many of them are pieces that were joined
         #: Bytes of the incomplete line.
         self.size = 0
 
@@ -33,6 +37,7 @@ class LineBuffer:
                 self._add(lines[0])
                 lines[0] = self.pending
                 self._pieces.clear()
+                self._joined = 0
                 self.size = 0
             if len(data) > self._limit and len(max(lines, key=len)) > self._limit:
                 raise self._too_long()
@@ -45,6 +50,9 @@ class LineBuffer:
         if self.size > self._limit:
             raise self._too_long()
         self._pieces.append(piece)
+        if len(self._pieces) - self._joined == _MAX_PIECES:
+            self._pieces[self._joined :] = [b"".join(self._pieces[self._joined :])]
+            self._joined += 1
 
     def _too_long(self) -> LineTooLong:
         return LineTooLong(f"a line is longer than {self._limit} bytes")
