@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -585,3 +586,28 @@ def test_list_into_a_closed_pipe_succeeds(dispatcher: Harpcallerd) -> None:
             command.stdout.close()
             assert command.stderr.read() == ""
             assert command.wait(DEADLINE) == 0
+
+
+def test_control_characters_of_clients_are_escaped(dispatcher: Harpcallerd) -> None:
+    """A client may write any character but C0 controls as it is; the store and the control socket do not change it."""
+    odd = "\x7f\x9b2J\u202e"
+    call = {
+        "harpcaller": 1,
+        "host": f"h{odd}",
+        "procedure": f"p{odd}",
+        "arguments": [odd],
+        "queue": {"name": {"q": odd}},
+    }
+    with dispatcher:
+        with dispatcher.connect() as client:
+            client.send(json.dumps(call, ensure_ascii=False).encode() + b"\n")
+            [reply] = client.messages()
+        assert isinstance(reply, dict)
+        job = str(reply["job_id"])
+        for command in (["list", "--all", "--queue"], ["info", job], ["info", "--full", job]):
+            done = dispatcher.control(*command)
+            assert done.returncode == 0, done.stderr
+            assert "\\u007f\\u009b2J\\u202e" in done.stdout
+            assert not set(odd) - set("2J") & set(done.stdout)
+            for line in done.stdout.splitlines():
+                assert odd in json.dumps(json.loads(line), ensure_ascii=False)
