@@ -207,7 +207,13 @@ def wait_for_end(
             read_job(store.get_job(job_id))
 
     subscription = notifier.subscribe(job_id, on_published)
-    result.add_done_callback(lambda _: notifier.unsubscribe(job_id, on_published))
+
+    def on_done(_: asyncio.Future[End]) -> None:
+        nonlocal read_job
+        notifier.unsubscribe(job_id, on_published)
+        del read_job  # the functions refer to each other and to the end, which would wait for the garbage collector
+
+    result.add_done_callback(on_done)
     if first_read is not None or not is_active:
         read_job(store.get_job(job_id) if first_read is None else first_read)
     return result
