@@ -32,6 +32,8 @@ MAX_DEPTH, MAX_LINE_DEPTH = 1000, 1016
 #: Brackets and quotes that are counted in one step, and bytes in which they are looked for in one step. Other threads
 #: may run between two steps.
 _PIECE, _WINDOW = 1000, 64 * 1024
+#: Maximum number of members of which each is looked for in the whole text.
+_MAX_COUNTED = 50
 _NOT_BRACKETS = bytes(set(range(256)) - set(b'[]{}"'))
 _STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 _SPACE = " \t\r\n"
@@ -241,7 +243,7 @@ def decode_values(line: bytes) -> JSONObject:
     members = decode_text(text)
     if type(members) is not dict:
         raise InvalidJSON("expected an object")
-    if "\\" in text:
+    if "\\" in text or len(members) > _MAX_COUNTED:
         _reject_repeated_key(text)
     else:
         for name in members:
