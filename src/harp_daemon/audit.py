@@ -139,7 +139,8 @@ class AuditLog:
         return self._file.read_recent()
 
     def reopen(self) -> None:
-        """Continue in another file if the file was renamed. That happens with the next entry, too."""
+        """Continue in another file if the file was renamed. Otherwise that happens within a second."""
+        self._file.reopen()
         self._queue.put([])
 
     async def close(self) -> None:

@@ -43,6 +43,7 @@ _RESERVED_FOR_ENDS = 2 * 1024 * 1024  #: Of these bytes, those for entries that 
 _MAX_LINE = 64 * 1024  #: Longer than any line: texts are cut.
 _KEEP_SIZE = 1  # of fallocate(2): the size of the file stays as it is
 _RECENT = 8 * 1024 * 1024  #: The last bytes of a file, for `AuditFile.read_recent`.
+_FOLLOW_INTERVAL = 1.0  #: Seconds between two checks whether the file was renamed.
 _LINES_TRIED = 5  #: Lines at the start of a file of which one has to be an entry.
 _FRAGMENT_SHOWN = 1000  #: Maximum bytes of an incomplete line that the entry about it repeats.
 
@@ -183,6 +184,7 @@ class AuditFile:
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._shared = shared
+        self._follow_at = 0.0  # monotonic time
         self._descriptor = self._head = -1
         self._position = NO_ENTRY
         self._size = self._allocated = 0  # bytes of the file; bytes up to which blocks are allocated
@@ -215,7 +217,10 @@ class AuditFile:
     def append(self, entries: Sequence[Mapping[str, Any]]) -> None:
         """Write entries with ``time``, ``action`` and so on. After an error none is written; raises `AuditError`."""
         with self._lock, self._process_lock():
-            self._follow_rename()
+            now = time.monotonic()
+            if self._shared or now >= self._follow_at:
+                self._follow_at = now + _FOLLOW_INTERVAL
+                self._follow_rename()
             if self._shared:
                 self._follow_others()
             if self._size >= self._max_bytes and self.problem is None:  # another file would need room
@@ -226,15 +231,16 @@ class AuditFile:
     def sync(self) -> None:
         """Wait until the written entries are on stable storage, then store the head. Raises `AuditError`.
 
-        Another thread may call it: only here, and not in `append`, does the disk delay the caller.
+        Of a shared file, another thread may call it: only here, and not in `append`, does the disk delay the caller.
         """
         try:
             with self._lock:
-                position, descriptor = self._position, os.dup(self._descriptor)
+                position, descriptor = self._position, os.dup(self._descriptor) if self._shared else self._descriptor
             try:
                 os.fdatasync(descriptor)
             finally:
-                os.close(descriptor)
+                if self._shared:
+                    os.close(descriptor)
             with self._process_lock():
                 stored = read_head(self.path) if self._shared else None
                 if stored is None or stored.entry < position.entry:
@@ -242,6 +248,10 @@ class AuditFile:
         except OSError as error:
             self.problem = f"{self.path}: {error.strerror}"
             raise AuditError(self.problem) from error
+
+    def reopen(self) -> None:
+        """Look for a renamed file before the next entry; otherwise that happens once in a second."""
+        self._follow_at = 0.0
 
     def check_room(self) -> None:
         """Allocate blocks in advance; `problem` has the result."""

@@ -180,6 +180,7 @@ def test_audit_renamed_file_is_followed(path: Path) -> None:
     file = AuditFile(path, LARGE)
     file.append([{"time": 1.0, "action": "one"}])
     path.rename(path.with_name("audit.jsonl.1"))
+    file.reopen()
     file.append([{"time": 2.0, "action": "two"}])
     file.sync()
     file.close()
