@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from itertools import islice
 from typing import Any
 
 from harp.protocol.json_text import InvalidJSON, Raw, dumps, loads
@@ -23,6 +24,8 @@ MASK = Raw(b'"***"')  #: The text in place of a secret value.
 MIN_MASKED = 4
 #: Maximum bytes of arguments with secret values, and maximum number of texts in these. They limit the time of a peer.
 MAX_ARGUMENTS, MAX_TEXTS = 64 * 1024, 100
+#: For the same reason: maximum number of secret values, of steps of a pointer, of elements of each array on its way.
+MAX_SECRETS, _MAX_STEPS, _MAX_ELEMENTS = 20, 8, 100
 _MIN_MASKED_LINE = 8  # the same for a line of a text with several, such as a private key
 
 
@@ -30,10 +33,12 @@ def replace_value(text: Raw, pointer: str, value: Raw) -> tuple[Raw, Raw]:
     """Return a JSON text with another value at a pointer, and the value that was there.
 
     Only the objects and arrays on the way are written anew; the text of all other values stays as it is. Raises
-    `ProtocolError` if there is no value.
+    `ProtocolError` if there is no value, or the way to it is too long.
     """
     if not pointer.startswith("/"):
         raise ProtocolError(f"secrets: expected a JSON pointer such as /password, got {_shorten(pointer)}")
+    if pointer.count("/") > _MAX_STEPS:
+        raise ProtocolError(f"secrets: expected a JSON pointer of at most {_MAX_STEPS} steps, got {_shorten(pointer)}")
     steps = [step.replace("~1", "/").replace("~0", "~") for step in pointer[1:].split("/")]
     try:
         return _replace_at(text, steps, value)
@@ -51,7 +56,9 @@ def _replace_at(text: bytes, steps: Sequence[str], value: Raw) -> tuple[Raw, Raw
         members = {name: bytes(member) for name, member in decode_slices(text).items()}
         members[step], found = _replace_at(members[step], further, value)
         return Raw(b"{%b}" % b",".join([b"%b:%b" % (dumps(name), member) for name, member in members.items()])), found
-    elements = list(slice_elements(text)) if text.startswith(b"[") else []
+    elements = list(islice(slice_elements(text), _MAX_ELEMENTS + 1)) if text.startswith(b"[") else []
+    if len(elements) > _MAX_ELEMENTS:
+        raise InvalidJSON(f"more than {_MAX_ELEMENTS} elements")
     index = {str(number): number for number in range(len(elements))}[step]
     elements[index], found = _replace_at(elements[index], further, value)
     return Raw(b"[%b]" % b",".join(elements)), found
@@ -60,12 +67,12 @@ def _replace_at(text: bytes, steps: Sequence[str], value: Raw) -> tuple[Raw, Raw
 def texts_at(arguments: Raw, pointers: Sequence[str]) -> tuple[bytes, ...]:
     """Return the texts to mask for the values at these pointers, for logs.
 
-    A pointer that leads to no value is ignored, and so are texts and arguments above the limits.
+    A pointer that leads to no value is ignored, and so are pointers, texts and arguments above the limits.
     """
     if len(arguments) > MAX_ARGUMENTS:
         return ()
     values = []
-    for pointer in pointers:
+    for pointer in pointers[:MAX_SECRETS]:
         with suppress(ProtocolError):
             values.append(replace_value(arguments, pointer, MASK)[1])
     return forms_of(find_texts(values)[:MAX_TEXTS])
