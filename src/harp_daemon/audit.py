@@ -39,7 +39,8 @@ _REPORT_DELAY = 0.01  #: Seconds until an entry is written that nobody waits for
 _RETRY_INTERVAL = 1.0  #: Seconds between two attempts to write, or to allocate room.
 _MAX_WAITING = 20_000  #: Maximum number of entries with `must` in memory while they cannot be written.
 _WINDOW, _MAX_SINGLE = 60.0, 10  #: Seconds of a window, and the entries of a key in it before the shared one.
-_MAX_KEYS = 1000  #: Maximum number of keys in a window; all others share one.
+_MAX_KEYS = 1000  #: Maximum number of keys in a window; all others share one for each action and decision.
+_OF_FIRST = frozenset({"time", "peer"})  #: Fields that a shared entry has of the first one; ports of a peer differ.
 
 
 class _Entry(NamedTuple):
@@ -53,6 +54,7 @@ class _Repetitions:
 
     def __init__(self) -> None:
         self._ends_at = 0.0
+        # By key, the number of entries, and what is the same in all of those that were only counted.
         self._counts: dict[Hashable, tuple[int, dict[str, Any]]] = {}
 
     def admit(self, key: Hashable, fields: dict[str, Any], now: float) -> bool:
@@ -60,9 +62,14 @@ class _Repetitions:
         if not self._counts:
             self._ends_at = now + _WINDOW
         if key not in self._counts and len(self._counts) >= _MAX_KEYS:
-            key, fields = None, {key: fields[key] for key in ("action", "decision")} | {"peer": "others"}
-        count, first = self._counts.get(key, (0, fields))
-        self._counts[key] = count + 1, first
+            key = fields["action"], fields["decision"]
+            fields = {name: fields[name] for name in ("time", "action", "decision")} | {"peer": "others"}
+        count, shared = self._counts.get(key, (0, fields))
+        if count <= _MAX_SINGLE:
+            shared = fields
+        elif any(name not in fields or fields[name] != shared[name] for name in shared.keys() - _OF_FIRST):
+            shared = {name: value for name, value in shared.items() if name in _OF_FIRST or fields.get(name) == value}
+        self._counts[key] = count + 1, shared
         return count < _MAX_SINGLE
 
     def end_window(self, now: float) -> list[dict[str, Any]]:
@@ -71,8 +78,8 @@ class _Repetitions:
             return []
         counts, self._counts = self._counts, {}
         return [
-            {**first, "time": time.time(), "count": count - _MAX_SINGLE, "since": first["time"]}
-            for count, first in counts.values()
+            {**shared, "time": time.time(), "count": count - _MAX_SINGLE, "since": shared["time"]}
+            for count, shared in counts.values()
             if count > _MAX_SINGLE
         ]
 
