@@ -252,3 +252,22 @@ async def test_upgrade_keeps_request_ids_for_all_clients(tmp_path: Path) -> None
     job = requested("a", b"other")
     assert await store.add_job(job, 300.0) == job.id
     await store.close()
+
+
+async def test_limit_of_queued_jobs_counts_those_that_are_being_staged(store: Store) -> None:
+    many = [new_job(owner="a", max_queued=1000) for _ in range(1000)]
+    single = new_job(owner="a", max_queued=1000)
+    results: list[BaseException | str] = []
+
+    def submit_one() -> None:
+        """Submit a job of the same owner between two steps; the first step has been inserted."""
+        if not tasks and steps:
+            tasks.append(asyncio.ensure_future(store.add_job(single, 1.0)))
+        steps.append(1)
+
+    steps: list[int] = []
+    tasks: list[asyncio.Future[str]] = []
+    await store.add_jobs(many, 1.0, submit_one)
+    results += await asyncio.gather(*tasks, return_exceptions=True)
+    assert isinstance(results[0], LimitReached)
+    assert len(await store.list_jobs()) == 1000

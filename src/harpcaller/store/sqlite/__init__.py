@@ -109,7 +109,9 @@ class Store:
                 self._writer = Writer(path, connect(path), loop)
             self._resources = stack.pop_all()
         self._bulk = asyncio.Lock()  # held by the call of `add_jobs` that is being executed
-        self._staged_ids: frozenset[str] = frozenset()  # the request ids of its jobs while they are staged
+        # The request ids and the owners of its jobs while these are staged.
+        self._staged_ids: frozenset[str] = frozenset()
+        self._staged_owners: frozenset[str | None] = frozenset()
 
     claim_jobs = _writes(Writes.claim_jobs, last=True)
     requeue_job = _writes(Writes.requeue_job)
@@ -146,7 +148,8 @@ class Store:
 
     def add_job(self, job: NewJob, now: float) -> asyncio.Future[str]:
         """Store a queued job as `Writes.add_job` does."""
-        if job.request_id in self._staged_ids:
+        is_limited = job.max_queued is not None and job.owner in self._staged_owners  # those jobs are not counted yet
+        if is_limited or job.request_id in self._staged_ids:
             return asyncio.ensure_future(self._add_job_after_bulk(job, now))
         return self._add_job(job, now)
 
@@ -174,6 +177,8 @@ class Store:
     ) -> list[str]:
         with_ids = [[job for job in part if job.request_id is not None] for part in parts]
         self._staged_ids = frozenset(job.request_id or "" for checked in with_ids for job in checked)
+        limited = [job for part in parts for job in part if job.max_queued is not None]
+        self._staged_owners = frozenset(job.owner for part in parts for job in part)
         try:
             calls: dict[tuple[str, str], tuple[str, bytes]] = {}
             for checked in filter(None, with_ids):
@@ -183,7 +188,6 @@ class Store:
             for part in parts:
                 rows.append(encode_jobs(part))
                 await asyncio.sleep(0)
-            limited = [job for part in parts for job in part if job.max_queued is not None]
             steps = await self._stage_jobs(rows, limited, now)
             ids: list[str] = []
             for step, part in zip(steps, parts, strict=True):
@@ -192,6 +196,7 @@ class Store:
             return ids
         finally:
             self._staged_ids = frozenset()
+            self._staged_owners = frozenset()
 
     async def _insert_step(
         self, step: int, jobs: Sequence[NewJob], now: float, before_step: Callable[[], object]
