@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
+from harpd.supervisor.frames import START
 from support.deadline import wait_until
 from support.procedures_file import PROCEDURES
 from support.supervisor import PLAIN, STREAMS, Channel, Supervisor, is_running
@@ -113,6 +114,41 @@ def test_output_invalid_ends_resumable_call(
         assert stop_report["survivors"] == []
         call.send({"release": True})
         assert call.lines() == []
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        {"caller": {"principal": float("inf")}},
+        {"keep_alive": float("inf")},
+        {"authentication": float("inf")},
+        {"authentication": -1},
+        {"received": float("inf")},
+        {"received": 1e12},
+    ],
+)
+def test_start_with_impossible_numbers_leaves_no_call(supervisor: Supervisor, members: dict[str, Any]) -> None:
+    status = supervisor.status()
+    terms = {"owner": "o", "secret": "s", "disconnect_timeout": 60, "result_ttl": 60, "timeout": 60}
+    terms |= {"max_exec_time": 60, "received": time.clock_gettime(time.CLOCK_BOOTTIME), "instance": status["instance"]}
+    for resumable in (None, terms):
+        header = {"call": f"impossible-{resumable is None}", "procedure": "echo", "user": "u", **members}
+        if resumable is not None:
+            header["resumable"] = terms | {key: value for key, value in members.items() if key == "received"}
+        elif "received" in members:
+            continue
+        text = json.dumps(header).replace("Infinity", "1e999").encode()  # which decoders accept, unlike Infinity
+        with supervisor.open_channel(START, text, b"[1]") as stranger:
+            assert stranger.lines() == []
+    assert supervisor.result("echo", 1) == [1]
+    after = supervisor.status()
+    assert (after["calls"], after["resumable"]) == (status["calls"], status["resumable"])
+
+
+def test_start_with_a_long_header_is_refused(supervisor: Supervisor) -> None:
+    header = {"call": "long", "procedure": "echo", "user": "u", "peer": "x" * 1024 * 1024}
+    with supervisor.open_channel(START, header, b"[1]") as stranger:
+        assert stranger.lines() == []
 
 
 def test_output_invalid_ends_bound_call(supervisor: Supervisor, tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ log = logging.getLogger("harpd.supervisor")
 
 #: How many times as long as a request line the frame of a request may be, because of escapes; and bytes of other facts.
 _MAX_EXPANSION, _MAX_FACTS_BYTES = 6, 64 * 1024
+#: The most bytes of the header of a request: decoding it is one turn.
+_MAX_HEADER_BYTES = 512 * 1024
 #: From this many bytes on that wait in a channel, its user should wait.
 _CHANNEL_HIGH_WATER = 64 * 1024
 #: Seconds for which `send_soon` waits for more data to send with it.
@@ -217,6 +219,7 @@ class Link(FrameSocket):
         channel = self._channels[number] = LinkChannel(self, number)
         head = body[: body.find(b"\n")] if kind == frames.START else body
         try:
+            check(len(head) <= _MAX_HEADER_BYTES, f"expected a header of at most {_MAX_HEADER_BYTES} bytes")
             header = loads(head)
             check(isinstance(header, dict), "expected an object")
             if kind == frames.START:

@@ -270,13 +270,14 @@ class Supervisor:
         if not isinstance(secrets, list) or not all(isinstance(pointer, str) for pointer in secrets):
             raise ProtocolError("secrets: expected an array of JSON pointers")
         texts = texts_at(arguments, secrets) if secrets else ()
+        caller_text = None if caller is None else dumps(caller)  # it may fail, and then there must be no call yet
         audit = self._context.audit
         call = audit.check_room() or self._create_call(channel, call_id, name, user, header)
         audit.record_start(call_id, name, header, arguments, call if isinstance(call, Failed) else None)
         if isinstance(call, Failed):
             channel.reject(encode_message(call))
         else:
-            call.start(arguments, authentication, None if caller is None else dumps(caller), texts)
+            call.start(arguments, authentication, caller_text, texts)
 
     def _create_call(
         self, channel: LinkChannel, call_id: str, name: str, user: str, header: Mapping[str, Any]

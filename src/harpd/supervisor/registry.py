@@ -18,7 +18,7 @@ from typing import Any
 
 from harp.protocol.ends import Failed
 from harp.protocol.harpd import CallList, encode_message
-from harp.protocol.schema import ProtocolError, check, check_string, is_count
+from harp.protocol.schema import ProtocolError, check, check_string, is_count, is_seconds_or_zero
 from harpd.supervisor.call import CallContext
 from harpd.supervisor.fair_shares import Account, FairShares
 from harpd.supervisor.link import LinkChannel
@@ -79,13 +79,15 @@ class CallRegistry:
         """Create the session of a new call, with no connection attached; or return why the call is rejected."""
         instance, secret = read_texts(requested, "instance", "secret")
         received_at = requested["received"]
-        check(isinstance(received_at, (int, float)), "received: expected seconds")
+        now = self._loop.now()
+        check(is_seconds_or_zero(received_at), "received: expected seconds")
+        check(received_at <= now, "received: the time is in the future")  # it would count as contact until then
         if instance != self._instance:
             return self.wrong_instance()
         settings = self._context.settings
         members = {**requested, "secret": _digest(secret), "streaming": streaming, "user": user}
         terms = SessionTerms.decode(members, limits=settings)
-        if self._loop.now() - received_at > min(_MAX_START_AGE, terms.disconnect_timeout):
+        if now - received_at > min(_MAX_START_AGE, terms.disconnect_timeout):
             message = "the start was delayed for too long; the call did not start"
             return Failed("call_refused", message, {"reason": "delayed"})  # no tombstone: it may be sent again
         account = Account(terms.user, terms.owner)
@@ -177,7 +179,7 @@ def read_texts(members: Mapping[str, Any], *keys: str) -> list[str]:
 def read_seconds(members: Mapping[str, Any], key: str) -> float | None:
     """Return the number of an optional key. Raises `ProtocolError`."""
     seconds = members.get(key)
-    check(seconds is None or type(seconds) in (int, float), f"{key}: expected seconds")
+    check(seconds is None or is_seconds_or_zero(seconds), f"{key}: expected seconds")
     return seconds
 
 
