@@ -24,7 +24,7 @@ FIRST = 254321
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")
 
 PROCEDURES = """
-import os, subprocess, time
+import os, shutil, subprocess, time
 from harpd.proc import procedure, streaming_procedure
 
 @streaming_procedure(uid="dynamic")
@@ -48,6 +48,16 @@ def reach(pid):
 @procedure(uid="dynamic", gid=["nogroup"])
 def ids():
     return [os.getuid(), os.getgid(), os.environ["HOME"], "USER" in os.environ]
+
+@procedure(uid="dynamic")
+def plant(path):
+    shutil.copyfile("/usr/bin/id", path)
+    os.chmod(path, 0o6755)
+    return os.getuid()
+
+@procedure(uid="dynamic")
+def execute(path):
+    return [os.getuid(), int(subprocess.run([path, "-u"], capture_output=True, check=True).stdout)]
 
 @procedure(uid="dynamic")
 def leave():
@@ -84,6 +94,16 @@ def test_calls_of_one_procedure_cannot_reach_each_other(tmp_path: Path) -> None:
             assert refused == [True] * 4
         uid, gid, home, has_user = running.result("ids")
         assert (gid, home, has_user) == (65534, "/", False)
+
+
+@needs_root
+def test_call_does_not_become_the_user_of_another_by_its_setuid_program(tmp_path: Path) -> None:
+    with supervisor(tmp_path, 2) as running, tempfile.TemporaryDirectory() as shared:
+        Path(shared).chmod(0o777)
+        planted = running.result("plant", f"{shared}/id")
+        uid, effective = running.result("execute", f"{shared}/id")
+        assert planted != uid, "the id of the first call is free, and the next one with it is another's"
+        assert effective == uid
 
 
 @needs_root

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import resource
 
+from harpd.proc import DYNAMIC_UID
 from harpd.processes.prctl import set_no_new_privileges
 
 TYPE_CHECKING = False
@@ -25,7 +26,16 @@ class RestrictionError(Exception):
 def has_restrictions(procedure: Procedure) -> bool:
     """Return whether a procedure restricts its calls."""
     options = ("memory", "processes", "files", "umask", "cwd", "environment")
-    return procedure.no_new_privs or any(getattr(procedure, name) is not None for name in options)
+    return gains_no_privileges(procedure) or any(getattr(procedure, name) is not None for name in options)
+
+
+def gains_no_privileges(procedure: Procedure) -> bool:
+    """Return whether programs that a call executes gain no privileges.
+
+    With a dynamic user id, they would become the user of another call, by a setuid program that an earlier call with
+    its id has left.
+    """
+    return procedure.no_new_privs or procedure.uid == DYNAMIC_UID
 
 
 def restrict_process(procedure: Procedure) -> None:
@@ -47,7 +57,7 @@ def restrict_process(procedure: Procedure) -> None:
         if procedure.cwd is not None:
             os.chdir(procedure.cwd)
         name = "no_new_privs"
-        if procedure.no_new_privs:
+        if gains_no_privileges(procedure):
             set_no_new_privileges()
     except (OSError, ValueError) as error:
         raise RestrictionError(f"cannot apply {name}: {error}") from error
