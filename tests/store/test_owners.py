@@ -271,3 +271,11 @@ async def test_limit_of_queued_jobs_counts_those_that_are_being_staged(store: St
     results += await asyncio.gather(*tasks, return_exceptions=True)
     assert isinstance(results[0], LimitReached)
     assert len(await store.list_jobs()) == 1000
+
+
+async def test_many_jobs_that_are_submitted_again_do_not_count_twice(store: Store) -> None:
+    def jobs() -> list[NewJob]:
+        return [new_job(owner="a", max_queued=300, request_id=str(number), request_ids_of="a") for number in range(300)]
+
+    stored = await store.add_jobs(jobs(), 1.0)
+    assert await store.add_jobs(jobs(), 2.0) == stored

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -115,3 +117,13 @@ def test_shares_forget_users_without_amount() -> None:
     shares.add(ONE, -1)
     assert shares.may_add(ONE, 10)
     assert shares.total == 9
+
+
+def test_shares_of_many_owners_take_no_long_turn() -> None:
+    shares, owners = FairShares(), 20_000
+    for number in range(owners):
+        shares.add(Account("user", str(number)), 10)
+    began_at = time.process_time()  # of this process, so that others do not count
+    for number in range(owners):
+        assert not shares.may_add(Account("user", str(number)), 5 * owners + 5)
+    assert time.process_time() - began_at < 1

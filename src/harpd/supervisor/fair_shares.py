@@ -46,9 +46,9 @@ class FairShares:
         if self.total < limit:
             return True
         user, owner = account
-        share = limit // len(self._users.keys() | {user})
+        share = limit // (len(self._users) + (user not in self._users))
         amount = self._users.get(user, 0)
         if amount < share:
             return True
         owners = self._amounts.get(user, {})
-        return amount < 2 * share and owners.get(owner, 0) < share // len(owners.keys() | {owner})
+        return amount < 2 * share and owners.get(owner, 0) < share // (len(owners) + (owner not in owners))

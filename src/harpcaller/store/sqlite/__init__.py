@@ -177,13 +177,14 @@ class Store:
     ) -> list[str]:
         with_ids = [[job for job in part if job.request_id is not None] for part in parts]
         self._staged_ids = frozenset(job.request_id or "" for checked in with_ids for job in checked)
-        limited = [job for part in parts for job in part if job.max_queued is not None]
         self._staged_owners = frozenset(job.owner for part in parts for job in part)
         try:
             calls: dict[tuple[str, str], tuple[str, bytes]] = {}
+            again: set[str] = set()
             for checked in filter(None, with_ids):
                 check_calls(checked, calls)
-                await self._check_request_ids(checked)
+                again |= await self._check_request_ids(checked)
+            limited = [job for part in parts for job in part if job.max_queued is not None and job.id not in again]
             rows = []
             for part in parts:
                 rows.append(encode_jobs(part))

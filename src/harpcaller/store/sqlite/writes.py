@@ -230,9 +230,12 @@ class Writes:
 
     # Many jobs of one request: see `staging`.
 
-    def check_request_ids(self, jobs: Sequence[NewJob]) -> None:
-        """Raise `RequestIDReused` if one of these jobs, all with a request id, has that of another call."""
-        self._find_submitted_before(jobs)
+    def check_request_ids(self, jobs: Sequence[NewJob]) -> set[str]:
+        """Return which of these jobs, all with a request id, were submitted before.
+
+        Raises `RequestIDReused` if one of them has the request id of another call.
+        """
+        return set(self._find_submitted_before(jobs))
 
     def stage_jobs(self, rows: Sequence[bytes], limited: Sequence[NewJob], now: float) -> list[int]:
         """Store jobs that `staging.encode_jobs` encoded, all or none; return the numbers of their steps.
