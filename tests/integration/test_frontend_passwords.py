@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import ssl
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from harpd.cli import parser
+from harpd.config.loaded import CommandLine, load_config
+from harpd.frontend.authenticator import Authenticator, PasswordNotChecked
 from support.deadline import wait_until
 from support.harpd import Harpd
 
@@ -148,3 +153,26 @@ def test_accepted_user_does_not_wait_for_failures_of_others(tmp_path: Path, atta
         assert kinds == {"auth_error", "authentication_timeout"}, "the address is delayed, too"
         assert len(users.checks) < 41
         assert users.ask("good", "right", ATTACKER) == {"result": 1}
+
+
+async def test_addresses_of_one_ipv6_network_share_their_delays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])  # to which `load_config` adds
+    monkeypatch.setitem(sys.modules, "users_module", None)
+    del sys.modules["users_module"]
+    harpd = Users(tmp_path, authentication_timeout=1, authentication_delay=60).harpd
+    arguments = ["--config", str(harpd.config_file), "--procedures", str(harpd.procedures_file)]
+    authenticator = Authenticator(load_config(CommandLine(**vars(parser().parse_args(arguments)))))
+
+    async def ask(address: str) -> bool | None:
+        try:
+            return await authenticator.authenticate("good", "wrong", address, {})
+        except PasswordNotChecked:
+            return None
+
+    replies = [await ask(f"2001:db8::{number:x}") for number in range(8)]
+    assert replies[0] is False
+    assert replies[-1] is None, "the check waits for longer than the time limit"
+    async with asyncio.timeout(30):
+        assert await ask("2001:db8:0:1::1") is False, "another network does not wait"

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
+from harp_daemon.acceptor import network
 from harpd.config.loaded import LoadedConfig
 
 log = logging.getLogger("harpd.frontend")
@@ -205,6 +206,7 @@ class Authenticator:
 
         It is called in a thread. Raises `PasswordNotChecked` after the time limit, with all waiting.
         """
+        address = network(address)  # a peer has all IPv6 addresses of a network
         try:
             async with asyncio.timeout(self._timeout):
                 with self._attempts.use(address, user) as own, self._attempts.use(address, None) as of_address:
