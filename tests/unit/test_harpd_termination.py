@@ -100,7 +100,7 @@ def test_termination_of_fast_forker_reports_survivor(monkeypatch: pytest.MonkeyP
 def test_snapshot_for_many_calls_does_not_block_the_loop(tmp_path: Path) -> None:
     """A scan takes several turns of the loop; then each turn passes the snapshot to one call."""
     loop = EventLoop()
-    settings = {"spool_memory": 1, "runtime_directory": str(tmp_path), "cgroup": ""}
+    settings = {"spool_memory": 1, "runtime_directory": str(tmp_path), "cgroup": "", "rights": {}, "audit_file": None}
     context = CallContext(loop, "instance", settings)
     turns = 0
     received: list[tuple[int, Snapshot]] = []
