@@ -9,7 +9,7 @@ that a process that is killed loses nothing, and only the wait for the disk is i
 
 While the file has a `problem`, for example a full disk, entries of new jobs are refused. Entries with `must` cannot be
 refused, because what they describe has happened: they are written into the room that was allocated for them. If even
-that is used up, a limited number waits in memory.
+that is used up, a limited number waits in memory. An entry ``audit-lost`` has the number of those that were discarded.
 
 Entries that anybody can cause are bounded: the first `_MAX_SINGLE` with the same key in a minute have entries, the
 others of that minute share one, with a count.
@@ -22,17 +22,19 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from harp_daemon.audit_file import AuditError, AuditFile
 
 __all__ = ["AuditError", "AuditLog", "DirectAuditLog"]
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 DEFAULT_MAX_BYTES = 100 * 1024 * 1024  #: The default size from which on a file is rotated.
 _REPORT_DELAY = 0.01  #: Seconds until an entry is written that nobody waits for: each wakeup of the thread costs time.
@@ -84,6 +86,26 @@ class _Repetitions:
         ]
 
 
+class _Waiting(deque[T]):
+    """Entries that cannot be written yet. Beyond `_MAX_WAITING`, the oldest are discarded and counted."""
+
+    discarded = 0
+
+    def add(self, entries: Iterable[T]) -> None:
+        self.extend(entries)
+        while len(self) > _MAX_WAITING:
+            self.popleft()
+            self.discarded += 1
+
+    def describe_discarded(self) -> list[dict[str, Any]]:
+        """Return the entry about those that were discarded, if any."""
+        return [{"time": time.time(), "action": "audit-lost", "count": self.discarded}] if self.discarded else []
+
+    def clear(self) -> None:
+        super().clear()
+        self.discarded = 0
+
+
 class AuditLog:
     """An audit log whose entries are recorded in the loop in which it was made. Raises `AuditError`."""
 
@@ -93,7 +115,7 @@ class AuditLog:
         self._loop = asyncio.get_running_loop()
         self._repetitions = _Repetitions()
         self._next: list[_Entry] = []
-        self._waiting: deque[_Entry] = deque()  # with `must`, while they cannot be written
+        self._waiting = _Waiting[_Entry]()  # with `must`, while they cannot be written
         self._queue: SimpleQueue[list[_Entry] | None] = SimpleQueue()
         self._flush_is_due = self._flush_is_planned = False
         self._closed = False
@@ -213,9 +235,7 @@ class AuditLog:
 
     def _write_group(self, group: Sequence[_Entry]) -> None:
         self._file.check_room()
-        self._waiting += (entry for entry in group if entry.must)
-        while len(self._waiting) > _MAX_WAITING:
-            self._waiting.popleft()
+        self._waiting.add(entry for entry in group if entry.must)
         others = [entry.fields for entry in group if not entry.must]
         if others and not self._file.has_room:
             if self._waiting:
@@ -228,7 +248,7 @@ class AuditLog:
 
     def _write(self, entries: Sequence[Mapping[str, Any]], sync: bool = True) -> None:
         if entries:
-            self._file.append(entries)
+            self._file.append([*self._waiting.describe_discarded(), *entries])
             self._unsynced = True
         self._waiting.clear()
         if sync:
@@ -266,7 +286,7 @@ class DirectAuditLog:
         self._file = AuditFile(path, max_bytes, shared=True)
         self._call_later = call_later
         self._repetitions = _Repetitions()
-        self._waiting: deque[dict[str, Any]] = deque(maxlen=_MAX_WAITING)
+        self._waiting = _Waiting[dict[str, Any]]()
         self._timer_is_set = False
         self._written = threading.Event()
         self._closed = False
@@ -288,7 +308,7 @@ class DirectAuditLog:
             if not self._repetitions.admit((action, decision, repeats), entry, time.monotonic()):
                 return
         if must:
-            self._waiting.append(entry)
+            self._waiting.add([entry])
             self._write_waiting()
         elif self._file.has_room:
             self._file.append([entry])
@@ -308,7 +328,7 @@ class DirectAuditLog:
 
     def close(self) -> None:
         """Write all entries and close the file."""
-        self._waiting += self._repetitions.end_window(float("inf"))
+        self._waiting.add(self._repetitions.end_window(float("inf")))
         self._write_waiting()
         self._closed = True
         self._written.set()
@@ -322,14 +342,14 @@ class DirectAuditLog:
 
     def _on_timer(self) -> None:
         self._timer_is_set = False
-        self._waiting += self._repetitions.end_window(time.monotonic())
+        self._waiting.add(self._repetitions.end_window(time.monotonic()))
         self._write_waiting()
 
     def _write_waiting(self) -> None:
         if not self._waiting:
             return
         try:
-            self._file.append(self._waiting)
+            self._file.append([*self._waiting.describe_discarded(), *self._waiting])
         except AuditError:
             self._set_timer(_RETRY_INTERVAL)
         else:

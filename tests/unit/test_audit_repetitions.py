@@ -1,4 +1,4 @@
-"""Entries that anybody can cause are counted, and nothing of them is lost or attributed wrongly."""
+"""Entries that are only counted, or that were discarded: the file has their numbers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from harp_daemon.audit import AuditLog
+import pytest
+
+from harp_daemon import audit, audit_file
+from harp_daemon.audit import AuditLog, DirectAuditLog
 
 PEERS, MORE = 1000, 25  # as many peers as have entries of their own; and denials of others
 
@@ -45,3 +48,35 @@ def test_audit_shared_entry_names_only_what_its_denials_have_in_common(tmp_path:
     denials = [{"action": "read", "peer": "attacker", "job": job} for job in jobs]
     [shared] = [entry for entry in record_and_close(tmp_path / "audit.jsonl", denials) if "count" in entry]
     assert (shared["count"], shared["peer"], "job" in shared) == (4, "attacker", False)
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_audit_has_an_entry_about_those_that_were_discarded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool
+) -> None:
+    monkeypatch.setattr(audit, "_MAX_WAITING", 5)
+    monkeypatch.setattr(audit_file, "_FOLLOW_INTERVAL", 0.0)
+    path = tmp_path / "audit.jsonl"
+
+    async def run() -> None:
+        log: Any = DirectAuditLog(path, 1 << 20, lambda *_: None) if direct else AuditLog(path)
+        path.rename(tmp_path / "moved")
+        path.mkdir()  # so that no file can be begun
+        for number in range(12):
+            done = log.record("end", None, must=True, job=str(number))
+            if done is not None:
+                with pytest.raises(audit.AuditError):
+                    await done
+        path.rmdir()
+        done = log.record("end", None, must=True, job="last")
+        if done is not None:
+            await done
+            await log.close()
+        else:
+            log.close()
+
+    asyncio.run(run())
+    written = [json.loads(line) for line in path.read_text().splitlines()]
+    found = [(entry["action"], entry.get("job"), entry.get("count")) for entry in written]
+    ends = [("end", job, None) for job in ("8", "9", "10", "11", "last")]
+    assert [one for one in found if one[0] != "audit-file"] == [("audit-lost", None, 8), *ends]
