@@ -16,7 +16,7 @@ from support.leftovers import find_leftover_tasks, find_leftovers, snapshot
 
 # No deadline, because a slow machine is not an error. The examples are the same each time. To search for more:
 # HYPOTHESIS_PROFILE=search ./dev test tests/protocol
-settings.register_profile("usual", deadline=None, derandomize=True)
+settings.register_profile("usual", deadline=None, derandomize=True, max_examples=50)
 settings.register_profile("search", deadline=None, max_examples=2000, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "usual"))
 
