@@ -164,9 +164,10 @@ def test_full_dispatcher_does_not_end_jobs(tmp_path: Path, shell: Shell, attempt
         assert job.get() == "counted"
         fresh = rpc.job(job.id())
         outcomes: dict[str, Any] = {}
+        endless = dispatcher.submit("web01", "hang")
         with ExitStack() as crowd:
-            for _ in range(settings["max_connections"]):
-                crowd.enter_context(dispatcher.connect())
+            for _ in range(settings["max_connections"]):  # a connection without a request would give way to a new one
+                crowd.enter_context(dispatcher.connect()).send({"harpcaller": 1, "get_result": endless})
             refused = wait_until(lambda: is_refused(fresh.result()), what="the full dispatcher")
             assert refused.type == "too_many_connections"
             with pytest.raises(harp.RequestRefused):
