@@ -159,15 +159,17 @@ def test_full_dispatcher_does_not_end_jobs(tmp_path: Path, shell: Shell, attempt
         scripted_harpd(tmp_path) as peer,
         Harpcallerd(tmp_path / "d", {"web01": peer.port}, settings=settings) as dispatcher,
     ):
-        rpc = shell.caller_at("127.0.0.1", dispatcher.port)
+        rpc = shell.caller_at("127.0.0.1", dispatcher.port, keep_alive=False)
         job = rpc.web01.count(60)
         assert job.get() == "counted"
         fresh = rpc.job(job.id())
         outcomes: dict[str, Any] = {}
-        endless = dispatcher.submit("web01", "hang")
+        endless = dispatcher.submit("web01", "feed", 1)
         with ExitStack() as crowd:
             for _ in range(settings["max_connections"]):  # a connection without a request would give way to a new one
-                crowd.enter_context(dispatcher.connect()).send({"harpcaller": 1, "get_result": endless})
+                client = crowd.enter_context(dispatcher.connect())
+                client.send({"harpcaller": 1, "follow_stream": endless, "since": 0})
+                assert client.message() == {"packet": 0, "data": 1}
             refused = wait_until(lambda: is_refused(fresh.result()), what="the full dispatcher")
             assert refused.type == "too_many_connections"
             with pytest.raises(harp.RequestRefused):

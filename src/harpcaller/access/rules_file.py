@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from harp_daemon.settings import ConfigError
+from harpcaller.access.pattern_cost import MAX_WAYS, count_ways
 from harpcaller.access.rules import (
     ANY_OTHER,
     CERT,
@@ -286,9 +287,13 @@ def _read_pattern(value: Any) -> re.Pattern[str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # Python warns of patterns that may be a mistake
-            return re.compile(text, re.ASCII)  # \d and \w mean ASCII characters
+            compiled = re.compile(text, re.ASCII)  # \d and \w mean ASCII characters
     except (re.error, ValueError, Warning, OverflowError, RecursionError) as error:
         raise _Wrong(f"expected a regular expression, got {value!r}: {error}") from error
+    if count_ways(text) > MAX_WAYS:
+        reason = "its search could take very long; use at most two of * and +, and none inside a repeated group"
+        raise _Wrong(f"expected a pattern with a quick search, got {value!r}: {reason}")
+    return compiled
 
 
 def _read_flag(value: Any) -> bool:
