@@ -118,6 +118,13 @@ def mask_message(message: Message, texts: Sequence[bytes]) -> Message:
     return message
 
 
+def mask_records(records: list[Raw], texts: Sequence[bytes]) -> list[Raw]:
+    """Return records in which each of these texts is masked; many small ones cost as little as their bytes."""
+    joined = b"\n".join(records)
+    masked = mask_texts(joined, [text for text in texts if b"\n" not in text])  # which no record contains
+    return records if masked == joined else [Raw(record) for record in masked.split(b"\n")]
+
+
 def mask_payload(payload: Raw, texts: Sequence[bytes]) -> Raw:
     """Return a payload in which each of these texts is masked."""
     return Raw(mask_texts(payload, texts))

@@ -17,7 +17,7 @@ from harp.protocol.json_text import Raw
 from harp.protocol.schema import ProtocolError
 from harp_daemon.secret_values import MAX_ARGUMENTS, MAX_TEXTS, mask_texts, texts_at
 from harp_daemon.settings import ConfigError
-from harpcaller.secret_arguments import CannotDecrypt, SecretKeys, add_key, load_keys
+from harpcaller.secret_arguments import CannotDecrypt, SecretKeys, add_key, load_keys, mask_records
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +169,15 @@ def test_texts_of_secret_strings_are_masked(keys: SecretKeys) -> None:
         payload = json.dumps({"error": 'bad hünter"2 and hunter2; abc 12345'}, ensure_ascii=ascii_only)
         assert json.loads(mask_texts(Raw(payload.encode()), texts)) == {"error": "bad *** and ***; abc 12345"}
     assert mask_texts(b'["other"]', texts) == b'["other"]'
+
+
+def test_records_are_masked_one_by_one(keys: SecretKeys) -> None:
+    masked, sealed = keys.seal("job", Raw(json.dumps(["first\\nsecond", "hunter2"]).encode()), ["/0", "/1"])
+    texts = keys.open("job", masked, sealed).texts
+    records = [Raw(b'"first'), Raw(b'second"'), Raw(b'"hunter2"'), Raw(b'"first\\\\nsecond"')]
+    assert mask_records(records, texts) == [b'"first', b'second"', b'"***"', b'"***"']
+    unchanged = [Raw(b"1"), Raw(b"2")]
+    assert mask_records(unchanged, texts) is unchanged
 
 
 def test_lines_of_a_secret_text_are_masked() -> None:

@@ -51,7 +51,7 @@ from harpcaller.runs.context import RunContext, log_fields
 from harpcaller.runs.deadlines import MARGIN, Deadlines, Outage
 from harpcaller.runs.host_starts import HostStarts, is_refusal, is_unsent
 from harpcaller.runs.record_writer import RecordWriter
-from harpcaller.secret_arguments import CannotDecrypt, OpenedArguments, mask_message, mask_payload
+from harpcaller.secret_arguments import CannotDecrypt, OpenedArguments, mask_message, mask_records
 
 log = logging.getLogger(__name__)
 
@@ -390,7 +390,7 @@ class Run:
             return
         self._deadlines.on_record()
         if texts := self._arguments.texts:
-            records = [mask_payload(record, texts) for record in records]
+            records = mask_records(records, texts)
         self._records.add_records(records, self._context.wall() if self._record_time is None else self._record_time)
         if self._records.closed:
             self._on_records_stored(self._records.count)
