@@ -274,7 +274,7 @@ def test_cancel_raises_in_procedure(harpd: Harpd, notes: Path) -> None:
     call = call_id(harpd, "sleeps")
     harpd.wait_event("client disconnected; call stopped", call=call)
     assert is_dead(pid)
-    assert harpd.events("call ended", call=call)[0]["end"] == "cancelled"
+    assert harpd.wait_event("call ended", call=call)["end"] == "cancelled"
 
 
 def test_disconnect_of_stream_cleans_up(harpd: Harpd, notes: Path) -> None:

@@ -191,7 +191,7 @@ def test_zygote_hanging_is_replaced_and_calls_continue(tmp_path: Path) -> None:
             before.line()
             zygote.suspend()
             try:
-                pid = supervisor.events("call started", call=before.id)[0]["pid"]
+                pid = supervisor.wait_event("call started", call=before.id)["pid"]
                 for preforked in [process for process in zygote.children() if process.pid != pid]:
                     preforked.kill()
                     wait_until(lambda: not is_running(preforked), what="its death")  # noqa: B023 - waited for at once

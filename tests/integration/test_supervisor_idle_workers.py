@@ -291,7 +291,7 @@ def test_reload_ends_idle_workers(supervisor: Supervisor, tmp_path: Path) -> Non
     with supervisor.call("meet", [str(tmp_path / "there"), str(tmp_path / "go")]) as call:
         call.line()
         wait_until((tmp_path / "there").exists)
-        busy = psutil.Process(supervisor.events("call started", procedure="meet")[0]["pid"])
+        busy = psutil.Process(supervisor.wait_event("call started", procedure="meet")["pid"])
         assert supervisor.reload() == {"ok": True}
         wait_until(lambda: not is_running(idle), what="its end")
         (tmp_path / "go").touch()

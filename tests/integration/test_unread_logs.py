@@ -107,7 +107,7 @@ def output(harpd: Harpd, procedure: str) -> tuple[list[str], int]:
 def test_output_beyond_the_limit_is_dropped_and_counted(tmp_path: Path) -> None:
     configuration = {"limits": {"output_lines": 50, "output_bytes": 2048}}
     with Harpd(tmp_path, PROCEDURES + PRINTING, configuration) as harpd:
-        assert harpd.events("procedures file printed")[0]["text"].startswith("loading loading ")
+        assert harpd.wait_event("procedures file printed")["text"].startswith("loading loading ")
         assert harpd.wait_event("output of procedures file dropped")["bytes"] > 100_000
         assert harpd.call("print_lines", 50)[-1] == {"result": "printed"}
         assert harpd.call("print_lines", 20_000)[-1] == {"result": "printed"}
