@@ -236,6 +236,7 @@ class OutputPipe:
     def assign(self, fields: Mapping[str, str]) -> None:
         self._fields = {**fields, "stream": self._fields["stream"]}
         self._last.clear()
+        self._is_empty = False
         self.masked_texts = ()
 
     def drain(self) -> list[str]:
