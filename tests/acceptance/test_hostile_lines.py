@@ -192,7 +192,7 @@ def host_that_sends(line: bytes) -> Callable[[PeerConnection], None]:
 )
 def test_line_of_host_before_acknowledgement_is_refused(tmp_path: Path, line: bytes) -> None:
     with playing(tmp_path, always=host_that_sends(line + b"\n")) as peer:
-        check_host(tmp_path, peer, {"start_within": 0, "host_timeout": 20, "disconnect_timeout": 1})
+        check_host(tmp_path, peer, {"start_within": 0, "host_timeout": 11, "disconnect_timeout": 1})
 
 
 def check_host(directory: Path, peer: Peer, settings: dict[str, Any]) -> None:

@@ -50,7 +50,7 @@ def test_audit_harpd_records_who_stopped_a_call(harpd: Harpd, tmp_path: Path) ->
     with harpd.start_resumable("wait_for", str(tmp_path / "never")) as client:
         client.message()
         client.send({"stop": {"why": "cancelled", "by": "token:alice"}})
-        client.lines()
+        client.closing_line()
     [ended] = entries(harpd, action="end")
     assert ended.items() >= {"end": "cancelled", "by": "token:alice"}.items()
 
