@@ -47,6 +47,7 @@ _DISPATCHER = {
     "acknowledgement_timeout": 5,
     "default_timeout": 60,
     "max_exec_time": 60,
+    "disk_reserve": 1024 * 1024,  # the file system is small: see _DISK_SIZE
     "log_level": "info",
 }
 
