@@ -228,13 +228,14 @@ def test_revoked_token_ends_the_requests_that_wait(dispatcher: Harpcallerd) -> N
 @pytest.mark.parametrize("kill", [False, True], ids=["stop", "kill"])
 def test_owners_and_limits_survive_a_restart(dispatcher: Harpcallerd, kill: bool) -> None:
     small, other = Client(dispatcher, "small"), Client(dispatcher, "other")
-    first = small.submit("hang", request_id="r", start_within=60)
-    small.wait_running(first)
+    first = small.submit("feed", 1, request_id="r", start_within=60)
+    # Until its host has acknowledged the call, a restart queues the job again.
+    wait_until(lambda: "packet" in small.ask(read_stream=first)[0], what="a record of the first job")
     second = small.submit("hang")
     other_job = other.submit("echo", request_id="r")
     dispatcher.restart(kill)
     assert small.state(second) in ("queued", "running")
-    assert small.submit("hang", request_id="r", start_within=60) == first
+    assert small.submit("feed", 1, request_id="r", start_within=60) == first
     assert other.submit("echo", request_id="r") == other_job
     for job in (first, second):
         [reply] = other.ask(get_status=job)

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from harp.protocol.json_text import InvalidJSON, Raw, loads
+from harp.protocol.json_text import InvalidJSON, NotJSON, Raw, loads
 from harp.protocol.schema import ProtocolError, check
 from harpd.supervisor import frames
 from harpd.supervisor.event_loop import READ, WRITE, EventLoop
@@ -226,7 +226,7 @@ class Link(FrameSocket):
                 self._on_start(channel, header, Raw(memoryview(body)[len(head) + 1 :]))
             else:
                 self._on_attach(channel, header)
-        except (KeyError, InvalidJSON, ProtocolError) as error:
+        except (KeyError, InvalidJSON, NotJSON, ProtocolError) as error:
             log.error("invalid request", extra={"reason": repr(error)})
             channel.close()
         except Exception:
