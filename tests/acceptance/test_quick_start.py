@@ -156,8 +156,13 @@ def check(quick_start: QuickStart, machines: Machines, shown: str) -> None:
     wait_until(lambda: dispatcher.run(served) == renewed, 60, "the renewed certificate")
     assert json.loads(dispatcher.run(*quick_start.steps[-1].commands[:2]))["path"] == "/"
 
-    server.run("systemctl stop harpd-supervisor harpd")
     dispatcher.run("systemctl stop harpcallerd")
+    stop_server(quick_start, machines)
+
+
+def stop_server(quick_start: QuickStart, machines: Machines) -> None:
+    """Stop harpd; the dispatcher was stopped before. Wait until no service is left."""
+    machines[quick_start.server].run("systemctl stop harpd-supervisor harpd")
     for machine in machines.values():
         wait_until(partial(stopped, machine), 60, f"the end of all services of {machine.name}")
 
@@ -205,9 +210,7 @@ def follow_operations(quick_start: QuickStart, machines: Machines) -> None:
 def check_operations(quick_start: QuickStart, machines: Machines) -> None:
     follow(quick_start, machines)
     follow_operations(quick_start, machines)
-    machines[quick_start.server].run("systemctl stop harpd-supervisor harpd")
-    for machine in machines.values():
-        wait_until(partial(stopped, machine), 60, f"the end of all services of {machine.name}")
+    stop_server(quick_start, machines)
 
 
 @pytest.mark.timeout(900)
@@ -240,10 +243,8 @@ def check_access(quick_start: QuickStart, machines: Machines) -> None:
                 run(environment, expected)
     assert "token:shop" in shown["harpcallerd access who"]
     assert "token:shop" in shown["harpcallerd audit search"]
-    machines[quick_start.server].run("systemctl stop harpd-supervisor harpd")
     machines["dispatcher"].run("systemctl stop harpcallerd")
-    for machine in machines.values():
-        wait_until(partial(stopped, machine), 60, f"the end of all services of {machine.name}")
+    stop_server(quick_start, machines)
 
 
 @pytest.mark.timeout(900)

@@ -354,9 +354,8 @@ class Connection(asyncio.Protocol):
         resumable = isinstance(request, Attach) or (isinstance(request, Request) and request.call is not None)
         if resumable or not self._early_data.strip():
             return True
-        self.end_connection(
-            _AFTER_REQUEST, discard_input=True
-        )  # also with keep-alive, the client must wait for the reply
+        # With keep-alive, too, the client must wait for the reply.
+        self.end_connection(_AFTER_REQUEST, discard_input=True)
         return False
 
     def _start_call(self, request: Request, link: Link) -> None:

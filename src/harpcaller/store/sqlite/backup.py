@@ -93,6 +93,7 @@ def _handle_queued(backup: Path, path: Path, queued: str | None, now: float) -> 
         if jobs and queued == "cancel":
             db.execute("BEGIN IMMEDIATE")
             db.execute(QUERIES["cancel_all_queued"], {"now": now})
+            db.execute(QUERIES["erase_secrets_of_ended"])
             db.execute(QUERIES["delete_empty_queues"])
             db.execute("COMMIT")
     return int(jobs)

@@ -291,6 +291,10 @@ SELECT count(*) FROM jobs INDEXED BY jobs_queued_of_lane WHERE state = 'queued';
 -- name: cancel_all_queued
 UPDATE jobs SET state = 'cancelled', ended = max(:now, submitted) WHERE state = 'queued';
 
+-- name: erase_secrets_of_ended
+UPDATE calls SET secrets = NULL WHERE secrets IS NOT NULL
+    AND job IN (SELECT seq FROM jobs WHERE ended IS NOT NULL AND holds_slot = 0);
+
 -- name: delete_empty_queues
 DELETE FROM queues WHERE lane NOT IN (
     SELECT lane FROM jobs WHERE state = 'queued' UNION ALL SELECT lane FROM jobs WHERE holds_slot = 1);
