@@ -8,8 +8,8 @@ Beside the file are two private files. ``.NAME.head`` has number and hash of the
 an end that was cut off is found, too; the process that writes holds a lock on it. ``.NAME.key`` is the key of the
 digests of arguments: without it, a digest does not show whether a guess is right.
 
-Blocks are allocated in advance, behind the end of the file. If no more can be allocated, the disk is full: `problem`
-says so while there are still allocated blocks. The daemon then refuses new jobs; running jobs end with their entries.
+Blocks are allocated in advance, beyond the end of the file. If no more can be allocated, the disk is full: `problem`
+reports it while some allocated blocks are left. The daemon then refuses new jobs; running jobs end with their entries.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def hash_line(text: bytes) -> str:
 
 
 def parse_line(text: bytes) -> dict[str, Any] | None:
-    """Return an entry; None if the line is not one."""
+    """Return the entry in a line, or None."""
     try:
         entry = json.loads(text)
     except (ValueError, RecursionError):
@@ -90,7 +90,7 @@ def parse_line(text: bytes) -> dict[str, Any] | None:
 
 
 def head_file(path: Path) -> Path:
-    """Return the file beside an audit file with number and hash of its last entry."""
+    """Return the file that has number and hash of the last entry of an audit file, in the same directory."""
     return path.with_name(f".{path.name}.head")
 
 
@@ -141,7 +141,7 @@ def open_files(path: Path) -> list[tuple[Path, IO[bytes]]]:
             except FileNotFoundError:
                 continue  # a rotation has renamed it
             stack.pop_all()
-            return [(name, file) for _, name, file in sorted(opened.values(), key=lambda one: one[0])]
+            return [(name, file) for _, name, file in sorted(opened.values(), key=lambda item: item[0])]
     raise OSError(errno.EBUSY, "it is rotated again and again", str(path))
 
 
@@ -270,7 +270,7 @@ class AuditFile:
         self.problem = None
 
     def rotate(self) -> None:
-        """Rename the file, so that its name ends with the number of its last entry, and begin another one."""
+        """Rename the file, so that its name ends with the number of its last entry, and start another file."""
         target = self.path.with_name(f"{self.path.name}.{self._position.entry:010d}")
         with suppress(OSError):  # the file grows until the next attempt
             os.link(self.path, target)  # unlike a rename, this replaces no file
@@ -347,7 +347,7 @@ class AuditFile:
             entries.append({"action": "audit-recovered", "incomplete_line": shown, "bytes": len(fragment)})
         if text is not None and self._position is head and found != head:
             entries.append({"action": "audit-gap", "expected": head.entry, "found": found.entry})
-        with suppress(AuditError):  # no room: `problem` says so
+        with suppress(AuditError):  # no room: see `problem`
             self._write([{"time": time.time(), **entry} for entry in entries])
             self.sync()
         os.fsync(self._head)
@@ -389,12 +389,12 @@ class AuditFile:
         opened = _open_private(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
         old, self._descriptor = self._descriptor, opened
         with suppress(OSError):
-            os.ftruncate(old, os.fstat(old).st_size)  # frees the blocks behind the end
+            os.ftruncate(old, os.fstat(old).st_size)  # frees the blocks beyond the end
             os.fdatasync(old)
         os.close(old)
         _sync_directory(self.path.parent)
         self._size = self._allocated = 0
-        if os.fstat(opened).st_size:  # another process has begun it
+        if os.fstat(opened).st_size:  # another process has started it
             self._follow_others()
         self.check_room()
         if not self._size:

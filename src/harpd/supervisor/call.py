@@ -186,7 +186,7 @@ class CallContext:
         self._deliver_snapshot()
 
     def _deliver_snapshot(self) -> None:
-        """Pass the snapshot to one call in each turn of the loop; then begin the next scan if it is needed."""
+        """Pass the snapshot to one call in each turn of the loop; then start the next scan if it is needed."""
         for number, (at, receive) in enumerate(self._waiting):
             if self._snapshot.started_at >= at:
                 self.loop.call_later(0, self._deliver_snapshot)
@@ -411,7 +411,7 @@ class Call:
     def _handle_records(self, lines: bytes) -> bool:
         """Pass on lines that must all be records; return whether they are."""
         count = lines.count(b"\n")
-        # A JSON text in a line has no line feed, so this counts the lines that begin like records.
+        # A JSON text in a line has no line feed, so this counts the lines that start like records.
         if lines.startswith(RECORD_PREFIX) + lines.count(b"\n" + RECORD_PREFIX) != count:
             invalid = next(line for line in lines.split(b"\n") if not line.startswith(RECORD_PREFIX))
             self._stop(StopReason.PROTOCOL_VIOLATION, f"it wrote an invalid record: {invalid[:_MAX_SHOWN_BYTES]!r}")
@@ -451,7 +451,7 @@ class Call:
     def _end_worker(self, number: signal.Signals = signal.SIGTERM) -> None:
         """Signal a worker that has written its closing line but does not exit: threads or exit handlers still run."""
         log.warning("process does not exit; sending signal", extra={**self._fields, "signal": number.name})
-        if number is not signal.SIGKILL:  # first, because the signal may fail for want of a descriptor
+        if number is not signal.SIGKILL:  # first, because the signal fails if no descriptor is free
             kill_worker = partial(self._end_worker, signal.SIGKILL)
             self._deadline = self._loop.call_later(self._settings["kill_grace"], kill_worker)
         send_signal(number, self._worker.identity)
@@ -470,7 +470,7 @@ class Call:
 
     def _stop(self, stop_reason: StopReason, detail: str | None, user: str | None = None) -> None:
         self._stop_reason, self._stop_detail, self._stopped_by_user = stop_reason, detail, user
-        self._unsent = memoryview(b"")  # a procedure that has not received its arguments does not begin
+        self._unsent = memoryview(b"")  # a procedure without its arguments does not start
         self._discard_partial()
         log.info("stopping call", extra={**self._fields, "why": stop_reason.name.lower(), "reason": detail})
         if self._tree is not None:
