@@ -32,6 +32,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from msgspec.structs import replace
 
+from harpcaller.model.changes import Change
 from harpcaller.model.jobs import NewJob
 from harpcaller.store import StorageError
 from harpcaller.store.sqlite import reads
@@ -145,6 +146,14 @@ class Store:
     _delete_request_ids = _writes(Writes.delete_request_ids)
     _release_free_pages = _writes(Writes.release_free_pages)
     _checkpoint = _reads(reads.checkpoint)
+
+    def observe(self, observer: Callable[[Sequence[Change]], object]) -> Callable[[], None]:
+        """Call a function after each later commit with the changes of jobs in it; return a function that ends it.
+
+        Every change reaches it once, in the order of the commits, before the verb that made the change returns. It is
+        called in the loop and must be fast.
+        """
+        return self._writer.observe(observer)
 
     def add_job(self, job: NewJob, now: float) -> asyncio.Future[str]:
         """Store a queued job as `Writes.add_job` does."""

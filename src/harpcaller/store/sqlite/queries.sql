@@ -119,7 +119,7 @@ UPDATE jobs SET records = ? WHERE seq = ? AND state = 'running';
 
 -- name: old_jobs
 -- Ended jobs and the size of their stored payloads without records; the oldest end first.
-SELECT jobs.seq,
+SELECT jobs.seq, jobs.id,
     length(calls.arguments) + length(calls.info) + coalesce(length(outcomes.body), 0)
     + coalesce(length(outcomes.call), 0) + coalesce(length(outcomes.stop_request), 0)
     + coalesce(length(outcomes.stop_report), 0) + coalesce(length(outcomes.exit_info), 0)

@@ -14,11 +14,15 @@ are freed and the reserve is filled again before the next batch, so that no othe
 
 The outcome of a member is published after the commit, never before. A member with a cancelled awaiter is still
 executed; its outcome is ignored.
+
+Observers get the changes of all jobs after the commit, each once and in the order of commits, before the outcomes are
+published. No change is collected while there is no observer.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import sqlite3
 import threading
 from collections import deque
@@ -29,10 +33,13 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple, TypeVar
 
+from harpcaller.model.changes import Change
 from harpcaller.store import StorageError, SubmissionRefused
 from harpcaller.store.sqlite.file import storage_errors
 from harpcaller.store.sqlite.reserve import Reserve
 from harpcaller.store.sqlite.writes import PAYLOAD_BYTES, PRUNING, Writes
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -70,6 +77,8 @@ class Writer:
         self._short: deque[Sequence[_Member]] = deque()
         self._long: deque[tuple[Sequence[_Member], int]] = deque()
         self._long_is_next = self._ending = False
+        self._observers: list[Callable[[Sequence[Change]], object]] = []
+        self._committed: list[Change] = []  # the changes of the last batch
         # A daemon thread, so that a program that fails before it closes the store can exit.
         self._thread = threading.Thread(target=self._run_batches, name="store-writer", daemon=True)
         self._thread.start()
@@ -90,6 +99,24 @@ class Writer:
         size = 0 if count_bytes is None else count_bytes(*args, **options)
         self._next_members.append(_Member(verb, args, options, future, last, size))
         return future
+
+    def observe(self, observer: Callable[[Sequence[Change]], object]) -> Callable[[], None]:
+        """Pass the changes of each later commit to a function in the loop's thread; return a function that ends it."""
+
+        def end() -> None:
+            self._observers.remove(observer)
+            self._writes.is_observed = bool(self._observers)
+
+        self._observers.append(observer)
+        self._writes.is_observed = True
+        return end
+
+    def _notify_observers(self, changes: Sequence[Change]) -> None:
+        for observer in self._observers.copy():
+            try:
+                observer(changes)
+            except Exception:
+                log.exception("an observer of jobs failed: internal error")
 
     def _flush(self) -> None:
         """Pass the verbs that were called in these two turns to the thread, with one wakeup."""
@@ -114,9 +141,10 @@ class Writer:
                 for index, (member, outcome) in enumerate(zip(batch, outcomes, strict=True)):
                     if isinstance(outcome, StorageError) and member.verb in PRUNING:
                         outcomes[index] = self._commit_with_reserve(member)
+                changes, self._committed = self._committed, []
                 # The loop may be closed when the program ends without closing the store.
                 with suppress(RuntimeError):
-                    self._loop.call_soon_threadsafe(_resolve_futures, batch, outcomes)
+                    self._loop.call_soon_threadsafe(self._publish, batch, outcomes, changes)
 
     def _next_batch(self) -> list[_Member]:
         """Wait for members; return groups of short and of long verbs alternately. An empty list ends the thread."""
@@ -172,6 +200,9 @@ class Writer:
             if len(batch) == 1 or not is_member_failed:
                 return [error] * len(batch)
             return [outcome for member in batch for outcome in self._commit([member])]
+        if self._writes.changes:
+            self._committed += self._writes.changes
+            self._writes.changes.clear()
         return outcomes
 
     def _commit_with_reserve(self, member: _Member) -> Any:
@@ -206,6 +237,11 @@ class Writer:
             return verb(self._writes, *args, **options)
         except SubmissionRefused as refusal:
             return refusal
+
+    def _publish(self, batch: Sequence[_Member], outcomes: Sequence[Any], changes: Sequence[Change]) -> None:
+        if changes:
+            self._notify_observers(changes)
+        _resolve_futures(batch, outcomes)
 
 
 def _resolve_futures(batch: Sequence[_Member], outcomes: Sequence[Any]) -> None:

@@ -5,6 +5,8 @@ Theory of operation. A verb decides in memory (`active`), without reading rows. 
 is inserted once, as running. A verb that needs rows from the file flushes first. Writes are guarded: if the file
 differs from the memory, the transaction fails. After a rollback the writer calls `Writes.discard_changes`, and the
 memory is read from the file again.
+
+The changes of jobs are collected only while the store has observers: see `Writer`.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from msgspec.structs import replace
 
 from harp.protocol.ends import Cancelled, End, Failed, Returned
 from harp.protocol.json_text import Raw
+from harpcaller.model.changes import Change, ChangeKind
 from harpcaller.model.ids import is_job_id
 from harpcaller.model.jobs import (
     ENDED,
@@ -81,6 +84,8 @@ class Writes:
 
     def __init__(self, db: sqlite3.Connection) -> None:
         self.db = db
+        self.is_observed = False  #: Whether changes are collected.
+        self.changes: list[Change] = []  #: The changes of the current transaction, in order.
         self._active: ActiveJobs
         self._is_current = False
         self._added: dict[int, tuple[Lane, Job]] = {}  # jobs to insert, by sequence number
@@ -105,6 +110,7 @@ class Writes:
         self._ended.clear()
         self._outcomes.clear()
         self._erased.clear()
+        self.changes.clear()
 
     def flush(self) -> None:
         """Write the collected rows. Raises `ValueError` if a job with one of the new ids exists."""
@@ -176,6 +182,8 @@ class Writes:
             seq = self._active.add_queued(lane, job.owner)
             lane.waits_until = min(lane.waits_until, now + job.start_within)
             self._added[seq] = lane, queued
+            if self.is_observed:
+                self.changes.append(Change(ChangeKind.SUBMITTED, job.id, seq, now, queued))
             if job.secrets is not None:
                 self._with_secrets.add(seq)
             if job.end is not None:
@@ -289,6 +297,8 @@ class Writes:
             else:
                 self._execute_guarded(QUERIES["start_job"], [(started, seq)])
             self._active.give_slot(ActiveJob(job.id, seq, lane, job.owner, job.host, State.RUNNING))
+            if self.is_observed:
+                self.changes.append(Change(ChangeKind.STARTED, job.id, seq, started, job))
             claimed.append(job)
         return claimed
 
@@ -322,6 +332,8 @@ class Writes:
         self._execute_guarded(QUERIES["requeue_job"], [(tried, job.seq)])
         job.lane.waits_until = 0.0
         self._active.put_back(job)
+        if self.is_observed:
+            self.changes.append(Change(ChangeKind.REQUEUED, job_id, job.seq))
         return True
 
     def fail_waiting(
@@ -388,6 +400,10 @@ class Writes:
         for chunk in _split_chunks(records):
             self._append_chunk(job, chunk)
         self._execute_guarded(QUERIES["count_records"], [(job.records, job.seq)])
+        if self.is_observed:
+            size = sum(map(len, records.values))
+            change = Change(ChangeKind.RECORDS, job_id, job.seq, records=len(records), record_bytes=size)
+            self.changes.append(change)
         return True
 
     def _append_chunk(self, job: ActiveJob, records: Records) -> None:
@@ -489,6 +505,8 @@ class Writes:
         if not keep_slot:
             self._erase_secrets(job.seq)
         self._add_outcome(job.seq, encode_end_body(end), metadata)
+        if self.is_observed:
+            self.changes.append(Change(ChangeKind.ENDED, job.id, job.seq, now, end=end, stop=stop))
 
     def _erase_secrets(self, seq: int) -> None:
         """Erase the secret arguments of a job whose call sends nothing more that they would be masked in."""
@@ -518,6 +536,8 @@ class Writes:
             self._remove_lane_if_empty(job.lane)
             self._erase_secrets(job.seq)
         self._add_outcome(job.seq, None, metadata)
+        if self.is_observed:
+            self.changes.append(Change(ChangeKind.STOP, job_id, job.seq, stop=stop))
         return True
 
     def update_metadata(self, job_id: str, metadata: JobMetadata) -> bool:
@@ -535,11 +555,13 @@ class Writes:
         self.flush()
         old = self.db.execute(QUERIES["old_jobs"], {"before": ended_before, "limit": min(limit, _STEP_JOBS)}).fetchall()
         deleted, room = 0, _STEP_BYTES
-        for seq, size in old:
+        for seq, job_id, size in old:
             if room <= 0:
                 break
             self.db.execute(QUERIES["orphan_records"], {"seq": seq})
             self.db.execute(QUERIES["delete_job"], {"seq": seq})
+            if self.is_observed:
+                self.changes.append(Change(ChangeKind.DELETED, job_id, seq))
             room -= size
             deleted += 1
         return deleted
