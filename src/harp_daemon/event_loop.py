@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from harp_daemon import json_pieces, logs
 from harp_daemon.process import tune_memory
 
+A = TypeVar("A")
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
@@ -137,11 +138,11 @@ def _log_unexpected(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) ->
     log.error("unexpected error", exc_info=context.get("exception"), extra={"where": context.get("message")})
 
 
-def decode_in_thread(decode: Callable[[bytes], T], line: bytes) -> asyncio.Future[T]:
-    """Decode a line in a thread, in turn with other long lines; return a future of the result."""
+def run_in_turn(work: Callable[[A], T], text: A) -> asyncio.Future[T]:
+    """Do the work on a long text in a thread, in turn with other long texts; return a future of its result."""
 
-    def work() -> T:
+    def run_work() -> T:
         with long_lines:
-            return decode(line)
+            return work(text)
 
-    return asyncio.get_running_loop().run_in_executor(None, work)
+    return asyncio.get_running_loop().run_in_executor(None, run_work)

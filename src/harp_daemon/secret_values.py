@@ -17,7 +17,8 @@ from typing import Any
 
 from harp.protocol.json_text import InvalidJSON, Raw, dumps, loads
 from harp.protocol.schema import ProtocolError
-from harp_daemon.sliced_json import decode_slices, slice_elements
+from harp_daemon import json_pieces
+from harp_daemon.sliced_json import LONG, decode_slices, slice_elements
 
 MASK = Raw(b'"***"')  #: The text in place of a secret value.
 #: A text of fewer characters is not masked.
@@ -111,7 +112,22 @@ def _strings_in(value: Any) -> Iterator[str]:
 
 
 def mask_texts(text: bytes, texts: Sequence[bytes]) -> bytes:
-    """Return a text in which each of these texts is masked."""
+    """Return a text in which each of these texts is masked; a long one in short steps, in turn with other threads."""
+    window = max(LONG, 4 * max(map(len, texts), default=0))
+    if len(text) <= window:
+        return _mask(text, texts)
+    overlap = len(max(texts, key=len)) - 1  # a text that is masked may begin in one window and end in the next
+    masked, rest = [], b""
+    for at in range(0, len(text), window):
+        found = _mask(rest + text[at : at + window], texts)
+        end = max(0, len(found) - overlap)
+        masked.append(found[:end])
+        rest = found[end:]
+        json_pieces.between_pieces()
+    return b"".join([*masked, rest])
+
+
+def _mask(text: bytes, texts: Sequence[bytes]) -> bytes:
     for secret in texts:
         text = text.replace(secret, b"***")
     return text

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from harp.protocol.ends import Failed, Raised, Returned
-from harp.protocol.harpd import ExitInfo, Message, StopReport
+from harp.protocol.harpd import ExitInfo, Message, Record, StopReport
 from harp.protocol.json_text import Raw, dumps, loads
 from harp.protocol.schema import ProtocolError
 from harp_daemon.secret_values import MASK, MAX_ARGUMENTS, MAX_TEXTS, find_texts, forms_of, mask_texts, replace_value
@@ -115,11 +115,15 @@ def mask_message(message: Message, texts: Sequence[bytes]) -> Message:
             return replace(message, message=_mask_string(message.message, texts), data=data)
         case ExitInfo(data) | StopReport(data):
             return type(message)(mask_payload(Raw(data), texts))
+        case Record(data):
+            return Record(mask_payload(Raw(data), texts))
     return message
 
 
 def mask_records(records: list[Raw], texts: Sequence[bytes]) -> list[Raw]:
     """Return records in which each of these texts is masked; many small ones cost as little as their bytes."""
+    if not texts:
+        return records
     joined = b"\n".join(records)
     masked = mask_texts(joined, [text for text in texts if b"\n" not in text])  # which no record contains
     return records if masked == joined else [Raw(record) for record in masked.split(b"\n")]

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from harp.protocol.ends import Failed
+from harp.protocol.ends import Failed, Returned
 from harp.protocol.harpd import ListCalls, Message, Phase, Release, Request, encode_request
 from harp.protocol.json_text import Raw, dumps
 from harp.protocol.schema import ProtocolError
@@ -94,6 +95,41 @@ async def test_long_lines_stay_in_order_until_the_end(tmp_path: Path) -> None:
         assert [len(json.loads(record)) for record in collector.records] == lengths
         assert len(collector.messages) == 2
         assert collector.ends == [None]
+
+
+async def test_slow_masking_leaves_the_event_loop_free_and_keeps_the_order(tmp_path: Path) -> None:
+    """600 texts in a long value take a while; between two steps the loop does other work."""
+    masked = [f"secret {number:04}".encode() for number in range(600)]
+    values = [
+        "short secret 0001",
+        "x" * 300_000 + "secret 0002" + "y" * 300_000,
+        *("z" * 2_000 + f"secret {number:04}" for number in range(600)),
+        "secret 0003",
+    ]
+
+    def script(conn: PeerConnection) -> None:
+        conn.expect()
+        conn.reply(STREAMING, *({"stream": value} for value in values), {"result": values[:2]})
+
+    turns = 0
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    async with connected(tmp_path, script) as (conn, _):
+        collector = Collector()
+        counting = asyncio.create_task(count_turns())
+        conn.send_request(START, Phase.SENT, collector, masked)
+        await eventually(lambda: collector.ends, what="the end")
+        counting.cancel()
+        assert [json.loads(record) for record in collector.records] == [
+            re.sub(r"secret \d{4}", "***", value) for value in values
+        ]
+        assert b"secret" not in cast(Returned, collector.messages[-1]).result
+        assert turns > 200, "the loop has waited for the masks"
 
 
 async def test_pausing_in_every_turn_loses_no_data(tmp_path: Path) -> None:

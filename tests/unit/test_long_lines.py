@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from harp_daemon import json_pieces
-from harp_daemon.event_loop import Turns, decode_in_thread, long_lines
+from harp_daemon.event_loop import Turns, long_lines, run_in_turn
 from support.deadline import eventually
 
 
@@ -24,7 +24,7 @@ async def test_long_lines_are_decoded_one_at_a_time() -> None:
         decoding -= 1
         return len(line)
 
-    results = [decode_in_thread(decode, b"x" * size) for size in range(4)]
+    results = [run_in_turn(decode, b"x" * size) for size in range(4)]
     await asyncio.sleep(0)  # the loop continues meanwhile
     may_end.set()
     assert await asyncio.gather(*results) == [0, 1, 2, 3]
@@ -33,8 +33,8 @@ async def test_long_lines_are_decoded_one_at_a_time() -> None:
 
 async def test_long_line_that_is_invalid_raises() -> None:
     with pytest.raises(ValueError, match="invalid literal"):
-        await decode_in_thread(int, b"x")
-    assert await decode_in_thread(int, b"1") == 1
+        await run_in_turn(int, b"x")
+    assert await run_in_turn(int, b"1") == 1
 
 
 async def test_long_lines_are_decoded_in_turn() -> None:
@@ -51,9 +51,9 @@ async def test_long_lines_are_decoded_in_turn() -> None:
             json_pieces.between_pieces()
         return len(line)
 
-    long = decode_in_thread(decode, b"x" * 100)
+    long = run_in_turn(decode, b"x" * 100)
     await asyncio.to_thread(has_begun.wait, 60)
-    short = decode_in_thread(decode, b"yy")
+    short = run_in_turn(decode, b"yy")
     await eventually(lambda: long_lines.waiting == 1, what="the short line")
     may_continue.set()
     assert [*await asyncio.gather(long, short)] == [100, 2]

@@ -216,3 +216,12 @@ def test_digest_depends_on_the_key(keys: SecretKeys, tmp_path: Path) -> None:
     assert digest == keys.digest(b"text")
     assert digest != load_keys(tmp_path / "other").digest(b"text")
     assert digest != keys.digest(b"text2")
+
+
+@pytest.mark.parametrize("length", [5, 999, 70_000])
+def test_long_text_is_masked_at_every_place(length: int) -> None:
+    """Long texts are masked in steps; a secret may lie across the border of two steps."""
+    secret, other = b"S" * length, b"tt" * 4
+    for step in range(0, 7 * length, max(1, length // 3)):
+        text = b"." * (4 * 70_000 - step) + secret + b"." * 5 + other + b"." * 300_000 + secret
+        assert mask_texts(text, [secret, other]) == text.replace(secret, b"***").replace(other, b"***")

@@ -18,7 +18,7 @@ from harp.protocol import dispatcher as protocol
 from harp.protocol.ends import End
 from harp.protocol.json_text import Envelope
 from harp.protocol.schema import ProtocolError
-from harp_daemon.event_loop import LONG_LINE, decode_in_thread
+from harp_daemon.event_loop import LONG_LINE, run_in_turn
 from harp_daemon.settings import ConfigError
 from harp_daemon.sockets import Listener, ListenError, listen_tcp, listen_unix
 from harpcaller.access import AccessDenied, AuthError, RateLimited, Refusal
@@ -199,7 +199,7 @@ class ClientServer(Server):
         if len(line) < LONG_LINE:
             self._execute(connection, lambda: decode_request(line))
         else:
-            decoding = decode_in_thread(decode_request, line)
+            decoding = run_in_turn(decode_request, line)
             decoding.add_done_callback(lambda decoded: self._execute(connection, decoded.result))
 
     def _execute(self, connection: Connection, decoded: Callable[[], protocol.Received]) -> None:

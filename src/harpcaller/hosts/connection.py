@@ -14,6 +14,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from collections.abc import Sequence
+from functools import partial
 from itertools import islice, takewhile
 from operator import methodcaller
 from typing import Any, Protocol, cast
@@ -34,14 +36,17 @@ from harp.protocol.harpd import (
 from harp.protocol.json_text import InvalidJSON, Raw, loads
 from harp.protocol.lines import LineBuffer, LineTooLong
 from harp.protocol.schema import ProtocolError, is_count
-from harp_daemon.event_loop import LONG_LINE, decode_in_thread
+from harp_daemon.event_loop import LONG_LINE, run_in_turn
 from harp_daemon.sliced_json import decode_slices, slice_records
 from harp_daemon.timer_wheel import Timer, TimerWheel
+from harpcaller.secret_arguments import mask_message, mask_records
 
 PAST_END = 2**53  #: A record number above all others. An attach with it is refused with the number of the next record.
 
 _MAX_TURN_LINES = 1000  #: Maximum number of records that are delivered in one turn of the event loop.
 _SINGLE_LINE_COST = 30  #: The number of adjacent records that need as much time as one line that is decoded singly.
+#: Maximum bytes times masked texts of what is masked in the event loop: 1 ms.
+_MAX_MASKING = 3_000_000
 _MAX_STORED_LINE = 1000  #: Maximum bytes of a stored acknowledgement.
 _HEARTBEAT_INTERVAL = 15.0  #: Seconds between two heartbeats.
 _MAX_MISSED_HEARTBEATS = 3  #: Number of unanswered heartbeats after which the connection is aborted.
@@ -80,6 +85,7 @@ class HarpdConnection(asyncio.Protocol):
         self._unread: list[bytes] = []  # complete lines that wait for the first request, or for a long line before them
         self._exchange: ReplyReader | None = None
         self._receiver: Receiver | None = None
+        self._masked_texts: Sequence[bytes] = ()
         self._suspended = False  # the next lines wait for a thread that decodes a line, or for the next turn
         self._is_reading = True
         self._resuming = False
@@ -125,8 +131,12 @@ class HarpdConnection(asyncio.Protocol):
 
     # The request.
 
-    def send_request(self, line: bytes, phase: Phase, receiver: Receiver) -> None:
-        """Write an encoded request; its exchange starts in `phase`. The receiver is called from the next turn on."""
+    def send_request(self, line: bytes, phase: Phase, receiver: Receiver, masked_texts: Sequence[bytes] = ()) -> None:
+        """Write an encoded request; its exchange starts in `phase`. The receiver is called from the next turn on.
+
+        The `masked_texts` are masked in all that it receives.
+        """
+        self._masked_texts = masked_texts
         self._reused_unanswered = self._exchange is not None
         self.last_received_at = self._reading_since = time.monotonic()
         self._exchange = ReplyReader(decode_slices, phase)
@@ -248,19 +258,24 @@ class HarpdConnection(asyncio.Protocol):
                 asyncio.get_running_loop().call_soon(self._next_turn)
                 return
             line = lines[at]
-            if len(line) > LONG_LINE:
+            if len(line) > LONG_LINE or self._is_masking_slow(len(line)):
                 at += 1
                 if not self._check_length(len(line)):
                     return
                 self._suspend()
-                decode_in_thread(self._decode, line).add_done_callback(self._on_decoded)
+                run_in_turn(self._decode, line).add_done_callback(self._on_decoded)
                 continue
             if exchange.is_streaming and at >= decode_singly_to:
                 run = list(takewhile(_is_record, islice(lines, at, at + room)))
                 if len(run) > 1 and (records := slice_records(run)) is not None:
                     at += len(run)
                     room -= len(run)
-                    receiver.on_records(records)
+                    if self._is_masking_slow(sum(map(len, records))):
+                        self._suspend()
+                        masking = partial(mask_records, texts=self._masked_texts)
+                        run_in_turn(masking, records).add_done_callback(self._on_masked)
+                    else:
+                        receiver.on_records(mask_records(records, self._masked_texts))
                     continue
                 decode_singly_to = at + len(run)
             at += 1
@@ -305,6 +320,16 @@ class HarpdConnection(asyncio.Protocol):
             self._receive(decoding.result())
         self._continue()
 
+    def _is_masking_slow(self, length: int) -> bool:
+        """Return whether it would delay the event loop to mask a text of this length."""
+        return length * len(self._masked_texts) > _MAX_MASKING
+
+    def _on_masked(self, masking: asyncio.Future[list[Raw]]) -> None:
+        self._suspended = False
+        if self._receiver is not None:
+            self._receiver.on_records(masking.result())
+        self._continue()
+
     def _suspend(self) -> None:
         self._suspended = True
         self._update_reading()
@@ -333,7 +358,11 @@ class HarpdConnection(asyncio.Protocol):
         self._update_reading()
 
     def _decode(self, line: bytes) -> Message:
-        """Return the message of the next line. Raises `ProtocolError` if it is invalid or unexpected."""
+        """Return the message of the next line, masked. Raises `ProtocolError` if it is invalid or unexpected."""
+        message = self._read_message(line)
+        return mask_message(message, self._masked_texts) if self._masked_texts else message
+
+    def _read_message(self, line: bytes) -> Message:
         assert self._exchange is not None
         if self._reused_unanswered and _is_heartbeat(line):
             return Heartbeat(0.0)  # it belongs to the previous call on this connection

@@ -51,7 +51,7 @@ from harpcaller.runs.context import RunContext, log_fields
 from harpcaller.runs.deadlines import MARGIN, Deadlines, Outage
 from harpcaller.runs.host_starts import HostStarts, is_refusal, is_unsent
 from harpcaller.runs.record_writer import RecordWriter
-from harpcaller.secret_arguments import CannotDecrypt, OpenedArguments, mask_message, mask_records
+from harpcaller.secret_arguments import CannotDecrypt, OpenedArguments
 
 log = logging.getLogger(__name__)
 
@@ -329,7 +329,7 @@ class Run:
         self._phase = RunPhase.SENT
         self._stop_sent = False
         self._deadlines.on_request_sent(reattach=self.outage is not None)
-        conn.send_request(line, exchange, self)
+        conn.send_request(line, exchange, self, self._arguments.texts)
         self._set_timer(self._deadlines.next_deadline(self.has_ended))
 
     def _unknown_host(self) -> Failed:
@@ -389,8 +389,6 @@ class Run:
         if self._phase is not RunPhase.RUNNING:
             return
         self._deadlines.on_record()
-        if texts := self._arguments.texts:
-            records = mask_records(records, texts)
         self._records.add_records(records, self._context.wall() if self._record_time is None else self._record_time)
         if self._records.closed:
             self._on_records_stored(self._records.count)
@@ -406,8 +404,6 @@ class Run:
         if self._phase is RunPhase.ENDING:
             return
         self._deadlines.on_message()
-        if texts := self._arguments.texts:
-            message = mask_message(message, texts)
         if isinstance(message, Returned) and self._exceeds_bytes(len(message.result)):
             message = self._record_limit()
         match message:
