@@ -1,0 +1,224 @@
+"""Pages in a real Chromium that fail their test on any error of the console: see `tests/browser/conftest.py`.
+
+with running_site(tmp_path) as site, running_browser() as browser, Pages(browser, site) as pages:
+    page = pages.open("/jobs")
+    expect(page.get_by_role("table")).to_be_visible()
+
+Never use `wait_for_function`: the content security policy forbids it. Use locators and `expect`, or `eventually`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+from urllib.parse import urlsplit
+
+import pytest
+from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Error, Page, Request, sync_playwright
+
+from support.system import System, running
+
+T = TypeVar("T")
+
+#: Milliseconds until an action or an expectation fails.
+DEADLINE = 20_000
+
+_AXE = Path(__file__).parents[1] / "browser" / "vendor" / "axe.min.js"
+_TAGS = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
+
+#: Reports what the console of the browser does not: violations of the policy, with the place.
+_REPORT_VIOLATIONS = """
+document.addEventListener("securitypolicyviolation", (event) => console.error(
+  `policy violation: ${event.violatedDirective} ${event.blockedURI} ${event.sourceFile}:${event.lineNumber}`));
+"""
+
+
+def find_chromium() -> str | None:
+    """Return the path of the system's Chromium, or None."""
+    return shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A running system whose dispatcher has the HTTP API and the console."""
+
+    system: System
+    url: str  # without a slash at its end
+
+    @property
+    def directory(self) -> Path:
+        """The directory of the dispatcher's files."""
+        return self.system.dispatcher.directory
+
+    def submit(self, procedure: str, *arguments: Any, host: str = "web01", **options: Any) -> str:
+        """Submit a job; return its id."""
+        return self.system.dispatcher.submit(host, procedure, *arguments, **options)
+
+    def finish(self, procedure: str, *arguments: Any, host: str = "web01", **options: Any) -> str:
+        """Submit a job and wait for its end; return its id."""
+        job = self.submit(procedure, *arguments, host=host, **options)
+        self.system.dispatcher.ask(get_result=job, wait=True)
+        return job
+
+    def login_link(self, *options: str) -> str:
+        """Return a new link with which one can log in once."""
+        done = self.system.dispatcher.control("web-login", *options)
+        assert done.returncode == 0, done.stderr
+        found = re.search(r"https?://\S+", done.stdout)
+        assert found, done.stdout
+        return found[0]
+
+    def log_in(self, *options: str) -> str:
+        """Log in by a link, without a browser; return the cookie, `name=value`."""
+        secret = urlsplit(self.login_link(*options)).fragment.partition("=")[2]
+        headers = {"Content-Type": "application/json", "Origin": self.url, "Sec-Fetch-Site": "same-origin"}
+        body = json.dumps({"link": secret}).encode()
+        with urllib.request.urlopen(urllib.request.Request(f"{self.url}/api/v1/session", body, headers)) as reply:
+            return str(reply.headers["Set-Cookie"]).partition(";")[0]
+
+    def get(self, path: str, cookie: str) -> bytes:
+        """Return the body of a resource of the API."""
+        request = urllib.request.Request(f"{self.url}/api/v1{path}", headers={"Cookie": cookie})
+        with urllib.request.urlopen(request) as reply:
+            return bytes(reply.read())
+
+
+def free_port() -> int:
+    """Return a port of 127.0.0.1 that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@contextmanager
+def running_site(
+    directory: Path,
+    procedures: str,
+    harpd: Mapping[str, Any] | None = None,
+    dispatcher: Mapping[str, Any] | None = None,
+    names: tuple[str, ...] = ("web01",),
+) -> Iterator[Site]:
+    """Run a system whose dispatcher has the HTTP API; the arguments are those of `support.system.running`."""
+    port = free_port()
+    section = {"listen": [f"127.0.0.1:{port}"], **(dispatcher or {}).get("http", {})}
+    with running(directory, procedures, harpd, {**(dispatcher or {}), "http": section}, names) as system:
+        yield Site(system, f"http://127.0.0.1:{port}")
+
+
+@contextmanager
+def running_browser() -> Iterator[Browser]:
+    """Run the system's Chromium; skip the test if there is none."""
+    program = find_chromium()
+    if program is None:
+        pytest.skip("Chromium is not installed (Debian: apt-get install --no-install-recommends chromium)")
+    options = ["--disable-dev-shm-usage"] + (["--no-sandbox"] if os.geteuid() == 0 else [])
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=options)
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+class Pages:
+    """The pages of one test. At the end they are closed, and the test fails if one had an error.
+
+    Args:
+        browser: the browser.
+        site: the site; a request to another one is an error.
+        cookie: of a session, as `Site.log_in` returns it; None: the pages are not logged in.
+    """
+
+    def __init__(self, browser: Browser, site: Site, cookie: str | None = None) -> None:
+        self.problems: list[str] = []
+        self._browser = browser
+        self._site = site
+        self._cookie = cookie
+        self._allowed: list[re.Pattern[str]] = []
+        self._contexts: list[BrowserContext] = []
+
+    def allow(self, pattern: str) -> None:
+        """Accept console errors that this regular expression matches: those that the test causes."""
+        self._allowed.append(re.compile(pattern))
+
+    def context(self, **options: Any) -> BrowserContext:
+        """Make a context with its own cookies; the options are Playwright's: `color_scheme`, `viewport`."""
+        usual = {"viewport": {"width": 1280, "height": 800}, "locale": "en-GB", "timezone_id": "UTC"}
+        context = self._browser.new_context(**{**usual, **options})
+        self._contexts.append(context)
+        context.set_default_timeout(DEADLINE)
+        context.add_init_script(_REPORT_VIOLATIONS)
+        context.on("console", self._on_console)
+        context.on("weberror", lambda event: self.problems.append(f"uncaught: {event.error}"))
+        context.on("request", self._on_request)
+        if self._cookie is not None:
+            name, _, value = self._cookie.partition("=")
+            context.add_cookies([{"name": name, "value": value, "url": self._site.url}])
+        return context
+
+    def open(self, path: str = "/", **options: Any) -> Page:
+        """Open a page of the site in a new context."""
+        page = self.context(**options).new_page()
+        page.goto(self._site.url + path)
+        return page
+
+    def _on_console(self, message: ConsoleMessage) -> None:
+        if message.type in ("error", "assert"):
+            self.problems.append(f"console: {message.text} ({message.location.get('url')})")
+
+    def _on_request(self, request: Request) -> None:
+        if not request.url.startswith((self._site.url + "/", "blob:" + self._site.url, "data:")):
+            self.problems.append(f"foreign request: {request.url}")
+
+    def unexpected(self) -> list[str]:
+        """Return the errors so far that the test does not allow."""
+        return [text for text in self.problems if not any(pattern.search(text) for pattern in self._allowed)]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        for context in self._contexts:
+            try:
+                context.close()
+            except Error as problem:  # the browser has died, which is the test's failure
+                self.problems.append(str(problem))
+        found = self.unexpected()
+        if found and isinstance(error, Exception):
+            error.add_note("errors of the pages:\n" + "\n".join(found))
+        assert kind is not None or not found, "\n".join(found)
+
+
+def find_axe_violations(page: Page, *excluded: str) -> list[str]:
+    """Examine a page by axe-core; return the violations, one line for each. `excluded`: names of rules."""
+    page.evaluate(_AXE.read_text())
+    rules = {name: {"enabled": False} for name in excluded}
+    found = page.evaluate(
+        "(options) => axe.run(document, options)",
+        {"runOnly": {"type": "tag", "values": _TAGS}, "rules": rules, "resultTypes": ["violations"]},
+    )
+    return [
+        f"{violation['id']}: {violation['help']}: {node['target']}: {node['failureSummary']}"
+        for violation in found["violations"]
+        for node in violation["nodes"]
+    ]
+
+
+def eventually(page: Page, predicate: Callable[[], T], what: str = "the condition", deadline: float = DEADLINE) -> T:
+    """Return the predicate's first true value; the page's events go on meanwhile. `deadline` is in milliseconds."""
+    waited = 0.0
+    while not (value := predicate()):
+        assert waited < deadline, f"{what} did not come true within {deadline / 1000} s"
+        page.wait_for_timeout(20)
+        waited += 20
+    return value
