@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -122,6 +123,40 @@ def test_link_that_is_not_read_uses_little_memory(supervisor: Supervisor) -> Non
         # Each call: 1 MiB that waits, 1 MiB in one read at most; and the link's own data.
         assert process.memory_info().rss - before < 20 * (2 << 20) + (8 << 20)
     no_calls(supervisor)
+
+
+def test_frontend_that_reads_no_replies_loses_its_link(supervisor: Supervisor) -> None:
+    """Each start without a reply needs memory of the supervisor, which has all calls of the host."""
+    process = psutil.Process(supervisor.status()["supervisor"])
+    before = process.memory_info().rss
+    with Link(supervisor) as link:
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):
+            for channel in range(200_000):
+                link.start(channel, "no such procedure")
+        assert process.memory_info().rss - before < 200 << 20
+    assert supervisor.result("echo", 1) == [1]
+    no_calls(supervisor)
+
+
+def test_call_with_tiny_limits_costs_no_time_while_it_is_stopped(tmp_path: Path) -> None:
+    procedures = """
+import signal, time
+from harpd.proc import procedure
+
+@procedure()
+def stubborn(path):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    open(path, "w").close()
+    while True:
+        time.sleep(600)
+"""
+    mark = tmp_path / "started"
+    with Supervisor(tmp_path, procedures, kill_grace=3) as supervisor:
+        process = psutil.Process(supervisor.status()["supervisor"])
+        with supervisor.call_resumable("stubborn", str(mark), result_ttl=1e-9, timeout=1.0):
+            wait_until(mark.exists, DEADLINE, "the start")
+            supervisor.wait_event("stopping call")
+            assert stands(process)
 
 
 def test_commands_are_credited_after_the_requests_of_others(supervisor: Supervisor) -> None:

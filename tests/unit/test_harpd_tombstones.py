@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from harpd.supervisor.registry import TombstoneSet
 
 
@@ -34,3 +36,13 @@ def test_tombstone_of_any_text() -> None:
     barred = TombstoneSet(10.0, 0.0)
     barred.add("\ud800", "\udfff" * 1000, 1.0)
     assert barred.contains("\ud800", "\udfff" * 1000)
+
+
+def test_tombstones_of_a_period_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harpd.supervisor.registry._MAX_TOMBSTONES", 3)
+    barred = TombstoneSet(10.0, 0.0)
+    for number in range(3):
+        assert not barred.is_full(1.0)
+        barred.add("one", str(number), 1.0)
+    assert barred.is_full(9.0)
+    assert not barred.is_full(10.5), "the next period has room"

@@ -27,6 +27,9 @@ _MAX_EXPANSION, _MAX_FACTS_BYTES = 6, 64 * 1024
 _MAX_HEADER_BYTES = 512 * 1024
 #: From this many bytes on that wait in a channel, its user should wait.
 _CHANNEL_HIGH_WATER = 64 * 1024
+#: The most channels of a link, and bytes that wait because the frontend does not read: a frontend that is not sound, or
+#: was taken over, cannot fill the memory. A sound one reads always, and has a channel for each of its connections.
+_MAX_CHANNELS, _MAX_UNSENT = 50_000, 64 * 1024 * 1024
 #: Seconds for which `send_soon` waits for more data to send with it.
 _GATHER_SECONDS = 0.003
 
@@ -205,6 +208,8 @@ class Link(FrameSocket):
         if kind in (frames.START, frames.ATTACH):
             if channel is not None:
                 raise InvalidFrame(f"channel {number} is in use")
+            if len(self._channels) >= _MAX_CHANNELS or len(self._unsent) > _MAX_UNSENT:
+                raise InvalidFrame("too many channels are open, or too many replies were not read")
             self._open(number, kind, body)
         elif channel is not None:  # else the frame crossed the close of the channel
             try:

@@ -27,6 +27,8 @@ from harpd.supervisor.state_files import CleanupResult, Purpose
 
 log = logging.getLogger("harpd.supervisor")
 
+#: The most tombstones in each of two periods: about 70 MB. Beyond it, requests about unknown calls are answered later.
+_MAX_TOMBSTONES = 1_000_000
 #: Seconds by which a start may be delayed, and for which a tombstone stays at least.
 _MAX_START_AGE, _TOMBSTONE_TTL = 120.0, 150.0
 #: New calls are rejected while there are this many sessions for each call of `max_calls`, unless their account is below
@@ -53,6 +55,10 @@ class TombstoneSet:
             self._current = set()
             self._period_start = now
         self._current.add(hash((owner, call_id)))
+
+    def is_full(self, now: float) -> bool:
+        """Whether this period has so many that only used ids get further ones."""
+        return len(self._current) >= _MAX_TOMBSTONES and now - self._period_start <= self._ttl
 
     def contains(self, owner: str, call_id: str) -> bool:
         tombstone = hash((owner, call_id))
@@ -127,6 +133,8 @@ class CallRegistry:
         digest = _digest(secret)
         if session is not None and _are_equal(session.terms.owner, owner) and _are_equal(session.terms.secret, digest):
             rejection = session.attach(channel, since, keep_alive)
+        elif self._tombstones.is_full(self._loop.now()):
+            rejection = Failed("too_many_calls", "this host got too many requests about unknown calls; ask again later")
         else:
             self._tombstones.add(owner, call_id, self._loop.now())
             message = "there is no such call here, and it will not start"

@@ -46,6 +46,8 @@ log = logging.getLogger("harpd.supervisor")
 
 #: Limits above this number of seconds are lowered: no call reaches it, and a large integer has no form as a float.
 _MAX_SECONDS = 1e9
+#: Seconds between two checks of a call that is being stopped, at least: its limits may be as short as a client likes.
+_MIN_CHECK_INTERVAL = 1.0
 #: Bytes of unacknowledged records that are sent; one record may be longer.
 _WINDOW_BYTES = 1024 * 1024
 
@@ -334,7 +336,7 @@ class ResumableSession(Session):
             if self._end:  # it had ended, and the next check is scheduled
                 return
             if next_check <= now:
-                next_check = now + terms.result_ttl
+                next_check = now + max(_MIN_CHECK_INTERVAL, terms.result_ttl)
         self._timer = self._loop.call_later(next_check - now, self._check)
 
     def discard(self) -> None:
