@@ -1,0 +1,165 @@
+// The console: frame, router of views, theme, keys. A view is a module of its own that is loaded when it is opened;
+// it exports one component, which gets `{query, id, me}`: the query of the address, the part after the view's name,
+// and the answer of GET /me. `ui.mjs` has what views are made of.
+import { del, get, Problem, watchRequests } from "./api.mjs";
+import { useKeys } from "./keys.mjs";
+import { LoginView } from "./login.mjs";
+import { BASE, link, navigate, useRoute } from "./router.mjs";
+import { Empty, Fault, html, Icon, Loading, Menu, Notices, render, setSetting, setTitle, useEffect, useErrorBoundary, useRef, useSettings, useState } from "./ui.mjs";
+import { words } from "./words.mjs";
+
+const text = words.frame;
+
+// [the first part of the path, the module, its component]. `id` is the second part of the path.
+const VIEWS = {
+  jobs: { list: ["jobs.mjs", "JobsView"], one: ["job.mjs", "JobView"] },
+};
+
+// What the bar shows: [key after g, path, name, the action of GET /me without which it is left out]
+const BAR = [
+  ["j", "/jobs", words.views.jobs, "list"],
+];
+
+const loaded = new Map();
+
+/** Load the component of a view; a view that was loaded is there at once. */
+function useView(name, component) {
+  const [, redraw] = useState(0);
+  const key = name + component;
+  if (!loaded.has(key)) {
+    const entry = {};
+    loaded.set(key, entry);
+    import("./" + name).then(
+      (module) => (entry.View = module[component]),
+      (error) => ((entry.error = error), loaded.delete(key)),
+    ).then(() => entry.redraw?.());
+  }
+  const entry = loaded.get(key);
+  useEffect(() => {
+    entry.redraw = () => redraw((number) => number + 1);
+    if (entry.View || entry.error) entry.redraw();
+    return () => (entry.redraw = undefined);
+  }, [entry]);
+  return entry;
+}
+
+function View({ place, me }) {
+  const [, first, second] = place.path.split("/");
+  const view = VIEWS[first]?.[second ? "one" : "list"];
+  if (!view || place.path.split("/").length > 3) return html`<${NotFound} />`;
+  return html`<${LoadedView} key=${view[0] + (second || "")} view=${view} query=${place.query} hash=${place.hash} id=${second && decodeURIComponent(second)} me=${me} />`;
+}
+
+function LoadedView({ view, ...rest }) {
+  const { View, error } = useView(...view);
+  const [fault, reset] = useErrorBoundary();
+  if (error || fault)
+    return html`<div class="page"><${Empty} title=${text.broken}>
+      <p>${error ? text.newVersion : text.brokenDetail}</p>
+      ${fault && html`<pre class="wrap"><code>${String(fault.stack || fault)}</code></pre>`}
+      <p><button class="button primary" onClick=${() => location.reload()}>${text.reload}</button></p>
+    </${Empty}></div>`;
+  return View ? html`<${View} ...${rest} />` : html`<div class="page"><${Loading} /></div>`;
+}
+
+function NotFound() {
+  useEffect(() => setTitle(text.notFound), []);
+  return html`<div class="page"><${Empty} title=${text.notFound}><p>${text.notFoundDetail}</p><p><a href=${link("/jobs")}>${words.views.jobs}</a></p></${Empty}></div>`;
+}
+
+function Choice({ name, label, values }) {
+  const chosen = useSettings();
+  return html`<fieldset class="choice"><legend>${label}</legend>${Object.entries(values).map(
+    ([value, word]) => html`<label key=${value}><input type="radio" name=${name} checked=${chosen[name] === value} onChange=${() => setSetting(name, value)} /><span>${word}</span></label>`,
+  )}</fieldset>`;
+}
+
+function Account({ me, logOut }) {
+  return html`<${Menu} label=${text.account} icon="menu" kind="quiet account" text=${html`<span class="who">${me.principal}</span>`}>
+    ${(close) => html`
+      <div class="menu-head"><strong>${me.principal}</strong><span class="dim">${text.roles(me.roles || [])}</span></div>
+      <${Choice} name="theme" label=${text.theme} values=${text.themes} />
+      <${Choice} name="times" label=${text.times} values=${text.timeStyles} />
+      <${Choice} name="density" label=${text.density} values=${text.densities} />
+      <${Choice} name="keys" label=${text.keys} values=${text.keyStates} />
+      <hr />
+      <button type="button" onClick=${logOut}>${text.logout}</button>`}
+  </${Menu}>`;
+}
+
+function Search({ query }) {
+  const field = useRef(null);
+  useEffect(() => void (field.current.value = query.get("q") || ""), [query.get("q")]);
+  useKeys(words.views.keys, { "/": [() => field.current.select(), text.search] }, 0);
+  function submit(event) {
+    event.preventDefault();
+    const sought = field.current.value.trim();
+    if (/^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/.test(sought)) navigate(link("/jobs/" + sought));
+    else navigate(link("/jobs", { q: sought }));
+  }
+  return html`<form class="search" role="search" onSubmit=${submit}>
+    <${Icon} name="search" />
+    <input ref=${field} type="search" aria-label=${text.search} placeholder=${text.searchHint} autocomplete="off" spellcheck="false" maxlength="1000" />
+    <kbd aria-hidden="true">/</kbd>
+  </form>`;
+}
+
+function Frame({ me, logOut }) {
+  const place = useRoute();
+  const go = Object.fromEntries(BAR.map(([key, path, name]) => ["g " + key, [() => navigate(link(path)), name]]));
+  useKeys(words.views.keys, go, 0);
+  return html`
+    <a class="skip" href="#content">${text.skip}</a>
+    <header class="bar">
+      <a class="brand" href=${link("/")}>HARP</a>
+      <nav aria-label=${text.nav}>${BAR.filter(([, , , action]) => !action || me.can.includes(action)).map(
+        ([, path, name]) => html`<a key=${path} href=${link(path)} aria-current=${(path === "/" ? place.path === "/" : place.path.startsWith(path)) ? "page" : undefined}>${name}</a>`,
+      )}</nav>
+      <${Search} query=${place.query} />
+      <${Account} me=${me} logOut=${logOut} />
+    </header>
+    <main id="content" tabindex="-1" data-scroll><${View} place=${place} me=${me} /></main>
+    <${Notices} />`;
+}
+
+// Tabs of one browser share the cookie: when one logs out, the others show the way in at once.
+const tabs = new BroadcastChannel("harp");
+
+function App() {
+  const [me, setMe] = useState(undefined);   // undefined: not known yet; null: not logged in
+  const [error, setError] = useState(null);
+  async function ask() {
+    try {
+      setMe(await get("/me"));
+      setError(null);
+    } catch (problem) {
+      if (problem instanceof Problem && problem.status === 401) setMe(null);
+      else setError(problem);
+    }
+  }
+  useEffect(() => {
+    ask();
+    tabs.onmessage = ({ data }) => (data === "logout" ? setMe(null) : ask());
+    return watchRequests(({ loggedOut }) => loggedOut && setMe(null));
+  }, []);
+  useEffect(() => {
+    if (!error) return undefined;
+    const timer = setTimeout(ask, 2000);
+    return () => clearTimeout(timer);
+  }, [error]);
+  async function logOut() {
+    await del("/session", { quiet: true }).catch(() => null);
+    tabs.postMessage("logout");
+    setMe(null);
+  }
+  function loggedIn() {
+    tabs.postMessage("login");
+    if (location.pathname === BASE + "/login") history.replaceState(null, "", link("/"));
+    ask();
+  }
+  if (me === undefined) return html`<main class="page">${error ? html`<${Fault} error=${error} retry=${ask} />` : html`<${Loading} />`}</main>`;
+  if (me === null || location.hash.startsWith("#k=")) return html`<${LoginView} done=${loggedIn} /><${Notices} />`;
+  return html`<${Frame} me=${me} logOut=${logOut} />`;
+}
+
+render(html`<${App} />`, document.getElementById("app"));
