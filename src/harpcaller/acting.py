@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 from harp.protocol.dispatcher import Call
 from harp.protocol.ends import End, Failed
 from harp.protocol.json_text import Raw, dumps
-from harpcaller.access import AccessDenied, RateLimited
+from harpcaller.access import AccessDenied, AuthError, RateLimited
 from harpcaller.access.client import LOCAL_ADMINISTRATOR, Client
 from harpcaller.access.enforcement import Admission, Wait, may
 from harpcaller.access.policy import ALLOW_ALL, Action, Decision, Rate, Target
@@ -63,6 +63,12 @@ class ActingAs:
     @property
     def _records_reads(self) -> bool:
         return self._dispatcher.audit.log is not None and self._dispatcher.config.audit_reads
+
+    def record_unauthenticated(self, error: AuthError) -> None:
+        """Record a request whose proof of identity is refused; `error.recorded` is its entry."""
+        if error.recorded is None:
+            fields = {"reason": error.reason, "token": error.token or None}
+            error.recorded = self._dispatcher.audit.record_denial(self._client, "authenticate", **fields)
 
     # Submission.
 
@@ -216,8 +222,12 @@ class ActingAs:
 
     async def details(self, job_id: str) -> dict[str, Any]:
         """Return all details of a job; the ids of other jobs are replaced by their number, unless it may read these."""
+        return (await self.describe(job_id))[1]
+
+    async def describe(self, job_id: str) -> tuple[Job, dict[str, Any]]:
+        """Return a job and all its details, as `details` does."""
         await self._check(job_id, Action.READ)
-        return await self._dispatcher.details(job_id, self._may_read if self._is_restricted else None)
+        return await self._dispatcher.describe(job_id, self._may_read if self._is_restricted else None)
 
     def result(self, job_id: str) -> asyncio.Future[End]:
         """Return a future of the job's end. Cancelling the future ends the wait."""

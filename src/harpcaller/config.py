@@ -37,6 +37,7 @@ Hours = Annotated[float, Meta(gt=0, le=MAX_SECONDS // 3600)]
 
 _STOP_MARGIN = 10.0  #: Maximum seconds that a host needs to stop a call after `disconnect_timeout`.
 _ADDRESS = re.compile(r"(?:\[(?P<bracketed>[^\[\]]+)\]|(?P<plain>[^:\[\]]+)):(?P<port>\d{1,5})", re.ASCII)
+_BASE_PATH = re.compile(r"(?:/[A-Za-z0-9._~-]+)*", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,29 @@ class TLSFiles(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise ValueError("crl_file: expected client_ca_file beside it, got none")
 
 
+class HTTPSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Section `http`: the HTTP API. Without the section there is none."""
+
+    listen: tuple[Address, ...] = (Address("127.0.0.1", 3580),)  #: Listening addresses.
+    certfile: Path | None = None  #: PEM file with the certificate of the addresses with TLS, and its chain.
+    keyfile: Path | None = None  #: PEM file with the key of the certificate.
+    tls_minimum: str = DEFAULT_TLS_MINIMUM  #: Minimum TLS version of clients.
+    behind_proxy: bool = False  #: Whether a proxy with TLS is in front of the addresses.
+    base_path: str = ""  #: The path before each path of the API; a proxy may need one.
+    connections: Count = 1_000  #: Maximum number of connections.
+    #: Maximum number of connections of one address that have sent no valid request.
+    connections_per_peer: Count = 100
+    waits: Count = 500  #: Maximum number of requests that wait for a job.
+    console: bool = True  #: Whether the web console is served, too.
+
+    def __post_init__(self) -> None:
+        check_choice("tls_minimum", self.tls_minimum, TLS_VERSIONS)
+        if (self.certfile is None) != (self.keyfile is None):
+            raise ValueError("certfile: expected both certfile and keyfile, got one of them")
+        if not _BASE_PATH.fullmatch(self.base_path):
+            raise ValueError(f'base_path: expected "" or a path such as "/harp", got {self.base_path!r}')
+
+
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The configuration. `KEYS` are the keys of the file; see docs/settings-dispatcher.md."""
 
@@ -112,6 +136,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     reply_memory: Bytes = 256 * 1024 * 1024  #: Maximum total bytes of long replies that clients have not read.
     write_timeout: Seconds = 300.0  #: Seconds to read part of a long reply while others wait for `reply_memory`.
     idle_timeout: Seconds = 30.0  #: Maximum seconds to receive a request.
+
+    http: HTTPSettings | None = None  #: The HTTP API.
 
     secrets_key_file: Path | None = None  #: File of the keys that encrypt secret arguments. None: these are refused.
     access_file: Path | None = None  #: File of roles and rules. None: every client may call everything.
@@ -183,6 +209,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         members = ", ".join(f"{name} = {json.dumps(str(path))}" for name, path in files if path is not None)
         return f"listen = {json.dumps(addresses)}", f"tls = {{{members}}}", 'access_file = "access.toml"'
 
+    @property
+    def http_at_start(self) -> object:
+        """What of the section `http` needs a restart after a change."""
+        return None if self.http is None else (self.http.listen, self.http.base_path, self.http.console)
+
     def describe_max_age(self) -> str:
         """Return what `max_age` means, for `--test`."""
         if self.max_age is None:
@@ -218,6 +249,9 @@ def load(file: Path = DEFAULT_FILE) -> Config:
         if key not in KEYS and key not in IGNORED_KEYS:
             near = "".join(f"; did you mean {name}?" for name in get_close_matches(key, KEYS, 1))
             raise ConfigError(f"{file}: {key}: expected a key of the dispatcher, got an unknown one{near}")
+    http = members.get("http")
+    if isinstance(http, dict):  # addresses are read by `_parse_addresses`
+        members["http"] = {key: value for key, value in http.items() if key != "listen"}
     config = convert(file, {key: members[key] for key in members if key in KEYS - {"listen"}}, Config, to_path)
     changed: dict[str, Any] = {"file": file, "ignored": tuple(key for key in members if key in IGNORED_KEYS)}
     if changed["ignored"] and "max_age" not in members:  # the legacy dispatcher deletes no jobs by default
@@ -225,21 +259,42 @@ def load(file: Path = DEFAULT_FILE) -> Config:
     if changed["ignored"] and not members.keys() & {"verify", "ca_file", "known_certs_file"}:
         changed["verify"] = False  # the legacy dispatcher verifies nothing by default
     if "listen" in members:
-        changed["listen"] = _parse_addresses(file, members["listen"])
+        changed["listen"] = _parse_addresses(f"{file}: listen", members["listen"])
+    if config.http is not None and isinstance(http, dict) and "listen" in http:
+        addresses = _parse_addresses(f"{file}: http.listen", http["listen"])
+        changed["http"] = msgspec.structs.replace(config.http, listen=addresses)
     config = msgspec.structs.replace(config, **changed)
     if config.tls is None and (needing := [str(address) for address in config.listen if address.tls]):
         raise ConfigError(f"{file}: tls: expected a section with certfile and keyfile, as {needing[0]} needs; got none")
+    if config.http is not None:
+        _check_listeners(config, config.http)
     return config
 
 
-def _parse_addresses(file: Path, texts: object) -> tuple[Address, ...]:
+def _check_listeners(config: Config, http: HTTPSettings) -> None:
+    """Raise `ConfigError` if everyone could use the HTTP API, or read what others send to it."""
+    for address in http.listen:
+        if address.tls and http.certfile is None:
+            raise ConfigError(f"{config.file}: http.certfile: expected a file, as http.listen has {address}; got none")
+        if address.is_local:
+            continue
+        if config.access_file is None:
+            reason = f"expected a loopback address, or access_file, got {address} without access_file"
+        elif not address.tls and not http.behind_proxy:
+            reason = f'expected a loopback address, "tls:{address}" or behind_proxy = true, got {address}'
+        else:
+            continue
+        raise ConfigError(f"{config.file}: http.listen: {reason}")
+
+
+def _parse_addresses(where: str, texts: object) -> tuple[Address, ...]:
     if not isinstance(texts, list) or not texts:
-        raise ConfigError(f"{file}: listen: expected an array of addresses, got {texts!r}")
+        raise ConfigError(f"{where}: expected an array of addresses, got {texts!r}")
     addresses = []
     for text in texts:
         address = Address.parse(text) if isinstance(text, str) else None
         if address is None:
-            raise ConfigError(f'{file}: listen: expected "ADDRESS:PORT", an IPv6 address in brackets, got {text!r}')
+            raise ConfigError(f'{where}: expected "ADDRESS:PORT", an IPv6 address in brackets, got {text!r}')
         addresses.append(address)
     return tuple(addresses)
 

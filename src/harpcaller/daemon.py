@@ -16,9 +16,11 @@ import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack, aclosing, closing, suppress
 from datetime import UTC, datetime
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from harp import __version__
 from harp_daemon import logs
@@ -30,6 +32,7 @@ from harp_daemon.settings import ConfigError, report_restart_needed
 from harp_daemon.sockets import Listener, ListenError, listen_unix
 from harpcaller.access.identities import Identities
 from harpcaller.access.source import PolicySource
+from harpcaller.acting import ActingAs
 from harpcaller.api.client_server import ClientServer, listen
 from harpcaller.api.control_server import ControlServer
 from harpcaller.audit import Audit, report_missing_ends
@@ -41,11 +44,15 @@ from harpcaller.hosts.tls import HostTLS
 from harpcaller.secret_arguments import read_key_file
 from harpcaller.store.sqlite import open_store
 
+if TYPE_CHECKING:
+    from harpcaller.http.starting import HTTPAPI
+
 log = logging.getLogger(__name__)
 
 _NEEDING_RESTART = (
     "audit_file",
     "audit_file_bytes",
+    "http_at_start",
     "listen",
     "stream_directory",
     "request_memory",
@@ -88,6 +95,11 @@ def check(config: Config) -> tuple[list[str], list[str]]:
         Identities(config)
     except ConfigError as error:
         errors.append(str(error))
+    if config.http is not None:
+        try:
+            _import_http(config).check(config.http, config)
+        except ConfigError as error:
+            errors.append(str(error))
     if config.tls is not None:
         own = [each.describe_error(now) for each in _validities(config) if each.file == config.tls.certfile]
         errors += [f"{config.file}: tls.certfile: {reason}" for reason in filter(None, own)]
@@ -143,7 +155,9 @@ async def run(
             control = stack.enter_context(closing(_open_control(socket)))
             identities = Identities(config)
             listeners = listen(config)
-            for listener in listeners:
+            starting = None if config.http is None else _import_http(config)
+            http_listeners = [] if starting is None else starting.listen(config, config.http)
+            for listener in (*listeners, *http_listeners):
                 stack.callback(listener.close)
             with file_errors(config, "stream_directory"):
                 store = await open_store(config.stream_directory)
@@ -158,11 +172,18 @@ async def run(
             loop.add_signal_handler(signal.SIGUSR1, reopen)
             dispatcher = await stack.enter_async_context(Dispatcher(config, store, wall, audit))
             clients = await stack.enter_async_context(aclosing(ClientServer(dispatcher, identities)))
-            reloader = _Reloader(dispatcher, clients, debug)
+            http = None
+            if starting is not None:
+                act, current = partial(ActingAs, dispatcher), lambda: dispatcher.config
+                http = starting.HTTPAPI(act, current, lambda: clients.identities, clients.memory)
+                await stack.enter_async_context(aclosing(http))
+            reloader = _Reloader(dispatcher, clients, http, debug)
             controller = ControlServer(dispatcher, stop.set, reloader.reload, lambda: clients.identities)
             await stack.enter_async_context(aclosing(controller))
             controller.serve([control])
             clients.serve(listeners)
+            if http is not None:
+                http.serve(http_listeners)
             audit.report("start", **_describe_program(config, dispatcher))
             on_ready()
             notify_service_manager("READY=1")
@@ -183,9 +204,10 @@ async def run(
 class _Reloader:
     """Reloads the configuration file, one reload at a time; `debug` as in `configure_log`."""
 
-    def __init__(self, dispatcher: Dispatcher, clients: ClientServer, debug: bool) -> None:
+    def __init__(self, dispatcher: Dispatcher, clients: ClientServer, http: HTTPAPI | None, debug: bool) -> None:
         self._dispatcher = dispatcher
         self._clients = clients
+        self._http = http
         self._debug = debug
         self._at_start = dispatcher.config
         self._lock = asyncio.Lock()
@@ -212,10 +234,12 @@ class _Reloader:
             try:
                 config = await asyncio.to_thread(load, before.file)
                 identities = Identities(config, self._clients.identities)
+                apply_http = self._http.prepare_reload(before, config) if self._http is not None else lambda: None
                 try:
                     configure_log(config, self._debug)
                     await self._dispatcher.reload(config)
                     self._clients.identities = identities
+                    apply_http()
                 except BaseException:
                     configure_log(before, self._debug)
                     raise
@@ -227,6 +251,21 @@ class _Reloader:
             log.info("reloaded")
             self._dispatcher.audit.report("reloaded", **_describe_program(config, self._dispatcher))
             return report_restart_needed(self._at_start, config, _NEEDING_RESTART)
+
+
+def _import_http(config: Config) -> ModuleType:
+    """Return the module that starts the HTTP API. Raises `ConfigError` if a package of the extra `web` is missing.
+
+    Without section `http`, these packages are not imported.
+    """
+    try:
+        from harpcaller.http import starting
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("harp", "harp_daemon", "harpcaller"):
+            raise
+        missing = f"expected the packages of the extra web, got no package {error.name}; pip install 'harpcaller[web]'"
+        raise ConfigError(f"{config.file}: http: {missing}") from error
+    return starting
 
 
 async def _open_audit(config: Config, stack: AsyncExitStack) -> Audit:
@@ -268,5 +307,6 @@ def _raise_descriptor_limit(config: Config) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = config.max_connections + config.max_calls + _OWN_DESCRIPTORS
+    needed += 0 if config.http is None else config.http.connections
     if soft != resource.RLIM_INFINITY and soft < needed:
         log.warning("limit of open files too low", extra={"limit": soft, "needed": needed})

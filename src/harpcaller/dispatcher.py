@@ -348,7 +348,13 @@ class Dispatcher:
         return released
 
     async def details(self, job_id: str, may_read: Callable[[Subject], bool] | None = None) -> dict[str, Any]:
-        """Return all details of a job, and why it is in its state. Payloads are `Raw`. Raises `UnknownJob`.
+        """Return all details of a job, and why it is in its state. Payloads are `Raw`. Raises `UnknownJob`."""
+        return (await self.describe(job_id, may_read))[1]
+
+    async def describe(
+        self, job_id: str, may_read: Callable[[Subject], bool] | None = None
+    ) -> tuple[Job, dict[str, Any]]:
+        """Return a job and what `details` returns.
 
         Ids of jobs for which `may_read` returns False are replaced by their number. Spec: docs/protocol.md, Details.
         """
@@ -374,7 +380,7 @@ class Dispatcher:
             now=self._wall(),
             hidden_holders=hidden,
         )
-        return describe_job(details, state)
+        return details.job, describe_job(details, state)
 
     async def get_job(self, job_id: str, permits: Callable[[Subject], bool] | None = None) -> Job:
         """Return a job. Raises `UnknownJob`, also for a job for which `permits` returns False in another thread."""

@@ -1,0 +1,227 @@
+"""The ASGI application of the HTTP API: the router from the table of operations, and what all operations share.
+
+Each request gets an id, is authenticated, and has its query and body read before its handler runs. Errors become
+problems here. Spec: docs/http-api.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Any
+from urllib.parse import parse_qsl
+
+import msgspec
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Mount, Route, Router
+from starlette.types import Message, Receive, Scope, Send
+
+from harp_daemon.memory_quota import Reservation
+from harpcaller.access import AuthError, Refusal
+from harpcaller.access.client import Client
+from harpcaller.http import jobs
+from harpcaller.http.authentication import authenticate
+from harpcaller.http.operations import APIRequest, Operation
+from harpcaller.http.problems import MEDIA_TYPE, SECURITY_HEADERS, Problem, new_request_id, to_problem
+from harpcaller.http.service import HTTPService
+
+log = logging.getLogger(__name__)
+
+#: The modules with operations, in the order of their documentation. Of two paths that match, the first is used.
+MODULES = (jobs,)
+OPERATIONS: tuple[Operation, ...] = tuple(operation for module in MODULES for operation in module.OPERATIONS)
+
+API_PATH = "/api/v1"
+_MAX_PARAMETERS = 100  #: Maximum number of query parameters.
+
+
+class HTTPApp:
+    """The ASGI application. `routes` are further routes below the base path, which are not operations of the API."""
+
+    def __init__(
+        self,
+        service: HTTPService,
+        operations: Sequence[Operation] = OPERATIONS,
+        routes: Sequence[BaseRoute] = (),
+    ) -> None:
+        self.service = service
+        self._base = service.settings.base_path
+        by_path: dict[str, dict[str, Operation]] = {}
+        for operation in operations:
+            by_path.setdefault(operation.path, {})[operation.method] = operation
+        own = [Route(f"{self._base}{API_PATH}{path}", _Endpoint(service, of_path)) for path, of_path in by_path.items()]
+        others = [Mount(self._base, routes=list(routes))] if self._base else routes
+        self.router = Router([*own, *others], redirect_slashes=False, default=_not_found)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, also with a problem if that fails."""
+        if scope["type"] != "http":
+            return
+        request_id = new_request_id()
+        scope["state"]["request_id"] = request_id
+        is_started = False
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal is_started
+            if message["type"] == "http.response.start":
+                is_started = True
+                names = {name.lower() for name, _ in message["headers"]}
+                more = [pair for pair in _COMMON_HEADERS if pair[0] not in names]
+                message["headers"] = [*message["headers"], *more, (b"harp-request", request_id.encode())]
+            await send(message)
+
+        try:
+            await self.router(scope, receive, send_with_headers)
+        except ClientDisconnect:
+            pass
+        except Exception as error:
+            problem = await _settle(error, self.service, scope)
+            fields = {"request": request_id, "client": scope["state"]["client"].peer, "code": problem.code}
+            if problem.status >= 500:
+                is_internal = problem.code == "internal_error"
+                log.error("HTTP request failed", extra=fields, exc_info=error if is_internal else None)
+            else:
+                log.info("HTTP request refused", extra={**fields, "reason": problem.detail})
+            if is_started:
+                raise
+            body = problem.encode(request_id, self._base)
+            response = Response(body, problem.status, problem.all_headers(), media_type=MEDIA_TYPE)
+            await response(scope, receive, send_with_headers)
+
+
+_COMMON_HEADERS = (*SECURITY_HEADERS, (b"cache-control", b"no-store"))
+
+
+async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
+    raise Problem("not_found", "there is nothing at this path; see /api/v1/openapi.json")
+
+
+async def _settle(error: Exception, service: HTTPService, scope: Scope) -> Problem:
+    """Return the problem of an error, after its entry in the audit file, and the delay of a wrong token."""
+    if isinstance(error, AuthError):
+        service.acting_as(scope["state"]["client"]).record_unauthenticated(error)
+    if isinstance(error, Refusal) and error.recorded is not None:
+        await asyncio.wait([error.recorded])
+        error.recorded.exception()  # it is refused all the same
+    if isinstance(error, AuthError) and error.delay:
+        await asyncio.sleep(error.delay)
+    return to_problem(error)
+
+
+class _Endpoint:
+    """The operations of one path, by method."""
+
+    def __init__(self, service: HTTPService, operations: dict[str, Operation]) -> None:
+        self._service = service
+        self._operations = dict(operations)
+        if "GET" in operations:
+            self._operations["HEAD"] = operations["GET"]
+        self._allow = ", ".join(sorted({*self._operations, "OPTIONS"}))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        operation = self._operations.get(scope["method"])
+        if scope["method"] == "OPTIONS":
+            await Response(status_code=204, headers={"Allow": self._allow})(scope, receive, send)
+            return
+        if operation is None:
+            detail = f"{scope['method'][:20]}: expected one of {self._allow}"
+            raise Problem("method_not_allowed", detail, headers={"Allow": self._allow})
+        request = Request(scope, receive)
+        response = await answer(self._service, operation, request)
+        await response(scope, receive, send)
+
+
+async def answer(service: HTTPService, operation: Operation, request: Request) -> Response:
+    """Return the response of an operation. Raises what its client or its handler has done wrong."""
+    client: Client = request.state.client
+    if not operation.is_public:
+        client = await authenticate(request, service)
+        if (connection := getattr(request.state, "connection", None)) is not None:
+            connection.confirm()
+    _check_accept(operation, request)
+    query = parse_query(operation, request.scope["query_string"])
+    reservation = Reservation(service.memory)
+    try:
+        body = b"" if operation.body is None else await _read_body(service, operation, request, reservation)
+        acting = service.acting_as(client)
+        path = request.path_params
+        return await operation.handler(
+            APIRequest(request.state.request_id, service, request, client, acting, path, query, body)
+        )
+    finally:
+        reservation.release()
+
+
+def parse_query(operation: Operation, query_string: bytes) -> Any:
+    """Return the query parameters of an operation. Raises `Problem`."""
+    names = {field.encode_name: field for field in msgspec.structs.fields(operation.query)}
+    try:
+        pairs = parse_qsl(
+            query_string.decode("ascii"),
+            keep_blank_values=True,
+            encoding="utf-8",
+            errors="strict",
+            max_num_fields=_MAX_PARAMETERS,
+        )
+    except ValueError as error:
+        raise Problem("invalid_request", f"the query is not valid: {error}") from error
+    values: dict[str, str] = {}
+    for name, value in pairs:
+        if name not in names:
+            near = "".join(f"; did you mean {found}?" for found in get_close_matches(name, names, 1))
+            raise Problem("invalid_request", f"{name[:100]}: unknown query parameter{near}")
+        if name in values:
+            raise Problem("invalid_request", f"{name}: given twice")
+        values[name] = value
+    try:
+        return msgspec.convert(values, operation.query, strict=False)
+    except msgspec.ValidationError as error:
+        what, _, where = str(error).partition(" - at `$.")
+        raise Problem("invalid_request", f"{where.rstrip('`')}: {what[:1].lower()}{what[1:]}") from error
+
+
+def _check_accept(operation: Operation, request: Request) -> None:
+    """Raise `Problem` if the client accepts no response of the operation."""
+    header = request.headers.get("accept")
+    if header is None or "*/*" in header:
+        return
+    ranges = {part.partition(";")[0].strip().lower() for part in header.split(",")}
+    for response in operation.responses.values():
+        kind = response.media_type
+        if kind in ranges or f"{kind.partition('/')[0]}/*" in ranges:
+            return
+    kinds = ", ".join(sorted({response.media_type for response in operation.responses.values()}))
+    raise Problem("not_acceptable", f"Accept: the response would be {kinds}")
+
+
+async def _read_body(service: HTTPService, operation: Operation, request: Request, reservation: Reservation) -> bytes:
+    """Return the body of a request. Raises `Problem`; a body over the limit is refused before it is read."""
+    assert operation.body is not None
+    limit = service.config().request_line
+    too_long = Problem(
+        "too_long", f"the body is longer than request_line, which is {limit} bytes", headers={"Connection": "close"}
+    )
+    length = request.headers.get("content-length")
+    if length is not None and int(length) > limit:
+        raise too_long
+    pieces, size = [], 0
+    async for piece in request.stream():
+        size += len(piece)
+        if size > limit:
+            raise too_long
+        if not reservation.grow(len(piece)):
+            detail = "too many long requests at once; try again later"
+            raise Problem("too_many_requests", detail, retry_after=1, headers={"Connection": "close"})
+        pieces.append(piece)
+    body = b"".join(pieces)
+    kind = request.headers.get("content-type")
+    if kind is None and not body and not operation.body.required:
+        return body
+    media_type, _, parameters = (kind or "").partition(";")
+    charset = parameters.replace(" ", "").replace('"', "").lower()
+    if media_type.strip().lower() != "application/json" or charset not in ("", "charset=utf-8"):
+        raise Problem("unsupported_media_type", "Content-Type: expected application/json in UTF-8")
+    return body

@@ -1,0 +1,97 @@
+"""The parts of the table of operations, from which the router, the OpenAPI document and docs/http-api.md are made.
+
+A module with operations has a tuple `OPERATIONS`; `harpcaller.http.app` lists these modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from msgspec import Struct
+from starlette.datastructures import Headers
+from starlette.responses import Response
+
+from harp.protocol.json_text import dumps
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+    from harpcaller.access.client import Client
+    from harpcaller.acting import ActingAs
+    from harpcaller.http.service import HTTPService
+
+
+class NoQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    """No query parameters."""
+
+
+@dataclass(slots=True)
+class APIRequest:
+    """A request of an authenticated client for an operation, which its `handler` answers."""
+
+    id: str  #: The value of ``Harp-Request``.
+    service: HTTPService
+    http: Request  #: The request as Starlette has it.
+    client: Client
+    acting: ActingAs  #: The verbs of the dispatcher for the client.
+    path: Mapping[str, str]  #: The parameters of the path.
+    query: Any  #: The query parameters, as the operation's `query` has them.
+    body: bytes  #: The body; empty if the operation has none.
+
+    @property
+    def headers(self) -> Headers:
+        """The headers of the request."""
+        return self.http.headers
+
+
+Handler: TypeAlias = Callable[[APIRequest], Awaitable[Response]]
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """The body of a request: JSON Schema, and an example that a test sends."""
+
+    schema: Mapping[str, Any]
+    example: Any
+    required: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A successful response: what it means, its media type, and the schema of its body; None: it has no body."""
+
+    meaning: str
+    schema: Mapping[str, Any] | None = None
+    media_type: str = "application/json"
+    headers: Mapping[str, str] = field(default_factory=dict)  #: Name and meaning.
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One operation of the API."""
+
+    method: str
+    path: str  #: Below the base path: ``/jobs/{job}``.
+    operation_id: str
+    summary: str
+    handler: Handler
+    responses: Mapping[int, Answer]
+    query: type[Struct] = NoQuery
+    body: Body | None = None
+    action: str | None = None  #: The right that it needs, for the documentation; the application checks it.
+    problems: tuple[str, ...] = ()  #: Codes of problems beside those of every operation.
+    headers: Mapping[str, str] = field(default_factory=dict)  #: Headers of the request: name and meaning.
+    is_public: bool = False  #: Whether it needs no authentication.
+    description: str = ""
+
+
+def reference(name: str) -> dict[str, str]:
+    """Return a reference to a schema of the OpenAPI document."""
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """Return a response with a value, or with `Raw` members in an `Envelope`, as one line of JSON."""
+    return Response(dumps(value) + b"\n", status, dict(headers or {}), media_type="application/json")

@@ -1,0 +1,73 @@
+"""What the handlers of the HTTP API share."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+
+from harp_daemon.memory_quota import MemoryQuota
+from harpcaller.access.client import Client
+from harpcaller.access.identities import Identities
+from harpcaller.acting import ActingAs
+from harpcaller.config import Config, HTTPSettings
+from harpcaller.http.problems import Problem
+
+T = TypeVar("T")
+
+
+class HTTPService:
+    """What the handlers share: the verbs of the dispatcher for a client, the settings, and the limits.
+
+    `memory` is the quota of all bodies that are being read; the client API has the same one.
+    """
+
+    def __init__(
+        self,
+        acting_as: Callable[[Client], ActingAs],
+        config: Callable[[], Config],
+        identities: Callable[[], Identities],
+        memory: MemoryQuota,
+    ) -> None:
+        self.acting_as = acting_as
+        self.config = config
+        self.identities = identities
+        self.memory = memory
+        self.waits = 0  #: Number of requests that wait for a job.
+        self.stopping = asyncio.Event()  #: Set when the server closes: waits and streams end.
+        self._settings = config().http or HTTPSettings()
+
+    @property
+    def settings(self) -> HTTPSettings:
+        """The current section `http`; the last one, if a reload has removed it."""
+        self._settings = self.config().http or self._settings
+        return self._settings
+
+    async def wait(self, request: Request, waiting: asyncio.Future[T], seconds: float) -> T | None:
+        """Wait for a future; return its result, or None if it is not done after some seconds.
+
+        Raises what the future raises, and `ClientDisconnect`. The caller cancels the future.
+        """
+        if self.waits >= self.settings.waits:
+            raise Problem("too_many_requests", f"{self.waits} requests wait; the limit is http.waits", retry_after=1)
+        disconnect = asyncio.ensure_future(_wait_disconnected(request))
+        stopping = asyncio.ensure_future(self.stopping.wait())
+        self.waits += 1
+        try:
+            await asyncio.wait({waiting, disconnect, stopping}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self.waits -= 1
+            for task in (disconnect, stopping):
+                task.cancel()
+        if waiting.done():
+            return waiting.result()
+        if disconnect.done() and not disconnect.cancelled():
+            raise ClientDisconnect
+        return None
+
+
+async def _wait_disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,77 @@
+"""The start, the reload and the end of the HTTP API in the daemon."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from harp_daemon.memory_quota import MemoryQuota
+from harp_daemon.server_tls import ServerTLS
+from harp_daemon.settings import ConfigError
+from harp_daemon.sockets import Listener
+from harpcaller.access.client import Client
+from harpcaller.access.identities import Identities
+from harpcaller.acting import ActingAs
+from harpcaller.config import Config, HTTPSettings
+from harpcaller.http.app import HTTPApp
+from harpcaller.http.console import Console
+from harpcaller.http.server import HTTPServer, listen, open_tls
+from harpcaller.http.service import HTTPService
+
+__all__ = ["HTTPAPI", "check", "listen"]
+
+
+def check(http: HTTPSettings, config: Config) -> None:
+    """Check the files of the settings. Raises `ConfigError`."""
+    open_tls(config, http)
+
+
+class HTTPAPI:
+    """The HTTP API. `acting_as` returns the verbs of the dispatcher for a client; `memory` is for request bodies.
+
+    Raises `ConfigError` if a file of the settings cannot be used.
+    """
+
+    def __init__(
+        self,
+        acting_as: Callable[[Client], ActingAs],
+        config: Callable[[], Config],
+        identities: Callable[[], Identities],
+        memory: MemoryQuota,
+    ) -> None:
+        self.service = HTTPService(acting_as, config, identities, memory)
+        tls = self._open_tls(config())
+        settings = self.service.settings
+        routes = Console(settings.base_path).routes() if settings.console else []
+        self._server = HTTPServer(
+            HTTPApp(self.service, routes=routes), lambda: self.service.settings, lambda: config().idle_timeout, tls
+        )
+
+    @staticmethod
+    def _open_tls(config: Config) -> ServerTLS | None:
+        return None if config.http is None else open_tls(config, config.http)
+
+    def serve(self, listeners: Sequence[Listener]) -> None:
+        """Accept connections from the listeners."""
+        self._server.serve(listeners)
+
+    def prepare_reload(self, before: Config, config: Config) -> Callable[[], None]:
+        """Check a new configuration; return a function that applies it. Raises `ConfigError`."""
+        tls = self._open_tls(config)
+        if before.http is not None and config.http is not None and _files_of(before.http) == _files_of(config.http):
+            tls = self._server.tls  # it reads changed files by itself
+        elif tls is None and any(address.tls for address in self.service.settings.listen):
+            raise ConfigError(f"{config.file}: http.certfile: expected a file until a restart, got none")
+
+        def apply() -> None:
+            self._server.tls = tls
+
+        return apply
+
+    async def aclose(self) -> None:
+        """End waits and streams, stop accepting connections, and wait a limited time for requests in progress."""
+        self.service.stopping.set()
+        await self._server.aclose()
+
+
+def _files_of(http: HTTPSettings) -> tuple[object, ...]:
+    return http.certfile, http.keyfile, http.tls_minimum
