@@ -79,6 +79,20 @@ def hash_line(text: bytes) -> str:
     return sha256(text).hexdigest()
 
 
+def check_usable(path: Path) -> None:
+    """Raise `AuditError` if this process could not write an audit file there. Nothing is created or changed."""
+    try:
+        if not stat.S_ISDIR(os.stat(path.parent).st_mode):
+            raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path.parent))
+        if not os.access(path.parent, os.W_OK | os.X_OK, effective_ids=True):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(path.parent))
+        for file in (path, head_file(path), _key_file(path)):
+            with suppress(FileNotFoundError):
+                _check_own(file, os.lstat(file))
+    except OSError as error:
+        raise AuditError(f"{error.filename or path}: {error.strerror}") from error
+
+
 def parse_line(text: bytes) -> dict[str, Any] | None:
     """Return the entry in a line, or None."""
     try:
@@ -92,6 +106,11 @@ def parse_line(text: bytes) -> dict[str, Any] | None:
 def head_file(path: Path) -> Path:
     """Return the file that has number and hash of the last entry of an audit file, in the same directory."""
     return path.with_name(f".{path.name}.head")
+
+
+def _key_file(path: Path) -> Path:
+    """Return the file that has the key of the digests of an audit file, in the same directory."""
+    return path.with_name(f".{path.name}.key")
 
 
 def read_head(path: Path) -> Position | None:
@@ -194,7 +213,7 @@ class AuditFile:
                 fcntl.flock(self._head, fcntl.LOCK_EX | (0 if shared else fcntl.LOCK_NB))
             except BlockingIOError:
                 raise AuditError(f"{path}: another process writes it") from None
-            self._key = _read_key(path.with_name(f".{path.name}.key"))
+            self._key = _read_key(_key_file(path))
             self._open()
             if shared:
                 fcntl.flock(self._head, fcntl.LOCK_UN)
@@ -457,10 +476,7 @@ def _open_private(path: Path, flags: int) -> int:
     descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
     try:
         status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
-        if status.st_uid != os.geteuid():
-            raise OSError(errno.EPERM, f"it belongs to uid {status.st_uid}, not to uid {os.geteuid()}", str(path))
+        _check_own(path, status)
         if status.st_mode & 0o077:
             os.fchmod(descriptor, 0o600)
     except OSError:
@@ -503,3 +519,11 @@ def _allocate(descriptor: int, offset: int, length: int) -> None:
 
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def _check_own(path: Path, status: os.stat_result) -> None:
+    """Raise OSError unless it is a regular file of this user."""
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    if status.st_uid != os.geteuid():
+        raise OSError(errno.EPERM, f"it belongs to uid {status.st_uid}, not to uid {os.geteuid()}", str(path))

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from harp import __version__
 from harp_daemon import logs
 from harp_daemon.audit import AuditError, AuditLog
+from harp_daemon.audit_file import check_usable
 from harp_daemon.expiry import Validity, log_expiry_regularly, read_validities
 from harp_daemon.file_modes import describe_reader
 from harp_daemon.process import ProcessError, notify_service_manager
@@ -100,6 +101,11 @@ def check(config: Config) -> tuple[list[str], list[str]]:
             _import_http(config).check(config.http, config)
         except ConfigError as error:
             errors.append(str(error))
+    if config.audit_file is not None:
+        try:
+            check_usable(config.audit_file)
+        except AuditError as error:
+            errors.append(f"{config.file}: audit_file: {error}")
     if config.tls is not None:
         own = [each.describe_error(now) for each in _validities(config) if each.file == config.tls.certfile]
         errors += [f"{config.file}: tls.certfile: {reason}" for reason in filter(None, own)]

@@ -250,9 +250,9 @@ def test_host_without_listener_ends_job_as_network_error(tmp_path: Path) -> None
 
 @pytest.mark.root
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
-@pytest.mark.parametrize("program", ["full_dispatcher.py", "full_audit.py"])
-def test_dispatcher_with_full_disk_recovers(tmp_path: Path, program: str) -> None:
-    """The dispatcher runs in a mount namespace, so that the small file system ends with the test."""
+@pytest.mark.parametrize("program", ["full_dispatcher.py", "full_audit.py", "full_harpd_audit.py"])
+def test_daemon_with_full_disk_recovers(tmp_path: Path, program: str) -> None:
+    """The daemon runs in a mount namespace, so that the small file system ends with the test."""
     probe = subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False)
     if probe.returncode:
         pytest.skip("mount namespaces are not allowed here")

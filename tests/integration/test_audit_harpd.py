@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +94,60 @@ def test_audit_harpd_survives_kill_and_reload_with_one_chain(harpd: Harpd) -> No
     path.write_bytes(path.read_bytes().replace(b'"user:tester"', b'"user:nobody"', 1))
     done = run("audit", "verify", f"--file={path}")
     assert (done.returncode, "was changed" in done.stderr) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("where", "reason"),
+    [
+        ("missing/audit.jsonl", "missing: No such file"),
+        ("link", "not a regular file"),
+        ("file/audit.jsonl", "Not a dir"),
+    ],
+)
+def test_audit_file_that_cannot_be_used_is_an_error_of_the_check(tmp_path: Path, where: str, reason: str) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "file").touch()
+    harpd = Harpd(tmp_path, PROCEDURES, {"audit_file": str(tmp_path / where)})
+    checked = subprocess.run(harpd.command("--test"), capture_output=True, text=True, check=False)
+    assert checked.returncode == 1
+    assert "audit_file: " in checked.stderr
+    assert reason in checked.stderr
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_audit_harpd_has_each_call_that_was_answered_before_a_kill(harpd: Harpd) -> None:
+    """Eight clients call without pause; the supervisor is killed in the midst of that, three times."""
+    answered: list[int] = []
+    stop = threading.Event()
+
+    def call_often(first: int) -> None:
+        number = first
+        while not stop.is_set():
+            with suppress(OSError, ValueError, AssertionError, IndexError):  # the supervisor is dead
+                if harpd.call("same", number)[-1] == {"result": number}:
+                    answered.append(number)
+            number += 8
+
+    threads = [threading.Thread(target=call_often, args=(first,)) for first in range(8)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(3):
+            least = len(answered) + 40
+            wait_until(lambda least=least: len(answered) >= least, what="some calls")  # type: ignore[misc]
+            os.kill(harpd.supervisor, signal.SIGKILL)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    path = harpd.directory / "audit.jsonl"
+    wait_until(lambda: harpd.call("same", -1)[-1] == {"result": -1}, what="the next supervisor")
+    assert verify(path).problems == []
+    key = (harpd.directory / ".audit.jsonl.key").read_bytes()
+    digests = {entry["arguments"] for entry in entries(harpd, action="call")}
+    missing = [number for number in answered if digest(key, number) not in digests]
+    assert missing == []
+
+
+def digest(key: bytes, number: int) -> str:
+    return blake2b(json.dumps([number]).encode(), key=key, digest_size=16).hexdigest()

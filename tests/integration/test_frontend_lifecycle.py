@@ -351,7 +351,7 @@ def test_daemon_option_returns_when_harpd_serves(harpd: Harpd, tmp_path: Path) -
     assert (outcome.returncode, outcome.stdout, outcome.stderr) == (0, "", "")
     daemon = psutil.Process(int(pid_file.read_text()))
     try:
-        harpd.port = harpd.events("harpd is serving")[-1]["port"]
+        harpd.port = harpd.wait_event("harpd is serving")["port"]
         assert version(harpd) == {"result": 1}
         assert daemon.cwd() == "/"
         assert daemon.terminal() is None

@@ -177,7 +177,7 @@ def test_supervisor_without_socket_for_the_frontend_loses_no_call(tmp_path: Path
         harpd.stop_launcher(signal.SIGUSR1)
         harpd.start_launcher()
         harpd.start()
-        assert harpd.events("frontend runs as root")[-1]["hint"].startswith("older supervisors have no socket")
+        assert harpd.wait_event("frontend runs as root")["hint"].startswith("older supervisors have no socket")
         (tmp_path / "go").touch()
         with harpd.attach(client.call) as again:
             assert again.closing_line() == {"result": "there"}

@@ -225,6 +225,7 @@ def all_dead(found: list[int]) -> bool:
 
 
 def call_id(harpd: Harpd, procedure: str) -> str:
+    harpd.wait_event("call started", procedure=procedure)
     return str(harpd.events("call started", procedure=procedure)[-1]["call"])
 
 

@@ -64,8 +64,7 @@ def test_same_call_with_same_request_id_is_same_job(dispatcher: Harpcallerd) -> 
     (many,) = dispatcher.ask(submit_many=[other, call])
     assert jobs_of(dispatcher, "same") == [reply["job_id"], many["job_ids"][0]]
     assert many["job_ids"][1] == reply["job_id"]
-    again = dispatcher.events("job submitted again")[-1]
-    assert (again["job"], again["request_id"]) == (reply["job_id"], "same")
+    dispatcher.wait_event("job submitted again", job=reply["job_id"], request_id="same")
 
 
 @pytest.mark.parametrize(

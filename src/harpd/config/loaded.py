@@ -28,6 +28,7 @@ from typing import Any
 import msgspec
 
 from harp_daemon import logs
+from harp_daemon.audit_file import AuditError, check_usable
 from harp_daemon.expiry import Validity, read_validities
 from harp_daemon.file_modes import describe_reader, describe_writer
 from harp_daemon.process import describe_exit
@@ -371,6 +372,11 @@ def _load_everything(options: CommandLine) -> list[str]:
         resolve(config.configuration.network.address)  # only a start can find that a port is in use
     except ResolveError as error:
         raise ConfigError(f"{options.config}: network.address: {error}") from error
+    if (audit_file := config.configuration.audit_file) is not None:
+        try:
+            check_usable(Path(audit_file))
+        except AuditError as error:
+            raise ConfigError(f"{options.config}: audit_file: {error}") from error
     warnings = config.users.warnings() if isinstance(config.users, AuthDB) else []
     # Before the change of the directory: paths may be relative.
     writable, readable = config.writable_files(), config.readable_files()
