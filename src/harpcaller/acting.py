@@ -16,13 +16,15 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Hashable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NoReturn
 
-from harp.protocol.dispatcher import Call
+from harp.protocol.dispatcher import Call, Queue
 from harp.protocol.ends import End, Failed
 from harp.protocol.json_text import Raw, dumps
+from harp.protocol.schema import ProtocolError
 from harpcaller.access import AccessDenied, AuthError, RateLimited
 from harpcaller.access.client import LOCAL_ADMINISTRATOR, Client
 from harpcaller.access.enforcement import Admission, Wait, may
@@ -30,9 +32,20 @@ from harpcaller.access.policy import ALLOW_ALL, Action, Decision, Rate, Target
 from harpcaller.audit import ALLOWED, DENIED
 from harpcaller.dispatcher import Dispatcher
 from harpcaller.hosts.registry import Host, HostChange
-from harpcaller.model.jobs import Job, JobDetails, NewJob, State, Subject
+from harpcaller.model.job_filters import JobFilter
+from harpcaller.model.jobs import (
+    Job,
+    JobCounts,
+    JobDetails,
+    JobPage,
+    JobStatistics,
+    JobSummary,
+    NewJob,
+    State,
+    Subject,
+)
 from harpcaller.record_stream import RecordStream
-from harpcaller.store import LimitReached, QueueStatus, UnknownJob
+from harpcaller.store import CannotRerun, LimitReached, QueueStatus, UnknownJob
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +53,21 @@ _DENIAL_SECONDS = 0.005  #: Minimum seconds until the reply about a job that is 
 _QUEUED_RETRY = 1.0  #: `retry_after` of a client with too many queued jobs, in seconds.
 _REFUSED_RATE = Rate(1000, 3600)  #: Calls of one owner that become jobs although they are refused: 1,000 an hour.
 _MAX_REFUSED = 16 * 1024  #: Maximum bytes of the payloads of such a job.
+_REFUSALS = frozenset({"access_denied", "rate_limited"})  #: The types of the ends of refused calls.
+_MASK = b'"***"'  #: What is stored in place of a secret value.
+#: The attributes of a call that a re-run may change.
+_CHANGEABLE = (
+    "host",
+    "procedure",
+    "arguments",
+    "timeout",
+    "max_exec_time",
+    "queue",
+    "info",
+    "start_within",
+    "secrets",
+)
+NO_CHANGES: Mapping[str, Any] = MappingProxyType({})
 _MAX_NAME = 255  #: Longer names are cut in messages, to this number of characters.
 
 
@@ -72,20 +100,20 @@ class ActingAs:
 
     # Submission.
 
-    def submit(self, call: Call, received_at: float | None = None) -> asyncio.Future[str]:
-        """Store a job; return a future of its id."""
+    def submit(self, call: Call, received_at: float | None = None, rerun_of: str | None = None) -> asyncio.Future[str]:
+        """Store a job; return a future of its id. `rerun_of` is the id of the job that it repeats, see `rerun`."""
         dispatcher, client, audit = self._dispatcher, self._client, self._dispatcher.audit
         audit.check_room()
         if self._policy is ALLOW_ALL:
             record = partial(audit.record_call, client, ALLOWED, None)
-            return dispatcher.submit(call, client.peer, received_at, Admission(client.owner), record)
+            return dispatcher.submit(call, client.peer, received_at, Admission(client.owner, rerun_of=rerun_of), record)
         try:
             decision = self._decide_call(call)
             if (rate := decision.limits.rate) is not None:
                 self._take_rates({(client.owner, rate): 1})
         except (AccessDenied, RateLimited) as refusal:
             return self._submit_refused(call, refusal, received_at)
-        admission = Admission(client.owner, decision.limits, client.owner)
+        admission = Admission(client.owner, decision.limits, client.owner, rerun_of=rerun_of)
         record = partial(audit.record_call, client, ALLOWED, decision.rule)
         on_limit = None if decision.limits.queued is None else partial(self._on_limit, call)
         return dispatcher.submit(call, client.peer, received_at, admission, record, on_limit)
@@ -212,6 +240,17 @@ class ActingAs:
         else:
             end = Failed("access_denied", str(refusal))
         return Admission(self._client.owner, end=end)
+
+    async def rerun(self, job_id: str, changes: Mapping[str, Any] = NO_CHANGES, request_id: str | None = None) -> str:
+        """Submit a job again that the client may read; return the id of the new job.
+
+        The new job has the host, procedure, arguments, info, queue and limits of the old one, its payloads to the byte,
+        but for the attributes of `Call` in `changes`. With `request_id`, all re-runs of the job with it are one job.
+        The concurrency of the queue is not stored: a queue without jobs gets that of `changes`, or 1. Raises
+        `UnknownJob`, `CannotRerun`, `ProtocolError` for changes that make no call, and what `submit` raises.
+        """
+        job = await self.get_job(job_id)
+        return await self.submit(_call_again(job, changes, request_id), rerun_of=job_id)
 
     # Jobs.
 
@@ -393,8 +432,81 @@ class ActingAs:
         async for job in jobs:
             yield job
 
-    def _may_list(self, job: Job) -> bool:
+    def _may_list(self, job: Subject | Job) -> bool:
         return self._may(Action.LIST, job)
+
+    async def find_jobs(
+        self, wanted: JobFilter, newest_first: bool = True, limit: int = 50, cursor: str | None = None
+    ) -> JobPage:
+        """Return a part of the list of jobs that fit a filter and that the client may list.
+
+        The search looks at a limited number of entries; `next` is the cursor of the next part. Jobs that the client may
+        not list are not counted in `examined`. Raises `InvalidCursor` for a cursor of another list.
+        """
+        owners, permits, _ = self._list_rights()
+        if owners == ():
+            return JobPage((), None, True, 0, None)
+        rights = owners, permits, self._is_restricted
+        return await self._dispatcher.find_jobs(wanted, newest_first, limit, cursor, *rights)
+
+    async def get_summaries(self, job_ids: Sequence[str], action: Action = Action.LIST) -> list[JobSummary]:
+        """Return the summaries of those of these jobs that the client may list, in the order of submission.
+
+        With another action, of those to which the client has that right.
+        """
+        if action is Action.LIST:
+            self._require_ever(action)
+        summaries = await self._dispatcher.get_summaries(job_ids, self._is_restricted)
+        if not self._is_restricted:
+            return summaries
+        return [found for found in summaries if found.subject is not None and self._may(action, found.subject)]
+
+    async def count_jobs(self, wanted: JobFilter, by: Sequence[str], most: int = 10_000) -> JobCounts:
+        """Return how many of the jobs that the client may list have each value of the facets `by`.
+
+        The facets are ``state``, ``host``, ``procedure``, ``queue``, ``owner`` and ``end_type``. Each is counted under
+        all other parts of the filter, up to `most` jobs.
+        """
+        rights = self._list_rights()
+        return await self._dispatcher.count_jobs(wanted, by, most, *rights)
+
+    async def job_statistics(
+        self, since: float, until: float, step: float, states: frozenset[State] = frozenset()
+    ) -> JobStatistics:
+        """Return how many of the jobs that the client may list were submitted, and ended, in each step of a time."""
+        rights = self._list_rights()
+        return await self._dispatcher.job_statistics(since, until, step, states, *rights)
+
+    def _list_rights(self) -> tuple[tuple[str, ...] | None, Callable[[Subject], bool] | None, Hashable]:
+        """Return of which owners the client may list jobs, what decides about each, and a key for equal rights.
+
+        Raises `AccessDenied` if the client may list no jobs.
+        """
+        self._require_ever(Action.LIST)
+        scope = self._policy.find_scope(self._client, Action.LIST)
+        if scope.is_exact:
+            return scope.owners, None, None
+        return scope.owners, self._may_list, (self._client.principals, self._client.roles, id(self._policy))
+
+    def rights(self, summary: JobSummary) -> tuple[str, ...]:
+        """Return what the client may do with a job now: ``read``, ``cancel``, ``rerun``, ``release``."""
+        subject = summary.subject
+        if subject is None:
+            is_refused = summary.end_type in _REFUSALS and summary.started is None
+            names = summary.owner, summary.host, summary.procedure
+            subject = Subject(*names, Raw(b"[]"), summary.queue, is_refused)
+        found = []
+        may_read, has_ended = self._may_read(subject), summary.ended is not None
+        if may_read:
+            found.append("read")
+        if not has_ended and self._may(Action.CANCEL, subject):
+            found.append("cancel")
+        target = Target(subject.host, subject.procedure, subject.arguments, subject.queue, self._client.owner)
+        if may_read and not subject.is_refused and self._is_allowed(Action.CALL, target):
+            found.append("rerun")
+        if has_ended and summary.holds_slot and self._may(Action.MANAGE, subject):
+            found.append("release")
+        return tuple(found)
 
     async def list_queues(self) -> list[QueueStatus]:
         """Return the queues that the client may list."""
@@ -458,6 +570,28 @@ class ActingAs:
 
 def _names_of(job: Subject | Job | None) -> dict[str, Any]:
     return {} if job is None else {"host": job.host, "procedure": job.procedure, "owner": job.owner}
+
+
+def _call_again(job: Job, changes: Mapping[str, Any], request_id: str | None) -> Call:
+    """Return the call of a job again, with changes. Raises `CannotRerun`, or `ProtocolError`."""
+    for name in changes:
+        if name not in _CHANGEABLE:
+            raise ProtocolError(f"{name[:_MAX_NAME]}: expected one of {', '.join(_CHANGEABLE)}")
+    if isinstance(job.end, Failed) and job.end.type in _REFUSALS and job.started is None:
+        raise CannotRerun("the job is a refused call, which was not accepted; submit it as a new call")
+    if "arguments" not in changes and (job.secrets is not None or _MASK in job.arguments):
+        raise CannotRerun("the job has secret arguments, which are not kept; submit it again with all its arguments")
+    fields: dict[str, Any] = {
+        "host": job.host,
+        "procedure": job.procedure,
+        "arguments": job.arguments,
+        "timeout": job.timeout,
+        "max_exec_time": job.max_exec_time,
+        "queue": None if job.queue is None else Queue(job.queue),
+        "info": job.info,
+        "start_within": job.start_within,
+    }
+    return Call(**fields | dict(changes), request_id=request_id)
 
 
 def _to_refusal(error: LimitReached) -> RateLimited:

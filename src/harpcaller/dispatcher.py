@@ -18,7 +18,7 @@ import asyncio
 import logging
 import sys
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial, wraps
@@ -39,6 +39,7 @@ from harpcaller.access.policy import Action, Policy
 from harpcaller.access.source import PolicySource
 from harpcaller.audit import Audit
 from harpcaller.config import MAX_SECONDS, Config
+from harpcaller.cursors import Cursors
 from harpcaller.explain import ExplainContext, describe_job
 from harpcaller.hosts.capabilities import HostCapabilities
 from harpcaller.hosts.pool import ConnectionPool
@@ -46,7 +47,20 @@ from harpcaller.hosts.registry import HostsRegistry
 from harpcaller.hosts.resolving import Resolver
 from harpcaller.hosts.tls import HostTLS
 from harpcaller.model.ids import new_job_id, new_job_ids
-from harpcaller.model.jobs import Job, JobDetails, JobMetadata, NewJob, State, StopState, Subject
+from harpcaller.model.job_filters import JobFilter
+from harpcaller.model.jobs import (
+    Job,
+    JobCounts,
+    JobDetails,
+    JobMetadata,
+    JobPage,
+    JobStatistics,
+    JobSummary,
+    NewJob,
+    State,
+    StopState,
+    Subject,
+)
 from harpcaller.notifier import Notifier
 from harpcaller.pruner import Pruner
 from harpcaller.record_stream import RecordStream, wait_for_end
@@ -54,6 +68,7 @@ from harpcaller.runner import Runner
 from harpcaller.runs.context import RunContext, StoreWrites, log_fields
 from harpcaller.runs.reconciliation import OrphanReaper
 from harpcaller.secret_arguments import SecretKeys, read_key_file
+from harpcaller.shared_answers import SharedAnswers
 from harpcaller.store import LimitReached, StorageError, UnknownJob
 from harpcaller.store.disk_space import DiskSpace
 from harpcaller.store.sqlite import Store
@@ -112,9 +127,12 @@ class Dispatcher:
         self._orphan_reaper = OrphanReaper(self._group, self._runner.runs.__contains__)
         self._disk_space = DiskSpace(config.stream_directory)
         self._requests: set[asyncio.Task[Any]] = set()
+        self._answers = SharedAnswers()
+        self._cursors: Cursors
 
     async def __aenter__(self) -> Self:
         identity = await self.store.get_identity()
+        self._cursors = Cursors(identity.key)
         timers, resolver = TimerWheel(), Resolver()
         runner = self._runner
         runner.context = RunContext(
@@ -451,6 +469,76 @@ class Dispatcher:
                     remaining -= 1
                     yield job
 
+    async def find_jobs(
+        self,
+        wanted: JobFilter,
+        newest_first: bool = True,
+        limit: int = 50,
+        cursor: str | None = None,
+        owners: Sequence[str] | None = None,
+        permits: Callable[[Subject], bool] | None = None,
+        with_subjects: bool = False,
+    ) -> JobPage:
+        """Return a part of the list of jobs that fit a filter, as `Store.find_jobs` does, from a cursor on.
+
+        Raises `InvalidCursor` for a cursor of another list.
+        """
+        list_form = f"{'newest' if newest_first else 'oldest'} {wanted.normal_form()}"
+        found = await self.store.find_jobs(
+            wanted,
+            owners=owners,
+            permits=permits,
+            subject_bytes=SUBJECT_BYTES if with_subjects or permits is not None else None,
+            newest_first=newest_first,
+            after=None if cursor is None else self._cursors.decode(cursor, list_form),
+            limit=limit,
+        )
+        following = None if found.next is None else self._cursors.encode(found.next, list_form)
+        summaries = [self._add_outage(summary) for summary in found.summaries]
+        return JobPage(summaries, following, found.complete, found.examined, found.searched_to)
+
+    async def get_summaries(self, job_ids: Sequence[str], with_subjects: bool = False) -> list[JobSummary]:
+        """Return the summaries of these jobs, in the order of submission; unknown ones are missing."""
+        subject_bytes = SUBJECT_BYTES if with_subjects else None
+        summaries = await self.store.get_summaries(job_ids, subject_bytes=subject_bytes)
+        return [self._add_outage(summary) for summary in summaries]
+
+    def _add_outage(self, summary: JobSummary) -> JobSummary:
+        run = self._runner.runs.get(summary.id)
+        if run is None or run.outage is None:
+            return summary
+        return msgspec.structs.replace(summary, unreachable_since=run.outage.since)
+
+    async def count_jobs(
+        self,
+        wanted: JobFilter,
+        by: Sequence[str],
+        most: int,
+        owners: Sequence[str] | None = None,
+        permits: Callable[[Subject], bool] | None = None,
+        whose: Hashable = None,
+    ) -> JobCounts:
+        """Count jobs as `Store.count_jobs` does. The answer is shared by equal rights: `whose`, and `owners`."""
+        question = ("counts", wanted.normal_form(), tuple(by), most, None if owners is None else tuple(owners), whose)
+        count = partial(self.store.count_jobs, wanted, by, owners=owners, permits=permits, most=most, at=self._wall())
+        return await self._answers.get(question, partial(count, subject_bytes=SUBJECT_BYTES))
+
+    async def job_statistics(
+        self,
+        since: float,
+        until: float,
+        step: float,
+        states: frozenset[State] = frozenset(),
+        owners: Sequence[str] | None = None,
+        permits: Callable[[Subject], bool] | None = None,
+        whose: Hashable = None,
+    ) -> JobStatistics:
+        """Count jobs over time as `Store.job_statistics` does. The answer is shared as that of `count_jobs`."""
+        question = ("statistics", since, until, step, states, None if owners is None else tuple(owners), whose)
+        rights: dict[str, Any] = {"owners": owners, "permits": permits, "subject_bytes": SUBJECT_BYTES}
+        count = partial(self.store.job_statistics, since, until, step, states, **rights)
+        return await self._answers.get(question, count)
+
     async def prune(self, min_age: float | None = None, trust_clock: bool = False) -> int:
         """Delete old jobs as `Pruner.prune` does; return how many. Raises `PruneRefused`."""
         return await self._pruner.prune(min_age, trust_clock)
@@ -518,7 +606,7 @@ class Dispatcher:
         return [self._new_job(*of_job) for of_job in zip(ids, calls, admissions, strict=True)]
 
     def _new_job(self, job_id: str, call: Call, admission: Admission) -> NewJob:
-        config, (owner, limits, request_ids_of, end) = self.config, admission
+        config, (owner, limits, request_ids_of, end, rerun_of) = self.config, admission
         timeout = min(call.timeout or config.default_timeout, config.default_timeout)
         max_exec_time = min(call.max_exec_time or config.max_exec_time, config.max_exec_time)
         queue, concurrency = (call.queue.name, call.queue.concurrency) if call.queue else (None, 1)
@@ -540,18 +628,19 @@ class Dispatcher:
             info=_NULL if call.info is None else call.info,
             start_within=start_within,
             request_id=request_id,
-            call_digest=b"" if request_id is None else self._digest(call),
+            call_digest=b"" if request_id is None else self._digest(call, rerun_of),
             owner=owner,
             request_ids_of=request_ids_of,
             max_running=limits.running,
             max_queued=limits.queued,
             secrets=None if end is not None else secrets,
             end=end,
+            rerun_of=rerun_of,
         )
 
-    def _digest(self, call: Call) -> bytes:
-        """Return a digest of a call's text, which includes the request id."""
-        text = encode_object(call)
+    def _digest(self, call: Call, rerun_of: str | None) -> bytes:
+        """Return a digest of a call's text, which includes the request id, and of the job that it is again."""
+        text = encode_object(call) + (rerun_of or "").encode()
         if call.secrets and self._secret_keys is not None:
             return self._secret_keys.digest(text)
         return blake2b(text, digest_size=16).digest()

@@ -28,6 +28,7 @@ class Admission(NamedTuple):
     limits: Limits = NO_LIMITS
     request_ids_of: str = ""  # the owner whose request ids the call's own is among; empty: those of all clients
     end: Failed | None = None  # the job ends with it, without a start
+    rerun_of: str | None = None  # id of the job that is submitted again
 
 
 class Wait(NamedTuple):

@@ -48,6 +48,16 @@ class Decision(Struct, frozen=True):
     limits: Limits = NO_LIMITS
 
 
+class Scope(Struct, frozen=True):
+    """The jobs to which a client may do something.
+
+    `owners`: only jobs of these principals; None: jobs of all. `is_exact`: all of them; False: each is decided about.
+    """
+
+    owners: tuple[str, ...] | None
+    is_exact: bool
+
+
 _DENIED = Decision(False, reason="no rule allows it")
 _ALLOWED_TO_ALL = Decision(True, reason="there is no access_file")
 _ADMINISTRATOR = Decision(True, reason="the control socket has all rights")
@@ -111,6 +121,31 @@ class Policy:
         """Return the principals that a text in `who` means: those of a role and the role itself, or the text."""
         of_role = self.roles.get(text.removeprefix(ROLE), ()) if text.startswith(ROLE) else ()
         return Principals((text, *of_role))
+
+    def find_scope(self, client: Client, action: Action) -> Scope:
+        """Return to which jobs a client may do something, as far as that depends on their owners only."""
+        if client is LOCAL_ADMINISTRATOR:
+            return Scope(None, True)
+        names = names_of(client.principals, client.roles)
+        rules = [rule for rule in self.rules if action in rule.actions and rule.who.match_any(names)]
+        own = self._decide_all(rules, action)
+        others = self._decide_all([rule for rule in rules if rule.any_job], action)
+        if others is False:
+            return Scope(client.principals if own is not False else (), own is not None)
+        return Scope(None, own is others is True)
+
+    def _decide_all(self, rules: Sequence[Rule], action: Action) -> bool | None:
+        """Return what rules decide about all jobs that they cover, in their order; None: it depends on the job."""
+        decided: set[bool] = set()
+        for rule in rules:
+            decided.add(rule.allows)
+            if rule.queues is not None or rule.arguments is not None:
+                decided.add(False)  # of those that it cannot judge
+            if rule.is_unconditional:
+                break
+        else:
+            decided.add(action in self._by_default)
+        return decided.pop() if len(decided) == 1 else None
 
     def may_ever(self, client: Client, action: Action) -> bool:
         """Return whether some rule allows this action to the client for some target."""

@@ -89,6 +89,9 @@ class Limits(Struct, frozen=True):
 NO_LIMITS = Limits()
 
 
+ANY_NAME = "*"  #: The glob that matches every text.
+
+
 class Globs:
     """Texts in which ``*`` stands for any characters and ``?`` for one. All other characters stand for themselves."""
 
@@ -297,6 +300,13 @@ class Rule:
     def place(self) -> str:
         """The rule's number and line, for messages."""
         return f"rule {self.number} (line {self.line})"
+
+    @property
+    def is_unconditional(self) -> bool:
+        """Whether its conditions on host, procedure, queue and arguments are met by all jobs."""
+        names = (self.hosts, self.procedures)
+        is_for_all = all(globs is None or ANY_NAME in globs.texts for globs in names)
+        return is_for_all and self.queues is None and self.arguments is None
 
     def match_owner(self, principals: Iterable[str], action: Action, owner: str | None) -> bool:
         """Return whether the condition on the owner of the job is met; a target that is not a job has none."""

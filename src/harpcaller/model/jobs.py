@@ -38,6 +38,9 @@ TRANSITIONS: Mapping[State, frozenset[State]] = {
 #: The closing states, which no other state follows.
 ENDED = frozenset(state for state, following in TRANSITIONS.items() if not following)
 
+#: Number of characters that a list shows of a message or of a payload.
+PREVIEW_LENGTH = 200
+
 _STATES = {Returned: State.RETURNED, Raised: State.RAISED, Failed: State.FAILED, Cancelled: State.CANCELLED}
 
 
@@ -76,6 +79,7 @@ class NewJob(Struct, frozen=True):
     max_queued: int | None = None  # it is refused if more jobs of its owner would be queued
     secrets: bytes | None = None  # encrypted values of `arguments`
     end: Failed | None = None  # it is stored as a job that has ended before it was queued
+    rerun_of: str | None = None  # id of the job that is submitted again
 
 
 class Job(Struct, frozen=True):
@@ -102,6 +106,7 @@ class Job(Struct, frozen=True):
     owner: str | None = None  # the principal that submitted it; None: unknown, because it is from before access rules
     max_running: int | None = None  # it waits while as many jobs of its owner hold a slot
     secrets: bytes | None = None  # encrypted values of `arguments`, until the job has ended
+    rerun_of: str | None = None  # id of the job that was submitted again
 
 
 class Subject(Struct, frozen=True):
@@ -113,6 +118,77 @@ class Subject(Struct, frozen=True):
     arguments: Raw  # perhaps only their beginning
     queue: Raw | None
     is_refused: bool = False  # whether it was stored as a job that has ended
+
+
+class JobSummary(Struct, frozen=True):
+    """What a list shows of a job. Times are Unix seconds with fractions; None: not yet, or never."""
+
+    seq: int  # in the order of submission; not for clients, because it tells the number of all jobs
+    id: str
+    state: State
+    host: str
+    procedure: str
+    queue_id: str | None  # 32 hexadecimal digits; None: it has no queue
+    queue: Raw | None  # name of the queue, as the submitter wrote it
+    owner: str | None
+    submitted: float
+    started: float | None
+    ended: float | None
+    records: int
+    end_type: str | None  # type of the error or exception
+    end_message: str | None  # its first characters
+    stop: StopState | None
+    holds_slot: bool
+    arguments_preview: str  # the first characters of the JSON text
+    info_preview: str
+    rerun_of: str | None  # id of the job that was submitted again
+    unreachable_since: float | None = None  # time since which the host of the running call has not been reached
+    subject: Subject | None = None  # if it is needed for decisions
+
+
+class JobPage(Struct, frozen=True):
+    """A part of a list: the jobs that fit a filter among the entries that were looked at."""
+
+    summaries: Sequence[JobSummary]
+    next: str | None  # cursor of the next part
+    complete: bool  # whether there are no further entries
+    examined: int  # number of entries that were looked at
+    searched_to: float | None  # submission time of the last one
+
+
+class ValueCount(Struct, frozen=True):
+    """The number of jobs with a value; `more`: there are or may be more than this number."""
+
+    value: str
+    count: int
+    more: bool = False
+
+
+class JobCounts(Struct, frozen=True):
+    """Numbers of jobs by facet and value, at a time. `exact`: all numbers and values are complete."""
+
+    by: Mapping[str, Sequence[ValueCount]]
+    exact: bool
+    at: float
+
+
+class Bucket(Struct, frozen=True):
+    """The numbers of jobs that were submitted, and that ended in each way, in the `step` seconds from `at` on."""
+
+    at: float
+    submitted: int = 0
+    returned: int = 0
+    raised: int = 0
+    failed: int = 0
+    cancelled: int = 0
+
+
+class JobStatistics(Struct, frozen=True):
+    """Numbers of jobs over time. Buckets without jobs are included."""
+
+    step: float
+    buckets: Sequence[Bucket]
+    complete: bool = True  # False: there were too many jobs to look at all of them
 
 
 class JobMetadata(Struct, frozen=True):

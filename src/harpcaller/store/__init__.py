@@ -27,6 +27,10 @@ class RequestIDReused(SubmissionRefused):
         super().__init__(f"request_id {request_id!r} was used for another call{job}")
 
 
+class CannotRerun(SubmissionRefused):
+    """A job cannot be submitted again. The message says why, and what to do."""
+
+
 class LimitReached(SubmissionRefused):
     """A job was submitted above a limit of its owner. `may_pass`: another attempt may succeed."""
 

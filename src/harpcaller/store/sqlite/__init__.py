@@ -11,6 +11,7 @@ One thread writes, several threads read:
 - `writer` is the thread that writes: all verbs that are called during a commit are part of the next commit.
 - `reserve` is disk space for pruning on a full disk.
 - `writes` and `reads` are the verbs on a connection; their SQL is in ``queries.sql``.
+- `searches` finds and counts jobs by a filter; `finding` decides how.
 - `active` has the lanes and slots of the active jobs in memory, so that writes need not read rows.
 - `staging` stores many jobs of one request, all or none, in short transactions.
 - `rows` converts jobs, metadata and records to columns and back.
@@ -35,7 +36,7 @@ from msgspec.structs import replace
 from harpcaller.model.changes import Change
 from harpcaller.model.jobs import NewJob
 from harpcaller.store import StorageError
-from harpcaller.store.sqlite import reads
+from harpcaller.store.sqlite import reads, searches
 from harpcaller.store.sqlite.file import FILE_NAME, connect, lock, prepare, storage_errors
 from harpcaller.store.sqlite.staging import STEP_JOBS, check_calls, encode_jobs, split
 from harpcaller.store.sqlite.writer import Writer
@@ -134,6 +135,10 @@ class Store:
     get_identity = _reads(reads.get_identity)
     list_jobs = _reads(reads.list_jobs)
     list_queues = _reads(reads.list_queues)
+    find_jobs = _reads(searches.find_jobs)
+    get_summaries = _reads(searches.get_summaries)
+    count_jobs = _reads(searches.count_jobs)
+    job_statistics = _reads(searches.job_statistics)
     get_prune_time = _reads(reads.get_prune_time)
 
     _add_job = _writes(Writes.add_job)

@@ -5,6 +5,13 @@
 -- The last sequence number that was ever used.
 SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'jobs';
 
+-- name: submission_times
+-- The submission time of the last job, and the disorder of all.
+SELECT coalesce((SELECT submitted FROM jobs ORDER BY seq DESC LIMIT 1), 0), disorder FROM submission_times;
+
+-- name: set_disorder
+UPDATE submission_times SET disorder = ?;
+
 -- name: queue_limits
 SELECT lane, concurrency FROM queues;
 
@@ -25,8 +32,9 @@ DELETE FROM queues WHERE lane = ?;
 INSERT INTO jobs (seq, id, lane, host, state, submitted, started, holds_slot, owner) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?);
 
 -- name: add_call
-INSERT INTO calls (job, procedure, arguments, timeout, max_exec_time, queue, info, start_within, max_running, secrets)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?);
+INSERT INTO calls (
+    job, procedure, arguments, timeout, max_exec_time, queue, info, start_within, max_running, secrets, rerun_of
+) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?);
 
 -- name: jobs_with_secrets
 SELECT job FROM calls INDEXED BY calls_with_secrets WHERE secrets IS NOT NULL;
@@ -89,7 +97,8 @@ SELECT seq FROM jobs WHERE id = ?;
 -- name: end_job
 -- A guarded write: the first end wins.
 -- The clock may have been set back since the start: the times of a job never run backwards.
-UPDATE jobs SET state = ?, ended = max(?, coalesce(started, submitted)), stop = ?, holds_slot = ?
+UPDATE jobs SET state = ?, ended = max(?, coalesce(started, submitted)), stop = ?, holds_slot = ?,
+    end_type = ?, end_message = ?
 WHERE seq = ? AND ended IS NULL;
 
 -- name: finalize_stop
@@ -154,6 +163,25 @@ SELECT * FROM job_view WHERE id = :id;
 SELECT jobs.owner, jobs.host, calls.procedure, substr(calls.arguments, 1, :bytes), substr(calls.queue, 1, :bytes),
     jobs.state = 'failed' AND jobs.started IS NULL AND jobs.ended = jobs.submitted
 FROM jobs JOIN calls ON calls.job = jobs.seq WHERE jobs.id = :id;
+
+-- name: get_subjects
+-- Several of them; NULL instead of long arguments, whose beginning is read otherwise.
+SELECT jobs.seq, jobs.owner, jobs.host, calls.procedure,
+    CASE WHEN length(calls.arguments) <= 4096 THEN calls.arguments END, length(calls.arguments), calls.queue,
+    jobs.state = 'failed' AND jobs.started IS NULL AND jobs.ended = jobs.submitted
+FROM jobs JOIN calls ON calls.job = jobs.seq WHERE jobs.seq IN (:seqs);
+
+-- name: get_summaries
+-- NULL instead of long payloads, whose beginning is read otherwise.
+SELECT jobs.seq, jobs.id, jobs.state, jobs.host, calls.procedure,
+    CASE WHEN jobs.lane >= 'queue:' THEN substr(jobs.lane, 7) END, calls.queue, jobs.owner,
+    jobs.submitted, jobs.started, jobs.ended, jobs.records, jobs.end_type, jobs.end_message, jobs.stop, jobs.holds_slot,
+    CASE WHEN length(calls.arguments) <= 4096 THEN calls.arguments END,
+    CASE WHEN length(calls.info) <= 4096 THEN calls.info END, calls.rerun_of
+FROM jobs JOIN calls ON calls.job = jobs.seq WHERE jobs.seq IN (:seqs);
+
+-- name: count_states
+SELECT state, count(*) FROM jobs GROUP BY state;
 
 -- name: get_job_by_seq
 SELECT * FROM job_view WHERE seq = :seq;

@@ -14,7 +14,7 @@ from harp.protocol.ends import Cancelled, End, Failed, Raised, Returned
 from harp.protocol.json_text import Raw, dumps
 from harp.protocol.schema import decode_as, encode_object
 from harp_daemon.sliced_json import decode_slices
-from harpcaller.model.jobs import Job, State, StopState
+from harpcaller.model.jobs import PREVIEW_LENGTH, Job, State, StopState
 
 # An entry of a chunk's timestamps: number of consecutive records with the same time, and the time.
 _ENTRY = Struct("<Id")
@@ -53,6 +53,13 @@ def encode_end_body(end: End) -> bytes | None:
     return None if isinstance(end, Cancelled) else encode_object(end)
 
 
+def encode_end_preview(end: End) -> tuple[bytes | None, bytes | None]:
+    """Return type and first characters of the message of an end, as they are stored."""
+    if isinstance(end, Returned | Cancelled):
+        return None, None
+    return encode_name(end.type), encode_name(end.message[:PREVIEW_LENGTH])
+
+
 def _decode_end(state: State, body: bytes | None) -> End | None:
     if state is State.CANCELLED:
         return Cancelled()
@@ -68,14 +75,14 @@ def decode_job(row: Sequence[Any]) -> Job:
     """Return the job in a row of the view job_view."""
     _, _, job_id, text, host, procedure, arguments, timeout, max_exec_time, queue, info, *state_columns = row
     submitted, started, ended, body, records, holds_slot, stop, start_within, tried, *call_columns = state_columns
-    owner, max_running, secrets = call_columns
+    owner, max_running, secrets, rerun_of = call_columns
     state = State(text)
     names = decode_name(host), decode_name(procedure)
     payloads = None if queue is None else Raw(queue), Raw(info)
     call = *names, Raw(arguments), timeout, max_exec_time, *payloads
     outcome = ended, _decode_end(state, body), records, bool(holds_slot), None if stop is None else StopState(stop)
     submitter = decode_owner(owner), max_running
-    return Job(job_id, state, *call, submitted, started, *outcome, start_within, tried, *submitter, secrets)
+    return Job(job_id, state, *call, submitted, started, *outcome, start_within, tried, *submitter, secrets, rerun_of)
 
 
 def join_records(records: Sequence[Raw]) -> bytes:

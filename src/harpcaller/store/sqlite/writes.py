@@ -46,6 +46,7 @@ from harpcaller.store.sqlite.rows import (
     decode_job,
     decode_owner,
     encode_end_body,
+    encode_end_preview,
     encode_name,
     encode_owner,
     join_records,
@@ -88,6 +89,7 @@ class Writes:
         self.changes: list[Change] = []  #: The changes of the current transaction, in order.
         self._active: ActiveJobs
         self._is_current = False
+        self._latest = self._disorder = 0.0  # submission time of the latest job, see submission_times
         self._added: dict[int, tuple[Lane, Job]] = {}  # jobs to insert, by sequence number
         self._ended: list[tuple[Any, ...]] = []
         self._outcomes: list[tuple[Any, ...]] = []
@@ -100,6 +102,9 @@ class Writes:
         """Read the active jobs if they are not in memory; called within a transaction, before its verbs."""
         if not self._is_current:
             self._active = ActiveJobs(self.db)
+            [(latest, disorder)] = self.db.execute(QUERIES["submission_times"]).fetchall()
+            # The latest time of all jobs is not stored: it is at most this one.
+            self._latest, self._disorder = latest + disorder, disorder
             self._with_secrets = {seq for (seq,) in self.db.execute(QUERIES["jobs_with_secrets"])}
             self._is_current = True
 
@@ -169,6 +174,9 @@ class Writes:
         stored_as = self._find_submitted_before(with_request_id) if with_request_id else {}
         if limited := [job for job in jobs if job.max_queued is not None and job.id not in stored_as]:
             self._check_queued(limited)
+        if now < self._latest:
+            self._record_disorder(now)
+        self._latest = max(self._latest, now)
         request_ids: list[tuple[Any, ...]] = []
         for job in jobs:
             if job.id in stored_as:
@@ -177,7 +185,7 @@ class Writes:
             lane = self._active.lanes.get(key) or self._add_lane(key, job)
             limits = float(job.timeout), float(job.max_exec_time)
             call = job.host, job.procedure, job.arguments, *limits, job.queue, job.info
-            submitter = job.start_within, None, job.owner, job.max_running, job.secrets
+            submitter = job.start_within, None, job.owner, job.max_running, job.secrets, job.rerun_of
             queued = Job(job.id, State.QUEUED, *call, now, None, None, None, 0, False, None, *submitter)
             seq = self._active.add_queued(lane, job.owner)
             lane.waits_until = min(lane.waits_until, now + job.start_within)
@@ -195,6 +203,12 @@ class Writes:
         if request_ids:
             self.db.executemany(QUERIES["add_request_id"], request_ids)
         return [stored_as.get(job.id, job.id) for job in jobs]
+
+    def _record_disorder(self, now: float) -> None:
+        """Record that a job is submitted at a time before that of an earlier one."""
+        if self._latest - now > self._disorder:
+            self._disorder = self._latest - now
+            self.db.execute(QUERIES["set_disorder"], (self._disorder,))
 
     def _find_submitted_before(self, jobs: Sequence[NewJob]) -> dict[str, str]:
         """Return the jobs whose request id was used before: their ids, and the id of the first job with it."""
@@ -501,7 +515,7 @@ class Writes:
             self._active.release_slot(job)
         self._remove_lane_if_empty(job.lane)
         job.state = state_of(end)
-        self._ended.append((job.state, now, stop, keep_slot, job.seq))
+        self._ended.append((job.state, now, stop, keep_slot, *encode_end_preview(end), job.seq))
         if not keep_slot:
             self._erase_secrets(job.seq)
         self._add_outcome(job.seq, encode_end_body(end), metadata)
@@ -675,6 +689,7 @@ def _call_row(seq: int, job: Job) -> tuple[Any, ...]:
         job.start_within,
         job.max_running,
         job.secrets,
+        job.rerun_of,
     )
 
 

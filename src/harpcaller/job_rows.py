@@ -1,0 +1,33 @@
+"""The form of a job in lists, for all APIs. Spec: docs/protocol.md, Lists of jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from harp.protocol.json_text import Envelope
+from harpcaller.model.jobs import JobSummary
+
+
+def encode_row(summary: JobSummary, rights: Sequence[str]) -> Envelope:
+    """Return the JSON object of a job in a list; `rights` are those of `ActingAs.rights`. The queue's name is `Raw`."""
+    queue = None if summary.queue_id is None else Envelope(id=summary.queue_id, name=summary.queue)
+    return Envelope(
+        job=summary.id,
+        state=summary.state.value,
+        host=summary.host,
+        procedure=summary.procedure,
+        queue=queue,
+        owner=summary.owner,
+        time=Envelope(submit=summary.submitted, start=summary.started, end=summary.ended),
+        records=summary.records,
+        end_type=summary.end_type,
+        end_message=summary.end_message,
+        stop=None if summary.stop is None else summary.stop.value,
+        holds_slot=summary.holds_slot,
+        unreachable_since=summary.unreachable_since,
+        arguments_preview=summary.arguments_preview,
+        info_preview=summary.info_preview,
+        run=None,
+        rerun_of=summary.rerun_of,
+        can=list(rights),
+    )

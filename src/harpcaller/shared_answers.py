@@ -1,0 +1,62 @@
+"""Answers that many clients ask for at the same time: each is computed once, and kept for a short time.
+
+An answer is kept for a second, or for some times as long as it took: so a costly question that is repeated costs a
+small part of a thread's time, whatever the number of clients.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_MIN_AGE = 1.0  # Seconds.
+_COST_RATIO = 20  # An answer is kept for this many times its duration.
+_MAX_ANSWERS = 1000
+
+
+@dataclass(slots=True)
+class _Answer:
+    task: asyncio.Task[Any]
+    asked_at: float  # monotonic
+    expires_at: float | None = None  # None: it is being computed
+
+
+class SharedAnswers:
+    """The latest answers by their questions."""
+
+    def __init__(self) -> None:
+        self._answers: dict[Hashable, _Answer] = {}
+
+    async def get(self, question: Hashable, compute: Callable[[], Awaitable[T]]) -> T:
+        """Return the answer to a question; `compute` is called if there is none. An error is not kept."""
+        now = time.monotonic()
+        answer = self._answers.get(question)
+        if answer is None or (answer.expires_at is not None and answer.expires_at <= now):
+            self._make_room(now)
+            answer = _Answer(asyncio.ensure_future(_await(compute())), now)
+            self._answers[question] = answer
+            answer.task.add_done_callback(lambda task: self._on_done(question, answer))
+        result: T = await asyncio.shield(answer.task)
+        return result
+
+    def _on_done(self, question: Hashable, answer: _Answer) -> None:
+        if answer.task.cancelled() or answer.task.exception() is not None:
+            if self._answers.get(question) is answer:
+                del self._answers[question]
+            return
+        now = time.monotonic()
+        answer.expires_at = answer.asked_at + max(_MIN_AGE, _COST_RATIO * (now - answer.asked_at))
+
+    def _make_room(self, now: float) -> None:
+        if len(self._answers) >= _MAX_ANSWERS:
+            kept = {q: a for q, a in self._answers.items() if a.expires_at is None or a.expires_at > now}
+            self._answers = kept if len(kept) < _MAX_ANSWERS else {}
+
+
+async def _await(computed: Awaitable[T]) -> T:
+    return await computed

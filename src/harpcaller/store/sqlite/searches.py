@@ -1,0 +1,374 @@
+"""The verbs that find and count jobs by a filter. Each reads one snapshot, and looks at a limited number of entries."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from msgspec.structs import replace
+
+from harp.protocol.json_text import Raw
+from harpcaller.model.ids import is_job_id
+from harpcaller.model.job_filters import JobFilter, Span
+from harpcaller.model.jobs import (
+    PREVIEW_LENGTH,
+    Bucket,
+    JobCounts,
+    JobStatistics,
+    JobSummary,
+    State,
+    StopState,
+    Subject,
+    ValueCount,
+)
+from harpcaller.store.sqlite.file import MAX_INTEGER, QUERIES
+from harpcaller.store.sqlite.finding import Search, plan
+from harpcaller.store.sqlite.rows import decode_name, decode_owner
+
+Permits = Callable[[Subject], bool]
+
+EXAMINED = 10_000  #: Maximum number of entries that one search looks at.
+MAX_VALUES = 50  #: Maximum number of values of a facet.
+_STEP = 100  # Jobs of which the subjects are read at a time.
+_STEP_BYTES = 8 * 1024 * 1024  # Approximate limit of the payloads that are read for decisions.
+_PREVIEW_BYTES = 4 * PREVIEW_LENGTH
+
+#: The facets of counts: their columns, and the part of the filter that each replaces.
+FACETS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "state": ("jobs.state", {"states": frozenset()}),
+    "host": ("jobs.host", {"hosts": (), "host_pattern": None}),
+    "procedure": ("calls.procedure", {"procedures": ()}),
+    "queue": ("CASE WHEN jobs.lane >= 'queue:' THEN substr(jobs.lane, 7) ELSE '-' END", {"queue": None}),
+    "owner": ("jobs.owner", {"owners": ()}),
+    "end_type": ("jobs.end_type", {"end_types": ()}),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The jobs that a search has found, and how far it went."""
+
+    summaries: list[JobSummary]
+    next: int | None  # sequence number after which the search goes on
+    complete: bool  # whether there are no further entries
+    examined: int
+    searched_to: float | None  # submission time of the last entry
+
+
+@contextmanager
+def _snapshot(db: sqlite3.Connection) -> Iterator[None]:
+    db.execute("BEGIN")
+    try:
+        yield
+    finally:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+
+
+def find_jobs(
+    db: sqlite3.Connection,
+    wanted: JobFilter,
+    *,
+    owners: Sequence[str] | None = None,
+    permits: Permits | None = None,
+    subject_bytes: int | None = None,
+    newest_first: bool = True,
+    after: int | None = None,
+    limit: int = 50,
+    examine: int = EXAMINED,
+) -> Found:
+    """Return the jobs that fit a filter, in the order of submission or newest first, after a sequence number.
+
+    With `owners`, only their jobs are looked at. With `permits`, which is called in the reading thread, other jobs are
+    left out, and neither counted as examined. With `subject_bytes`, the summaries have subjects whose payloads have at
+    most this size.
+    """
+    with _snapshot(db):
+        search = plan(wanted, owners)
+        low, high = 0, MAX_INTEGER
+        if after is not None:
+            low, high = (low, after - 1) if newest_first else (after + 1, high)
+        walk = _Walk(db, search, newest_first, low, min(high, MAX_INTEGER), examine)
+        if permits is None:
+            seqs = walk.find(limit + 1)
+            place = walk.end
+            if len(seqs) > limit:
+                place = seqs[limit - 1]
+                seqs = seqs[:limit]
+            examined, last = walk.measure(place)
+        else:
+            permitted, place = _find_permitted(db, walk, limit, permits, subject_bytes or 0)
+            seqs, examined, last = permitted, len(permitted), permitted[-1] if permitted else None
+        summaries = _read_summaries(db, seqs, subject_bytes)
+        searched_to = None if last is None else _submitted(db, last)
+    return Found(summaries, place, place is None, examined, searched_to)
+
+
+class _Walk:
+    """The entries of a search from a place on, up to a number of them."""
+
+    def __init__(
+        self, db: sqlite3.Connection, search: Search, newest_first: bool, low: int, high: int, examine: int
+    ) -> None:
+        self._db, self._search, self._newest_first = db, search, newest_first
+        self._low, self._high = low, high
+        #: The last entry that may be looked at; None: all of them may.
+        self.end = self._entry_at(examine - 1)
+        if self.end is not None and self._entry_at(examine) is None:
+            self.end = None
+        if self.end is not None:
+            self._stop_at(self.end)
+
+    def _stop_at(self, seq: int) -> None:
+        if self._newest_first:
+            self._low = seq
+        else:
+            self._high = seq
+
+    def _run(self, statement: str, limit: int, offset: int = 0) -> list[Any]:
+        parameters = {"low": self._low, "high": self._high, "limit": limit, "offset": offset}
+        return self._db.execute(statement, {**self._search.values, **parameters}).fetchall()
+
+    def _entry_at(self, offset: int) -> int | None:
+        for (seq,) in self._run(self._search.select_entries("seq", self._newest_first), 1, offset):
+            return int(seq)
+        return None
+
+    def find(self, limit: int) -> list[int]:
+        """Return the sequence numbers of at most `limit` jobs that fit."""
+        return [seq for (seq,) in self._run(self._search.select_matching(self._newest_first), limit)]
+
+    def measure(self, place: int | None) -> tuple[int, int | None]:
+        """Return the number of the entries up to a place, or of all, and the last of them."""
+        if place is not None:
+            self._stop_at(place)
+        last = "min(seq)" if self._newest_first else "max(seq)"
+        [(count, seq)] = self._run(self._search.select_entries(f"count(*), {last}", self._newest_first), -1)
+        return count, seq
+
+    def count_values(self, column: str) -> dict[Any, int]:
+        """Return the values of a column of the jobs that fit, and their numbers."""
+        return dict(self._run(self._search.select_values(column), -1))
+
+
+def _find_permitted(
+    db: sqlite3.Connection, walk: _Walk, limit: int, permits: Permits, subject_bytes: int
+) -> tuple[list[int], int | None]:
+    """Return at most `limit` jobs of a walk that are permitted, and where to go on."""
+    permitted: list[int] = []
+    seqs = walk.find(-1)
+    room = _STEP_BYTES
+    for start in range(0, len(seqs), _STEP):
+        step = seqs[start : start + _STEP]
+        subjects = _read_subjects(db, step, subject_bytes)
+        for seq in step:
+            if seq in subjects and permits(subjects[seq]):
+                if len(permitted) == limit:
+                    return permitted, permitted[-1]
+                permitted.append(seq)
+            if seq in subjects:
+                room -= len(subjects[seq].arguments)
+        if room <= 0 and start + _STEP < len(seqs):
+            return permitted, step[-1]
+    return permitted, walk.end
+
+
+def get_summaries(
+    db: sqlite3.Connection, job_ids: Sequence[str], *, subject_bytes: int | None = None
+) -> list[JobSummary]:
+    """Return the summaries of these jobs, in the order of submission; unknown ones are missing."""
+    with _snapshot(db):
+        seqs: list[int] = []
+        for job_id in filter(is_job_id, job_ids):
+            seqs += [seq for (seq,) in db.execute(QUERIES["find_job"], (job_id,)).fetchall()]
+        return _read_summaries(db, sorted(set(seqs)), subject_bytes)
+
+
+def count_jobs(
+    db: sqlite3.Connection,
+    wanted: JobFilter,
+    by: Sequence[str],
+    *,
+    owners: Sequence[str] | None = None,
+    permits: Permits | None = None,
+    subject_bytes: int = 0,
+    most: int = EXAMINED,
+    at: float = 0.0,
+) -> JobCounts:
+    """Return how many jobs have each value of the facets `by`, each counted under all other parts of the filter.
+
+    The newest jobs are counted, at most about `most`; `more` says that there may be others. Without a filter, the
+    states are exact. `owners` and `permits` are as for `find_jobs`.
+    """
+    facets: dict[str, list[ValueCount]] = {}
+    with _snapshot(db):
+        is_exact = True
+        for name in by:
+            column, without = FACETS[name]
+            rest = replace(wanted, **without)
+            if name == "state" and rest == JobFilter() and owners is None and permits is None:
+                facets[name] = _sort_values([(value, count) for value, count in db.execute(QUERIES["count_states"])])
+                continue
+            walk = _Walk(db, plan(rest, owners), True, 0, MAX_INTEGER, most)
+            more = walk.end is not None
+            if permits is None:
+                values = walk.count_values(column)
+            else:
+                seqs, place = _find_permitted(db, walk, most, permits, subject_bytes)
+                values, more = _count_values_of(db, seqs, column), place is not None
+            is_exact = is_exact and not more
+            facets[name] = _sort_values(list(values.items()), more)
+            is_exact = is_exact and len(values) <= MAX_VALUES
+    return JobCounts(facets, is_exact, at)
+
+
+def _count_values_of(db: sqlite3.Connection, seqs: Sequence[int], column: str) -> dict[Any, int]:
+    values: Counter[Any] = Counter()
+    for start in range(0, len(seqs), _STEP):
+        step = seqs[start : start + _STEP]
+        statement = (
+            f"SELECT {column} FROM jobs CROSS JOIN calls ON calls.job = jobs.seq WHERE jobs.seq IN ({_marks(step)})"
+        )
+        values.update(value for (value,) in db.execute(statement, step))
+    return values
+
+
+def _sort_values(values: Sequence[tuple[Any, int]], more: bool = False) -> list[ValueCount]:
+    """Return the most frequent values."""
+    known = [
+        (decode_name(value) if isinstance(value, bytes) else value, count)
+        for value, count in values
+        if value is not None
+    ]
+    known.sort(key=lambda each: (-each[1], each[0]))
+    return [ValueCount(value, count, more) for value, count in known[:MAX_VALUES]]
+
+
+def job_statistics(
+    db: sqlite3.Connection,
+    since: float,
+    until: float,
+    step: float,
+    states: frozenset[State] = frozenset(),
+    *,
+    owners: Sequence[str] | None = None,
+    permits: Permits | None = None,
+    subject_bytes: int = 0,
+) -> JobStatistics:
+    """Return how many jobs were submitted, and ended in each way, in each step of a time.
+
+    With `states`, only ends of these states are counted. `owners` and `permits` are as for `find_jobs`.
+    """
+    count = max(0, -int(-(until - since) // step))
+    numbers: list[Counter[str]] = [Counter() for _ in range(count)]
+    is_complete = True
+    parameters: dict[str, Any] = {"since": since, "until": until, "step": step}
+    condition = "TRUE"
+    if owners is not None:
+        names = {f"owner{number}": owner for number, owner in enumerate(owners)}
+        condition = f"owner IN ({', '.join(':' + name for name in names)})"
+        parameters |= {name: owner.encode("utf-8", "surrogatepass") for name, owner in names.items()}
+    with _snapshot(db):
+        for column, value in (("submitted", "'submitted'"), ("ended", "state")):
+            span = Span(since, until)
+            if permits is not None:
+                wanted = JobFilter(submitted=span) if column == "submitted" else JobFilter(ended=span)
+                walk = _Walk(db, plan(wanted, owners), True, 0, MAX_INTEGER, EXAMINED)
+                seqs, place = _find_permitted(db, walk, EXAMINED, permits, subject_bytes)
+                is_complete = is_complete and place is None
+                counted = _count_values_of(
+                    db, seqs, f"CAST(({column} - {since!r}) / {step!r} AS INTEGER) || ' ' || {value}"
+                )
+                for key, jobs in counted.items():
+                    index, _, name = key.partition(" ")
+                    if name == "submitted" or not states or name in states:
+                        numbers[min(int(index), count - 1)][name] += jobs
+                continue
+            statement = (
+                f"SELECT CAST(({column} - :since) / :step AS INTEGER), {value}, count(*) FROM jobs "
+                f"WHERE {column} >= :since AND {column} < :until AND {condition} GROUP BY 1, 2"
+            )
+            for index, name, jobs in db.execute(statement, parameters):
+                if name == "submitted" or not states or name in states:
+                    numbers[min(index, count - 1)][name] += jobs
+    buckets = [Bucket(since + index * step, **dict(of_bucket)) for index, of_bucket in enumerate(numbers)]
+    return JobStatistics(step, buckets, is_complete)
+
+
+def _submitted(db: sqlite3.Connection, seq: int) -> float | None:
+    for (submitted,) in db.execute("SELECT submitted FROM jobs WHERE seq = ?", (seq,)):
+        return float(submitted)
+    return None
+
+
+def _read_subjects(db: sqlite3.Connection, seqs: Sequence[int], max_bytes: int) -> dict[int, Subject]:
+    statement = QUERIES["get_subjects"].replace(":seqs", _marks(seqs))
+    subjects: dict[int, Subject] = {}
+    for seq, owner, host, procedure, arguments, length, queue, is_refused in db.execute(statement, seqs).fetchall():
+        if arguments is None:
+            arguments = _read_start(db, "arguments", seq, min(length, max_bytes))
+        names = decode_owner(owner), decode_name(host), decode_name(procedure)
+        queue_name = None if queue is None else Raw(queue)
+        subjects[seq] = Subject(*names, Raw(arguments[:max_bytes]), queue_name, bool(is_refused))
+    return subjects
+
+
+def _read_summaries(db: sqlite3.Connection, seqs: Sequence[int], subject_bytes: int | None) -> list[JobSummary]:
+    """Return the summaries of jobs in the order of their sequence numbers `seqs`."""
+    found: dict[int, JobSummary] = {}
+    for start in range(0, len(seqs), _STEP):
+        step = seqs[start : start + _STEP]
+        subjects = {} if subject_bytes is None else _read_subjects(db, step, subject_bytes)
+        statement = QUERIES["get_summaries"].replace(":seqs", _marks(step))
+        for row in db.execute(statement, step).fetchall():
+            found[row[0]] = _decode_summary(db, row, subjects.get(row[0]))
+    return [found[seq] for seq in seqs if seq in found]
+
+
+def _decode_summary(db: sqlite3.Connection, row: Sequence[Any], subject: Subject | None) -> JobSummary:
+    seq, job_id, state, host, procedure, queue_id, queue, owner, submitted, started, ended, records, *others = row
+    end_type, end_message, stop, holds_slot, arguments, info, rerun_of = others
+    if arguments is None:
+        arguments = _read_start(db, "arguments", seq, _PREVIEW_BYTES)
+    if info is None:
+        info = _read_start(db, "info", seq, _PREVIEW_BYTES)
+    return JobSummary(
+        seq=seq,
+        id=job_id,
+        state=State(state),
+        host=decode_name(host),
+        procedure=decode_name(procedure),
+        queue_id=queue_id,
+        queue=None if queue is None else Raw(queue),
+        owner=decode_owner(owner),
+        submitted=submitted,
+        started=started,
+        ended=ended,
+        records=records,
+        end_type=None if end_type is None else decode_name(end_type),
+        end_message=None if end_message is None else decode_name(end_message),
+        stop=None if stop is None else StopState(stop),
+        holds_slot=bool(holds_slot),
+        arguments_preview=_preview(arguments),
+        info_preview=_preview(info),
+        rerun_of=rerun_of,
+        subject=subject,
+    )
+
+
+def _preview(text: bytes) -> str:
+    return text[:_PREVIEW_BYTES].decode("utf-8", "ignore")[:PREVIEW_LENGTH]
+
+
+def _read_start(db: sqlite3.Connection, column: str, seq: int, size: int) -> bytes:
+    """Return the beginning of a long payload, without reading the whole of it."""
+    with db.blobopen("calls", column, seq, readonly=True) as blob:
+        return blob.read(size)
+
+
+def _marks(seqs: Sequence[int]) -> str:
+    return ", ".join("?" * len(seqs))
