@@ -1,6 +1,6 @@
-"""Cursors: where a list goes on, in a form that its clients cannot read or change.
+"""Cursors: the place at which a list continues, in a form that its clients cannot read or change.
 
-A place in a list is a sequence number, which tells how many jobs there are, also to a client that may list a few of
+This place is a sequence number, which tells how many jobs there are, also to a client that may list a few of
 them. So a cursor is encrypted, and belongs to one list: its filter and its order.
 """
 

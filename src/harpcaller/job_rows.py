@@ -1,4 +1,4 @@
-"""The form of a job in lists, for all APIs. Spec: docs/protocol.md, Lists of jobs."""
+"""The form of a job in lists, for all APIs. Spec: docs/job-filters.md."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 A filter has the same words everywhere: as the parameters of a query (`parse_filter`), and as one text for people
 (`parse_search`), in which words without a key are searched for in several places. `JobFilter.normal_form` is the text
-of a filter. Spec: docs/protocol.md, Filters of jobs.
+of a filter. Spec: docs/job-filters.md.
 """
 
 from __future__ import annotations

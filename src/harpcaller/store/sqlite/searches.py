@@ -53,7 +53,7 @@ class Found:
     """The jobs that a search has found, and how far it went."""
 
     summaries: list[JobSummary]
-    next: int | None  # sequence number after which the search goes on
+    next: int | None  # sequence number after which the search continues
     complete: bool  # whether there are no further entries
     examined: int
     searched_to: float | None  # submission time of the last entry
@@ -158,7 +158,7 @@ class _Walk:
 def _find_permitted(
     db: sqlite3.Connection, walk: _Walk, limit: int, permits: Permits, subject_bytes: int
 ) -> tuple[list[int], int | None]:
-    """Return at most `limit` jobs of a walk that are permitted, and where to go on."""
+    """Return at most `limit` jobs of a walk that are permitted, and where to continue."""
     permitted: list[int] = []
     seqs = walk.find(-1)
     room = _STEP_BYTES
