@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from harpcaller.model.jobs import TRANSITIONS
-from support import log_events
+from support import error_types, log_events
 from support.line_references import references, wrong_references
 
 ROOT = Path(__file__).parents[2]
@@ -195,3 +195,10 @@ def test_texts_have_no_banned_phrase() -> None:
 
 def test_glossary_other_words_belong_to_its_terms() -> None:
     assert set(OTHER_WORDS) <= {*glossary(), "max_calls_per_process"}
+
+
+def test_console_explains_each_error_type_of_the_protocol() -> None:
+    types = error_types.read_error_types()
+    assert {"timeout", "host_lost", "call_died", "invalid_argument_list"} <= types.keys()
+    assert all(cause and cure for entries in types.values() for cause, cure in entries)
+    assert error_types.MODULE.read_text() == error_types.make_module(), "run tests/support/error_types.py"

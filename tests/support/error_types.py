@@ -1,0 +1,52 @@
+"""The error types with cause and cure, as the console shows them: from the tables of docs/protocol.md.
+
+`python tests/support/error_types.py` writes the console's module anew. A test compares the two.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+MODULE = ROOT / "src" / "harpcaller" / "http" / "static" / "errors.mjs"
+
+#: What a cause says about the table of harpd, which the console shows beside it.
+_REFERENCE = ". Also harpd's own, see below"
+_HEAD = """\
+// The error types: what causes each, and what to do. Written from the tables of docs/protocol.md by
+// tests/support/error_types.py; do not edit. A type of both daemons has two entries.
+
+export const ERRORS = {
+"""
+
+
+def read_error_types() -> dict[str, list[tuple[str, str]]]:
+    """Return the causes and cures of each type that can end a job, as plain text."""
+    page = (ROOT / "docs" / "protocol.md").read_text()
+    found: dict[str, list[tuple[str, str]]] = {}
+    above = ""  # the cure of the row above, which "the same" means
+    for heading in ("From the dispatcher", "From harpd", "From legacy programs"):
+        section = page.partition(f"\n### {heading}\n")[2].partition("\n##")[0]
+        for name, rest, cause, cure in re.findall(
+            r"^\| `(\w+)`([^|]*)\|(?:[^|]*\|)??([^|]*)\|([^|]*)\|$", section, re.MULTILINE
+        ):
+            detail = f"{_plain(rest)}: " if rest.strip() else ""
+            above = re.sub("^the same", lambda _, above=above: above, _plain(cure)) or "see the message"
+            found.setdefault(name, []).append((detail + _plain(cause).replace(_REFERENCE, ""), above))
+    return found
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text).replace("`", "").strip()
+
+
+def make_module() -> str:
+    """Return the text of the console's module."""
+    lines = [f"  {name}: {json.dumps(entries)},\n" for name, entries in sorted(read_error_types().items())]
+    return _HEAD + "".join(lines) + "};\n"
+
+
+if __name__ == "__main__":
+    MODULE.write_text(make_module())
