@@ -20,6 +20,7 @@ from harp import _distributions
 TYPE_CHECKING = False  # not from `typing`: the zygote imports this package, too, and stays small without it
 if TYPE_CHECKING:
     from harp import aio as aio
+    from harp._core.lists import HostSummary, JobCounts, JobSummary, QueueSummary, ValueCount
     from harp._core.values import CALL_CANCELLED, CALL_NOT_FINISHED, Call, Result, Secret
     from harp._net.sync import JSONConnection, JSONSSLConnection
     from harp.client import HarpCaller, RemoteCall, RemoteProcedure, RemoteServer
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
         CancelledException,
         CommunicationError,
         HarpException,
+        NotSupported,
         RateLimited,
         RemoteError,
         RemoteException,
@@ -51,8 +53,13 @@ __all__ = [
     "HarpProcedure",
     "HarpServer",
     "HarpStreamIterator",
+    "HostSummary",
     "JSONConnection",
     "JSONSSLConnection",
+    "JobCounts",
+    "JobSummary",
+    "NotSupported",
+    "QueueSummary",
     "RateLimited",
     "RemoteCall",
     "RemoteError",
@@ -62,11 +69,12 @@ __all__ = [
     "RequestRefused",
     "Result",
     "Secret",
+    "ValueCount",
 ]
 
 
 #: The modules of the names; modules that load faster are first.
-_HOMES = ("harp.errors", "harp._core.values", "harp._net.sync", "harp.client", "harp.direct")
+_HOMES = ("harp.errors", "harp._core.values", "harp._core.lists", "harp._net.sync", "harp.client", "harp.direct")
 
 
 if not TYPE_CHECKING:  # a type checker uses the imports above, and rejects other names

@@ -13,10 +13,20 @@ from collections.abc import AsyncIterable
 from typing import Any
 
 from harp._core.harpd import DirectProcedureBase, DirectServerBase
-from harp._core.operations import CallerBase, JobBase, ProcedureBase, ServerBase
+from harp._core.lists import HostSummary, JobSummary, QueueSummary
+from harp._core.operations import CallerBase, JobBase, ProcedureBase, ServerBase, list_request
 from harp._core.streams import StreamReader
-from harp._net.aio import AsyncIteration, AsyncJSONConnection, AsyncJSONSSLConnection, AsyncPeer, AsyncStream, method
+from harp._net.aio import (
+    AsyncIteration,
+    AsyncJSONConnection,
+    AsyncJSONSSLConnection,
+    AsyncListIterator,
+    AsyncPeer,
+    AsyncStream,
+    method,
+)
 from harp._net.sockets import dispatcher_context
+from harp.protocol.dispatcher import ListHosts, ListJobs, ListQueues
 
 __all__ = [
     "AsyncHarpCaller",
@@ -79,6 +89,26 @@ class AsyncHarpCaller(AsyncPeer, CallerBase[AsyncJSONConnection, AsyncRemoteServ
 
     submit_many = method(CallerBase._submit_many)
     request = method(CallerBase._send_plain)
+    count_jobs = method(CallerBase._count_jobs)
+
+    def jobs(
+        self, filter: str = "", *, oldest_first: bool = False, limit: int | None = None, cursor: str | None = None
+    ) -> AsyncListIterator[JobSummary]:
+        """See `harp.HarpCaller.jobs`."""
+        request = list_request(ListJobs, filter, limit, cursor, oldest_first=bool(oldest_first))
+        return AsyncListIterator(self, request, limit)
+
+    def hosts(
+        self, text: str = "", *, limit: int | None = None, cursor: str | None = None
+    ) -> AsyncListIterator[HostSummary]:
+        """See `harp.HarpCaller.hosts`."""
+        return AsyncListIterator(self, list_request(ListHosts, text, limit, cursor), limit)
+
+    def queues(
+        self, text: str = "", *, limit: int | None = None, cursor: str | None = None
+    ) -> AsyncListIterator[QueueSummary]:
+        """See `harp.HarpCaller.queues`."""
+        return AsyncListIterator(self, list_request(ListQueues, text, limit, cursor), limit)
 
     connect = method(CallerBase._connect)
     _make_context = staticmethod(dispatcher_context)

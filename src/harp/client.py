@@ -7,10 +7,12 @@ of `harp._core.operations`, which has their docstrings.
 
 from __future__ import annotations
 
-from harp._core.operations import CallerBase, JobBase, ProcedureBase, ServerBase
+from harp._core.lists import HostSummary, JobSummary, QueueSummary
+from harp._core.operations import CallerBase, JobBase, ProcedureBase, ServerBase, list_request
 from harp._core.streams import StreamReader
 from harp._net.sockets import dispatcher_context
-from harp._net.sync import JSONConnection, Stream, SyncPeer, method
+from harp._net.sync import JSONConnection, ListIterator, Stream, SyncPeer, method
+from harp.protocol.dispatcher import ListHosts, ListJobs, ListQueues
 
 __all__ = ["HarpCaller", "RemoteCall", "RemoteProcedure", "RemoteServer"]
 
@@ -89,6 +91,41 @@ class HarpCaller(SyncPeer, CallerBase[JSONConnection, RemoteServer, RemoteCall])
 
     submit_many = method(CallerBase._submit_many)
     request = method(CallerBase._send_plain)
+    count_jobs = method(CallerBase._count_jobs)
+
+    def jobs(
+        self, filter: str = "", *, oldest_first: bool = False, limit: int | None = None, cursor: str | None = None
+    ) -> ListIterator[JobSummary]:
+        """Return an iterator over the jobs that match a filter, the newest first; ``""`` matches every job.
+
+        `filter` is text in the search language, such as ``"state:bad host:web*"``. At most `limit` jobs are returned;
+        None: all. Pages are requested as they are needed. `cursor`, that of an earlier iterator with the same filter
+        and order, continues its list. The iterator has `all`, `close` and `cursor`.
+
+        Raises `HarpException` if an argument is invalid. Iterating also does if the dispatcher rejects the filter or
+        the cursor; `AccessDenied` if the client may not list jobs; `NotSupported` if the dispatcher is too old; and
+        another `CommunicationError` if there was no valid reply. Spec: docs/client-api.md, Lists.
+        """
+        request = list_request(ListJobs, filter, limit, cursor, oldest_first=bool(oldest_first))
+        return ListIterator(self, request, limit)
+
+    def hosts(
+        self, text: str = "", *, limit: int | None = None, cursor: str | None = None
+    ) -> ListIterator[HostSummary]:
+        """Return an iterator over the hosts with this text in their name; arguments and errors are as of `jobs`.
+
+        Spec: docs/client-api.md, Lists.
+        """
+        return ListIterator(self, list_request(ListHosts, text, limit, cursor), limit)
+
+    def queues(
+        self, text: str = "", *, limit: int | None = None, cursor: str | None = None
+    ) -> ListIterator[QueueSummary]:
+        """Return an iterator over the queues with this text in their name; arguments and errors are as of `jobs`.
+
+        Spec: docs/client-api.md, Lists.
+        """
+        return ListIterator(self, list_request(ListQueues, text, limit, cursor), limit)
 
     connect = method(CallerBase._connect)
     _make_context = staticmethod(dispatcher_context)

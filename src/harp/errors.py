@@ -10,6 +10,7 @@ __all__ = [
     "CancelledException",
     "CommunicationError",
     "HarpException",
+    "NotSupported",
     "RateLimited",
     "RemoteError",
     "RemoteException",
@@ -23,6 +24,10 @@ class HarpException(Exception):
 
 class CommunicationError(HarpException):
     """The peer cannot be reached, closed too early or violated the protocol. Spec: docs/client-api.md, Exceptions."""
+
+
+class NotSupported(CommunicationError):
+    """The dispatcher is too old for the request, or probably is. Spec: docs/client-api.md, Exceptions."""
 
 
 class CancelledException(HarpException):

@@ -444,6 +444,7 @@ class ActingAs:
         not list are not counted in `examined`. Raises `InvalidCursor` for a cursor of another list.
         """
         owners, permits, _ = self._list_rights()
+        await self._record_list("jobs", wanted.normal_form())
         if owners == ():
             return JobPage((), None, True, 0, None)
         rights = owners, permits, self._is_restricted
@@ -468,6 +469,7 @@ class ActingAs:
         all other parts of the filter, up to `most` jobs.
         """
         rights = self._list_rights()
+        await self._record_list("counts", wanted.normal_form())
         return await self._dispatcher.count_jobs(wanted, by, most, *rights)
 
     async def job_statistics(
@@ -476,6 +478,11 @@ class ActingAs:
         """Return how many of the jobs that the client may list were submitted, and ended, in each step of a time."""
         rights = self._list_rights()
         return await self._dispatcher.job_statistics(since, until, step, states, *rights)
+
+    async def _record_list(self, target: str, wanted: str) -> None:
+        """Record that the client reads a list, if reads are recorded."""
+        if self._records_reads:
+            await self._dispatcher.audit.record(self._client, "list", ALLOWED, target=target, filter=wanted or None)
 
     def _list_rights(self) -> tuple[tuple[str, ...] | None, Callable[[Subject], bool] | None, Hashable]:
         """Return of which owners the client may list jobs, what decides about each, and a key for equal rights.

@@ -14,14 +14,22 @@ from harp.protocol.dispatcher import (
     Call,
     Cancel,
     Continue,
+    CountJobs,
     Details,
     FollowStream,
     GetDetails,
     GetResult,
     GetStatus,
+    HostsListed,
+    JobsCounted,
+    JobsListed,
+    ListHosts,
+    ListJobs,
+    ListQueues,
     NoResult,
     Packet,
     Queue,
+    QueuesListed,
     ReadStream,
     Refused,
     Reply,
@@ -67,6 +75,17 @@ REQUESTS: list[tuple[str, Request]] = [
     (f'{{"harpcaller":1,"get_details":"{JOB}"}}', GetDetails(JOB)),
     (f'{{"harpcaller":1,"follow_stream":"{JOB}","timed":true}}', FollowStream(JOB, timed=True)),
     (f'{{"harpcaller":1,"read_stream":"{JOB}","since":2,"timed":true}}', ReadStream(JOB, since=2, timed=True)),
+    ('{"harpcaller":1,"list_jobs":""}', ListJobs("")),
+    (
+        '{"harpcaller":1,"list_jobs":"state:bad","oldest_first":true,"limit":500,"cursor":"c"}',
+        ListJobs("state:bad", oldest_first=True, limit=500, cursor="c"),
+    ),
+    (
+        '{"harpcaller":1,"count_jobs":"web","by":["state","host"],"most":10}',
+        CountJobs("web", ["state", "host"], most=10),
+    ),
+    ('{"harpcaller":1,"list_hosts":"web","limit":2}', ListHosts("web", limit=2)),
+    ('{"harpcaller":1,"list_queues":"","cursor":"c"}', ListQueues("", cursor="c")),
 ]
 
 CALL = Call("h", "p", [])
@@ -101,6 +120,16 @@ REPLIES: list[tuple[str, Request, Reply]] = [
     ),
     ('{"details":{"job":"x","why":"it waits"}}', GetDetails(JOB), Details({"job": "x", "why": "it waits"})),
     ('{"packet":0,"time":1700000000.25,"data":"x"}', TIMED, Packet(0, "x", 1700000000.25)),
+    (
+        '{"jobs":[{"job":"x"}],"next":"c","examined":10000,"searched_to":1700000000.25}',
+        ListJobs("web"),
+        JobsListed([{"job": "x"}], "c", 10000, 1700000000.25),
+    ),
+    ('{"jobs":[],"next":null,"examined":0,"searched_to":null}', ListJobs(""), JobsListed([])),
+    ('{"counts":{"by":{}}}', CountJobs("", ["state"]), JobsCounted({"by": {}})),
+    ('{"hosts":[{"name":"web01"}],"next":null}', ListHosts(""), HostsListed([{"name": "web01"}])),
+    ('{"queues":[],"next":"c"}', ListQueues(""), QueuesListed([], "c")),
+    ('{"error":{"type":"invalid_filter","message":"m"}}', ListJobs("x:"), Refused("invalid_filter", "m")),
 ]
 
 
@@ -263,6 +292,19 @@ BAD_REQUESTS = [
         '{"harpcaller":1,"submit_many":[{"harpcaller":1,"host":"h","procedure":"p","arguments":[]}]}',
         r"submit_many\[0\]: unknown key harpcaller",
     ),
+    ('{"harpcaller":1,"list_jobs":null}', "list_jobs: expected a string, got null"),
+    ('{"harpcaller":1,"list_jobs":"%s"}' % ("x" * 4097), "list_jobs: expected a text of at most 4096 characters"),
+    ('{"harpcaller":1,"list_jobs":"","limit":0}', "limit: expected an integer from 1 to 500, got 0"),
+    ('{"harpcaller":1,"list_jobs":"","limit":501}', "limit: expected an integer from 1 to 500, got 501"),
+    ('{"harpcaller":1,"list_jobs":"","limit":true}', "limit: expected an integer from 1 to 500, got True"),
+    ('{"harpcaller":1,"list_jobs":"","cursor":"%s"}' % ("c" * 1025), "cursor: expected a text of at most 1024"),
+    ('{"harpcaller":1,"list_jobs":"","since":1}', "unknown key since"),
+    ('{"harpcaller":1,"count_jobs":""}', "by: missing"),
+    ('{"harpcaller":1,"count_jobs":"","by":[]}', "by: expected an array of some of state, host"),
+    ('{"harpcaller":1,"count_jobs":"","by":["state","state"]}', "by: expected an array of some of"),
+    ('{"harpcaller":1,"count_jobs":"","by":["password"]}', "by: expected an array of some of"),
+    ('{"harpcaller":1,"count_jobs":"","by":["state"],"most":10001}', "most: expected an integer from 1 to 10000"),
+    ('{"harpcaller":1,"list_hosts":"","oldest_first":true}', "unknown key oldest_first"),
     ("GET / HTTP/1.1", "Expecting value"),
 ]
 
@@ -335,6 +377,10 @@ BAD_REPLIES: list[tuple[str, Request, str]] = [
     ('{"cancelled":1}', Cancel(JOB, wait=True), "cancelled: expected true or false"),
     ('{"details":"much"}', GetDetails(JOB), "details: expected an object"),
     ('{"details":null}', GetDetails(JOB), "details: expected an object"),
+    ('{"jobs":{},"next":null}', ListJobs(""), "jobs: expected an array"),
+    ('{"jobs":[],"next":1}', ListJobs(""), "next: expected a string"),
+    ('{"jobs":[],"next":null}', ListHosts(""), "a reply with 'jobs' does not answer this request"),
+    ('{"counts":[]}', CountJobs("", ["state"]), "counts: expected an object"),
     ('{"details":{}}', GetStatus(JOB), "a reply with 'details' does not answer this request"),
 ]
 

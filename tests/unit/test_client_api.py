@@ -20,7 +20,7 @@ from harp import aio
 JOB = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
 
 #: Every class and method of the page, with its parameters; without `self`. The parameters after ``*`` are additions
-#: to the published interface, and so are `HarpCaller.submit_many`,
+#: to the published interface, and so are `HarpCaller.submit_many`, the methods for lists,
 #: `Call`, `RemoteCall.details` and `RemoteCall.why`.
 SIGNATURES = {
     "HarpCaller": (
@@ -34,6 +34,10 @@ SIGNATURES = {
     "HarpCaller.job": "(job_id)",
     "HarpCaller.request": "(req)",
     "HarpCaller.submit_many": "(calls)",
+    "HarpCaller.jobs": "(filter='', *, oldest_first=False, limit=None, cursor=None)",
+    "HarpCaller.hosts": "(text='', *, limit=None, cursor=None)",
+    "HarpCaller.queues": "(text='', *, limit=None, cursor=None)",
+    "HarpCaller.count_jobs": "(filter='', by='state', *, most=10000)",
     "Call": (
         "(host, procedure, arguments=(), *, queue=None, concurrency=None, timeout=None, max_exec_time=None, "
         "info=None, start_within=None, request_id=None)"
@@ -138,6 +142,12 @@ def test_dunder_all_lists_exactly_the_documented_names() -> None:
         "CancelledException",
         "CommunicationError",
         "HarpException",
+        "HostSummary",
+        "JobCounts",
+        "JobSummary",
+        "NotSupported",
+        "QueueSummary",
+        "ValueCount",
     }
     assert all(getattr(harp, name) is not None for name in harp.__all__)
     assert set(harp.__all__) <= set(dir(harp))
@@ -168,7 +178,18 @@ def test_async_class_has_all_public_methods() -> None:
     assert set(aio.__all__) == {f"Async{name.partition('.')[0]}" for name in TWINS}
 
 
-PLAIN = {"id", "follow", "stream", "job", "HarpCaller.host", "RemoteProcedure.host", "RemoteProcedure.procedure"}
+PLAIN = {
+    "id",
+    "follow",
+    "stream",
+    "job",
+    "jobs",
+    "hosts",
+    "queues",
+    "HarpCaller.host",
+    "RemoteProcedure.host",
+    "RemoteProcedure.procedure",
+}
 
 
 def test_async_method_that_sends_is_a_coroutine() -> None:
@@ -185,6 +206,7 @@ def test_exceptions_derive_from_harp_exception() -> None:
     for name in ("CommunicationError", "CancelledException", "RemoteException", "RemoteError"):
         assert issubclass(getattr(harp, name), harp.HarpException)
     assert issubclass(harp.RequestRefused, harp.CommunicationError)
+    assert issubclass(harp.NotSupported, harp.CommunicationError)
     assert not issubclass(harp.RequestRefused, harp.RemoteError)
     error = harp.RemoteError("timeout", "reading the result", {"seconds": 5})
     assert (error.type, error.message, error.data) == ("timeout", "reading the result", {"seconds": 5})

@@ -12,7 +12,7 @@ would treat the close as an interruption, so it has the key only after a grant.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Generic, Self, TypeVar, Unpack
@@ -32,6 +32,7 @@ from harp._core.connections import (
     mark_ambiguous,
     parse_tls,
 )
+from harp._core.lists import JobCounts, explain_refusal, parse_counts, parse_items
 from harp._core.retry import ReconnectPolicy, closed_without_reply, parse_reconnect, unsupported_by_peer
 from harp._core.streams import StreamReader, StreamRequest
 from harp._core.values import Call, JobOptions, Secret, refusal_of
@@ -42,6 +43,7 @@ from harp.protocol.dispatcher import (
     Cancel,
     FollowStream,
     GetResult,
+    ListRequest,
     ReadStream,
     Refused,
     Request,
@@ -49,13 +51,14 @@ from harp.protocol.dispatcher import (
 )
 from harp.protocol.ends import End
 from harp.protocol.json_text import MAX_LINE_DEPTH, loads
-from harp.protocol.schema import check, is_seconds
+from harp.protocol.schema import check, is_count, is_seconds
 
 C = TypeVar("C", bound=Connection)
 S = TypeVar("S", bound="ServerBase[Any]")
 P = TypeVar("P", bound="ProcedureBase[Any]")
 J = TypeVar("J", bound="JobBase[Any]")
 R = TypeVar("R")
+T = TypeVar("T")
 
 #: Seconds until a dispatcher that has not granted keep-alive is asked again.
 _ASK_AGAIN = 300.0
@@ -168,6 +171,21 @@ class CallerBase(Peer[C], Generic[C, S, J]):
                 error.add_note(f"calls[0] to calls[{len(job_ids) - 1}] were submitted, as {job_ids[0]} and later jobs")
             raise
         return [self.job(job_id) for job_id in job_ids]
+
+    def _count_jobs(
+        self, filter: str = "", by: str | Sequence[str] = "state", *, most: int = protocol.MAX_COUNTED
+    ) -> Steps[JobCounts]:
+        """Return the numbers of jobs that match a filter, by ``state``, ``host`` or other keys, at most `most` each.
+
+        Raises `HarpException` if an argument is invalid, `AccessDenied` if the client may not list jobs, and
+        `NotSupported` if the dispatcher is too old. Spec: docs/client-api.md, Lists.
+        """
+        request = _valid(lambda: protocol.CountJobs(filter, (by,) if isinstance(by, str) else tuple(by), most))
+        try:
+            counts: JobCounts = yield from self._request(request, "counts of jobs")
+        except HarpException as error:
+            raise explain_refusal(error, "counts of jobs") from error.__cause__
+        return counts
 
     def _send_plain(self, req: dict[str, Any]) -> Steps[dict[str, Any]]:
         """Send a request that you compose yourself and return the reply; the first line if there are several.
@@ -404,7 +422,28 @@ def _parse_reply(request: Request, line: bytes) -> Any:
             check(isinstance(details.get("why"), str), "details.why: expected a string")
         case protocol.WasCancelled(_, dict(stop)):
             check(isinstance(stop.get("state"), str), "stop.state: expected a string")
+        case protocol.JobsListed() | protocol.HostsListed() | protocol.QueuesListed():
+            return parse_items(reply)
+        case protocol.JobsCounted():
+            return parse_counts(reply)
     return reply
+
+
+def list_request(
+    kind: Callable[..., ListRequest], text: str, limit: int | None, cursor: str | None, **options: bool
+) -> ListRequest:
+    """Return the first request of a list. Raise `HarpException` if an argument is invalid."""
+    if limit is not None and not is_count(limit):
+        raise HarpException(f"limit: expected an integer of at least 0, got {limit!r}")
+    return _valid(lambda: kind(text, cursor=cursor, **options))
+
+
+def _valid(make: Callable[[], T]) -> T:
+    """Return a request. Raise `HarpException` if one of its values is invalid."""
+    try:
+        return make()
+    except ValueError as error:
+        raise HarpException(str(error)) from error
 
 
 class ServerBase(Generic[P]):

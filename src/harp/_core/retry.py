@@ -12,7 +12,14 @@ import math
 import random
 from collections.abc import Callable
 
-from harp.errors import AccessDenied, AuthenticationFailed, CommunicationError, HarpException, RequestRefused
+from harp.errors import (
+    AccessDenied,
+    AuthenticationFailed,
+    CommunicationError,
+    HarpException,
+    NotSupported,
+    RequestRefused,
+)
 
 #: Seconds before the first attempt; each further pause is twice as long, up to the longest.
 _FIRST_PAUSE = 0.1
@@ -42,9 +49,9 @@ def _is_late(error: HarpException) -> bool:
     return isinstance(error.__cause__, TimeoutError) and not error.__cause__.errno
 
 
-def unsupported_by_peer(error: CommunicationError, feature: str) -> CommunicationError:
+def unsupported_by_peer(error: CommunicationError, feature: str) -> NotSupported:
     """Return the error for a feature that a legacy dispatcher lacks: it closes the connection without a reply."""
-    return CommunicationError(f"{error}; the dispatcher may be too old for {feature}")
+    return NotSupported(f"{error}; the dispatcher may be too old for {feature}")
 
 
 class ReconnectPolicy:

@@ -17,6 +17,7 @@ from functools import wraps
 from typing import Any, ParamSpec, Self, TypeVar
 
 from harp._core.connections import Peer, Steps
+from harp._core.lists import ListBase
 from harp._core.streams import StreamBase
 from harp._net.connecting import AddressInfo, find_connected, look_up
 from harp._net.sockets import FOREIGN_ERRORS, READ_BYTES, BufferedConnection, TLSConnection, Uncopyable
@@ -308,3 +309,28 @@ class AsyncStream(StreamBase[AsyncJSONConnection], AsyncIteration):
                     await waiting
         finally:
             self._waiting = None
+
+
+class AsyncListIterator(ListBase[T], _Closable, AsyncIterator[T]):
+    """See `harp._net.sync.ListIterator`."""
+
+    _next = method(ListBase._next_items)
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._reading = asyncio.Lock()
+
+    async def __anext__(self) -> T:
+        async with self._reading:
+            found: tuple[T, ...] = await self._next()
+        for item in found:
+            return item
+        raise StopAsyncIteration
+
+    async def all(self) -> list[T]:
+        """See `harp._net.sync.ListIterator.all`."""
+        return [item async for item in self]
+
+    async def close(self) -> None:
+        """See `harp._net.sync.ListIterator.close`."""
+        self._end()

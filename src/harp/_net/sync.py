@@ -13,6 +13,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, ParamSpec, Self, TypeVar
 
 from harp._core.connections import Peer, Steps
+from harp._core.lists import ListBase
 from harp._core.streams import StreamBase
 from harp._net.connecting import AddressInfo, find_connected, look_up
 from harp._net.sockets import FOREIGN_ERRORS, READ_BYTES, BufferedConnection, TLSConnection, Uncopyable
@@ -231,3 +232,28 @@ class Stream(StreamBase[JSONConnection], Iteration):
 
     def _sleep(self, seconds: float) -> None:
         self._ended.wait(seconds)
+
+
+class ListIterator(ListBase[T], _Closable, Iterator[T]):
+    """The items of a list of a dispatcher; see `harp.HarpCaller.jobs`. Any number of threads may share it."""
+
+    _next = method(ListBase._next_items)
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._reading = threading.Lock()
+
+    def __next__(self) -> T:
+        with self._reading:
+            found: tuple[T, ...] = self._next()
+        for item in found:
+            return item
+        raise StopIteration
+
+    def all(self) -> list[T]:
+        """Return all remaining items in one list. Spec: docs/client-api.md, Lists."""
+        return list(self)
+
+    def close(self) -> None:
+        """End the iteration early."""
+        self._end()

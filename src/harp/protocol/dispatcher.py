@@ -3,9 +3,10 @@
 Sans-IO: this module uses no socket. Each message is a frozen value that is validated when it is created. Any bytes
 give a message or a `ProtocolError`.
 
-Additions to version 1 are opt-in: a request is a `SubmitMany`, or has ``start_within``, ``request_id``, ``wait`` (of a
-cancel), ``timed``, ``auth`` or ``keep_alive``, only if its caller uses the feature. Only the replies to these requests
-have ``job_ids``, ``stop``, ``time``, ``refused``, ``retry_after`` or ``keep_alive``.
+Additions to version 1 are opt-in: a request is a `SubmitMany`, or one for a list, or has ``start_within``,
+``request_id``, ``wait`` (of a cancel), ``timed``, ``auth`` or ``keep_alive``, only if its caller uses the feature. Only
+the replies to these requests have ``job_ids``, ``jobs``, ``counts``, ``hosts``, ``queues``, ``stop``, ``time``,
+``refused``, ``retry_after`` or ``keep_alive``.
 
 Spec: docs/protocol.md, Client and dispatcher.
 """
@@ -13,7 +14,7 @@ Spec: docs/protocol.md, Client and dispatcher.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Annotated, Any, ClassVar, NamedTuple, TypeAlias
 
@@ -240,7 +241,86 @@ class ReadStream(_Stream):
     job: Annotated[str, "read_stream", _JOB_ID]
 
 
-Request: TypeAlias = Call | SubmitMany | Cancel | GetResult | GetStatus | GetDetails | FollowStream | ReadStream
+#: Maximum number of jobs, hosts or queues in one reply, and how many there are unless the request has a limit.
+MAX_LISTED, DEFAULT_LISTED = 500, 100
+#: Maximum number of counted jobs of each value.
+MAX_COUNTED = 10_000
+#: Maximum lengths of a filter and of a cursor in characters.
+MAX_FILTER, MAX_CURSOR = 4096, 1024
+#: What jobs can be counted by.
+COUNTED_BY = ("state", "host", "procedure", "queue", "owner", "end_type")
+
+
+def _is_text(most: int) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, str) and len(value) <= most
+
+
+def _is_from_1(most: int) -> Callable[[Any], bool]:
+    return lambda number: is_count(number) and 0 < number <= most
+
+
+def _are_counted_by(values: Any) -> bool:
+    return _are_strings(values) and 0 < len(values) == len(set(values)) and set(values) <= set(COUNTED_BY)
+
+
+_FILTER = Kind(_is_text(MAX_FILTER), f"a text of at most {MAX_FILTER} characters", is_text=True)
+_CURSOR = Kind(_is_text(MAX_CURSOR), f"a text of at most {MAX_CURSOR} characters", is_text=True)
+_LISTED = Kind(_is_from_1(MAX_LISTED), f"an integer from 1 to {MAX_LISTED}, got {{!r}}")
+_MOST = Kind(_is_from_1(MAX_COUNTED), f"an integer from 1 to {MAX_COUNTED}, got {{!r}}")
+_BY = Kind(_are_counted_by, f"an array of some of {', '.join(COUNTED_BY)}")
+
+
+class ListJobs(WireObject):
+    """List the jobs that match a filter in the search language, the newest first; ``""`` matches every job.
+
+    `cursor` continues the list after an earlier reply.
+    """
+
+    filter: Annotated[str, "list_jobs", _FILTER]
+    oldest_first: bool = False
+    limit: Annotated[int | None, _LISTED] = None
+    cursor: Annotated[str | None, _CURSOR] = None
+
+
+class CountJobs(WireObject):
+    """Count the jobs that match a filter by their states or other values, up to `most` of each value."""
+
+    filter: Annotated[str, "count_jobs", _FILTER]
+    by: Annotated[Sequence[str], _BY]
+    most: Annotated[int | None, _MOST] = None
+
+
+class ListHosts(WireObject):
+    """List the hosts of the registry by name; `text` is a part of the name, ``""`` any."""
+
+    text: Annotated[str, "list_hosts", _FILTER]
+    limit: Annotated[int | None, _LISTED] = None
+    cursor: Annotated[str | None, _CURSOR] = None
+
+
+class ListQueues(WireObject):
+    """List the queues that have jobs; `text` is a part of the name, ``""`` any."""
+
+    text: Annotated[str, "list_queues", _FILTER]
+    limit: Annotated[int | None, _LISTED] = None
+    cursor: Annotated[str | None, _CURSOR] = None
+
+
+ListRequest: TypeAlias = ListJobs | ListHosts | ListQueues
+Request: TypeAlias = (
+    Call
+    | SubmitMany
+    | Cancel
+    | GetResult
+    | GetStatus
+    | GetDetails
+    | FollowStream
+    | ReadStream
+    | ListJobs
+    | CountJobs
+    | ListHosts
+    | ListQueues
+)
 
 #: The requests, by the key that identifies each.
 _REQUESTS: Mapping[str, type[Request]] = {
@@ -252,6 +332,10 @@ _REQUESTS: Mapping[str, type[Request]] = {
     "get_details": GetDetails,
     "follow_stream": FollowStream,
     "read_stream": ReadStream,
+    "list_jobs": ListJobs,
+    "count_jobs": CountJobs,
+    "list_hosts": ListHosts,
+    "list_queues": ListQueues,
 }
 
 
@@ -367,6 +451,48 @@ class Packet(WireObject):
     time: Annotated[float | None, Kind(decode=_decode_time), Null.REJECTED] = None
 
 
+def _is_array(payload: Payload) -> bool:
+    return payload.startswith(b"[") if isinstance(payload, Raw) else isinstance(payload, (list, tuple))
+
+
+#: A payload that is an array.
+_ARRAY = Kind(_is_array, "an array", decode=decode_payload)
+_TIME = Kind(decode=_decode_time)
+
+
+class JobsListed(WireObject):
+    """Jobs of a list, as objects; docs/protocol.md lists their keys.
+
+    `next` is the cursor of the next request; None: the list is complete. It may have no job and a `next`: a request
+    examines a limited number of jobs, `examined`. `searched_to` is the time of submission of the last examined job.
+    """
+
+    jobs: Annotated[Payload, _ARRAY]
+    next: Annotated[str | None, _CURSOR, Null.SENT] = None
+    examined: Count = 0
+    searched_to: Annotated[float | None, _TIME, Null.SENT] = None
+
+
+class JobsCounted(WireObject):
+    """Numbers of jobs, an object; docs/protocol.md lists its keys."""
+
+    counts: ObjectPayload
+
+
+class HostsListed(WireObject):
+    """Hosts, as objects; docs/protocol.md lists their keys. `next` is the cursor of the next request."""
+
+    hosts: Annotated[Payload, _ARRAY]
+    next: Annotated[str | None, _CURSOR, Null.SENT] = None
+
+
+class QueuesListed(WireObject):
+    """Queues, as objects; docs/protocol.md lists their keys. `next` is the cursor of the next request."""
+
+    queues: Annotated[Payload, _ARRAY]
+    next: Annotated[str | None, _CURSOR, Null.SENT] = None
+
+
 class Continue(WireObject):
     """The last stored record was sent; the job still runs."""
 
@@ -396,7 +522,20 @@ class Refused(WireObject):
 
 
 Reply: TypeAlias = (
-    Submitted | SubmittedMany | WasCancelled | NoResult | Status | Details | Packet | Continue | Refused | End
+    Submitted
+    | SubmittedMany
+    | WasCancelled
+    | NoResult
+    | Status
+    | Details
+    | Packet
+    | Continue
+    | JobsListed
+    | JobsCounted
+    | HostsListed
+    | QueuesListed
+    | Refused
+    | End
 )
 
 #: The replies, by the key that identifies each. In the reply to a `Cancel`, ``cancelled`` is of `WasCancelled`.
@@ -410,6 +549,10 @@ _REPLIES: Mapping[str, type[Reply]] = {
     "details": Details,
     "packet": Packet,
     "continue": Continue,
+    "jobs": JobsListed,
+    "counts": JobsCounted,
+    "hosts": HostsListed,
+    "queues": QueuesListed,
 }
 
 _ENDS = frozenset({Returned, Raised, Failed, Cancelled})
@@ -424,6 +567,10 @@ MAY_FOLLOW: Mapping[type, frozenset[type]] = {
     GetDetails: frozenset({Details, Refused}),
     FollowStream: _ENDS | {Packet, Refused},
     ReadStream: _ENDS | {Packet, Continue, Refused},
+    ListJobs: frozenset({JobsListed, Refused}),
+    CountJobs: frozenset({JobsCounted, Refused}),
+    ListHosts: frozenset({HostsListed, Refused}),
+    ListQueues: frozenset({QueuesListed, Refused}),
 }
 
 

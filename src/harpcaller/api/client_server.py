@@ -26,11 +26,14 @@ from harpcaller.access.client import Client
 from harpcaller.access.identities import Identities, anonymous, certified
 from harpcaller.access.tokens import Token, parse_token
 from harpcaller.acting import ActingAs
+from harpcaller.api import listing
 from harpcaller.api.connection import UNSENT_BYTES, ClientDisconnected, Connection, Server
 from harpcaller.api.fast_decoder import decode_request
 from harpcaller.api.tls_connection import TLSConnection
 from harpcaller.config import Config
+from harpcaller.cursors import InvalidCursor
 from harpcaller.dispatcher import Dispatcher
+from harpcaller.model.job_filters import InvalidFilter
 from harpcaller.model.jobs import Job
 from harpcaller.notifier import RecordBatch
 from harpcaller.store import RequestIDReused, StorageError, UnknownJob
@@ -280,10 +283,18 @@ class ClientServer(Server):
                 reply = _status(await acting.get_job(job))
             case protocol.GetDetails(job):
                 reply = protocol.Details(await acting.details(job))
-        if isinstance(request, (protocol.GetResult, protocol.GetStatus, protocol.GetDetails)):
-            self._reply_if_room(connection, reply, request)
-        else:
+            case protocol.ListJobs():
+                reply = await listing.list_jobs(acting, request)
+            case protocol.CountJobs():
+                reply = await listing.count_jobs(acting, request)
+            case protocol.ListHosts():
+                reply = await listing.list_hosts(acting, request)
+            case protocol.ListQueues():
+                reply = await listing.list_queues(acting, request)
+        if isinstance(request, (protocol.SubmitMany, protocol.Cancel)):
             self._reply(connection, reply)
+        else:
+            self._reply_if_room(connection, reply, request)
 
     async def _wait_stopped(self, connection: Connection, job: str) -> Envelope | None:
         """Return the state of a job's stop when it is final; None if the job was not stopped."""
@@ -397,6 +408,10 @@ class ClientServer(Server):
             case RequestIDReused():
                 failure = protocol.Refused("request_id_reused", _shorten(str(error)))
                 log.info("request refused", extra={"client": client, "reason": failure.message})
+            case InvalidFilter():
+                failure = protocol.Refused("invalid_filter", _shorten(str(error)))
+            case InvalidCursor():
+                failure = protocol.Refused("invalid_cursor", _shorten(str(error)))
             case StorageError():
                 log.error("request failed: storage error", extra={"client": client, "reason": str(error)})
                 failure = protocol.Refused("storage_error", str(error))

@@ -1,0 +1,98 @@
+"""Replies to the requests for lists and counts. Spec: docs/protocol.md, Lists of jobs."""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from harp.protocol import dispatcher as protocol
+from harp.protocol.json_text import Envelope, Raw, dumps
+from harpcaller.acting import ActingAs
+from harpcaller.cursors import InvalidCursor
+from harpcaller.job_rows import encode_row
+from harpcaller.model.job_filters import parse_search
+from harpcaller.model.lanes import queue_lane
+
+T = TypeVar("T")
+
+
+async def list_jobs(acting: ActingAs, request: protocol.ListJobs) -> protocol.JobsListed:
+    """Return a page of the jobs that match. Raises `InvalidFilter`, `InvalidCursor`, `AccessDenied`."""
+    wanted = parse_search(request.filter, time.time())
+    limit = request.limit or protocol.DEFAULT_LISTED
+    page = await acting.find_jobs(wanted, not request.oldest_first, limit, request.cursor)
+    rows = []
+    for summary in page.summaries:
+        row = encode_row(summary, acting.rights(summary))
+        if summary.queue is not None:
+            # A number in the name may be one that the client cannot represent.
+            row["queue"] = Envelope(id=summary.queue_id, name=_text(summary.queue))
+        rows.append(row)
+    return protocol.JobsListed(_array(rows), page.next, page.examined, page.searched_to)
+
+
+async def count_jobs(acting: ActingAs, request: protocol.CountJobs) -> protocol.JobsCounted:
+    """Return numbers of the jobs that match. Raises `InvalidFilter`, `AccessDenied`."""
+    wanted = parse_search(request.filter, time.time())
+    counts = await acting.count_jobs(wanted, request.by, request.most or protocol.MAX_COUNTED)
+    by = {
+        key: [{"value": each.value, "count": each.count, "more": each.more} for each in found]
+        for key, found in counts.by.items()
+    }
+    return protocol.JobsCounted({"by": by, "exact": counts.exact, "at": counts.at})
+
+
+async def list_hosts(acting: ActingAs, request: protocol.ListHosts) -> protocol.HostsListed:
+    """Return a page of the hosts with a text in their name. Raises `InvalidCursor`, `AccessDenied`."""
+    text = request.text.lower()
+    hosts = sorted((host for host in acting.list_hosts() if text in host.hostname.lower()), key=lambda host: host[0])
+    page, following = _page(hosts, lambda host: host.hostname, request)
+    rows = [Envelope(name=host.hostname, address=host.address, port=host.port) for host in page]
+    return protocol.HostsListed(_array(rows), following)
+
+
+async def list_queues(acting: ActingAs, request: protocol.ListQueues) -> protocol.QueuesListed:
+    """Return a page of the queues with a text in their name. Raises `InvalidCursor`, `AccessDenied`."""
+    text = request.text.lower()
+    queues = {queue_lane(queue.name).removeprefix("queue:"): queue for queue in await acting.list_queues()}
+    found = sorted(key for key, queue in queues.items() if text in _text(queue.name).lower())
+    page, following = _page(found, str, request)
+    rows = []
+    for key in page:
+        queue = queues[key]
+        numbers = {"concurrency": queue.concurrency, "running": queue.running, "queued": queue.queued}
+        rows.append(Envelope(id=key, name=_text(queue.name), **numbers))
+    return protocol.QueuesListed(_array(rows), following)
+
+
+def _text(name: Raw) -> str:
+    return name.decode("utf-8", "replace")
+
+
+def _array(rows: Sequence[Envelope]) -> Raw:
+    return Raw(b"[%b]" % b",".join(map(dumps, rows)))
+
+
+def _page(
+    items: Sequence[T], key: Callable[[T], str], request: protocol.ListHosts | protocol.ListQueues
+) -> tuple[Sequence[T], str | None]:
+    """Return the items after the cursor, and the cursor of the next page. The items are in the order of their keys."""
+    limit = request.limit or protocol.DEFAULT_LISTED
+    if request.cursor is not None:
+        after = _decode_cursor(request.cursor)
+        items = [item for item in items if key(item) > after]
+    page = items[:limit]
+    return page, _encode_cursor(key(page[-1])) if len(items) > limit else None
+
+
+def _encode_cursor(key: str) -> str:
+    return base64.urlsafe_b64encode(key.encode("utf-8", "surrogatepass")).decode()
+
+
+def _decode_cursor(cursor: str) -> str:
+    try:
+        return base64.urlsafe_b64decode(cursor).decode("utf-8", "surrogatepass")
+    except ValueError as error:
+        raise InvalidCursor("expected a cursor of this list") from error
