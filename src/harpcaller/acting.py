@@ -45,7 +45,7 @@ from harpcaller.model.jobs import (
     Subject,
 )
 from harpcaller.record_stream import RecordStream
-from harpcaller.store import CannotRerun, LimitReached, QueueStatus, UnknownJob
+from harpcaller.store import CannotRerun, LimitReached, QueueStatus, RecordMatches, UnknownJob
 
 log = logging.getLogger(__name__)
 
@@ -321,6 +321,14 @@ class ActingAs:
         if first_read is None:
             watch()
         return stream
+
+    async def search_records(
+        self, job_id: str, text: str, fold: bool, first: int, until: int, limit: int, max_bytes: int
+    ) -> RecordMatches:
+        """Return records of a job that have a text, as `Dispatcher.search_records`; `get_job` was called before."""
+        if self._is_restricted:
+            await self._check(job_id, Action.READ)
+        return await self._dispatcher.search_records(job_id, text, fold, first, until, limit, max_bytes)
 
     async def cancel(self, job_id: str) -> bool:
         """Cancel a job; return False if it has ended, or is unknown to the client."""

@@ -109,6 +109,8 @@ class HTTPSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     #: Maximum number of connections of one address that have sent no valid request.
     connections_per_peer: Count = 100
     waits: Count = 500  #: Maximum number of requests that wait for a job.
+    streams: Count = 1_000  #: Maximum number of responses that follow records or events.
+    streams_per_client: Count = 20  #: Maximum number of them of one principal.
     console: bool = True  #: Whether the web console is served, too.
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ Leaving the context shuts the dispatcher down in this order:
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import sys
 import time
@@ -69,7 +70,7 @@ from harpcaller.runs.context import RunContext, StoreWrites, log_fields
 from harpcaller.runs.reconciliation import OrphanReaper
 from harpcaller.secret_arguments import SecretKeys, read_key_file
 from harpcaller.shared_answers import SharedAnswers
-from harpcaller.store import LimitReached, StorageError, UnknownJob
+from harpcaller.store import LimitReached, RecordMatches, StorageError, UnknownJob
 from harpcaller.store.disk_space import DiskSpace
 from harpcaller.store.sqlite import Store
 
@@ -129,6 +130,7 @@ class Dispatcher:
         self._requests: set[asyncio.Task[Any]] = set()
         self._answers = SharedAnswers()
         self._cursors: Cursors
+        self._search_lock = asyncio.Lock()
 
     async def __aenter__(self) -> Self:
         identity = await self.store.get_identity()
@@ -445,6 +447,19 @@ class Dispatcher:
         if wait and since is None and recent is None:
             recent = 0
         return RecordStream(job_id, since, recent, wait, self.store, self._notifier, on_ready, first_read)
+
+    async def search_records(
+        self, job_id: str, text: str, fold: bool, first: int, until: int, limit: int, max_bytes: int
+    ) -> RecordMatches:
+        """Return the records of a job from `first` to before `until` whose JSON has a text, as `Store.search_records`.
+
+        The text is looked for as it is, and as a part of a JSON string. One search is executed at a time, so that
+        searches do not occupy all reading threads.
+        """
+        spellings = text, dumps(text)[1:-1].decode(), json.dumps(text, ensure_ascii=False)[1:-1]
+        needles = dict.fromkeys(spelling.encode() for spelling in spellings)
+        async with self._search_lock:
+            return await self.store.search_records(job_id, list(needles), fold, first, until, limit, max_bytes)
 
     async def list_jobs(
         self,

@@ -22,12 +22,12 @@ Subscriber: TypeAlias = Callable[[bool], None]
 
 
 class RecordBatch:
-    """Consecutive records, at least one, numbered from `first`, with their encoded lines, which all followers share."""
+    """Consecutive records, at least one, numbered from `first`, with their encoded texts, which all followers share."""
 
     def __init__(self, first: int, records: Records) -> None:
         self.first = first
         self.records = records
-        self._lines: dict[bool, bytes] = {}
+        self._texts: dict[object, bytes] = {}
 
     @property
     def next(self) -> int:
@@ -45,11 +45,18 @@ class RecordBatch:
 
     def lines(self, timed: bool) -> bytes:
         """Return the lines for a follower; with `timed`, each has the time of its record."""
-        lines = self._lines.get(timed)
+        lines = self._texts.get(timed)
         if lines is None:
             timestamps = self.records.timestamps if timed else None
-            lines = self._lines[timed] = encode_packets(self.first, self.records.values, timestamps)
+            lines = self._texts[timed] = encode_packets(self.first, self.records.values, timestamps)
         return lines
+
+    def encode(self, encoder: Callable[[int, Records], bytes]) -> bytes:
+        """Return the text that `encoder` makes of the number of the first record and the records. It is called once."""
+        text = self._texts.get(encoder)
+        if text is None:
+            text = self._texts[encoder] = encoder(self.first, self.records)
+        return text
 
 
 class Subscription:

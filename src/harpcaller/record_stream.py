@@ -115,6 +115,26 @@ class RecordStream:
                 self.on_closed()
 
     @property
+    def is_read(self) -> bool:
+        """Whether it is known if the job exists, and if the client may read it: `error` says so."""
+        return self._job is not None or self._error is not None
+
+    @property
+    def error(self) -> BaseException | None:
+        """What `next_item` will raise."""
+        return self._error
+
+    @property
+    def next(self) -> int:
+        """The number of the record that is returned next."""
+        return self._next
+
+    @property
+    def final_count(self) -> int | None:
+        """The number of records of a job that had ended when it was read; None: it had not, or was not read."""
+        return self._job.records if self._job is not None and self._job.has_ended else None
+
+    @property
     def is_waiting(self) -> bool:
         """Whether it waits until the job has ended."""
         return self._wait

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from harpcaller.api.reply_memory import ReplyMemory, ReplyShare
+from harpcaller.reply_memory import ReplyMemory, ReplyShare
 
 KIB = 1024
 FREE = 64 * KIB

@@ -30,7 +30,7 @@ from harp_daemon.sockets import Listener
 from harp_daemon.timer_wheel import Timer, TimerWheel
 from harpcaller.access.client import Client
 from harpcaller.api.handshakes import HandshakeQueue
-from harpcaller.api.reply_memory import ReplyMemory, ReplyShare
+from harpcaller.reply_memory import ReplyMemory, ReplyShare
 
 log = logging.getLogger(__name__)
 

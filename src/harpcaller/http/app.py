@@ -22,7 +22,7 @@ from starlette.types import Message, Receive, Scope, Send
 from harp_daemon.memory_quota import Reservation
 from harpcaller.access import AuthError, Refusal
 from harpcaller.access.client import Client
-from harpcaller.http import jobs
+from harpcaller.http import jobs, records
 from harpcaller.http.authentication import authenticate
 from harpcaller.http.operations import APIRequest, Operation
 from harpcaller.http.problems import MEDIA_TYPE, SECURITY_HEADERS, Problem, new_request_id, to_problem
@@ -31,7 +31,7 @@ from harpcaller.http.service import HTTPService
 log = logging.getLogger(__name__)
 
 #: The modules with operations, in the order of their documentation. Of two paths that match, the first is used.
-MODULES = (jobs,)
+MODULES = (jobs, records)
 OPERATIONS: tuple[Operation, ...] = tuple(operation for module in MODULES for operation in module.OPERATIONS)
 
 API_PATH = "/api/v1"
@@ -189,12 +189,10 @@ def _check_accept(operation: Operation, request: Request) -> None:
     if header is None or "*/*" in header:
         return
     ranges = {part.partition(";")[0].strip().lower() for part in header.split(",")}
-    for response in operation.responses.values():
-        kind = response.media_type
-        if kind in ranges or f"{kind.partition('/')[0]}/*" in ranges:
-            return
-    kinds = ", ".join(sorted({response.media_type for response in operation.responses.values()}))
-    raise Problem("not_acceptable", f"Accept: the response would be {kinds}")
+    kinds = sorted({kind for response in operation.responses.values() for kind in response.media_types})
+    if any(kind in ranges or f"{kind.partition('/')[0]}/*" in ranges for kind in kinds):
+        return
+    raise Problem("not_acceptable", f"Accept: the response would be {', '.join(kinds)}")
 
 
 async def _read_body(service: HTTPService, operation: Operation, request: Request, reservation: Reservation) -> bytes:

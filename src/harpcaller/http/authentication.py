@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from harpcaller.access import AuthError
@@ -11,6 +12,7 @@ from harpcaller.access.client import Client
 if TYPE_CHECKING:
     from starlette.requests import Request
 
+    from harpcaller.http.operations import APIRequest
     from harpcaller.http.service import HTTPService
 
 _BEARER = re.compile(r"Bearer +(\S{1,200})", re.IGNORECASE)
@@ -26,3 +28,12 @@ async def authenticate(request: Request, service: HTTPService) -> Client:
     if found is None:
         raise AuthError('Authorization: expected "Bearer TOKEN"')
     return service.identities().of_token(client, found[1])[0]
+
+
+def repeat_authentication(request: APIRequest) -> Callable[[], Awaitable[bool]]:
+    """Return a function that returns whether the client of a request is still the same."""
+
+    async def is_same() -> bool:
+        return await authenticate(request.http, request.service) == request.client
+
+    return is_same

@@ -66,6 +66,12 @@ class Answer:
     schema: Mapping[str, Any] | None = None
     media_type: str = "application/json"
     headers: Mapping[str, str] = field(default_factory=dict)  #: Name and meaning.
+    other_media_types: tuple[str, ...] = ()  #: Media types that a client may ask for instead.
+
+    @property
+    def media_types(self) -> tuple[str, ...]:
+        """All media types of the body."""
+        return self.media_type, *self.other_media_types
 
 
 @dataclass(frozen=True, slots=True)

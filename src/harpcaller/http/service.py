@@ -14,6 +14,7 @@ from harpcaller.access.identities import Identities
 from harpcaller.acting import ActingAs
 from harpcaller.config import Config, HTTPSettings
 from harpcaller.http.problems import Problem
+from harpcaller.http.streaming import Streams
 
 T = TypeVar("T")
 
@@ -38,6 +39,7 @@ class HTTPService:
         self.waits = 0  #: Number of requests that wait for a job.
         self.stopping = asyncio.Event()  #: Set when the server closes: waits and streams end.
         self._settings = config().http or HTTPSettings()
+        self.streams = Streams(lambda: self.settings, lambda: config().reply_memory, self.stopping)
 
     @property
     def settings(self) -> HTTPSettings:

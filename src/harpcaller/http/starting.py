@@ -42,7 +42,7 @@ class HTTPAPI:
         tls = self._open_tls(config())
         settings = self.service.settings
         routes = Console(settings.base_path).routes() if settings.console else []
-        self._server = HTTPServer(
+        self.server = HTTPServer(
             HTTPApp(self.service, routes=routes), lambda: self.service.settings, lambda: config().idle_timeout, tls
         )
 
@@ -52,25 +52,25 @@ class HTTPAPI:
 
     def serve(self, listeners: Sequence[Listener]) -> None:
         """Accept connections from the listeners."""
-        self._server.serve(listeners)
+        self.server.serve(listeners)
 
     def prepare_reload(self, before: Config, config: Config) -> Callable[[], None]:
         """Check a new configuration; return a function that applies it. Raises `ConfigError`."""
         tls = self._open_tls(config)
         if before.http is not None and config.http is not None and _files_of(before.http) == _files_of(config.http):
-            tls = self._server.tls  # it reads changed files by itself
+            tls = self.server.tls  # it reads changed files by itself
         elif tls is None and any(address.tls for address in self.service.settings.listen):
             raise ConfigError(f"{config.file}: http.certfile: expected a file until a restart, got none")
 
         def apply() -> None:
-            self._server.tls = tls
+            self.server.tls = tls
 
         return apply
 
     async def aclose(self) -> None:
         """End waits and streams, stop accepting connections, and wait a limited time for requests in progress."""
         self.service.stopping.set()
-        await self._server.aclose()
+        await self.server.aclose()
 
 
 def _files_of(http: HTTPSettings) -> tuple[object, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from harp.protocol.json_text import Raw
@@ -37,6 +38,15 @@ class LimitReached(SubmissionRefused):
     def __init__(self, message: str, may_pass: bool) -> None:
         super().__init__(message)
         self.may_pass = may_pass
+
+
+@dataclass(frozen=True, slots=True)
+class RecordMatches:
+    """The records that have a text, among those that were looked at."""
+
+    records: Sequence[tuple[int, Raw, float]]  #: Number, value and time of each.
+    next: int  #: Number of the first record that was not looked at.
+    searched_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

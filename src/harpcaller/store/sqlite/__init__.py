@@ -132,6 +132,7 @@ class Store:
     get_permitted_job = _reads(reads.get_permitted_job)
     get_details = _reads(reads.get_details)
     read_records = _reads(reads.read_records)
+    search_records = _reads(reads.search_records)
     get_identity = _reads(reads.get_identity)
     list_jobs = _reads(reads.list_jobs)
     list_queues = _reads(reads.list_queues)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from itertools import count
 from typing import Any
 
 from harp.protocol.json_text import Raw
 from harpcaller.model.ids import is_job_id
 from harpcaller.model.jobs import Identity, Job, JobDetails, JobMetadata, QueuePosition, Records, State, Subject
 from harpcaller.model.lanes import queue_lane
-from harpcaller.store import QueueStatus, UnknownJob
+from harpcaller.store import QueueStatus, RecordMatches, UnknownJob
 from harpcaller.store.sqlite.file import MAX_INTEGER, QUERIES
 from harpcaller.store.sqlite.rows import (
     PACKET_BYTES,
@@ -112,6 +113,48 @@ def read_records(db: sqlite3.Connection, job_id: str, first: int, max_bytes: int
                 values.append(record)
                 times.append(time)
     return Records(tuple(values), tuple(times))
+
+
+def search_records(
+    db: sqlite3.Connection,
+    job_id: str,
+    needles: Sequence[bytes],
+    fold: bool,
+    first: int,
+    until: int,
+    limit: int,
+    max_bytes: int,
+) -> RecordMatches:
+    """Return the records from number `first` to before `until` whose JSON text has one of the needles.
+
+    At most `limit` are returned. About `max_bytes` are looked through, at least one record. With `fold`, the case of
+    ASCII letters does not matter. Nothing was looked at if the job is unknown.
+    """
+
+    def is_match(text: bytes) -> bool:
+        searched = text.lower() if fold else text
+        return any(needle in searched for needle in needles)
+
+    if fold:
+        needles = [needle.lower() for needle in needles]
+    matches: list[tuple[int, Raw, float]] = []
+    number, searched = first, 0
+    parameters = {"id": job_id, "first": min(first, MAX_INTEGER)}
+    with closing(db.execute(QUERIES["read_chunks"], parameters)) as chunks:
+        for chunk_first, chunk, timestamps, started in chunks:
+            if searched >= max_bytes or chunk_first >= until:
+                break
+            searched += len(chunk)
+            records = split_records(chunk)
+            if is_match(chunk):
+                times = [started] * len(records) if timestamps is None else split_timestamps(timestamps)
+                for number, value, time in zip(count(chunk_first), records, times, strict=False):
+                    if first <= number < until and is_match(value):
+                        matches.append((number, value, time))
+                        if len(matches) == limit:
+                            return RecordMatches(matches, number + 1, searched)
+            number = min(until, chunk_first + len(records))
+    return RecordMatches(matches, number, searched)
 
 
 def list_slot_holders(db: sqlite3.Connection) -> list[Job]:
