@@ -113,7 +113,7 @@ class JSONLines:
 
 
 class ServerSentEvents:
-    """Events with the number of the record as id, so that a browser goes on after it."""
+    """Events whose id is the number of the record, so that a browser that connects again continues after it."""
 
     media_type = EVENTS
     heartbeat = b": hb\n\n"
