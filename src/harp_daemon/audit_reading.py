@@ -6,11 +6,13 @@ find out what has happened: a line is as it was written if the line after it, or
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 from harp_daemon.audit_file import (
     FIRST_HASH,
@@ -19,10 +21,14 @@ from harp_daemon.audit_file import (
     Line,
     Position,
     hash_line,
+    open_files,
     parse_line,
     read_head,
     read_lines,
 )
+
+_MAX_PAGE = 1024 * 1024  #: Bytes that one page reads; reading them takes about 20 ms.
+_BLOCK = 64 * 1024  #: Bytes that are read at once.
 
 
 @dataclass
@@ -169,6 +175,113 @@ def _dropped(first: int, last: int, where: str) -> str:
 
 def _where(line: Line) -> str:
     return f"{line.file}:{line.number}"
+
+
+class Cursor(NamedTuple):
+    """Where a page ends: before a byte of the file whose first entry has this number, and the hash expected there."""
+
+    first: int
+    offset: int
+    hash: str
+
+
+@dataclass
+class Page:
+    """Entries of an audit file, the newest first."""
+
+    entries: list[dict[str, Any]] = field(default_factory=list)
+    next: Cursor | None = None  #: Where to go on; None: there are no older entries here.
+    examined: int = 0  #: Number of lines that were looked at.
+    searched_to: str | None = None  #: The time of the last one.
+    problem: str | None = None  #: Why these lines are not as they were written; None: each has the hash after it.
+    head: Position = NO_ENTRY  #: The last entry on stable storage.
+    omitted: int = 0  #: Number of compressed files with older entries, which are not read.
+
+
+def read_page(
+    path: Path,
+    globs: Mapping[str, str],
+    since: str | None = None,
+    until: str | None = None,
+    cursor: Cursor | None = None,
+    limit: int = 100,
+) -> Page:
+    """Return up to `limit` entries whose fields match globs, from the newest one, or from a cursor. Raises OSError.
+
+    It reads a limited number of bytes: a page may have fewer entries, or none, and go on. The hashes of all lines that
+    it reads are compared, also with the one that a cursor has from the page before.
+    """
+    page = Page(head=read_head(path) or NO_ENTRY)
+    with ExitStack() as stack:
+        plain: list[tuple[int, IO[bytes]]] = []
+        for name, file in open_files(path):
+            stack.enter_context(file)
+            if name.suffix == ".gz":
+                page.omitted += 1
+            else:
+                line = parse_line(file.readline(_MAX_PAGE).rstrip(b"\n"))
+                plain.append((1 << 62 if line is None else int(line["entry"]), file))
+        if cursor is not None:
+            plain = [each for each in plain if each[0] <= cursor.first]
+        later = Position(0, cursor.hash) if cursor is not None else NO_ENTRY  # what the next line is compared with
+        room = _MAX_PAGE
+        while plain:
+            first, file = plain.pop()
+            end = file.seek(0, os.SEEK_END)
+            if cursor is not None and cursor.first == first:
+                end = min(end, cursor.offset)
+            for start, text in _read_backward(file, end):
+                room -= end - start
+                end = start
+                entry = parse_line(text)
+                page.examined += 1
+                later = _compare(page, text, entry, later)
+                if entry is not None:
+                    page.searched_to = time = str(entry.get("time", ""))
+                    if since is not None and time < since:
+                        return page
+                    is_in_time = until is None or time <= until
+                    if is_in_time and all(_matches(entry, key, glob) for key, glob in globs.items()):
+                        page.entries.append(entry)
+                if room <= 0 or len(page.entries) >= limit:
+                    page.next = Cursor(first, end, later.hash) if end > 0 or plain else None
+                    return page
+    return page
+
+
+def _read_backward(file: IO[bytes], end: int) -> Iterator[tuple[int, bytes]]:
+    """Yield start and text of each line before a byte, the last one first.
+
+    A line without a line feed at the end of the file is being written: it is left out.
+    """
+    text, begin, stop = b"", end, 0  # the lines in `text[:stop]`, which begins at `begin`, are still to be yielded
+    has_end = False  # whether the end of the last line was found
+    while True:
+        cut = text.rfind(b"\n", 0, stop - 1) if stop else -1
+        if cut >= 0 or (stop and (begin == 0 or stop > _MAX_PAGE)):  # a line that is too long is yielded in parts
+            yield begin + cut + 1, text[cut + 1 : stop - 1]
+            stop = cut + 1
+        elif begin == 0:
+            return
+        else:
+            size = min(_BLOCK, begin)
+            begin -= size
+            text = os.pread(file.fileno(), size, begin) + text[:stop]
+            stop = len(text) if has_end else text.rfind(b"\n") + 1
+            has_end = has_end or stop > 0
+
+
+def _compare(page: Page, text: bytes, entry: Mapping[str, Any] | None, later: Position) -> Position:
+    """Compare a line with the hash in the line after it, or in the head; return what the line before is compared to."""
+    found = hash_line(text)
+    number = 0 if entry is None else int(entry["entry"])
+    if later.hash != FIRST_HASH and later.hash != found:
+        page.problem = page.problem or f"the line before entry {later.entry or 'of the page before'} was changed"
+    if page.head.entry == number != 0 and page.head.hash != found:
+        page.problem = page.problem or f"entry {number} was changed"
+    if page.examined == 1 and later == NO_ENTRY and number < page.head.entry:
+        page.problem = page.problem or _dropped(number + 1, page.head.entry, "at the end")
+    return Position(number, FIRST_HASH if entry is None else entry["previous"])
 
 
 def search(path: Path, globs: Mapping[str, str], since: str | None) -> Iterator[tuple[dict[str, Any], bytes]]:

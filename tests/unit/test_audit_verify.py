@@ -8,13 +8,15 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harp_daemon.audit_file import AuditError, AuditFile, Position, head_file
-from harp_daemon.audit_reading import search, verify
+from harp_daemon import audit_reading
+from harp_daemon.audit_file import AuditError, AuditFile, Position, format_time, head_file
+from harp_daemon.audit_reading import Cursor, read_page, search, verify
 
 LARGE = 1 << 30
 
@@ -44,6 +46,57 @@ def test_audit_chain_continues_after_reopening(path: Path) -> None:
     write(path, 3, start=3)
     assert verify(path).problems == []
     assert [entry["job"] for entry, _ in search(path, {"action": "call"}, None)] == [f"job-{n}" for n in range(6)]
+
+
+def read_pages(path: Path, limit: int, **options: Any) -> tuple[list[int], set[str | None]]:
+    """Return the numbers of the entries of all pages, and the problems."""
+    entries, problems, cursor = [], set(), None
+    while True:
+        page = read_page(path, {"action": "call"}, cursor=cursor, limit=limit, **options)
+        entries += [entry["entry"] for entry in page.entries]
+        problems.add(page.problem)
+        if page.next is None:
+            return entries, problems
+        cursor = page.next
+
+
+def test_audit_pages_have_each_entry_once_newest_first(path: Path) -> None:
+    write(path, 400, max_bytes=20_000)
+    assert len(list(path.parent.glob("audit.jsonl.*"))) > 2
+    expected = sorted((entry["entry"] for entry, _ in search(path, {"action": "call"}, None)), reverse=True)
+    assert len(expected) == 400
+    for limit in (1000, 7):
+        assert read_pages(path, limit) == (expected, {None})
+    some, _ = read_pages(path, 7, since=format_time(1100), until=format_time(1109))
+    assert len(some) == 10
+
+
+def test_audit_page_reads_a_bounded_number_of_bytes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(path, 400)
+    monkeypatch.setattr(audit_reading, "_MAX_PAGE", 20_000)
+    page = read_page(path, {"action": "no-such-action"})
+    assert (page.entries, page.problem) == ([], None)
+    assert page.next is not None
+    assert 50 < page.examined < 150
+    assert len(read_pages(path, 1000)[0]) == 400
+
+
+@pytest.mark.parametrize("limit", [1, 1000])
+def test_audit_page_finds_changed_and_dropped_lines(path: Path, limit: int) -> None:
+    write(path, 9)
+    assert read_pages(path, limit)[1] == {None}
+    edit_lines(path, lambda lines: lines.__setitem__(4, lines[4].replace(b"allowed", b"denied")))
+    assert len(read_pages(path, limit)[1] - {None}) == 1
+    edit_lines(path, lambda lines: lines.__delitem__(-1))
+    assert read_page(path, {}, limit=limit).problem == "entry 10 was dropped at the end"
+
+
+def test_audit_page_leaves_out_what_is_being_written(path: Path) -> None:
+    write(path, 3)
+    with path.open("ab") as file:
+        file.write(b'{"entry": 5, "ti')
+    assert read_pages(path, 2) == ([4, 3, 2], {None})
+    assert read_page(path, {}, cursor=Cursor(77, 5, "0" * 64), limit=5).entries != []
 
 
 def edit_lines(path: Path, change: Callable[[list[bytes]], None]) -> None:
