@@ -25,12 +25,14 @@ from harp.protocol.dispatcher import Call, Queue
 from harp.protocol.ends import End, Failed
 from harp.protocol.json_text import Raw, dumps
 from harp.protocol.schema import ProtocolError
+from harp_daemon.audit_reading import Cursor, Page, read_page
 from harpcaller.access import AccessDenied, AuthError, RateLimited
 from harpcaller.access.client import LOCAL_ADMINISTRATOR, Client
 from harpcaller.access.enforcement import Admission, Wait, may
 from harpcaller.access.policy import ALLOW_ALL, Action, Decision, Rate, Target
 from harpcaller.audit import ALLOWED, DENIED
 from harpcaller.dispatcher import Dispatcher
+from harpcaller.host_states import HostState
 from harpcaller.hosts.registry import Host, HostChange
 from harpcaller.model.job_filters import JobFilter
 from harpcaller.model.jobs import (
@@ -45,7 +47,15 @@ from harpcaller.model.jobs import (
     Subject,
 )
 from harpcaller.record_stream import RecordStream
-from harpcaller.store import CannotRerun, LimitReached, QueueStatus, RecordMatches, UnknownJob
+from harpcaller.store import (
+    CannotRerun,
+    LimitReached,
+    QueueStatus,
+    QueueSummary,
+    RecordMatches,
+    StorageError,
+    UnknownJob,
+)
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +94,7 @@ class ActingAs:
         self._dispatcher = dispatcher
         self._access = dispatcher.access
         self._client = client
-        self._policy = self._access.policy
+        self._policy = self._access.policy_of(client)
         # Whether it depends on a job if the client may read and cancel it.
         self._is_restricted = self._policy is not ALLOW_ALL and client is not LOCAL_ADMINISTRATOR
 
@@ -97,6 +107,10 @@ class ActingAs:
         if error.recorded is None:
             fields = {"reason": error.reason, "token": error.token or None}
             error.recorded = self._dispatcher.audit.record_denial(self._client, "authenticate", **fields)
+
+    async def record_session(self, action: str, session_id: str) -> None:
+        """Record that a session has begun or ended."""
+        await self._dispatcher.audit.record(self._client, action, ALLOWED, session=session_id)
 
     # Submission.
 
@@ -535,6 +549,54 @@ class ActingAs:
         hosts = self._dispatcher.registry.list_hosts()
         return [host for host in hosts if self._is_allowed(Action.LIST, Target(host=host.hostname))]
 
+    async def describe_hosts(self, names: Sequence[str] | None = None) -> list[HostState]:
+        """Return what is known about the hosts that the client may list, or about those of these names, by name."""
+        wanted = None if names is None else frozenset(names)
+        hosts = [host for host in self.list_hosts() if wanted is None or host.hostname in wanted]
+        return await self._dispatcher.describe_hosts(sorted(hosts, key=lambda host: host.hostname))
+
+    def describe_registry(self) -> dict[str, Any]:
+        """Return the state of the sources of hosts, see `HostsRegistry.describe`."""
+        self._require_ever(Action.LIST)
+        return self._dispatcher.registry.describe()
+
+    async def find_queues(self, limit: int, cursor: str | None = None) -> tuple[list[QueueSummary], str | None]:
+        """Return the queues that the client may list among `limit` ones, and the cursor of the next ones.
+
+        Raises `InvalidCursor`.
+        """
+        self._require_ever(Action.LIST)
+        queues, following = await self._dispatcher.find_queues(limit, cursor)
+        return [queue for queue in queues if self._may_list_queue(queue)], following
+
+    async def get_queue(self, queue_id: str) -> QueueSummary | None:
+        """Return the queue with an id; None if it has no open jobs, or the client may not list it."""
+        self._require_ever(Action.LIST)
+        queue = await self._dispatcher.get_queue(queue_id)
+        return queue if queue is not None and self._may_list_queue(queue) else None
+
+    def _may_list_queue(self, queue: QueueSummary) -> bool:
+        return self._is_allowed(Action.LIST, Target(queue=queue.name))
+
+    # What the client may do.
+
+    def list_actions(self) -> tuple[Action, ...]:
+        """Return the actions that some rule allows to the client for some target."""
+        return tuple(action for action in Action if self._policy.may_ever(self._client, action))
+
+    def decide(self, action: Action, target: Target) -> Decision:
+        """Return the decision about an action on something that is no stored job."""
+        return self._policy.decide(self._client, action, target)
+
+    async def decide_on_job(self, action: Action, job_id: str) -> Decision:
+        """Return the decision about an action on a job. Raises `UnknownJob`, also for one that it may not read."""
+        began_at = time.monotonic()
+        job = (await self._dispatcher.find_subjects([job_id])).get(job_id)
+        if job is None or (self._is_restricted and not self._may_read(job)):
+            await self._raise_unknown(job_id, job, Action.READ, began_at)
+        target = Target(job.host, job.procedure, job.arguments, job.queue, job.owner or "")
+        return self._policy.decide(self._client, action, target)
+
     # Administration.
 
     async def refresh_hosts(self, force: bool = False) -> int:
@@ -551,6 +613,24 @@ class ActingAs:
         """Delete old jobs; return how many."""
         self.require(Action.MANAGE)
         return await self._dispatcher.prune(min_age, trust_clock)
+
+    async def read_audit(
+        self,
+        globs: Mapping[str, str],
+        since: str | None = None,
+        until: str | None = None,
+        cursor: Cursor | None = None,
+        limit: int = 100,
+    ) -> Page | None:
+        """Return entries of the audit file as `read_page` does; None: there is no audit file."""
+        self.require(Action.ADMIN)
+        audit_log = self._dispatcher.audit.log
+        if audit_log is None:
+            return None
+        try:
+            return await asyncio.to_thread(read_page, audit_log.path, globs, since, until, cursor, limit)
+        except OSError as error:
+            raise StorageError(f"the audit file cannot be read: {error.strerror}") from error
 
     def require(self, action: Action) -> None:
         """Raise `AccessDenied` if the client may not do something that concerns no host or job in particular."""

@@ -42,9 +42,10 @@ from harpcaller.audit import Audit
 from harpcaller.config import MAX_SECONDS, Config
 from harpcaller.cursors import Cursors
 from harpcaller.explain import ExplainContext, describe_job
+from harpcaller.host_states import HostState, describe_hosts
 from harpcaller.hosts.capabilities import HostCapabilities
 from harpcaller.hosts.pool import ConnectionPool
-from harpcaller.hosts.registry import HostsRegistry
+from harpcaller.hosts.registry import Host, HostsRegistry
 from harpcaller.hosts.resolving import Resolver
 from harpcaller.hosts.tls import HostTLS
 from harpcaller.model.ids import new_job_id, new_job_ids
@@ -70,7 +71,7 @@ from harpcaller.runs.context import RunContext, StoreWrites, log_fields
 from harpcaller.runs.reconciliation import OrphanReaper
 from harpcaller.secret_arguments import SecretKeys, read_key_file
 from harpcaller.shared_answers import SharedAnswers
-from harpcaller.store import LimitReached, RecordMatches, StorageError, UnknownJob
+from harpcaller.store import LimitReached, QueueSummary, RecordMatches, StorageError, UnknownJob
 from harpcaller.store.disk_space import DiskSpace
 from harpcaller.store.sqlite import Store
 
@@ -81,6 +82,7 @@ _CANCEL_STEP = 500  #: Maximum number of jobs of a queue that are cancelled in o
 _SHUTDOWN_TIMEOUT = 10.0  #: Maximum seconds that a shutdown waits until the ends of the active calls are stored.
 _POLICY_INTERVAL = 0.25  #: Seconds between two checks whether the policy has changed.
 _WAITS_STEP = 500  #: Maximum number of waiting requests that are decided about in one step.
+_QUEUES = "queues"  #: The form of the list of queues, for its cursors.
 _ADMITTED = Admission()
 _NULL = Raw(b"null")
 P = ParamSpec("P")
@@ -554,6 +556,26 @@ class Dispatcher:
         count = partial(self.store.job_statistics, since, until, step, states, **rights)
         return await self._answers.get(question, count)
 
+    async def find_queues(self, limit: int, cursor: str | None = None) -> tuple[list[QueueSummary], str | None]:
+        """Return at most `limit` queues from a cursor on, and the cursor of the next ones. Raises `InvalidCursor`."""
+        after = 0 if cursor is None else self._cursors.decode(cursor, _QUEUES)
+        queues = await self.store.find_queues(after, limit)
+        following = self._cursors.encode(queues[-1].place, _QUEUES) if len(queues) == limit else None
+        return queues, following
+
+    async def get_queue(self, queue_id: str) -> QueueSummary | None:
+        """Return the queue with an id; None if it has no job that has not ended or holds a slot."""
+        return next(iter(await self.store.find_queues(0, 1, f"queue:{queue_id}")), None)
+
+    async def describe_hosts(self, hosts: Sequence[Host]) -> list[HostState]:
+        """Return what is known about these hosts of the registry."""
+        counts = await self._answers.get("open jobs of hosts", self.store.count_open_of_hosts)
+        runner = self._runner
+        states = describe_hosts(
+            hosts, counts, runner.runs.values(), runner.starts, runner.context.capabilities, self._wall()
+        )
+        return [replace(state, source=self.registry.source_of(state.host.hostname)) for state in states]
+
     async def prune(self, min_age: float | None = None, trust_clock: bool = False) -> int:
         """Delete old jobs as `Pruner.prune` does; return how many. Raises `PruneRefused`."""
         return await self._pruner.prune(min_age, trust_clock)
@@ -593,7 +615,6 @@ class Dispatcher:
                 await self._end_denied_waits(waits)
 
     async def _end_denied_waits(self, waits: list[tuple[object, Wait]]) -> None:
-        policy = self.access.policy
         while waits:
             step = waits[:_WAITS_STEP]
             try:
@@ -604,9 +625,10 @@ class Dispatcher:
                 continue
             del waits[:_WAITS_STEP]
             found = [(key, wait, job) for key, wait in step if (job := jobs.get(wait.job_id)) is not None]
+            asked = [(self.access.policy_of(wait.client), wait.client, job) for _, wait, job in found]
             # In a thread, because rules may look at long arguments.
-            allowed = await asyncio.to_thread(_may_read_each, policy, [(wait.client, job) for _, wait, job in found])
-            for (key, wait, _), is_allowed in zip(found, allowed, strict=True):
+            allowed = await asyncio.to_thread(_may_read_each, asked)
+            for (key, wait, _), (policy, _, _), is_allowed in zip(found, asked, allowed, strict=True):
                 if key not in self.access.waits:
                     continue
                 if is_allowed:
@@ -708,8 +730,8 @@ class Dispatcher:
             log.warning(warning)
 
 
-def _may_read_each(policy: Policy, jobs: Sequence[tuple[Client, Subject]]) -> list[bool]:
-    return [may(policy, client, Action.READ, job) for client, job in jobs]
+def _may_read_each(jobs: Sequence[tuple[Policy, Client, Subject]]) -> list[bool]:
+    return [may(policy, client, Action.READ, job) for policy, client, job in jobs]
 
 
 def _log_arguments(job: NewJob) -> None:

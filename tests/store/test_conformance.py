@@ -23,6 +23,7 @@ from harpcaller.model.jobs import (
     State,
     StopState,
 )
+from harpcaller.model.lanes import queue_lane
 from harpcaller.store import QueueStatus, UnknownJob
 from harpcaller.store.sqlite import Store
 from support.backends import BACKENDS
@@ -437,6 +438,34 @@ async def test_list_queues_in_each_state(store: Store, state: State, has_slot: b
     await job_in(store, state, keep_slot=has_slot, queue={"q": 1}, concurrency=7)
     there = [QueueStatus(Raw(b'{"q": 1}'), 7, running=int(has_slot), queued=int(state is State.QUEUED))]
     assert await store.list_queues() == (there if has_slot or state is State.QUEUED else [])
+
+
+@STARTS
+async def test_summaries_of_queues_and_hosts_in_each_state(store: Store, state: State, has_slot: bool) -> None:
+    await job_in(store, state, keep_slot=has_slot, queue={"q": 1}, concurrency=7)
+    is_queued = state is State.QUEUED
+    expected = (Raw(b'{"q": 1}'), 7, int(has_slot), int(is_queued), is_queued)
+    found = [
+        (one.name, one.concurrency, one.running, one.queued, one.oldest is not None)
+        for one in await store.find_queues(0, MANY)
+    ]
+    assert found == ([expected] if has_slot or is_queued else [])
+    counts = (int(has_slot), int(is_queued))
+    assert await store.count_open_of_hosts() == ({"web01": counts} if any(counts) else {})
+
+
+async def test_queues_are_found_page_by_page_and_by_their_id(store: Store) -> None:
+    for number in range(5):
+        await job_in(store, State.QUEUED, queue={"q": number})
+    pages, after = [], 0
+    while page := await store.find_queues(after, 2):
+        pages.append([queue.name for queue in page])
+        after = page[-1].place
+    assert pages == [[b'{"q": 0}', b'{"q": 1}'], [b'{"q": 2}', b'{"q": 3}'], [b'{"q": 4}']]
+    lane = queue_lane(Raw(b'{"q":3.0}'))
+    [found] = await store.find_queues(0, MANY, lane)
+    assert (found.name, "queue:" + found.id) == (b'{"q": 3}', lane)
+    assert await store.find_queues(0, MANY, "queue:" + "0" * 32) == []
 
 
 @STARTS

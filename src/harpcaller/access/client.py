@@ -17,7 +17,8 @@ class Client:
     #: Whether the request had `auth`, or the connection has a client certificate. Such a client knows the refusals
     #: ``auth_error``, ``access_denied`` and ``rate_limited``.
     authenticated: bool = False
-    roles: tuple[str, ...] = ()  #: The roles that its token has, beside those of the rules file.
+    roles: tuple[str, ...] = ()  #: The roles that its token or its login has, beside those of the rules file.
+    needs_role: bool = False  #: Whether it needs a built-in role for everything while there is no access file.
 
     @property
     def owner(self) -> str:

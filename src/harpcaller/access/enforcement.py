@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from harp.protocol.ends import Failed
 from harpcaller.access.client import Client
-from harpcaller.access.policy import ALLOW_ALL, Action, Policy
+from harpcaller.access.policy import ALLOW_ALL, BUILT_IN_ROLES, Action, Policy
 from harpcaller.access.rules import MAX_EXAMINED, NO_LIMITS, Limits, Rate, Target
 from harpcaller.access.source import PolicySource
 from harpcaller.config import Config
@@ -93,6 +93,10 @@ class Access:
         if self.policy is not self.source.policy:
             self.use(self.source)
 
+    def policy_of(self, client: Client) -> Policy:
+        """Return the policy for new requests of a client."""
+        return BUILT_IN_ROLES if client.needs_role and self.policy is ALLOW_ALL else self.policy
+
     def remember(self, job: NewJob) -> None:
         """Keep a job in memory for a while, so that its client can wait for it without a look-up."""
         if self.policy is not ALLOW_ALL and len(job.arguments) <= _MAX_REMEMBERED:
@@ -107,7 +111,7 @@ class Access:
     def add_wait(self, key: object, wait: Wait) -> None:
         """Add a request that waits. Its policy may have been replaced since."""
         self.waits[key] = wait
-        if wait.policy is not self.policy:
+        if wait.policy is not self.policy_of(wait.client):
             self._is_checked = False
 
     def take_unchecked(self) -> list[tuple[object, Wait]]:
@@ -115,7 +119,7 @@ class Access:
         if self._is_checked:
             return []
         self._is_checked = True
-        return [(key, wait) for key, wait in self.waits.items() if wait.policy is not self.policy]
+        return [(key, wait) for key, wait in self.waits.items() if wait.policy is not self.policy_of(wait.client)]
 
 
 def may(policy: Policy, client: Client, action: Action, job: Subject | Job | NewJob) -> bool:

@@ -32,7 +32,7 @@ from harpcaller.access.rules import (
 )
 from harpcaller.access.rules_file import read_rules
 
-__all__ = ["ALLOW_ALL", "Action", "Decision", "Limits", "Policy", "Rate", "Target", "load"]
+__all__ = ["ALLOW_ALL", "BUILT_IN_ROLES", "Action", "Decision", "Limits", "Policy", "Rate", "Target", "load"]
 
 _CACHED = 16_384  #: Maximum number of cached clients, of hosts and of procedures.
 _MAX_CACHED_NAME = 255  #: Longer names, in characters, are not cached: they would fill the memory.
@@ -175,13 +175,39 @@ def names_of(principals: Iterable[str], roles: Iterable[str] = ()) -> tuple[str,
     return (*principals, *(ROLE + role for role in roles))
 
 
-#: The policy without a file: all clients may call, and read and cancel all jobs, as the client API has always let them.
-ALLOW_ALL = Policy(by_default=frozenset({Action.CALL, Action.READ, Action.CANCEL}))
-
-
 def _decision_of(rule: Rule) -> Decision:
     verb = "allows" if rule.allows else "denies"
     return Decision(rule.allows, rule.number, rule.line, f"{rule.place} {verb} it", rule.limits)
+
+
+#: The rules of HTTP clients while there is no access file.
+_ROLES = b"""
+[roles]
+viewer = []
+operator = []
+admin = []
+
+[[rule]]
+who = ["role:viewer"]
+allow = ["read", "list"]
+jobs = "any"
+
+[[rule]]
+who = ["role:operator"]
+allow = ["read", "list", "call", "cancel", "manage"]
+jobs = "any"
+
+[[rule]]
+who = ["role:admin"]
+allow = ["read", "list", "call", "cancel", "manage", "admin"]
+jobs = "any"
+"""
+#: The policy of clients that need a role, without a file.
+BUILT_IN_ROLES = Policy(*read_rules(Path("built-in roles"), _ROLES))
+
+#: The policy of other clients without a file: they may call, and read and cancel all jobs, as the client API has always
+#: let them.
+ALLOW_ALL = Policy(by_default=frozenset({Action.CALL, Action.READ, Action.CANCEL}))
 
 
 def load(path: Path) -> Policy:

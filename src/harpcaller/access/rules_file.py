@@ -41,8 +41,8 @@ from harpcaller.config import MAX_SECONDS
 T = TypeVar("T")
 
 _HEADER = re.compile(rb"[ \t]*\[\[[ \t]*rule[ \t]*\]\][ \t]*(?:#.*)?")
-_PRINCIPAL = re.compile(r"\*|(?:(?:token|cert|user|uid|gid):|anonymous@).+", re.DOTALL)
-_PREFIXES = ("token:", "cert:", "user:", "uid:", "gid:", ROLE, "anonymous@")
+_PRINCIPAL = re.compile(r"\*|(?:(?:token|cert|login|user|uid|gid):|anonymous@).+", re.DOTALL)
+_PREFIXES = ("token:", "cert:", "login:", "user:", "uid:", "gid:", ROLE, "anonymous@")
 _RATE = re.compile(r"([1-9]\d{0,8})/(s|min|h)", re.ASCII)
 _BYTES = re.compile(r"([1-9]\d{0,17}) ?(B|KiB|MiB|GiB)", re.ASCII)
 _UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}

@@ -95,14 +95,19 @@ def new_token(name: str, roles: Sequence[str] = (), expires: float | None = None
 
 
 def read_tokens(file: Path) -> Tokens:
-    """Return the tokens of a file, by name; none if it does not exist. Raises `TokenError`.
+    """Return the tokens of a file, by name; none if it does not exist. Raises `TokenError`."""
+    return _parse(file, read_private(file))
+
+
+def read_private(file: Path) -> bytes:
+    """Return the contents of a file of secrets, which are empty if it does not exist. Raises `TokenError`.
 
     The file must be private: a regular file of this user or of root, which no other user can read or write.
     """
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
-        return {}
+        return b""
     except OSError as error:
         hint = "; it must not be a symbolic link" if file.is_symlink() else ""
         raise TokenError(f"{file}: {error.strerror}{hint}") from error
@@ -114,7 +119,7 @@ def read_tokens(file: Path) -> Tokens:
         os.close(descriptor)
     if len(text) > _MAX_FILE:
         raise TokenError(f"{file}: expected at most {_MAX_FILE} bytes")
-    return _parse(file, text)
+    return text
 
 
 def _check_private(file: Path, status: os.stat_result) -> None:
@@ -153,7 +158,7 @@ def change_tokens(file: Path, change: Callable[[Tokens], T]) -> T:
             before = dict(tokens)
             outcome = change(tokens)
             if tokens != before:
-                _write(file, b"".join(msgspec.json.encode(token) + b"\n" for token in tokens.values()))
+                write_private(file, b"".join(msgspec.json.encode(token) + b"\n" for token in tokens.values()))
             return outcome
     except OSError as error:
         raise TokenError(f"{file}: {error.strerror or error}") from error
@@ -180,8 +185,8 @@ def _locked(file: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _write(file: Path, text: bytes) -> None:
-    """Replace a file as a whole, on stable storage."""
+def write_private(file: Path, text: bytes) -> None:
+    """Replace a file of secrets as a whole, on stable storage. Raises OSError."""
     new = file.with_name(file.name + ".new")
     with suppress(FileNotFoundError):
         new.unlink()  # of a process that was killed
@@ -273,6 +278,11 @@ class TokenStore:
         if present is not token and (present is None or (present.sha256, present.roles) != (token.sha256, token.roles)):
             return False
         return token.expires is None or time.time() < token.expires
+
+    def get(self, name: str, digest: str) -> Token | None:
+        """Return the present token of this name that has this digest, unless it has expired."""
+        token = self._tokens.get(name)
+        return token if token is not None and token.sha256 == digest and self.is_current(token) else None
 
     def record_use(self, token: Token) -> None:
         """Note that a token was used now."""

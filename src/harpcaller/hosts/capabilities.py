@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from harp.protocol.ends import Failed
 from harp.protocol.harpd import CALLER, SECRETS, CallList, ListCalls, Message, Phase, encode_request
@@ -41,6 +41,11 @@ class HostSupport(NamedTuple):
     keep_alive: bool = False
     caller: bool = False  # a start may say for whom it is
     secrets: bool = False  # a start may say which values of its arguments are secret
+
+    def describe(self) -> dict[str, Any]:
+        """Return what lists of hosts show."""
+        features = [name for name in ("keep_alive", "caller", "secrets") if getattr(self, name)]
+        return {"keeps_calls": self.instance is not None, "instance": self.instance, "features": features}
 
 
 LEGACY = HostSupport()

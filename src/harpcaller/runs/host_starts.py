@@ -92,6 +92,9 @@ class HostStarts:
         self._open: set[str] = set()
         self._ever_open: set[str] = set()
         self._failing: dict[str, FailingStarts] = {}
+        # The latest contact and the latest failure of each host, for lists only: Unix times, and the error.
+        self._contacts: dict[str, float] = {}
+        self._failures: dict[str, tuple[float, str]] = {}
         self._trying: dict[str, str] = {}  # of each host that is not open: the job that starts alone
         self._probes: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -99,6 +102,18 @@ class HostStarts:
     def get_failing(self, host: str) -> FailingStarts | None:
         """Return the failed starts of a host; None if it is open or unknown."""
         return self._failing.get(host)
+
+    def is_open(self, host: str) -> bool:
+        """Return whether the latest connection to a host succeeded."""
+        return host in self._open
+
+    def get_contact(self, host: str) -> float | None:
+        """Return the Unix time of the latest connection or reply for a start; None: there was none yet."""
+        return self._contacts.get(host)
+
+    def get_failure(self, host: str) -> tuple[float, str] | None:
+        """Return Unix time and error of the latest failed start or broken connection; None: there was none yet."""
+        return self._failures.get(host)
 
     def max_new(self, host: str) -> int | None:
         """Return how many jobs may start on a host now; None: no limit. It only reads: the writing thread calls it."""
@@ -116,6 +131,7 @@ class HostStarts:
 
     def on_connected(self, host: str) -> None:
         """Handle a connection for a start."""
+        self._contacts[host] = self._get_context().wall()
         if host not in self._open and host not in self._failing:
             self._set_open(host)
 
@@ -127,11 +143,13 @@ class HostStarts:
                 return  # the request was sent before the refusal
             log.info("host accepts starts again", extra={"host": host, "attempts": failing.attempts})
             self._remove_failing(host)
+        self._contacts[host] = self._get_context().wall()
         if host not in self._open:
             self._set_open(host)
 
     def on_contact_lost(self, job: Job, error: str, attempted_at: float) -> None:
         """Handle a broken connection of a call that may have started."""
+        self._failures[job.host] = self._get_context().wall(), error[:_MAX_LOGGED]
         self._open.discard(job.host)
         self._stop_trying(job)
         if job.host in self._failing:
@@ -191,6 +209,7 @@ class HostStarts:
     def _record_failure(self, host: str, error: Failed, attempted_at: float) -> None:
         now = time.monotonic()
         failing = self._failing.get(host)
+        self._failures[host] = self._get_context().wall(), f"{error.type}: {error.message}"[:_MAX_LOGGED]
         if failing is None:
             failing = self._failing[host] = FailingStarts(attempted_at, attempted_at, now, error)
             reason = {"error": error.type[:_MAX_LOGGED], "reason": error.message[:_MAX_LOGGED]}

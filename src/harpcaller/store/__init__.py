@@ -50,6 +50,19 @@ class RecordMatches:
 
 
 @dataclass(frozen=True, slots=True)
+class QueueSummary:
+    """A queue with jobs that have not ended or hold a slot, as lists of queues show it."""
+
+    place: int  #: Its place in the order of all queues.
+    id: str  #: The 32 hexadecimal digits of its lane.
+    name: Raw  #: The text of its first submission.
+    concurrency: int
+    running: int  #: Number of its jobs that hold a slot.
+    queued: int
+    oldest: float | None  #: When its first queued job was submitted.
+
+
+@dataclass(frozen=True, slots=True)
 class QueueStatus:
     """A queue with jobs that have not ended or hold a slot."""
 

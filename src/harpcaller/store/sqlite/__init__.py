@@ -140,6 +140,8 @@ class Store:
     get_summaries = _reads(searches.get_summaries)
     count_jobs = _reads(searches.count_jobs)
     job_statistics = _reads(searches.job_statistics)
+    find_queues = _reads(reads.find_queues)
+    count_open_of_hosts = _reads(reads.count_open_of_hosts)
     get_prune_time = _reads(reads.get_prune_time)
 
     _add_job = _writes(Writes.add_job)

@@ -306,6 +306,23 @@ SELECT name, concurrency,
     (SELECT count(*) FROM jobs INDEXED BY jobs_queued_of_lane WHERE jobs.lane = queues.lane AND state = 'queued')
 FROM queues ORDER BY queues.rowid;
 
+-- name: find_queues
+-- Of one lane, or a page of all.
+SELECT rowid, lane, name, concurrency,
+    (SELECT count(*) FROM jobs INDEXED BY jobs_queued_of_lane WHERE jobs.lane = queues.lane AND state = 'queued'),
+    (SELECT submitted FROM jobs WHERE seq = (
+        SELECT min(seq) FROM jobs INDEXED BY jobs_queued_of_lane WHERE jobs.lane = queues.lane AND state = 'queued'))
+FROM queues WHERE rowid > :after AND (:lane IS NULL OR lane = :lane) ORDER BY rowid LIMIT :limit;
+
+-- name: count_holding_of_lanes
+SELECT lane, count(*) FROM jobs INDEXED BY jobs_holding WHERE holds_slot = 1 GROUP BY lane;
+
+-- name: count_queued_of_hosts
+SELECT host, count(*) FROM jobs INDEXED BY jobs_queued WHERE state = 'queued' GROUP BY host;
+
+-- name: count_holding_of_hosts
+SELECT host, count(*) FROM jobs INDEXED BY jobs_holding WHERE holds_slot = 1 GROUP BY host;
+
 -- name: read_chunks
 -- The chunk with record number :first, and all later chunks.
 SELECT records.first, records.bytes, records.timestamps, jobs.started FROM jobs JOIN records ON records.job = jobs.seq

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from itertools import count
 from typing import Any
 
@@ -12,7 +12,7 @@ from harp.protocol.json_text import Raw
 from harpcaller.model.ids import is_job_id
 from harpcaller.model.jobs import Identity, Job, JobDetails, JobMetadata, QueuePosition, Records, State, Subject
 from harpcaller.model.lanes import queue_lane
-from harpcaller.store import QueueStatus, RecordMatches, UnknownJob
+from harpcaller.store import QueueStatus, QueueSummary, RecordMatches, UnknownJob
 from harpcaller.store.sqlite.file import MAX_INTEGER, QUERIES
 from harpcaller.store.sqlite.rows import (
     PACKET_BYTES,
@@ -70,18 +70,25 @@ def _find_row(db: sqlite3.Connection, job_id: str) -> Sequence[Any]:
 
 def get_details(db: sqlite3.Connection, job_id: str) -> JobDetails:
     """Return a job with everything that is stored about it, from one snapshot. Raises `UnknownJob`."""
-    db.execute("BEGIN")
-    try:
+    with _snapshot(db):
         row = _find_row(db, job_id)
         job, seq = decode_job(row), row[0]
         columns = db.execute(QUERIES["get_metadata"], {"seq": seq}).fetchone() or ()
         [(record_bytes,)] = db.execute(QUERIES["record_bytes"], {"seq": seq}).fetchall()
         waiting = _queue_position(db, seq) if job.state is State.QUEUED else None
+    metadata = JobMetadata(*(None if column is None else Raw(column) for column in columns))
+    return JobDetails(job, metadata, record_bytes, waiting)
+
+
+@contextmanager
+def _snapshot(db: sqlite3.Connection) -> Iterator[None]:
+    """Let several statements read the same state."""
+    db.execute("BEGIN")
+    try:
+        yield
     finally:
         if db.in_transaction:
             db.execute("ROLLBACK")
-    metadata = JobMetadata(*(None if column is None else Raw(column) for column in columns))
-    return JobDetails(job, metadata, record_bytes, waiting)
 
 
 def _queue_position(db: sqlite3.Connection, seq: int) -> QueuePosition:
@@ -225,6 +232,27 @@ def list_queues(db: sqlite3.Connection) -> list[QueueStatus]:
     """Return the queues with jobs that have not ended or hold a slot, oldest first."""
     rows = db.execute(QUERIES["list_queues"]).fetchall()
     return [QueueStatus(Raw(name), concurrency, running, queued) for name, concurrency, running, queued in rows]
+
+
+def find_queues(db: sqlite3.Connection, after: int, limit: int, lane: str | None = None) -> list[QueueSummary]:
+    """Return at most `limit` queues behind a place, oldest first; with `lane`, only the queue of this lane."""
+    with _snapshot(db):
+        holding = dict(db.execute(QUERIES["count_holding_of_lanes"]).fetchall())
+        rows = db.execute(QUERIES["find_queues"], {"after": after, "limit": limit, "lane": lane}).fetchall()
+    return [
+        QueueSummary(place, key.removeprefix("queue:"), Raw(name), concurrency, holding.get(key, 0), queued, oldest)
+        for place, key, name, concurrency, queued, oldest in rows
+    ]
+
+
+def count_open_of_hosts(db: sqlite3.Connection) -> dict[str, tuple[int, int]]:
+    """Return for each host that has some, the number of its jobs that hold a slot, and of those that are queued."""
+    with _snapshot(db):
+        holding, queued = (
+            {decode_name(host): count for host, count in db.execute(QUERIES[f"count_{which}_of_hosts"])}
+            for which in ("holding", "queued")
+        )
+    return {host: (holding.get(host, 0), queued.get(host, 0)) for host in holding | queued}
 
 
 def checkpoint(db: sqlite3.Connection) -> None:
