@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from argparse import Namespace
@@ -43,6 +44,7 @@ examples:
   harpcallerd queue-cancel '{"service": "nginx"}'       cancel them
   harpcallerd token add shop --role=web --expires=90d   print a new token once; the dispatcher may run or not
   harpcallerd token revoke shop                         it is refused within a second, on open connections, too
+  harpcallerd web-login --as=alice --role=viewer        print a link to the console, which can be used once
   harpcallerd --socket=./control stop --print-pid       the daemon that uses this control socket
   harpcallerd access who --host=web07 --procedure=restart_nginx
                                                         who may call it; see: harpcallerd access --help
@@ -316,6 +318,26 @@ def _tokens_module() -> Any:
     return tokens
 
 
+def _web_login(parsed: Namespace) -> None:
+    seconds = None if parsed.hours is None else parsed.hours * 3600
+    options = {"name": parsed.name or _user_name(), "roles": parsed.role or ["admin"], "seconds": seconds}
+    (item,) = ControlClient(parsed.socket).send_command("web-login", **options)
+    print_escaped("harpcallerd: open the link within 5 minutes; it can be used once", file=sys.stderr)
+    print_escaped(loads(item)["url"])
+
+
+def _user_name() -> str:
+    """Return the name of the person who runs the command, also by sudo."""
+    import pwd
+
+    if (name := os.environ.get("SUDO_USER")) is not None and os.geteuid() == 0:
+        return name
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return str(os.geteuid())
+
+
 def _audit(parsed: Namespace) -> int:
     try:
         file = parsed.file or load(parsed.config).audit_file
@@ -453,6 +475,10 @@ def parser() -> argparse.ArgumentParser:
     add_action("list", _token_list, "list the tokens, one JSON object per line")
     option = add_action("revoke", _token_revoke, "revoke a token, on open connections, too")
     option("name", metavar="NAME")
+    option = add("web-login", _web_login, "print a link that logs in to the console once, within 5 minutes")
+    option("--as", dest="name", metavar="NAME", help="the principal is login:NAME (default: the user)")
+    option("--role", metavar="ROLE", action="append", help="viewer, operator, admin (default), or one of access_file")
+    option("--hours", metavar="H", type=_hours, help="end the session after H hours (default: session_age)")
     add("reopen-logs", _send_silently, "reopen the log files, after a rotation")
     return program
 
@@ -492,6 +518,13 @@ def _days(text: str) -> float:
     if days == 0:
         raise argparse.ArgumentTypeError("expected a number above 0: 0 would delete all jobs that have ended")
     return days * 86_400
+
+
+def _hours(text: str) -> float:
+    hours = _number(text)
+    if hours == 0:
+        raise argparse.ArgumentTypeError("expected a number above 0")
+    return hours
 
 
 def _count(text: str) -> int:

@@ -37,6 +37,7 @@ Hours = Annotated[float, Meta(gt=0, le=MAX_SECONDS // 3600)]
 
 _STOP_MARGIN = 10.0  #: Maximum seconds that a host needs to stop a call after `disconnect_timeout`.
 _ADDRESS = re.compile(r"(?:\[(?P<bracketed>[^\[\]]+)\]|(?P<plain>[^:\[\]]+)):(?P<port>\d{1,5})", re.ASCII)
+_HOST_NAME = re.compile(r"[A-Za-z0-9._-]{1,253}|[0-9A-Fa-f:.]{2,45}", re.ASCII)
 _BASE_PATH = re.compile(r"(?:/[A-Za-z0-9._~-]+)*", re.ASCII)
 
 
@@ -102,6 +103,11 @@ class HTTPSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     listen: tuple[Address, ...] = (Address("127.0.0.1", 3580),)  #: Listening addresses.
     certfile: Path | None = None  #: PEM file with the certificate of the addresses with TLS, and its chain.
     keyfile: Path | None = None  #: PEM file with the key of the certificate.
+    client_ca_file: Path | None = None  #: PEM file with the authorities of clients' certificates.
+    crl_file: Path | None = None  #: PEM file with the revocation lists of these authorities.
+    hosts: tuple[str, ...] = ()  #: Names of this dispatcher that requests may have beside those of this machine.
+    session_idle: Seconds = 43_200.0  #: Seconds without a request after which a session ends.
+    session_age: Seconds = 604_800.0  #: Maximum seconds of a session.
     tls_minimum: str = DEFAULT_TLS_MINIMUM  #: Minimum TLS version of clients.
     behind_proxy: bool = False  #: Whether a proxy with TLS is in front of the addresses.
     base_path: str = ""  #: The path before each path of the API; a proxy may need one.
@@ -117,6 +123,13 @@ class HTTPSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         check_choice("tls_minimum", self.tls_minimum, TLS_VERSIONS)
         if (self.certfile is None) != (self.keyfile is None):
             raise ValueError("certfile: expected both certfile and keyfile, got one of them")
+        if self.client_ca_file is not None and self.certfile is None:
+            raise ValueError("client_ca_file: expected certfile and keyfile beside it, got none")
+        if self.crl_file is not None and self.client_ca_file is None:
+            raise ValueError("crl_file: expected client_ca_file beside it, got none")
+        for name in self.hosts:
+            if not _HOST_NAME.fullmatch(name):
+                raise ValueError(f"hosts: expected names or addresses without a port, got {name!r}")
         if not _BASE_PATH.fullmatch(self.base_path):
             raise ValueError(f'base_path: expected "" or a path such as "/harp", got {self.base_path!r}')
 

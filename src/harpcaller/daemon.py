@@ -184,7 +184,8 @@ async def run(
                 http = starting.HTTPAPI(act, current, lambda: clients.identities, clients.memory)
                 await stack.enter_async_context(aclosing(http))
             reloader = _Reloader(dispatcher, clients, http, debug)
-            controller = ControlServer(dispatcher, stop.set, reloader.reload, lambda: clients.identities)
+            make_link = None if http is None else http.make_login_link
+            controller = ControlServer(dispatcher, stop.set, reloader.reload, lambda: clients.identities, make_link)
             await stack.enter_async_context(aclosing(controller))
             controller.serve([control])
             clients.serve(listeners)

@@ -41,10 +41,14 @@ class RunningAPI:
         return f"Authorization: Bearer {self.token}\r\n"
 
     def headers_of(self, name: str, *roles: str) -> dict[str, str]:
-        """Return the headers of a client with a token of its own."""
+        """Return the headers of a client with a token of its own; without roles, it is an administrator."""
         if name not in self.tokens:
-            self.tokens[name] = add_token(self.directory / "tokens", name, roles)[0]
+            self.tokens[name] = add_token(self.directory / "tokens", name, roles or ("admin",))[0]
         return {"Authorization": f"Bearer {self.tokens[name]}"}
+
+    def refresh(self) -> None:
+        """Read changed files of tokens and certificates, as the client API does several times in a second."""
+        self.api.service.identities().refresh()
 
     async def send(self, data: bytes, seconds: float = 20.0) -> bytes:
         """Send bytes on a connection of its own; return all that comes until its end."""
@@ -65,7 +69,7 @@ async def running_api(
     http = http or HTTPSettings()
     if http.listen == HTTPSettings().listen:
         http = msgspec.structs.replace(http, listen=(Address("127.0.0.1", 0),))
-    token, _ = add_token(directory / "tokens", "admin")
+    token, _ = add_token(directory / "tokens", "admin", ["admin"])
     settings = {"tokens_file": directory / "tokens", "file": directory / "harpcaller.toml", **settings}
     async with running(directory, *lines, http=http, **settings) as dispatcher:
         identities = Identities(dispatcher.config)
@@ -78,7 +82,7 @@ async def running_api(
         async with aclosing(api):
             api.serve(listeners)
             headers = {"Authorization": f"Bearer {token}"}
-            base = f"http://127.0.0.1:{port}" if port else "http://dispatcher"
+            base = f"http://127.0.0.1:{port}" if port else "http://localhost"
             url = f"{base}{http.base_path}/api/v1"
             async with httpx.AsyncClient(base_url=url, headers=headers, transport=transport, timeout=30) as client:
                 yield RunningAPI(dispatcher, api, port, token, directory, client, {"admin": token})

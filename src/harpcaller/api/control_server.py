@@ -49,6 +49,8 @@ class ControlServer(Server):
 
     `stop` stops the daemon. `reload` reads the configuration again and returns the changed keys that need a restart, or
     raises `ConfigError`. `identities` returns the proofs that the daemon accepts, for the commands about tokens.
+    `login_link` returns a one-time link to the console for a name, roles, and a number of seconds or None; it raises
+    ValueError. None: there is no HTTP API.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class ControlServer(Server):
         stop: Callable[[], None],
         reload: Callable[[], Awaitable[list[str]]],
         identities: Callable[[], Identities | None] = lambda: None,
+        login_link: Callable[[str, tuple[str, ...], float | None], str] | None = None,
     ) -> None:
         rejection = _line(error="too many connections to the control socket")
         memory = _MAX_CONNECTIONS * _MAX_REQUEST
@@ -65,6 +68,7 @@ class ControlServer(Server):
         self._stop_daemon = stop
         self._reload_daemon = reload
         self._identities = identities
+        self._login_link = login_link
 
     def _identify(self, accepted: socket.socket, peer: str, listener: Listener) -> Client:
         return LOCAL_ADMINISTRATOR
@@ -259,6 +263,27 @@ class ControlServer(Server):
             log.info("token revoked", extra={"token": name})
         yield Envelope(revoked=revoked)
 
+    async def _web_login(
+        self, acting: ActingAs, name: str, roles: list[str] | None = None, seconds: float | None = None
+    ) -> Items:
+        acting.require(Action.ADMIN)
+        if self._login_link is None:
+            raise ProtocolError("there is no HTTP API: section http is not set; set it and restart")
+        login = Client((f"login:{name}",), "http", "", roles=tuple(roles or ()), needs_role=True)
+        policy = self._dispatcher.access.policy_of(login)
+        if not any(policy.may_ever(login, action) for action in Action):
+            who = f"login:{name}" + "".join(f", role:{role}" for role in login.roles)
+            where = (
+                self._dispatcher.config.access_file or "without access_file, the roles are viewer, operator and admin"
+            )
+            raise ProtocolError(f"no rule allows anything to {who}: {where}")
+        try:
+            url = self._login_link(name, login.roles, seconds)
+        except ValueError as error:
+            raise ProtocolError(str(error)) from error
+        log.info("login link made", extra={"principal": login.owner, "roles": list(login.roles)})
+        yield Envelope(url=url)
+
     def _tokens(self) -> TokenStore:
         identities = self._identities()
         if identities is None or identities.tokens is None:
@@ -326,7 +351,7 @@ class Command(NamedTuple):
 #: The commands that change something. `harpcaller.acting` records the cancellations.
 _RECORDED = (
     *("stop", "reload", "reopen-logs", "release-slot", "hosts-refresh", "prune-jobs"),
-    *("token-add", "token-revoke"),
+    *("token-add", "token-revoke", "web-login"),
 )
 _LIST_OPTIONS = {"all": _flag, "queue": _flag, "newest": _count, "host": required_string, "of_queue": _queue}
 _COMMANDS = {
@@ -345,5 +370,6 @@ _COMMANDS = {
     "token-add": Command(ControlServer._token_add, {"name": required_string}, {"roles": _names, "expires": _seconds}),
     "token-list": Command(ControlServer._token_list),
     "token-revoke": Command(ControlServer._token_revoke, {"name": required_string}),
+    "web-login": Command(ControlServer._web_login, {"name": required_string}, {"roles": _names, "seconds": _seconds}),
     "prune-jobs": Command(ControlServer._prune_jobs, optional={"age": _seconds, "trust_clock": _flag}),
 }

@@ -22,8 +22,9 @@ from starlette.types import Message, Receive, Scope, Send
 from harp_daemon.memory_quota import Reservation
 from harpcaller.access import AuthError, Refusal
 from harpcaller.access.client import Client
-from harpcaller.http import jobs, records
-from harpcaller.http.authentication import authenticate
+from harpcaller.http import jobs, login, records
+from harpcaller.http.authentication import authenticate, check_request_origin, identify_connection
+from harpcaller.http.guards import check_host
 from harpcaller.http.operations import APIRequest, Operation
 from harpcaller.http.problems import MEDIA_TYPE, SECURITY_HEADERS, Problem, new_request_id, to_problem
 from harpcaller.http.service import HTTPService
@@ -31,7 +32,7 @@ from harpcaller.http.service import HTTPService
 log = logging.getLogger(__name__)
 
 #: The modules with operations, in the order of their documentation. Of two paths that match, the first is used.
-MODULES = (jobs, records)
+MODULES = (jobs, records, login)
 OPERATIONS: tuple[Operation, ...] = tuple(operation for module in MODULES for operation in module.OPERATIONS)
 
 API_PATH = "/api/v1"
@@ -61,19 +62,19 @@ class HTTPApp:
         if scope["type"] != "http":
             return
         request_id = new_request_id()
-        scope["state"]["request_id"] = request_id
-        is_started = False
+        state = scope["state"]
+        state["request_id"], state["is_started"] = request_id, False
 
         async def send_with_headers(message: Message) -> None:
-            nonlocal is_started
             if message["type"] == "http.response.start":
-                is_started = True
+                state["is_started"] = True
                 names = {name.lower() for name, _ in message["headers"]}
                 more = [pair for pair in _COMMON_HEADERS if pair[0] not in names]
                 message["headers"] = [*message["headers"], *more, (b"harp-request", request_id.encode())]
             await send(message)
 
         try:
+            self._check_host(scope)
             await self.router(scope, receive, send_with_headers)
         except ClientDisconnect:
             pass
@@ -85,11 +86,17 @@ class HTTPApp:
                 log.error("HTTP request failed", extra=fields, exc_info=error if is_internal else None)
             else:
                 log.info("HTTP request refused", extra={**fields, "reason": problem.detail})
-            if is_started:
+            if state["is_started"]:
                 raise
             body = problem.encode(request_id, self._base)
             response = Response(body, problem.status, problem.all_headers(), media_type=MEDIA_TYPE)
             await response(scope, receive, send_with_headers)
+
+    def _check_host(self, scope: Scope) -> None:
+        values = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
+        names = {name.lower() for name in self.service.settings.hosts}
+        local = scope.get("server")
+        check_host(values, names, None if local is None else str(local[0]))
 
 
 _COMMON_HEADERS = (*SECURITY_HEADERS, (b"cache-control", b"no-store"))
@@ -130,17 +137,36 @@ class _Endpoint:
             detail = f"{scope['method'][:20]}: expected one of {self._allow}"
             raise Problem("method_not_allowed", detail, headers={"Allow": self._allow})
         request = Request(scope, receive)
-        response = await answer(self._service, operation, request)
-        await response(scope, receive, send)
-
-
-async def answer(service: HTTPService, operation: Operation, request: Request) -> Response:
-    """Return the response of an operation. Raises what its client or its handler has done wrong."""
-    client: Client = request.state.client
-    if not operation.is_public:
-        client = await authenticate(request, service)
+        if operation.is_public:
+            check_request_origin(request, self._service)
+            client = await identify_connection(request, self._service)
+            response = await answer(self._service, operation, request, client)
+            await response(scope, receive, send)
+            return
+        proof = request.state.proof = await authenticate(request, self._service)
         if (connection := getattr(request.state, "connection", None)) is not None:
             connection.confirm()
+        task = asyncio.current_task()
+        assert task is not None
+
+        def on_void() -> None:
+            if not request.state.is_started:  # a response that lasts checks it by itself
+                request.state.is_revoked = True
+                task.cancel()
+
+        try:
+            with self._service.watch(proof, on_void):
+                response = await answer(self._service, operation, request, proof.client)
+                await response(scope, receive, send)
+        except asyncio.CancelledError:
+            if not getattr(request.state, "is_revoked", False):
+                raise
+            task.uncancel()
+            raise AuthError(proof.find_error() or "the right of this request was revoked") from None
+
+
+async def answer(service: HTTPService, operation: Operation, request: Request, client: Client) -> Response:
+    """Return the response of an operation. Raises what its client or its handler has done wrong."""
     _check_accept(operation, request)
     query = parse_query(operation, request.scope["query_string"])
     reservation = Reservation(service.memory)

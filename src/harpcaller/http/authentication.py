@@ -1,13 +1,23 @@
-"""How a client of the HTTP API proves who it is. Spec: docs/http-api.md, Authentication."""
+"""Who sends a request: by a token, by the cookie of a session, by a certificate, or as a user of a Unix socket.
+
+The first of these that a request has decides: a wrong token is refused, even beside a valid cookie. Nobody else gets
+anything but what is public. Each proof can become void later, when a token is revoked or a session ends: requests in
+progress are then ended, see `HTTPService.watch`.
+
+Spec: docs/http-api.md, Authentication.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from harpcaller.access import AuthError
 from harpcaller.access.client import Client
+from harpcaller.http.guards import check_origin
+from harpcaller.http.proofs import Proof
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -15,25 +25,91 @@ if TYPE_CHECKING:
     from harpcaller.http.operations import APIRequest
     from harpcaller.http.service import HTTPService
 
+PLAIN_COOKIE, SECURE_COOKIE = "harp", "__Host-harp"  #: The names of the cookie without and with TLS.
 _BEARER = re.compile(r"Bearer +(\S{1,200})", re.IGNORECASE)
+_NO_PROOF = "the request needs an Authorization header with a bearer token, or the cookie of a session"
 
 
-async def authenticate(request: Request, service: HTTPService) -> Client:
-    """Return the client of a request. Raises `AuthError`."""
+async def authenticate(request: Request, service: HTTPService) -> Proof:
+    """Return the proof of a request. Raises `AuthError`, and `CrossOrigin` if a foreign page may have caused it."""
+    connection = await identify_connection(request, service)
+    if (header := request.headers.get("authorization")) is not None:
+        if (found := _BEARER.fullmatch(header)) is None:
+            raise AuthError('Authorization: expected "Bearer TOKEN"')
+        client, token = service.identities().of_token(connection, found[1])
+
+        def find_token_error() -> str | None:
+            tokens = service.identities().tokens
+            is_current = tokens is not None and tokens.is_current(token)
+            return None if is_current else "the token was revoked, or has expired"
+
+        return Proof(client, find_token_error)
+    cookie = cookie_of(request, service)
+    check_request_origin(request, service)
+    if cookie is not None:
+        return _of_session(connection, cookie, service)
+    if len(connection.principals) == 1:
+        raise AuthError(_NO_PROOF)
+    find_error: Callable[[], str | None] = request.state.connection.find_error
+    if (error := find_error()) is not None:
+        raise AuthError(error)
+    return Proof(replace(connection, authenticated=True), find_error)
+
+
+def _of_session(connection: Client, cookie: str, service: HTTPService) -> Proof:
+    sessions = service.sessions
+    session = sessions.find(cookie)
+    if session is None:
+        raise AuthError("the session has ended; log in again")
+    token = sessions.get_token(session)
+    roles = session.roles if token is None else token.roles
+    principals = (session.principal, *connection.principals)
+    client = replace(connection, principals=principals, authenticated=True, roles=roles)
+
+    def find_error() -> str | None:
+        present = sessions.get_token(session)
+        is_same = present is None or present.roles == roles
+        return None if sessions.is_current(session) and is_same else "the session has ended; log in again"
+
+    return Proof(client, find_error, session)
+
+
+async def identify_connection(request: Request, service: HTTPService) -> Client:
+    """Return the client with what its connection proves: its certificate, or the user of a Unix socket."""
     client: Client = request.state.client
-    header = request.headers.get("authorization")
-    if header is None:
-        raise AuthError("the request needs an Authorization header with a bearer token")
-    found = _BEARER.fullmatch(header)
-    if found is None:
-        raise AuthError('Authorization: expected "Bearer TOKEN"')
-    return service.identities().of_token(client, found[1])[0]
+    if client.listener.startswith("unix:"):
+        identities = service.identities()
+        client = identities.of_user(client) or await identities.look_up_user(client)
+    return replace(client, needs_role=True)
+
+
+def check_request_origin(request: Request, service: HTTPService) -> None:
+    """Raise `CrossOrigin` if a foreign page may have caused a request without a token."""
+    scheme = "https" if is_secure(request, service) else "http"
+    has_cookie = cookie_of(request, service) is not None
+    check_origin(request.method, scheme, request.headers, has_cookie)
+
+
+def is_secure(request: Request, service: HTTPService) -> bool:
+    """Return whether the browser speaks TLS with the dispatcher, or with a proxy in front of it."""
+    return request.url.scheme == "https" or service.settings.behind_proxy
+
+
+def cookie_name(request: Request, service: HTTPService) -> str:
+    """Return the name of the cookie. With TLS, no other server of the same domain can set one of this name."""
+    return SECURE_COOKIE if is_secure(request, service) else PLAIN_COOKIE
+
+
+def cookie_of(request: Request, service: HTTPService) -> str | None:
+    """Return the secret in the cookie of a request; None: it has no cookie of a session."""
+    return request.cookies.get(cookie_name(request, service))
 
 
 def repeat_authentication(request: APIRequest) -> Callable[[], Awaitable[bool]]:
-    """Return a function that returns whether the client of a request is still the same."""
+    """Return a function that returns whether the client of a request still has the proof of its identity."""
+    proof: Proof = request.http.state.proof
 
     async def is_same() -> bool:
-        return await authenticate(request.http, request.service) == request.client
+        return proof.find_error() is None
 
     return is_same

@@ -13,6 +13,7 @@ from typing import Any
 from harp.protocol.json_text import Envelope, InvalidJSON, dumps
 from harp.protocol.schema import ProtocolError
 from harpcaller.access import AccessDenied, AuthError, RateLimited
+from harpcaller.http.guards import CrossOrigin, WrongHost
 from harpcaller.store import RequestIDReused, StorageError, UnknownJob
 
 MEDIA_TYPE = "application/problem+json"
@@ -25,6 +26,7 @@ CODES: Mapping[str, tuple[int, str]] = {
     "invalid_cursor": (400, "Invalid cursor"),
     "auth_error": (401, "Not authenticated"),
     "access_denied": (403, "Access denied"),
+    "cross_origin": (403, "The request comes from another page"),
     "invalid_jobid": (404, "No such job"),
     "not_found": (404, "Not found"),
     "method_not_allowed": (405, "Method not allowed"),
@@ -34,6 +36,7 @@ CODES: Mapping[str, tuple[int, str]] = {
     "too_long": (413, "The request is too long"),
     "url_too_long": (414, "The URL is too long"),
     "unsupported_media_type": (415, "Unsupported media type"),
+    "wrong_host": (421, "Wrong host"),
     "key_reused": (422, "The key was used for another request"),
     "too_many_requests": (429, "Too many requests"),
     "too_many_connections": (429, "Too many connections"),
@@ -128,6 +131,10 @@ def to_problem(error: BaseException) -> Problem:
             return of_protocol_error(error)
         case InvalidJSON():
             return Problem("invalid_request", str(error))
+        case WrongHost():
+            return Problem("wrong_host", str(error))
+        case CrossOrigin():
+            return Problem("cross_origin", str(error))
         case AuthError():
             return Problem("auth_error", str(error))
         case AccessDenied():

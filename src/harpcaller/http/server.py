@@ -36,7 +36,7 @@ from harp_daemon.settings import ConfigError
 from harp_daemon.sockets import Listener, ListenError, listen_tcp, listen_unix
 from harp_daemon.timer_wheel import Timer, TimerWheel
 from harpcaller.access.client import Client
-from harpcaller.access.identities import anonymous
+from harpcaller.access.identities import anonymous, certified
 from harpcaller.config import Config, HTTPSettings
 from harpcaller.http.problems import SECURITY_HEADERS, Problem, new_request_id
 
@@ -75,7 +75,8 @@ def open_tls(config: Config, http: HTTPSettings) -> ServerTLS | None:
     """Return the TLS context of the addresses with TLS; None: there is no certificate. Raises `ConfigError`."""
     if http.certfile is None or http.keyfile is None:
         return None
-    return ServerTLS(f"{config.file}: http", http.certfile, http.keyfile, http.tls_minimum)
+    files = http.certfile, http.keyfile, http.tls_minimum, http.client_ca_file, http.crl_file
+    return ServerTLS(f"{config.file}: http", *files)
 
 
 class HTTPServer:
@@ -138,6 +139,11 @@ class HTTPServer:
         await asyncio.gather(*self.state.tasks, return_exceptions=True)
         self.timers.close()
 
+    @property
+    def tls_version(self) -> tuple[int, int]:
+        """What changes with the certificates that are accepted."""
+        return (0, 0) if self.tls is None else (id(self.tls), self.tls.version)
+
     def _renew_date(self) -> None:
         """Set the headers of every response: the time, once a second."""
         self.state.default_headers = [(b"date", formatdate(time.time(), usegmt=True).encode()), _SERVER]
@@ -145,7 +151,7 @@ class HTTPServer:
 
     def _connect(self, accepted: socket.socket, peer: str, listener: Listener) -> HTTPConnection:
         context = self.tls.context if listener.is_tls and self.tls is not None else None
-        return HTTPConnection(self, accepted, anonymous(peer, listener), context)
+        return HTTPConnection(self, accepted, anonymous(peer, listener), context, self.tls_version)
 
     async def _serve(self, connection: HTTPConnection) -> None:
         try:
@@ -185,7 +191,12 @@ class HTTPConnection(HttpToolsProtocol):
     """A connection of a client; its requests have the connection and the client in ``scope["state"]``."""
 
     def __init__(
-        self, server: HTTPServer, accepted: socket.socket, client: Client, context: ssl.SSLContext | None
+        self,
+        server: HTTPServer,
+        accepted: socket.socket,
+        client: Client,
+        context: ssl.SSLContext | None,
+        tls_version: tuple[int, int] = (0, 0),
     ) -> None:
         super().__init__(server.uvicorn, server.state, {"client": client, "connection": self})
         # Data after a request with "Connection: close" is an error of the client, and is discarded.
@@ -197,6 +208,7 @@ class HTTPConnection(HttpToolsProtocol):
         self.closed: asyncio.Future[None] = self.loop.create_future()  #: Done when the connection is closed.
         self._server = server
         self._accepted = accepted
+        self._tls_version = tls_version
         self._context = context
         self._plain: asyncio.Transport | None = None
         self._timer: Timer | None = None  # of the input
@@ -222,11 +234,18 @@ class HTTPConnection(HttpToolsProtocol):
         """Note that the client has sent a valid request: the connection gives way to no other one."""
         self._server.acceptor.confirm(self)
 
+    def find_error(self) -> str | None:
+        """Return why the certificate of the client is void now; None: it is not."""
+        is_valid = self._tls_version == self._server.tls_version
+        return None if is_valid else "the certificates that the dispatcher accepts have changed; connect again"
+
     # Connection.
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See `asyncio.Protocol`."""
         self._plain = transport
+        if (tls_object := transport.get_extra_info("ssl_object")) is not None:
+            self.app_state["client"] = self.peer = certified(self.peer, tls_object)
         super().connection_made(_Transport(transport, self))  # type: ignore[arg-type]
         if self.rejection is not None:
             self._is_in_head = True

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -14,9 +15,13 @@ from harpcaller.access.identities import Identities
 from harpcaller.acting import ActingAs
 from harpcaller.config import Config, HTTPSettings
 from harpcaller.http.problems import Problem
+from harpcaller.http.proofs import Proof
+from harpcaller.http.sessions import Sessions
 from harpcaller.http.streaming import Streams
 
 T = TypeVar("T")
+
+_CHECK_EVERY = 0.25  #: Seconds between two checks whether clients with a request in progress have lost their rights.
 
 
 class HTTPService:
@@ -31,21 +36,52 @@ class HTTPService:
         config: Callable[[], Config],
         identities: Callable[[], Identities],
         memory: MemoryQuota,
+        sessions: Sessions,
     ) -> None:
         self.acting_as = acting_as
         self.config = config
         self.identities = identities
         self.memory = memory
+        self.sessions = sessions
         self.waits = 0  #: Number of requests that wait for a job.
         self.stopping = asyncio.Event()  #: Set when the server closes: waits and streams end.
         self._settings = config().http or HTTPSettings()
         self.streams = Streams(lambda: self.settings, lambda: config().reply_memory, self.stopping)
+        self._proofs: dict[object, tuple[Proof, Callable[[], object]]] = {}  # of the requests in progress
+        self._check: asyncio.TimerHandle | None = None
 
     @property
     def settings(self) -> HTTPSettings:
         """The current section `http`; the last one, if a reload has removed it."""
         self._settings = self.config().http or self._settings
         return self._settings
+
+    @contextmanager
+    def watch(self, proof: Proof, on_void: Callable[[], object]) -> Iterator[None]:
+        """Call a function once if a proof becomes void inside the context, at the latest after `_CHECK_EVERY`."""
+        key = object()
+        self._proofs[key] = proof, on_void
+        if self._check is None:
+            self._check = asyncio.get_running_loop().call_later(_CHECK_EVERY, self._check_proofs)
+        try:
+            yield
+        finally:
+            self._proofs.pop(key, None)
+
+    def _check_proofs(self) -> None:
+        self._check = None
+        for key, (proof, on_void) in list(self._proofs.items()):
+            if proof.find_error() is not None:
+                del self._proofs[key]
+                on_void()
+        if self._proofs:
+            self._check = asyncio.get_running_loop().call_later(_CHECK_EVERY, self._check_proofs)
+
+    def close(self) -> None:
+        """End waits and streams."""
+        self.stopping.set()
+        if self._check is not None:
+            self._check.cancel()
 
     async def wait(self, request: Request, waiting: asyncio.Future[T], seconds: float) -> T | None:
         """Wait for a future; return its result, or None if it is not done after some seconds.

@@ -16,6 +16,7 @@ from harpcaller.http.app import HTTPApp
 from harpcaller.http.console import Console
 from harpcaller.http.server import HTTPServer, listen, open_tls
 from harpcaller.http.service import HTTPService
+from harpcaller.http.sessions import Sessions
 
 __all__ = ["HTTPAPI", "check", "listen"]
 
@@ -38,7 +39,14 @@ class HTTPAPI:
         identities: Callable[[], Identities],
         memory: MemoryQuota,
     ) -> None:
-        self.service = HTTPService(acting_as, config, identities, memory)
+        sessions = Sessions(
+            config().stream_directory / "sessions",
+            lambda: self.service.settings.session_idle,
+            lambda: self.service.settings.session_age,
+            lambda: identities().tokens,
+        )
+        self.service = HTTPService(acting_as, config, identities, memory, sessions)
+        self._listeners: Sequence[Listener] = ()
         tls = self._open_tls(config())
         settings = self.service.settings
         routes = Console(settings.base_path).routes() if settings.console else []
@@ -52,6 +60,7 @@ class HTTPAPI:
 
     def serve(self, listeners: Sequence[Listener]) -> None:
         """Accept connections from the listeners."""
+        self._listeners = listeners
         self.server.serve(listeners)
 
     def prepare_reload(self, before: Config, config: Config) -> Callable[[], None]:
@@ -69,9 +78,35 @@ class HTTPAPI:
 
     async def aclose(self) -> None:
         """End waits and streams, stop accepting connections, and wait a limited time for requests in progress."""
-        self.service.stopping.set()
+        self.service.close()
         await self.server.aclose()
+        await self.service.sessions.aclose()
+
+    def make_login_link(self, name: str, roles: tuple[str, ...], seconds: float | None) -> str:
+        """Return a link that begins a session once. Raises ValueError."""
+        return f"{self._find_address()}/login#k={self.service.sessions.add_link(name, roles, seconds)}"
+
+    def _find_address(self) -> str:
+        """Return the address of the console for browsers. Raises ValueError if there is none."""
+        settings = self.service.settings
+        public = f"[{name}]" if ":" in (name := next(iter(settings.hosts), "")) else name
+        if settings.behind_proxy and public:
+            return f"https://{public}{settings.base_path}"
+        for listener in self._listeners:
+            if listener.path is None:
+                scheme = "https" if listener.is_tls else "http"
+                local, port = str(listener.fields["address"]), listener.fields["port"]
+                host = public if listener.is_tls and public else _host_of(local)
+                return f"{scheme}://{host}:{port}{settings.base_path}"
+        raise ValueError("no address for browsers: set http.hosts and http.behind_proxy, or add one to http.listen")
+
+
+def _host_of(address: str) -> str:
+    """Return the host of a local address in a URL; an address that means all is that of this machine."""
+    if address in ("0.0.0.0", "::"):  # noqa: S104 - it is compared, not opened
+        return "localhost"
+    return f"[{address}]" if ":" in address else address
 
 
 def _files_of(http: HTTPSettings) -> tuple[object, ...]:
-    return http.certfile, http.keyfile, http.tls_minimum
+    return http.certfile, http.keyfile, http.tls_minimum, http.client_ca_file, http.crl_file

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT = 15.0  #: Seconds without data after which a heartbeat is sent.
 _CHECK_EVERY = 1.0  #: Seconds between two looks for responses that need a heartbeat.
-_AUTHENTICATE_EVERY = 2.0  #: Seconds between two checks of each client.
+_AUTHENTICATE_EVERY = 1.0  #: Seconds between two checks of each client.
 _PIECE = 64 * 1024  #: Bytes that are passed to the transport at once.
 
 STOPPING = "stopping"  #: Why a response is interrupted: the dispatcher stops.
