@@ -31,6 +31,7 @@ from harpcaller.access.client import LOCAL_ADMINISTRATOR, Client
 from harpcaller.access.enforcement import Admission, Wait, may
 from harpcaller.access.policy import ALLOW_ALL, Action, Decision, Rate, Target
 from harpcaller.audit import ALLOWED, DENIED
+from harpcaller.changes import Position, Subscription, View
 from harpcaller.dispatcher import Dispatcher
 from harpcaller.host_states import HostState
 from harpcaller.hosts.registry import Host, HostChange
@@ -46,6 +47,7 @@ from harpcaller.model.jobs import (
     State,
     Subject,
 )
+from harpcaller.model.matching import may_have_fitted
 from harpcaller.record_stream import RecordStream
 from harpcaller.store import (
     CannotRerun,
@@ -516,6 +518,48 @@ class ActingAs:
         if scope.is_exact:
             return scope.owners, None, None
         return scope.owners, self._may_list, (self._client.principals, self._client.roles, id(self._policy))
+
+    # Changes of jobs.
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the policy is still the one that was in use when the request began."""
+        return self._policy is self._access.policy
+
+    @property
+    def position(self) -> Position:
+        """The position in the change feed after the last change."""
+        return self._dispatcher.changes.position
+
+    def watch_jobs(self, wanted: JobFilter, after: Position | None, on_ready: Callable[[], object]) -> Subscription:
+        """Return a subscription to the jobs that fit a filter and that the client may list, from a position on.
+
+        It ends when the policy changes. The caller closes it.
+        """
+        self._require_ever(Action.LIST)
+        # Clients without restrictions see the same.
+        whose = (self._client.principals, self._client.roles) if self._is_restricted else None
+        view = View(
+            key=(wanted, whose),
+            rights=self._find_rights if self._is_restricted else self.rights,
+            select=partial(self._dispatcher.select_jobs, wanted),
+            may_have_fitted=partial(may_have_fitted, wanted),
+            sees_all=not self._is_restricted,
+        )
+        return self._dispatcher.live.subscribe(view, after, on_ready)
+
+    def watch_changes(self, job_id: str | None, on_change: Callable[[], object]) -> Callable[[], None]:
+        """Call a function after changes of a job, or of any job; return a function that ends it.
+
+        It is for requests that then read what the client may read. It may be called although nothing has changed.
+        """
+        return self._dispatcher.live.watch(job_id, on_change)
+
+    def _find_rights(self, summary: JobSummary) -> tuple[str, ...] | None:
+        """Return the rights to a job; None if the client may not list it."""
+        if summary.subject is None or not self._may_list(summary.subject):
+            return None
+        return self.rights(summary)
 
     def rights(self, summary: JobSummary) -> tuple[str, ...]:
         """Return what the client may do with a job now: ``read``, ``cancel``, ``rerun``, ``release``."""

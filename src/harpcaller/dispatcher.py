@@ -39,6 +39,7 @@ from harpcaller.access.enforcement import SUBJECT_BYTES, Access, Admission, Wait
 from harpcaller.access.policy import Action, Policy
 from harpcaller.access.source import PolicySource
 from harpcaller.audit import Audit
+from harpcaller.changes import ChangeFeed, LiveJobs
 from harpcaller.config import MAX_SECONDS, Config
 from harpcaller.cursors import Cursors
 from harpcaller.explain import ExplainContext, describe_job
@@ -48,6 +49,7 @@ from harpcaller.hosts.pool import ConnectionPool
 from harpcaller.hosts.registry import Host, HostsRegistry
 from harpcaller.hosts.resolving import Resolver
 from harpcaller.hosts.tls import HostTLS
+from harpcaller.job_rows import encode_row
 from harpcaller.model.ids import new_job_id, new_job_ids
 from harpcaller.model.job_filters import JobFilter
 from harpcaller.model.jobs import (
@@ -63,6 +65,7 @@ from harpcaller.model.jobs import (
     StopState,
     Subject,
 )
+from harpcaller.model.matching import matches
 from harpcaller.notifier import Notifier
 from harpcaller.pruner import Pruner
 from harpcaller.record_stream import RecordStream, wait_for_end
@@ -133,6 +136,8 @@ class Dispatcher:
         self._answers = SharedAnswers()
         self._cursors: Cursors
         self._search_lock = asyncio.Lock()
+        self.changes = ChangeFeed()  #: The changes of jobs, if there is an API that shows them.
+        self.live = LiveJobs(self.changes, self.get_summaries, encode_row)  #: For `harpcaller.acting`.
 
     async def __aenter__(self) -> Self:
         identity = await self.store.get_identity()
@@ -162,6 +167,8 @@ class Dispatcher:
             audit=self.audit,
         )
         self._report_config(self.config, frozenset())
+        if self.config.http is not None:
+            self.store.observe(self.changes.record)
         await self._group.__aenter__()
         recovered = await runner.recover()
         self._maintenance = [
@@ -176,6 +183,7 @@ class Dispatcher:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         runner, context = self._runner, self._runner.context
+        self.live.close()
         log.info("dispatcher stops", extra={"calls": len(runner.runs)})
         await runner.detach()
         try:
@@ -520,6 +528,14 @@ class Dispatcher:
         summaries = await self.store.get_summaries(job_ids, subject_bytes=subject_bytes)
         return [self._add_outage(summary) for summary in summaries]
 
+    async def select_jobs(self, wanted: JobFilter, summaries: Sequence[JobSummary]) -> frozenset[str]:
+        """Return the ids of those of these jobs that fit a filter. The store is read only if their payloads decide."""
+        found = {summary.id: matches(wanted, summary) for summary in summaries}
+        fitting = frozenset(job_id for job_id, fits in found.items() if fits)
+        if unsure := [job_id for job_id, fits in found.items() if fits is None]:
+            fitting |= await self.store.select_jobs(wanted, unsure)
+        return fitting
+
     def _add_outage(self, summary: JobSummary) -> JobSummary:
         run = self._runner.runs.get(summary.id)
         if run is None or run.outage is None:
@@ -611,6 +627,7 @@ class Dispatcher:
             if self.access.source.policy is not policy:
                 policy = self.access.source.policy
                 self.audit.report("policy", **self.access.source.describe_version())
+                self.live.expel_all()
             if waits := self.access.take_unchecked():
                 await self._end_denied_waits(waits)
 

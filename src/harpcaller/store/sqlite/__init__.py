@@ -138,6 +138,7 @@ class Store:
     list_queues = _reads(reads.list_queues)
     find_jobs = _reads(searches.find_jobs)
     get_summaries = _reads(searches.get_summaries)
+    select_jobs = _reads(searches.select_jobs)
     count_jobs = _reads(searches.count_jobs)
     job_statistics = _reads(searches.job_statistics)
     find_queues = _reads(reads.find_queues)

@@ -26,7 +26,7 @@ from harpcaller.model.jobs import (
     ValueCount,
 )
 from harpcaller.store.sqlite.file import MAX_INTEGER, QUERIES
-from harpcaller.store.sqlite.finding import Search, plan
+from harpcaller.store.sqlite.finding import Search, conditions_of, plan
 from harpcaller.store.sqlite.rows import decode_name, decode_owner
 
 Permits = Callable[[Subject], bool]
@@ -186,6 +186,17 @@ def get_summaries(
         for job_id in filter(is_job_id, job_ids):
             seqs += [seq for (seq,) in db.execute(QUERIES["find_job"], (job_id,)).fetchall()]
         return _read_summaries(db, sorted(set(seqs)), subject_bytes)
+
+
+def select_jobs(db: sqlite3.Connection, wanted: JobFilter, job_ids: Sequence[str]) -> frozenset[str]:
+    """Return which of these jobs fit a filter."""
+    conditions = conditions_of(wanted)
+    ids = {f"id{number}": job_id for number, job_id in enumerate(filter(is_job_id, job_ids))}
+    statement = (
+        f"SELECT jobs.id FROM jobs CROSS JOIN calls ON calls.job = jobs.seq "
+        f"WHERE jobs.id IN ({', '.join(':' + name for name in ids)}) AND {conditions}"
+    )
+    return frozenset(job_id for (job_id,) in db.execute(statement, {**conditions.values, **ids}).fetchall())
 
 
 def count_jobs(

@@ -1,0 +1,408 @@
+"""The change feed: which jobs have changed, for those who keep a list of jobs up to date. In memory.
+
+Theory of operation. The feed numbers the committed changes and keeps, for each of the jobs that changed last, only the
+number of its latest change: a reader that knows the state at a number reads the jobs that changed after it again. The
+numbers start anew with each dispatcher, so a reader also names the `boot` that it has its number from.
+
+A `Subscription` delivers the rows of jobs to one reader, at most four times a second. All subscriptions share one read
+of the store; subscriptions of the same client rights and the same filter share the text. Whoever does not read loses
+the events that wait for it, and is told so; then it asks for its list again. It holds nobody up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections import OrderedDict, deque
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence, Set
+from enum import StrEnum
+from typing import NamedTuple
+
+from harp.protocol.json_text import Envelope, Raw, dumps
+from harpcaller.model.changes import Change
+from harpcaller.model.jobs import JobSummary
+
+log = logging.getLogger(__name__)
+
+_MAX_JOBS = 10_000  #: Number of jobs whose latest change is kept; each needs about 200 bytes.
+_INTERVAL = 0.25  #: Minimum seconds between two events about jobs.
+_DELAY = 0.02  #: Seconds from a change to its event, so that changes that come together are one event.
+_PAGE = 500  #: Maximum number of jobs in one read of the store, and in one step of the event loop.
+_MAX_ROWS = 200  #: Maximum number of rows, and of ids, in an event.
+_MAX_WAITING = 256 * 1024  #: Maximum bytes of the events that wait for one reader.
+
+
+class Reset(StrEnum):
+    """Why a reader has to ask for everything again."""
+
+    GAP = "gap"  # more jobs have changed since its number than the feed keeps
+    SLOW = "slow"  # it has not read the events
+    RESTART = "restart"  # its number is of another dispatcher
+    ACCESS = "access"  # the rules of access have changed
+
+
+class Position(NamedTuple):
+    """A place in the feed."""
+
+    boot: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.boot}-{self.number}"
+
+    @classmethod
+    def parse(cls, text: str) -> Position | None:
+        """Return the position with this text; None if it is not one."""
+        boot, hyphen, number = text.partition("-")
+        is_number = number.isascii() and number.isdigit() and len(number) < 20
+        return cls(boot, int(number)) if hyphen and is_number else None
+
+
+class Event:
+    """An event for readers: its name, its data as JSON, and the position up to which they then know all."""
+
+    __slots__ = ("_text", "data", "name", "position")
+
+    def __init__(self, name: str, data: Raw, position: Position) -> None:
+        self.name = name
+        self.data = data
+        self.position = position
+        self._text: tuple[object, bytes] | None = None  # the last one
+
+    def encode(self, encoder: Callable[[Event], bytes]) -> bytes:
+        """Return the text of the event. Readers of the same kind share it."""
+        if self._text is None or self._text[0] is not encoder:
+            self._text = encoder, encoder(self)
+        return self._text[1]
+
+
+class ChangeFeed:
+    """The numbers of the latest changes. `record` observes the store."""
+
+    def __init__(self) -> None:
+        self.boot = secrets.token_hex(4)  #: Differs after each start.
+        self.number = 0  #: The number of changes.
+        self._numbers: OrderedDict[str, int] = OrderedDict()  # of the latest change, by job; the earliest first
+        self._forgotten = 0  # the latest change of a job that is not kept
+        self._wake: Callable[[], object] | None = None
+
+    def record(self, changes: Sequence[Change]) -> None:
+        """Give numbers to committed changes."""
+        numbers, number = self._numbers, self.number
+        for change in changes:
+            number += 1
+            job_id = change.job_id
+            if job_id in numbers:
+                numbers.move_to_end(job_id)
+            numbers[job_id] = number
+        self.number = number
+        while len(numbers) > _MAX_JOBS:
+            self._forgotten = numbers.popitem(last=False)[1]
+        if self._wake is not None:
+            self._wake()
+
+    def on_change(self, wake: Callable[[], object] | None) -> None:
+        """Call a function after changes; with None, no more."""
+        self._wake = wake
+
+    @property
+    def position(self) -> Position:
+        """The position after the last change."""
+        return Position(self.boot, self.number)
+
+    def changed_since(self, number: int) -> list[tuple[str, int]] | None:
+        """Return the jobs that changed after a number, each with its latest change, the latest first.
+
+        None: not all of them are kept, or the number is not of this feed.
+        """
+        if not self._forgotten <= number <= self.number:
+            return None
+        changed = []
+        for item in reversed(self._numbers.items()):
+            if item[1] <= number:
+                break
+            changed.append(item)
+        return changed
+
+
+class View(NamedTuple):
+    """What one or more readers see of the jobs. Readers with an equal `key` see the same."""
+
+    key: Hashable
+    #: Returns what may be done with a job; None: it may not be seen.
+    rights: Callable[[JobSummary], tuple[str, ...] | None]
+    #: Returns which of these jobs fit the reader's filter, by their ids.
+    select: Callable[[Sequence[JobSummary]], Awaitable[Set[str]]]
+    #: Whether a job that does not fit the filter may have fitted it before.
+    may_have_fitted: Callable[[JobSummary], bool]
+    #: Whether `rights` needs no subject: every job may be seen, so that a deleted one may be named.
+    sees_all: bool
+
+
+class Subscription:
+    """The events for one reader. It calls `on_ready` when `next_event` may return another one."""
+
+    def __init__(self, feed: LiveJobs, view: View, on_ready: Callable[[], object]) -> None:
+        self.view = view
+        self.known = feed.changes.number  #: The change up to which the reader knows all, or will when it has read.
+        self.is_closed = False  #: Whether no further event follows those that wait.
+        self._feed = feed
+        self._on_ready = on_ready
+        self._events: deque[Event] = deque()
+        self._size = 0
+
+    def next_event(self) -> Event | None:
+        """Return the next event; None: `on_ready` will be called."""
+        if not self._events:
+            return None
+        event = self._events.popleft()
+        self._size -= len(event.data)
+        return event
+
+    def add(self, event: Event) -> None:
+        """Add an event; a reader with too many of them loses them all."""
+        self._size += len(event.data)
+        if self._size > _MAX_WAITING and self._events:
+            self.reset(Reset.SLOW)
+            return
+        self._events.append(event)
+        self._on_ready()
+
+    def reset(self, reason: Reset) -> None:
+        """Let the reader ask for everything again."""
+        self._feed.count_reset(reason)
+        self._events.clear()
+        data = dumps({"reason": reason.value})
+        self._size = len(data)
+        self.known = self._feed.changes.number
+        self._events.append(Event("reset", data, self._feed.changes.position))
+        self._on_ready()
+
+    def close(self) -> None:
+        """End the subscription."""
+        self._feed.unsubscribe(self)
+
+
+class LiveJobs:
+    """The subscriptions to jobs.
+
+    `read` returns the summaries of jobs by id, and with True also what decides about rights to them. `encode` encodes
+    a summary with the rights to the job.
+    """
+
+    def __init__(
+        self,
+        changes: ChangeFeed,
+        read: Callable[[Sequence[str], bool], Awaitable[Sequence[JobSummary]]],
+        encode: Callable[[JobSummary, tuple[str, ...]], Envelope],
+    ) -> None:
+        self.changes = changes
+        self.resets: dict[Reset, int] = dict.fromkeys(Reset, 0)  #: How many resets readers got, by reason.
+        self._read = read
+        self._encode = encode
+        self._subscriptions: dict[Subscription, None] = {}
+        self._watchers: dict[str | None, list[Callable[[], object]]] = {}
+        self._told = changes.number  # the change up to which the watchers were called
+        self._timer: asyncio.TimerHandle | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._last_at = float("-inf")
+
+    # Readers.
+
+    def subscribe(self, view: View, after: Position | None, on_ready: Callable[[], object]) -> Subscription:
+        """Return a subscription to the changes after a position, or to later ones."""
+        self._start()
+        subscription = Subscription(self, view, on_ready)
+        self._subscriptions[subscription] = None
+        if after is None:
+            return subscription
+        if after.boot != self.changes.boot:
+            subscription.reset(Reset.RESTART)
+        elif self.changes.changed_since(after.number) is None:
+            subscription.reset(Reset.GAP)
+        else:
+            subscription.known = after.number
+            self._schedule()
+        return subscription
+
+    def unsubscribe(self, subscription: Subscription) -> None:
+        """Remove a subscription."""
+        self._subscriptions.pop(subscription, None)
+        self._stop_if_unused()
+
+    def watch(self, job_id: str | None, on_change: Callable[[], object]) -> Callable[[], None]:
+        """Call a function after changes of a job, or of any job; return a function that ends it."""
+
+        def end() -> None:
+            watchers = self._watchers.get(job_id, [])
+            if on_change in watchers:
+                watchers.remove(on_change)
+            if not watchers:
+                self._watchers.pop(job_id, None)
+            self._stop_if_unused()
+
+        self._start()
+        self._watchers.setdefault(job_id, []).append(on_change)
+        return end
+
+    def expel_all(self) -> None:
+        """End all subscriptions after a change of the rules of access: their readers have to subscribe again."""
+        for subscription in list(self._subscriptions):
+            subscription.is_closed = True
+            subscription.reset(Reset.ACCESS)
+            self.unsubscribe(subscription)
+        for on_change in self._watchers.get(None, ())[:]:
+            on_change()
+
+    @property
+    def subscribers(self) -> int:
+        """The number of subscriptions."""
+        return len(self._subscriptions)
+
+    def count_reset(self, reason: Reset) -> None:
+        """Count a reset."""
+        self.resets[reason] += 1
+
+    def close(self) -> None:
+        """Deliver nothing more."""
+        self._subscriptions.clear()
+        self._watchers.clear()
+        self._stop_if_unused()
+        if self._task is not None:
+            self._task.cancel()
+
+    # Ticks.
+
+    def _start(self) -> None:
+        if not self._watchers:
+            self._told = self.changes.number
+        self.changes.on_change(self._schedule)
+
+    def _stop_if_unused(self) -> None:
+        if self._subscriptions or self._watchers:
+            return
+        self.changes.on_change(None)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _schedule(self) -> None:
+        """Deliver soon."""
+        if self._timer is None and self._task is None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_at(max(loop.time() + _DELAY, self._last_at + _INTERVAL), self._begin)
+
+    def _begin(self) -> None:
+        self._timer = None
+        self._last_at = asyncio.get_running_loop().time()
+        self._call_watchers()
+        self._task = asyncio.create_task(self._deliver())
+        self._task.add_done_callback(self._on_delivered)
+
+    def _on_delivered(self, task: asyncio.Task[None]) -> None:
+        self._task = None
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("cannot read changed jobs", exc_info=error)
+            for subscription in list(self._subscriptions):
+                subscription.reset(Reset.GAP)
+        number = self.changes.number
+        if (self._watchers and self._told < number) or any(each.known < number for each in self._subscriptions):
+            self._schedule()
+
+    def _call_watchers(self) -> None:
+        changed, self._told = self.changes.changed_since(self._told), self.changes.number
+        jobs = list(self._watchers) if changed is None else [None, *(job_id for job_id, _ in changed)]
+        for job_id in jobs:
+            for on_change in self._watchers.get(job_id, ())[:]:
+                on_change()
+
+    async def _deliver(self) -> None:
+        """Send each reader what has changed since it was last told."""
+        until = self.changes.position
+        groups: dict[tuple[Hashable, int], _Group] = {}
+        for subscription in list(self._subscriptions):
+            if subscription.known < until.number:
+                key = subscription.view.key, subscription.known
+                group = groups.get(key) or groups.setdefault(key, _Group(subscription.view, subscription.known))
+                group.members.append(subscription)
+        for key, group in list(groups.items()):
+            if self.changes.changed_since(group.known) is None:
+                del groups[key]
+                for subscription in group.members:
+                    subscription.reset(Reset.GAP)
+        if not groups:
+            return
+        changed = self.changes.changed_since(min(group.known for group in groups.values())) or []
+        needs_subjects = not all(group.view.sees_all for group in groups.values())
+        for start in range(0, len(changed), _PAGE):
+            page = changed[start : start + _PAGE]
+            summaries = {each.id: each for each in await self._read([job_id for job_id, _ in page], needs_subjects)}
+            encoded: dict[tuple[str, tuple[str, ...]], Raw] = {}
+            for group in groups.values():
+                await self._add_page(group, page, summaries, encoded)
+                await asyncio.sleep(0)
+        for group in groups.values():
+            event = group.make_event(until)
+            for subscription in group.members:
+                # It may have got a reset meanwhile: then its reader asks for everything again.
+                if subscription in self._subscriptions and subscription.known == group.known:
+                    subscription.known = until.number
+                    if event is not None:
+                        subscription.add(event)
+
+    async def _add_page(
+        self,
+        group: _Group,
+        page: Sequence[tuple[str, int]],
+        summaries: Mapping[str, JobSummary],
+        encoded: dict[tuple[str, tuple[str, ...]], Raw],
+    ) -> None:
+        """Add jobs that have changed, the latest first, to the event of a group."""
+        view = group.view
+        seen: dict[str, tuple[JobSummary, tuple[str, ...]]] = {}
+        for job_id, number in page:
+            if number <= group.known:
+                break
+            if (summary := summaries.get(job_id)) is None:  # deleted
+                group.add_left(job_id if view.sees_all else None)
+            elif (rights := view.rights(summary)) is not None:
+                seen[job_id] = summary, rights
+        fitting = await view.select([summary for summary, _ in seen.values()]) if seen else frozenset()
+        for job_id, (summary, rights) in seen.items():
+            if job_id not in fitting:
+                if view.may_have_fitted(summary):
+                    group.add_left(job_id)
+            elif len(group.rows) >= _MAX_ROWS:
+                group.more += 1
+            else:
+                row = encoded.get((job_id, rights))
+                if row is None:
+                    row = encoded[job_id, rights] = dumps(self._encode(summary, rights))
+                group.rows.append(row)
+
+
+class _Group:
+    """Subscriptions of readers that see the same and know the same, and the parts of their next event."""
+
+    def __init__(self, view: View, known: int) -> None:
+        self.view = view
+        self.known = known
+        self.members: list[Subscription] = []
+        self.rows: list[Raw] = []
+        self.left: list[str] = []
+        self.more = 0  # number of further changes
+
+    def add_left(self, job_id: str | None) -> None:
+        """Add a job that does not fit any more; None: it may not be named."""
+        if job_id is not None and len(self.left) < _MAX_ROWS:
+            self.left.append(job_id)
+        else:
+            self.more += 1
+
+    def make_event(self, position: Position) -> Event | None:
+        """Return the event; None: there is nothing to tell."""
+        if not (self.rows or self.left or self.more):
+            return None
+        data = b'{"rows":[%b],"left":%b,"more":%d}' % (b",".join(self.rows), dumps(self.left), self.more)
+        return Event("jobs", Raw(data), position)
