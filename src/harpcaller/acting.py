@@ -16,7 +16,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Hashable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any, NoReturn
@@ -90,13 +90,14 @@ class ActingAs:
     `RateLimited`.
     """
 
-    __slots__ = ("_access", "_client", "_dispatcher", "_is_restricted", "_policy")
+    __slots__ = ("_access", "_client", "_dispatcher", "_is_restricted", "_policy", "is_repeated")
 
     def __init__(self, dispatcher: Dispatcher, client: Client) -> None:
         self._dispatcher = dispatcher
         self._access = dispatcher.access
         self._client = client
         self._policy = self._access.policy_of(client)
+        self.is_repeated = False  #: Whether all calls of this request have been submitted before, by their request ids.
         # Whether it depends on a job if the client may read and cancel it.
         self._is_restricted = self._policy is not ALLOW_ALL and client is not LOCAL_ADMINISTRATOR
 
@@ -122,7 +123,8 @@ class ActingAs:
         audit.check_room()
         if self._policy is ALLOW_ALL:
             record = partial(audit.record_call, client, ALLOWED, None)
-            return dispatcher.submit(call, client.peer, received_at, Admission(client.owner, rerun_of=rerun_of), record)
+            admission = Admission(client.owner, rerun_of=rerun_of)
+            return dispatcher.submit(call, client.peer, received_at, admission, record, None, self._note_repeated)
         try:
             decision = self._decide_call(call)
             if (rate := decision.limits.rate) is not None:
@@ -132,7 +134,10 @@ class ActingAs:
         admission = Admission(client.owner, decision.limits, client.owner, rerun_of=rerun_of)
         record = partial(audit.record_call, client, ALLOWED, decision.rule)
         on_limit = None if decision.limits.queued is None else partial(self._on_limit, call)
-        return dispatcher.submit(call, client.peer, received_at, admission, record, on_limit)
+        return dispatcher.submit(call, client.peer, received_at, admission, record, on_limit, self._note_repeated)
+
+    def _note_repeated(self) -> None:
+        self.is_repeated = True
 
     def _on_limit(self, call: Call, error: LimitReached, job_id: asyncio.Future[str]) -> None:
         """Handle that the client has too many queued jobs."""
@@ -171,23 +176,36 @@ class ActingAs:
         audit = self._dispatcher.audit
         refusal.recorded = audit.record_denial(self._client, "call", **fields, **refusal.fields, reason=str(refusal))
 
-    async def submit_many(self, calls: Sequence[Call]) -> list[str]:
-        """Store jobs, all or none; return their ids in the same order. A refusal names the first refused call."""
+    async def submit_many(self, calls: Sequence[Call], as_one: bool = False) -> list[str]:
+        """Store jobs, all or none; return their ids in the same order. A refusal names the first refused call.
+
+        `as_one` as in `Dispatcher.submit_many`.
+        """
         client, audit = self._client, self._dispatcher.audit
         audit.check_room()
         if self._policy is ALLOW_ALL:
             admissions = [Admission(client.owner)] * len(calls)
             record = partial(audit.record_calls, client, [None] * len(calls))
-            return await self._dispatcher.submit_many(calls, client.peer, admissions, record)
+            return await self._store_many(calls, admissions, record, as_one)
         try:
-            return await self._submit_many(calls)
+            return await self._submit_many(calls, as_one)
         except (AccessDenied, RateLimited) as refusal:
             if isinstance(refusal, RateLimited):
                 self._log_limit(refusal)
             self._record_refused_call(refusal, calls[refusal.fields.get("index", 0)])
             raise
 
-    async def _submit_many(self, calls: Sequence[Call]) -> list[str]:
+    async def _store_many(
+        self,
+        calls: Sequence[Call],
+        admissions: Sequence[Admission],
+        record: Callable[[Sequence[NewJob]], Awaitable[None]],
+        as_one: bool,
+    ) -> list[str]:
+        peer = self._client.peer
+        return await self._dispatcher.submit_many(calls, peer, admissions, record, as_one, self._note_repeated)
+
+    async def _submit_many(self, calls: Sequence[Call], as_one: bool) -> list[str]:
         client, audit = self._client, self._dispatcher.audit
         # In a thread, because it takes long to decide about many calls.
         decisions = await asyncio.to_thread(self._decide_calls, calls)
@@ -196,7 +214,7 @@ class ActingAs:
         admissions = [Admission(client.owner, decision.limits, client.owner) for decision in decisions]
         try:
             record = partial(audit.record_calls, client, [decision.rule for decision in decisions])
-            return await self._dispatcher.submit_many(calls, client.peer, admissions, record)
+            return await self._store_many(calls, admissions, record, as_one)
         except LimitReached as error:
             raise _to_refusal(error) from error
 

@@ -226,6 +226,7 @@ class Dispatcher:
         admission: Admission = _ADMITTED,
         record: Callable[[NewJob], asyncio.Future[None] | None] = lambda job: None,
         on_limit: Callable[[LimitReached, asyncio.Future[str]], None] | None = None,
+        on_repeated: Callable[[], object] = lambda: None,
     ) -> asyncio.Future[str]:
         """Store a job; return a future of its id, which is set when the job is on stable storage.
 
@@ -233,7 +234,8 @@ class Dispatcher:
         A call with the request id of a stored job is that job; raises `RequestIDReused` if the call differs. `client`
         is the client's address, for the log; `received_at` is the monotonic time of the request, or None.
         `record` returns the future of its audit entry, which the id waits for. Raises `LimitReached` for too many
-        queued jobs; with `on_limit`, that function gets the error and sets the future.
+        queued jobs; with `on_limit`, that function gets the error and sets the future. `on_repeated` is called if the
+        call has been submitted before.
         """
         job_id: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         if (shortage := self._disk_space.find_shortage(self.config.disk_reserve)) is not None:
@@ -264,6 +266,7 @@ class Dispatcher:
                 if log.isEnabledFor(logging.DEBUG):
                     _log_arguments(job)
             else:
+                on_repeated()
                 repeated = {"job": stored.result(), "request_id": job.request_id}
                 self.audit.report("end", job=job.id, end="not_stored", same_as=stored.result())
                 log.info("job submitted again", extra={**repeated, "client": client})
@@ -285,14 +288,20 @@ class Dispatcher:
         client: str,
         admissions: Sequence[Admission] | None = None,
         record: Callable[[Sequence[NewJob]], Awaitable[None]] | None = None,
+        as_one: bool = False,
+        on_repeated: Callable[[], object] = lambda: None,
     ) -> list[str]:
-        """Store jobs, all or none, as `submit` does; return their ids in the same order."""
+        """Store jobs, all or none, as `submit` does; return their ids in the same order.
+
+        `as_one`: their request ids are only used for these calls together. `on_repeated` is called if all of them have
+        been submitted before.
+        """
         if not calls:
             return []
         if (shortage := self._disk_space.find_shortage(self.config.disk_reserve)) is not None:
             raise shortage
         # In a thread, so that many jobs do not block the event loop.
-        jobs = await asyncio.to_thread(self._new_jobs, calls, admissions or [_ADMITTED] * len(calls))
+        jobs = await asyncio.to_thread(self._new_jobs, calls, admissions or [_ADMITTED] * len(calls), as_one)
         if record is not None:
             await record(jobs)
         for job in jobs:
@@ -307,6 +316,8 @@ class Dispatcher:
             if job.id != job_id:
                 self.audit.report("end", job=job.id, end="not_stored", same_as=job_id)
         new = [job for job, job_id in zip(jobs, job_ids, strict=True) if job.id == job_id]
+        if not new:
+            on_repeated()
         ids = {"first": job_ids[0], "last": job_ids[-1]}
         log.info("jobs submitted", extra={"jobs": len(new), "again": len(jobs) - len(new), **ids, "client": client})
         if log.isEnabledFor(logging.DEBUG):
@@ -655,11 +666,13 @@ class Dispatcher:
 
     # Internals.
 
-    def _new_jobs(self, calls: Sequence[Call], admissions: Sequence[Admission]) -> list[NewJob]:
+    def _new_jobs(self, calls: Sequence[Call], admissions: Sequence[Admission], as_one: bool) -> list[NewJob]:
         ids = new_job_ids(self._wall(), len(calls))
-        return [self._new_job(*of_job) for of_job in zip(ids, calls, admissions, strict=True)]
+        others = b"".join(map(self._digest, calls)) if as_one else b""
+        return [self._new_job(*of_job, others) for of_job in zip(ids, calls, admissions, strict=True)]
 
-    def _new_job(self, job_id: str, call: Call, admission: Admission) -> NewJob:
+    def _new_job(self, job_id: str, call: Call, admission: Admission, others: bytes = b"") -> NewJob:
+        """Return the job of a call. Its request id is only for the calls whose digests are `others`."""
         config, (owner, limits, request_ids_of, end, rerun_of) = self.config, admission
         timeout = min(call.timeout or config.default_timeout, config.default_timeout)
         max_exec_time = min(call.max_exec_time or config.max_exec_time, config.max_exec_time)
@@ -682,7 +695,7 @@ class Dispatcher:
             info=_NULL if call.info is None else call.info,
             start_within=start_within,
             request_id=request_id,
-            call_digest=b"" if request_id is None else self._digest(call, rerun_of),
+            call_digest=b"" if request_id is None else self._digest(call, others + (rerun_of or "").encode()),
             owner=owner,
             request_ids_of=request_ids_of,
             max_running=limits.running,
@@ -692,9 +705,9 @@ class Dispatcher:
             rerun_of=rerun_of,
         )
 
-    def _digest(self, call: Call, rerun_of: str | None) -> bytes:
-        """Return a digest of a call's text, which includes the request id, and of the job that it is again."""
-        text = encode_object(call) + (rerun_of or "").encode()
+    def _digest(self, call: Call, context: bytes = b"") -> bytes:
+        """Return a digest of a call's text, which includes the request id, and of what else it is submitted for."""
+        text = encode_object(call) + context
         if call.secrets and self._secret_keys is not None:
             return self._secret_keys.digest(text)
         return blake2b(text, digest_size=16).digest()

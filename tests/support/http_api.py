@@ -22,6 +22,18 @@ from harpcaller.dispatcher import Dispatcher
 from harpcaller.http.starting import HTTPAPI, listen
 from support.dispatcher import running
 
+#: The client with the token ``admin`` may do everything, others may use their own jobs.
+RULES = """\
+[[rule]]
+who = ["token:admin"]
+allow = ["call", "read", "cancel", "list", "manage", "admin"]
+jobs = "any"
+
+[[rule]]
+who = ["token:*"]
+allow = ["call", "read", "cancel", "list"]
+"""
+
 
 @dataclass
 class RunningAPI:
@@ -63,9 +75,12 @@ class RunningAPI:
 
 @asynccontextmanager
 async def running_api(
-    directory: Path, *lines: str, http: HTTPSettings | None = None, **settings: Any
+    directory: Path, *lines: str, http: HTTPSettings | None = None, rules: str | None = RULES, **settings: Any
 ) -> AsyncIterator[RunningAPI]:
     """Run a dispatcher with its HTTP API on a free port of 127.0.0.1; `lines` are those of its hosts file."""
+    if rules is not None:
+        settings["access_file"] = directory / "access.toml"
+        settings["access_file"].write_text(rules)
     http = http or HTTPSettings()
     if http.listen == HTTPSettings().listen:
         http = msgspec.structs.replace(http, listen=(Address("127.0.0.1", 0),))

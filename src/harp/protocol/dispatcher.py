@@ -71,7 +71,8 @@ def is_request_id(value: object) -> bool:
 _POSITIVE = Kind(lambda number: is_count(number) and number > 0, "a positive integer, got {!r}")
 
 
-def _decode_queue(members: JSONObject, key: str) -> Queue:
+def decode_queue(members: JSONObject, key: str) -> Queue:
+    """Return the queue of a call; for a `Kind`. Raises `ProtocolError`."""
     expected = "an object with a name"
     queue = required_object(members, key, expected)
     check("name" in queue, f"{key}: expected {expected}")
@@ -103,7 +104,7 @@ def _are_pointers(values: Any) -> bool:
 
 #: Maximum number of secret values of a call.
 MAX_SECRETS = 20
-_SECRETS = Kind(_are_pointers, f"an array of at most {MAX_SECRETS} JSON pointers")
+SECRETS = Kind(_are_pointers, f"an array of at most {MAX_SECRETS} JSON pointers")
 _REQUEST_ID = Kind(is_request_id, f"1 to {MAX_REQUEST_ID} characters", is_text=True)
 
 
@@ -119,14 +120,15 @@ class Call(WireObject):
     arguments: Arguments
     timeout: Seconds | None = None
     max_exec_time: Seconds | None = None
-    queue: Annotated[Queue | None, Kind(decode=_decode_queue, encode=encode_object)] = None
+    queue: Annotated[Queue | None, Kind(decode=decode_queue, encode=encode_object)] = None
     info: Payload = None
     start_within: SecondsOrZero | None = None
     request_id: Annotated[str | None, _REQUEST_ID] = None
-    secrets: Annotated[Sequence[str] | None, _SECRETS] = None
+    secrets: Annotated[Sequence[str] | None, SECRETS] = None
 
 
-def _decode_calls(members: JSONObject, key: str) -> list[Call]:
+def decode_calls(members: JSONObject, key: str) -> list[Call]:
+    """Return the calls of an array of objects; for a `Kind`. Raises `ProtocolError`."""
     elements = members.nested_objects(key)
     if elements is None:
         raise ProtocolError(f"{key}: expected an array")
@@ -157,7 +159,7 @@ class SubmitMany(WireObject):
     `secrets`: the calls may have secret values. A dispatcher that cannot encrypt them refuses the request.
     """
 
-    calls: Annotated[Sequence[Call | Raw], "submit_many", Kind(decode=_decode_calls, encode=_encode_calls)]
+    calls: Annotated[Sequence[Call | Raw], "submit_many", Kind(decode=decode_calls, encode=_encode_calls)]
     secrets: bool = False
 
 

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from difflib import get_close_matches
+from hashlib import sha256
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -22,18 +23,43 @@ from starlette.types import Message, Receive, Scope, Send
 from harp_daemon.memory_quota import Reservation
 from harpcaller.access import AuthError, Refusal
 from harpcaller.access.client import Client
-from harpcaller.http import jobs, login, records
+from harpcaller.http import jobs, lists, login, records
 from harpcaller.http.authentication import authenticate, check_request_origin, identify_connection
 from harpcaller.http.guards import check_host
-from harpcaller.http.operations import APIRequest, Operation
+from harpcaller.http.openapi import encode_document
+from harpcaller.http.operations import Answer, APIRequest, Operation
 from harpcaller.http.problems import MEDIA_TYPE, SECURITY_HEADERS, Problem, new_request_id, to_problem
 from harpcaller.http.service import HTTPService
 
 log = logging.getLogger(__name__)
 
 #: The modules with operations, in the order of their documentation. Of two paths that match, the first is used.
-MODULES = (jobs, records, login)
-OPERATIONS: tuple[Operation, ...] = tuple(operation for module in MODULES for operation in module.OPERATIONS)
+MODULES = (lists, jobs, records, login)
+_OF_MODULES = [operation for module in MODULES for operation in module.OPERATIONS]
+
+
+async def get_openapi(request: APIRequest) -> Response:
+    """Answer with the OpenAPI document."""
+    document = encode_document(OPERATIONS, request.service.settings.base_path)
+    tag = f'"{sha256(document).hexdigest()[:16]}"'
+    headers = {"ETag": tag, "Cache-Control": "no-cache"}
+    if request.headers.get("if-none-match") == tag:
+        return Response(status_code=304, headers=headers)
+    return Response(document, headers=headers, media_type="application/json")
+
+
+OPERATIONS: tuple[Operation, ...] = (
+    *_OF_MODULES,
+    Operation(
+        method="GET",
+        path="/openapi.json",
+        operation_id="get_openapi",
+        summary="Get the OpenAPI document",
+        handler=get_openapi,
+        is_public=True,
+        responses={200: Answer("the document", {"type": "object"}), 304: Answer("the tag is that of `If-None-Match`")},
+    ),
+)
 
 API_PATH = "/api/v1"
 _MAX_PARAMETERS = 100  #: Maximum number of query parameters.

@@ -13,8 +13,10 @@ from typing import Any
 from harp.protocol.json_text import Envelope, InvalidJSON, dumps
 from harp.protocol.schema import ProtocolError
 from harpcaller.access import AccessDenied, AuthError, RateLimited
+from harpcaller.cursors import InvalidCursor
 from harpcaller.http.guards import CrossOrigin, WrongHost
-from harpcaller.store import RequestIDReused, StorageError, UnknownJob
+from harpcaller.model.job_filters import InvalidFilter
+from harpcaller.store import CannotRerun, RequestIDReused, StorageError, UnknownJob
 
 MEDIA_TYPE = "application/problem+json"
 _MAX_DETAIL = 1000  #: Maximum length of `detail` in characters: it may quote the client's data.
@@ -32,6 +34,7 @@ CODES: Mapping[str, tuple[int, str]] = {
     "method_not_allowed": (405, "Method not allowed"),
     "not_acceptable": (406, "Not acceptable"),
     "request_timeout": (408, "The request was not complete in time"),
+    "cannot_rerun": (409, "The job cannot be submitted again"),
     "no_result": (409, "The job has no result"),
     "too_long": (413, "The request is too long"),
     "url_too_long": (414, "The URL is too long"),
@@ -55,9 +58,9 @@ SECURITY_HEADERS = (
     (b"cross-origin-opener-policy", b"same-origin"),
 )
 
-#: The path of a member at the start of a message of `ProtocolError`.
-_PATH = re.compile(r"((?:[A-Za-z_]+(?:\[\d+\])*)(?:\.[A-Za-z_]+(?:\[\d+\])*)*): ")
-_UNKNOWN_KEY = re.compile(r"unknown key (\S+?)(?:,|$)")
+#: The path of a member at the start of a message of `ProtocolError`, and an unknown member at its end.
+_PATH = re.compile(r"([A-Za-z_]+(?:\[\d+\])?(?:\.[A-Za-z_]+(?:\[\d+\])?)*): ")
+_UNKNOWN_KEY = re.compile(r"unknown key ([^,]+)")
 
 
 def new_request_id() -> str:
@@ -145,21 +148,32 @@ def to_problem(error: BaseException) -> Problem:
             return Problem("invalid_jobid", f"there is no job {error}")
         case RequestIDReused():
             return Problem("key_reused", "the key or request id was used for another request")
+        case CannotRerun():
+            return Problem("cannot_rerun", str(error))
+        case InvalidFilter():
+            return Problem("invalid_request", str(error))
+        case InvalidCursor():
+            return Problem("invalid_cursor", f"cursor: {error}")
         case StorageError():
             return Problem("storage_error", str(error), retry_after=_STORAGE_RETRY)
         case _:
             return Problem("internal_error", "internal error of the dispatcher; see its log")
 
 
-def of_protocol_error(error: ProtocolError, prefix: str = "") -> Problem:
-    """Return the problem of an invalid body. `prefix` is the pointer to the object that is invalid."""
+def of_protocol_error(error: ProtocolError) -> Problem:
+    """Return the problem of an invalid body."""
     message = error.message
-    if error.type == "parse_error" or message.startswith("repeated key") or "nested deeper" in message:
+    if error.type == "parse_error" or "repeated key" in message or "nested deeper" in message:
         return Problem("invalid_request", message)
-    if found := _PATH.match(message):
-        pointer = "/" + re.sub(r"[.\[]", "/", found[1]).replace("]", "")
-    elif found := _UNKNOWN_KEY.match(message):
-        pointer = "/" + found[1].replace("~", "~0").replace("/", "~1")
-    else:
-        pointer = ""
-    return Problem("invalid_request", message, 422, [(prefix + pointer, message)])
+    return Problem("invalid_request", message, 422, [(_pointer_of(message), message)])
+
+
+def _pointer_of(message: str) -> str:
+    """Return the JSON pointer to the member that a message names first, such as ``calls[3]: host: missing``."""
+    pointer, at = "", 0
+    while found := _PATH.match(message, at):
+        pointer += "/" + found[1].replace("]", "").replace(".", "/").replace("[", "/")
+        at = found.end()
+    if unknown := _UNKNOWN_KEY.match(message, at):
+        pointer += "/" + unknown[1].replace("~", "~0").replace("/", "~1")
+    return pointer

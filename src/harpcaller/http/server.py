@@ -315,7 +315,7 @@ class HTTPConnection(HttpToolsProtocol):
             self._refuse(Problem("request_timeout", f"no part of the body for {self._server.idle_timeout():g} s"))
         elif self._is_in_head:
             self._refuse(Problem("request_timeout", f"the head was not complete within {HEAD_SECONDS:g} s"))
-        else:
+        elif self.cycle is None or self.cycle.response_complete:
             self.transport.close()
 
     def pause_writing(self) -> None:
@@ -358,13 +358,13 @@ class HTTPConnection(HttpToolsProtocol):
         if self._timer is None:
             self._start_timer(HEAD_SECONDS)
         for at in range(0, len(data), _PIECE):
-            if self.is_closing or self._is_discarding:
+            if not self._feed(data[at : at + _PIECE]):
                 return
-            self._feed(data[at : at + _PIECE])
-        if self._is_in_body and not self.is_closing:
+        if self._is_in_body:
             self._start_timer(self._server.idle_timeout())
 
-    def _feed(self, piece: bytes) -> None:
+    def _feed(self, piece: bytes) -> bool:
+        """Pass data to the parser; return whether it may get more."""
         try:
             self.parser.feed_data(piece)
         except httptools.HttpParserUpgrade:
@@ -383,6 +383,7 @@ class HTTPConnection(HttpToolsProtocol):
                 self._body_bytes += len(piece)
                 if self._body_bytes - self._body_data > _MAX_FRAMING + _PIECE + 8 * self._body_data:
                     self._refuse(Problem("invalid_request", "the chunks of the body have too little data"))
+        return not self.is_closing and not self._is_discarding
 
     def _reject_request(self, problem: Problem) -> None:
         """Refuse the request from a callback of the parser."""

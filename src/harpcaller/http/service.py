@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -94,7 +94,8 @@ class HTTPService:
         stopping = asyncio.ensure_future(self.stopping.wait())
         self.waits += 1
         try:
-            await asyncio.wait({waiting, disconnect, stopping}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            futures: set[asyncio.Future[Any]] = {waiting, disconnect, stopping}
+            await asyncio.wait(futures, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self.waits -= 1
             for task in (disconnect, stopping):

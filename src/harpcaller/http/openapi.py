@@ -1,0 +1,179 @@
+"""The OpenAPI document and the tables of docs/http-api.md, made from the table of operations."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import msgspec
+
+from harp import __version__
+from harpcaller.http.operations import Answer, Operation
+from harpcaller.http.problems import CODES, MEDIA_TYPE
+from harpcaller.http.schemas import SCHEMAS, UUID
+
+#: The problems that every operation with a body, and every operation, may have.
+_OF_BODY = ("too_long", "unsupported_media_type")
+_OF_ALL = ("invalid_request", "auth_error", "not_acceptable", "too_many_requests", "internal_error", "storage_error")
+_STATUSES_OF_BODY = (422,)  #: Of `invalid_request`, if the body is JSON, but not what is expected.
+_VARIABLE = re.compile(r"\{(\w+)\}")
+_PATH_SCHEMAS = {"job": UUID}
+_BEGIN, _END = "<!-- operations -->\n", "<!-- end of operations -->\n"
+
+
+def openapi_document(operations: Sequence[Operation], base_path: str = "") -> dict[str, Any]:
+    """Return the OpenAPI 3.1 document."""
+    paths: dict[str, Any] = {}
+    for operation in operations:
+        paths.setdefault(operation.path, {})[operation.method.lower()] = _operation(operation)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "HARP",
+            "version": __version__,
+            "description": "Jobs of a dispatcher over HTTP. See docs/http-api.md.",
+            "license": {"name": "MIT", "identifier": "MIT"},
+        },
+        "servers": [{"url": f"{base_path}/api/v1"}],
+        "paths": paths,
+        "components": {
+            "schemas": dict(SCHEMAS),
+            "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer", "description": "A token of `harpcallerd token add`."},
+                "session": {"type": "apiKey", "in": "cookie", "name": "harp", "description": "A session of a login."},
+            },
+        },
+        "security": [{"bearer": []}, {"session": []}],
+    }
+
+
+def _operation(operation: Operation) -> dict[str, Any]:
+    found: dict[str, Any] = {"operationId": operation.operation_id, "summary": operation.summary}
+    if operation.description:
+        found["description"] = operation.description
+    if parameters := list(_parameters(operation)):
+        found["parameters"] = parameters
+    if operation.body is not None:
+        content = {"schema": operation.body.schema, "example": operation.body.example}
+        found["requestBody"] = {"required": operation.body.required, "content": {"application/json": content}}
+    responses = {str(status): _response(operation, answer) for status, answer in operation.responses.items()}
+    for status, codes in problems_of(operation).items():
+        problem = {"schema": {"$ref": "#/components/schemas/Problem"}}
+        responses[str(status)] = {"description": ", ".join(codes), "content": {MEDIA_TYPE: problem}}
+    found["responses"] = responses
+    if operation.is_public:
+        found["security"] = []
+    return found
+
+
+def _response(operation: Operation, answer: Answer) -> dict[str, Any]:
+    found: dict[str, Any] = {"description": answer.meaning}
+    if answer.schema is not None:
+        found["content"] = {answer.media_type: {"schema": answer.schema}}
+    elif answer.other_media_types:  # several forms; none of them is one JSON value
+        kinds = (answer.media_type, *answer.other_media_types)
+        found["content"] = {kind: {"schema": {"type": "string"}} for kind in kinds}
+    if answer.headers:
+        found["headers"] = {
+            name: {"description": meaning, "schema": {"type": "string"}} for name, meaning in answer.headers.items()
+        }
+    if operation.operation_id == "submit_job":  # the operations on the job that it has submitted
+        ids = ("get_job", "get_end", "get_result", "cancel_job")
+        found["links"] = {name: {"operationId": name, "parameters": {"job": "$response.body#/job"}} for name in ids}
+    return found
+
+
+def _parameters(operation: Operation) -> Iterator[dict[str, Any]]:
+    for name in _VARIABLE.findall(operation.path):
+        schema = _PATH_SCHEMAS.get(name, {"type": "string"})
+        yield {"name": name, "in": "path", "required": True, "schema": schema}
+    for name, schema in query_schemas(operation).items():
+        described = dict(schema)
+        description = described.pop("description", None)
+        parameter = {"name": name, "in": "query", "required": False, "schema": described}
+        yield parameter if description is None else {**parameter, "description": description}
+    for name, meaning in operation.headers.items():
+        yield {"name": name, "in": "header", "required": False, "schema": {"type": "string"}, "description": meaning}
+
+
+def query_schemas(operation: Operation) -> dict[str, Any]:
+    """Return the schemas of an operation's query parameters."""
+    (_,), schemas = msgspec.json.schema_components([operation.query], ref_template="#/components/schemas/{name}")
+    found: dict[str, Any] = schemas[operation.query.__name__]["properties"]
+    return {name: _without_null(schema) for name, schema in found.items()}
+
+
+def _without_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of a parameter: None is that it is missing."""
+    schema = dict(schema)
+    options = [option for option in schema.pop("anyOf", ()) if option != {"type": "null"}]
+    if "default" in schema and schema["default"] is None:
+        del schema["default"]
+    return {**options[0], **schema} if len(options) == 1 else {**schema, **({"anyOf": options} if options else {})}
+
+
+def problems_of(operation: Operation) -> dict[int, list[str]]:
+    """Return the codes of the problems that an operation may have, by status."""
+    codes = [*_OF_ALL, *operation.problems, *(_OF_BODY if operation.body is not None else ())]
+    if operation.is_public:
+        codes.remove("auth_error")
+    found: dict[int, list[str]] = {}
+    for code in codes:
+        found.setdefault(CODES[code][0], []).append(code)
+    if operation.body is not None:
+        for status in _STATUSES_OF_BODY:
+            found.setdefault(status, []).append("invalid_request")
+    return dict(sorted(found.items()))
+
+
+def encode_document(operations: Sequence[Operation], base_path: str = "") -> bytes:
+    """Return the text of the document."""
+    return json.dumps(openapi_document(operations, base_path), indent=1).encode() + b"\n"
+
+
+def render_tables(operations: Sequence[Operation]) -> str:
+    """Return the part of docs/http-api.md that is made from the table."""
+    parts = ["| method and path | `operationId` | right | meaning |\n|---|---|---|---|\n"]
+    for one in operations:
+        right = "" if one.action is None else f"`{one.action}`"
+        parts.append(f"| `{one.method} {one.path}` | `{one.operation_id}` | {right} | {one.summary} |\n")
+    for one in operations:
+        parts.append(f"\n### {one.summary}\n\n`{one.method} {one.path}`\n")
+        if one.description:
+            parts.append(f"\n{one.description}\n")
+        if rows := [*_query_rows(one), *_header_rows(one)]:
+            parts.append("\n| parameter | default | meaning |\n|---|---|---|\n" + "".join(rows))
+        if one.body is not None:
+            parts.append(f"\n```json\n{json.dumps(one.body.example)}\n```\n")
+        parts.append("\n| status | meaning |\n|---|---|\n")
+        parts += [f"| {status} | {answer.meaning} |\n" for status, answer in one.responses.items()]
+        parts += [
+            f"| {status} | {', '.join(f'`{code}`' for code in codes)} |\n" for status, codes in _own_problems(one)
+        ]
+    return "".join(parts)
+
+
+def _own_problems(operation: Operation) -> Iterator[tuple[int, list[str]]]:
+    for status, codes in problems_of(operation).items():
+        if own := [code for code in codes if code in operation.problems]:
+            yield status, own
+
+
+def _query_rows(operation: Operation) -> Iterator[str]:
+    for name, schema in query_schemas(operation).items():
+        kind = "one of " + ", ".join(f"`{value}`" for value in schema["enum"]) if "enum" in schema else schema["type"]
+        default = f"`{json.dumps(schema['default'])}`" if "default" in schema else ""
+        yield f"| `{name}` ({kind}) | {default} | {schema.get('description', '')} |\n"
+
+
+def _header_rows(operation: Operation) -> Iterator[str]:
+    for name, meaning in operation.headers.items():
+        yield f"| header `{name}` | | {meaning} |\n"
+
+
+def insert_tables(page: str, operations: Sequence[Operation]) -> str:
+    """Return docs/http-api.md with its part made anew."""
+    before, _, rest = page.partition(_BEGIN)
+    return f"{before}{_BEGIN}{render_tables(operations)}{_END}{rest.partition(_END)[2]}"
