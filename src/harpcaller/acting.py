@@ -736,7 +736,7 @@ def _call_again(job: Job, changes: Mapping[str, Any], request_id: str | None) ->
             raise ProtocolError(f"{name[:_MAX_NAME]}: expected one of {', '.join(_CHANGEABLE)}")
     if isinstance(job.end, Failed) and job.end.type in _REFUSALS and job.started is None:
         raise CannotRerun("the job is a refused call, which was not accepted; submit it as a new call")
-    if "arguments" not in changes and (job.secrets is not None or _MASK in job.arguments):
+    if "arguments" not in changes and (job.secrets is not None or job.arguments.find(_MASK) >= 0):
         raise CannotRerun("the job has secret arguments, which are not kept; submit it again with all its arguments")
     fields: dict[str, Any] = {
         "host": job.host,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from datetime import datetime
 from difflib import get_close_matches
 from math import isfinite
@@ -320,12 +321,9 @@ def parse_time(name: str, text: str, now: float) -> float:
     try:
         time = float(text)
     except ValueError:
-        try:
+        with suppress(ValueError):
             moment = datetime.fromisoformat(text)
-        except ValueError:
-            moment = None  # type: ignore[assignment]
-        if moment is not None and moment.tzinfo is not None:
-            time = moment.timestamp()
+            time = moment.timestamp() if moment.tzinfo is not None else None
     if time is None or not isfinite(time) or not 0 <= time < _LATEST:
         expected = "Unix seconds, 2026-01-31T12:00:00Z, or a time before now such as -15m, -2h or -7d"
         raise InvalidFilter(name, f"expected {expected}, got {text[:40]}")

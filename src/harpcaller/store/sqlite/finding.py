@@ -1,32 +1,43 @@
-"""How jobs are found by a filter: the conditions, and the entries of an index that are looked at. Pure: SQL as text.
+"""How jobs are found by a filter: which index is read, and which conditions are checked. Pure: SQL as text.
 
-Theory of operation. A list is a walk along one index in the order of submission, from a place on. `Search` has the
-index, as one or more ranges of entries, and the conditions that each entry is checked for. Statements are put together
-from fixed pieces; every value is a parameter.
+Theory of operation. A list is a walk along one index in the order of submission, from a place on. Each part of a filter
+may have an index that contains all jobs that fit it, a `Range`. `choose` takes the shortest one; its entries are
+checked for the conditions of all parts. Statements are put together from fixed pieces; every value is a parameter.
+
+- The indexes of jobs that have not ended, have not returned, were stopped or hold a slot are partial, so they are
+  short. Those of queues, procedures, hosts and owners have all of their jobs.
+- The index of ids and that of ends are not in the order of submission. They are used if they have few entries for a
+  filter, which are sorted.
+- A filter without such a part, or with too many values, walks along all jobs.
+
+Conditions read columns of the index, then the row of the job, and at last the row of its call, which may be long.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from harpcaller.model.job_filters import NO_QUEUE, JobFilter, Span
+from harpcaller.model.job_filters import BAD, NO_QUEUE, OPEN, JobFilter, Span
 from harpcaller.model.jobs import ENDED, State
 from harpcaller.store.sqlite.rows import encode_name
 
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]")
+_MAX_MERGED = 16  # Each entry passes through as many steps as there are indexes.
+_FEW = 200  # A range with fewer entries is used without a look at the other ones.
+_ID_INDEX = "sqlite_autoindex_jobs_1"
 
 
 @dataclass(slots=True)
 class Conditions:
-    """Conditions on a job, and their parameters by name. `tables` are those that they need beside jobs."""
+    """Conditions on a job, and their parameters by name. `read_payloads`: they read arguments or info."""
 
     texts: list[str] = field(default_factory=list)
     values: dict[str, Any] = field(default_factory=dict)
-    needs_calls: bool = False
+    read_payloads: bool = False
 
     def add(self, text: str, *values: Any) -> None:
         """Add a condition in which each ``?`` stands for one of the values."""
@@ -52,11 +63,14 @@ class Conditions:
         return " AND ".join(self.texts) or "TRUE"
 
 
-def conditions_of(wanted: JobFilter, owners: Iterable[str] | None = None) -> Conditions:
-    """Return the conditions of a filter; with `owners`, only their jobs fit it."""
+def conditions_of(wanted: JobFilter, of_calls: bool = False, owners: Sequence[str] | None = None) -> Conditions:
+    """Return the conditions of a filter on entries of the table of jobs, or of calls.
+
+    With `owners`, only their jobs fit it.
+    """
     found = Conditions()
     if owners is not None:
-        found.add(f"jobs.owner IN ({', '.join('?' * len(names := list(owners)))})", *map(encode_name, names))
+        found.add_any("jobs.owner", list(map(encode_name, owners)))
     if wanted.states == ENDED:
         found.add("jobs.ended IS NOT NULL")
     elif wanted.states and wanted.states != frozenset(State):
@@ -65,11 +79,10 @@ def conditions_of(wanted: JobFilter, owners: Iterable[str] | None = None) -> Con
     if wanted.host_pattern is not None:
         _add_pattern(found, wanted.host_pattern)
     found.add_any("jobs.owner", list(map(encode_name, wanted.owners)))
-    if wanted.queue is not None:
-        if wanted.queue == NO_QUEUE:
-            found.add("jobs.lane < 'queue:'")
-        else:
-            found.add("jobs.lane = ? AND jobs.lane >= 'queue:'", f"queue:{wanted.queue}")
+    if wanted.queue == NO_QUEUE:
+        found.add("jobs.lane < 'queue:'")
+    elif wanted.queue is not None:
+        found.add("jobs.lane = ? AND jobs.lane >= 'queue:'", f"queue:{wanted.queue}")
     found.add_span("jobs.submitted", wanted.submitted)
     found.add_span("jobs.started", wanted.started)
     found.add_span("jobs.ended", wanted.ended)
@@ -80,19 +93,22 @@ def conditions_of(wanted: JobFilter, owners: Iterable[str] | None = None) -> Con
     if wanted.id_start is not None:
         found.add("jobs.id >= ? AND jobs.id < ?", wanted.id_start, wanted.id_start + "g")
     if wanted.procedures:
-        found.needs_calls = True
-        found.add_any("calls.procedure", list(map(encode_name, wanted.procedures)))
+        marks, names = ", ".join("?" * len(wanted.procedures)), map(encode_name, wanted.procedures)
+        if of_calls:
+            found.add(f"calls.procedure IN ({marks})", *names)
+        else:  # in the index, which is denser than the table
+            index = f"calls AS named INDEXED BY calls_of_procedure WHERE named.procedure IN ({marks})"
+            found.add(f"EXISTS (SELECT 1 FROM {index} AND named.job = jobs.seq)", *names)
     if wanted.rerun_of is not None:
-        found.needs_calls = True
         found.add("calls.rerun_of = ?", wanted.rerun_of)
     for column, text in (("calls.info", wanted.info), ("calls.arguments", wanted.arguments)):
         if text is not None:
-            found.needs_calls = True
             needles = list(dict.fromkeys(map(encode_name, _spellings(text))))
             found.add("(" + " OR ".join(f"instr({column}, ?)" for _ in needles) + ")", *needles)
+            found.read_payloads = True
     for word in wanted.text:
-        found.needs_calls = True
         _add_word(found, word)
+        found.read_payloads = True
     return found
 
 
@@ -121,59 +137,178 @@ def _lower(column: str) -> str:
 
 def _spellings(text: str) -> tuple[str, str, str]:
     """Return a part of a JSON text as it may be written: its characters, or their escape sequences in two cases."""
-    escape = lambda match: json.dumps(match[0])[1:-1]  # noqa: E731
-    escaped = _NOT_ASCII.sub(escape, text)
-    upper = _NOT_ASCII.sub(lambda match: escape(match).upper().replace("\\U", "\\u"), text)
+    escaped = _NOT_ASCII.sub(lambda match: json.dumps(match[0])[1:-1], text)
+    upper = _NOT_ASCII.sub(lambda match: json.dumps(match[0])[1:-1].upper().replace("\\U", "\\u"), text)
     return text, escaped, upper
 
 
 @dataclass(frozen=True, slots=True)
 class Entries:
-    """A range of the entries of an index, in the order of submission."""
+    """Entries of an index. Its order is that of submission if `is_ordered`."""
 
     source: str  # the table, and its index
-    condition: str = "TRUE"  # which entries; its parameters are those of `Search.values`
+    condition: str = "TRUE"  # which entries
+    values: Mapping[str, Any] = field(default_factory=dict)  # the parameters of the condition
     seq: str = "jobs.seq"
+    is_ordered: bool = True
+
+    @property
+    def has_calls(self) -> bool:
+        """Whether they are entries of the table of calls."""
+        return self.source.startswith("calls")
 
 
-@dataclass(slots=True)
-class Search:
-    """The entries that a walk looks at, without duplicates, and the conditions that each is checked for."""
+@dataclass(frozen=True, slots=True)
+class Range:
+    """The entries that a walk looks at: those of one or several indexes, without duplicates."""
 
-    entries: Sequence[Entries]
-    conditions: Conditions
+    name: str
+    entries: tuple[Entries, ...]
 
     @property
     def values(self) -> dict[str, Any]:
-        """The parameters of the statements, by name."""
-        return self.conditions.values
+        """The parameters of the entries, by name."""
+        return {name: value for each in self.entries for name, value in each.values.items()}
 
-    def select_entries(self, what: str, newest_first: bool) -> str:
-        """Return a statement for the sequence numbers of the entries between `low` and `high`."""
+    @property
+    def is_ordered(self) -> bool:
+        """Whether the entries are in the order of submission."""
+        return all(each.is_ordered for each in self.entries)
+
+    def select(self, what: str, newest_first: bool) -> str:
+        """Return a statement for the entries between `low` and `high`: after `offset`, at most `limit`."""
         parts = [
             f"SELECT {each.seq} AS seq FROM {each.source} WHERE {each.condition} AND {each.seq} BETWEEN :low AND :high"
             for each in self.entries
         ]
         return f"SELECT {what} FROM ({_merge(parts, newest_first)} LIMIT :limit OFFSET :offset)"
 
-    def select_matching(self, newest_first: bool) -> str:
+
+ALL_JOBS = Range("jobs", (Entries("jobs"),))
+NO_JOBS = Range("none", ())
+_NOT_RETURNED = "jobs.state IN ('raised', 'failed', 'cancelled')"  # the condition of the index, to the letter
+_INDEXES_OF_STATES = {
+    State.QUEUED: ("jobs_queued", "jobs.state = 'queued'"),
+    State.RUNNING: ("jobs_holding", "jobs.holds_slot = 1 AND jobs.state = 'running'"),
+    State.RAISED: ("jobs_not_returned", f"jobs.state = 'raised' AND {_NOT_RETURNED}"),
+    State.FAILED: ("jobs_not_returned", f"jobs.state = 'failed' AND {_NOT_RETURNED}"),
+    State.CANCELLED: ("jobs_not_returned", f"jobs.state = 'cancelled' AND {_NOT_RETURNED}"),
+}
+
+
+def ranges_of(wanted: JobFilter) -> list[Range]:
+    """Return the ranges of which each contains all jobs that fit a filter. The preferred one is the first."""
+    found: list[Range] = []
+
+    def add(name: str, index: str, column: str, values: Iterable[Any], extra: str = "", **options: Any) -> None:
+        parts = []
+        table = column.partition(".")[0]
+        for number, value in enumerate(values):
+            parameter = f"{name}{number}"
+            condition = f"{column} = :{parameter}{extra}"
+            parts.append(Entries(f"{table} INDEXED BY {index}", condition, {parameter: value}, **options))
+        if 0 < len(parts) <= _MAX_MERGED:
+            found.append(Range(name, tuple(parts)))
+
+    if wanted.id_start is not None:
+        values = {"id_from": wanted.id_start, "id_to": wanted.id_start + "g"}
+        entries = Entries(f"jobs INDEXED BY {_ID_INDEX}", "jobs.id >= :id_from AND jobs.id < :id_to", values)
+        found.append(Range("id", (replace(entries, is_ordered=False),)))
+    if wanted.rerun_of is not None:
+        add("rerun_of", "calls_rerun_of", "calls.rerun_of", [wanted.rerun_of], seq="calls.job")
+    if wanted.holds_slot:
+        found.append(Range("holding", (Entries("jobs INDEXED BY jobs_holding", "jobs.holds_slot = 1"),)))
+    states = wanted.states or frozenset(State)
+    if wanted.end_types:
+        states &= BAD
+    if not states:
+        return [NO_JOBS]
+    if wanted.queue not in (None, NO_QUEUE) and states <= OPEN:
+        values = {"lane": f"queue:{wanted.queue}"}
+        queued = Entries("jobs INDEXED BY jobs_queued_of_lane", "jobs.lane = :lane AND jobs.state = 'queued'", values)
+        running = f"{_INDEXES_OF_STATES[State.RUNNING][1]} AND jobs.lane = :lane"
+        found.append(Range("open_of_queue", (queued, Entries("jobs INDEXED BY jobs_holding", running, values))))
+    add("stop", "jobs_stopped", "jobs.stop", sorted(wanted.stops))
+    if State.RETURNED not in states:
+        indexes = [_INDEXES_OF_STATES[state] for state in sorted(states)]
+        found.append(Range("states", tuple(Entries(f"jobs INDEXED BY {name}", text) for name, text in indexes)))
+    if wanted.queue not in (None, NO_QUEUE):
+        add("queue", "jobs_of_queue", "jobs.lane", [f"queue:{wanted.queue}"], " AND jobs.lane >= 'queue:'")
+    procedures = map(encode_name, wanted.procedures)
+    add("procedure", "calls_of_procedure", "calls.procedure", procedures, seq="calls.job")
+    add("host", "jobs_of_host", "jobs.host", map(encode_name, wanted.hosts))
+    add("owner", "jobs_of_owner", "jobs.owner", map(encode_name, wanted.owners))
+    if wanted.ended.since is not None and wanted.ended.until is not None:
+        times = {"ended_from": wanted.ended.since, "ended_to": wanted.ended.until}
+        condition = "jobs.ended >= :ended_from AND jobs.ended < :ended_to"
+        entries = Entries("jobs INDEXED BY jobs_ended", condition, times, is_ordered=False)
+        found.append(Range("ended", (entries,)))
+    return found
+
+
+def ranges_of_owners(owners: Iterable[str]) -> Range:
+    """Return the range of the jobs of some owners."""
+    entries = []
+    for number, owner in enumerate(dict.fromkeys(owners)):
+        values = {f"own{number}": encode_name(owner)}
+        entries.append(Entries("jobs INDEXED BY jobs_of_owner", f"jobs.owner = :own{number}", values))
+    return Range("own", tuple(entries))
+
+
+def choose(ranges: Iterable[Range], count: Callable[[Range], int], most: int) -> Range:
+    """Return the range with the fewest entries; `count` returns their number, at most `most`.
+
+    If all have `most`, it is the first one in the order of submission.
+    """
+    best: Range | None = None
+    fewest = most
+    ordered: list[Range] = []
+    for each in ranges:
+        number = count(each)
+        if number < fewest:
+            best, fewest = each, number
+        if number < _FEW:
+            break
+        if each.is_ordered:
+            ordered.append(each)
+    return best or (ordered[0] if ordered else ALL_JOBS)
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """A range, and the conditions that its entries are checked for."""
+
+    range: Range
+    conditions: Conditions
+
+    @classmethod
+    def of(cls, wanted: JobFilter, chosen: Range, owners: Sequence[str] | None) -> Search:
+        """Return the search for the jobs of a filter in a range that contains all of them."""
+        return cls(chosen, conditions_of(wanted, any(each.has_calls for each in chosen.entries), owners))
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The parameters of the statements, by name."""
+        return {**self.range.values, **self.conditions.values}
+
+    def select(self, newest_first: bool) -> str:
         """Return a statement for the sequence numbers of the jobs between `low` and `high` that fit."""
         return f"{_merge(self._parts('{seq} AS seq'), newest_first)} LIMIT :limit"
 
     def select_values(self, column: str) -> str:
         """Return a statement for the values of a column of these jobs, and how many jobs have each."""
-        parts = " UNION ALL ".join(self._parts(f"{column} AS value", "calls." in column))
+        parts = " UNION ALL ".join(self._parts(f"{column} AS value"))
         return f"SELECT value, count(*) FROM ({parts}) GROUP BY value"
 
-    def _parts(self, what: str, needs_calls: bool = False) -> list[str]:
+    def _parts(self, what: str) -> list[str]:
         parts = []
-        for each in self.entries:
-            is_of_calls = each.source.startswith("calls")
-            join = "CROSS JOIN jobs ON jobs.seq = calls.job" if is_of_calls else ""
-            if not is_of_calls and (needs_calls or self.conditions.needs_calls):
-                join = "CROSS JOIN calls ON calls.job = jobs.seq"
+        for each in self.range.entries:
+            chosen = what.replace("{seq}", each.seq)
+            other, column = ("jobs", "jobs.seq") if each.has_calls else ("calls", "calls.job")
+            is_needed = f"{other}." in f"{chosen} {self.conditions}"
+            join = f" CROSS JOIN {other} ON {column} = {each.seq}" if is_needed else ""
             parts.append(
-                f"SELECT {what.replace('{seq}', each.seq)} FROM {each.source} {join} "
+                f"SELECT {chosen} FROM {each.source}{join} "
                 f"WHERE {each.condition} AND {each.seq} BETWEEN :low AND :high AND {self.conditions}"
             )
         return parts
@@ -183,13 +318,12 @@ def _merge(parts: Sequence[str], newest_first: bool) -> str:
     return " UNION ALL ".join(parts) + f" ORDER BY 1 {'DESC' if newest_first else 'ASC'}"
 
 
-def plan(wanted: JobFilter, owners: Sequence[str] | None) -> Search:
-    """Return how to search for the jobs of a filter; with `owners`, only their jobs are looked at."""
-    conditions = conditions_of(wanted, owners)
-    if owners is None:
-        return Search([Entries("jobs")], conditions)
-    entries = []
-    for number, owner in enumerate(dict.fromkeys(owners)):
-        conditions.values[f"owner{number}"] = encode_name(owner)
-        entries.append(Entries("jobs INDEXED BY jobs_of_owner", f"jobs.owner = :owner{number}"))
-    return Search(entries, conditions)
+def count_entries(counted: Range) -> str:
+    """Return a statement for the number of entries between `low` and `high`, at most `limit`."""
+    parts = [
+        f"SELECT 1 FROM {each.source} WHERE {each.condition}"
+        # The entries outside of these places would be read without a limit if they are in another order.
+        + (f" AND {each.seq} BETWEEN :low AND :high" if each.is_ordered else "")
+        for each in counted.entries
+    ]
+    return f"SELECT count(*) FROM ({' UNION ALL '.join(parts)} LIMIT :limit)"

@@ -181,7 +181,31 @@ SELECT jobs.seq, jobs.id, jobs.state, jobs.host, calls.procedure,
 FROM jobs JOIN calls ON calls.job = jobs.seq WHERE jobs.seq IN (:seqs);
 
 -- name: count_states
-SELECT state, count(*) FROM jobs GROUP BY state;
+-- From the indexes alone. A job that is in none of the partial ones has returned.
+WITH others AS (
+    SELECT 'queued' AS state, count(*) AS jobs FROM jobs INDEXED BY jobs_queued WHERE state = 'queued'
+    UNION ALL
+    SELECT 'running', count(*) FROM jobs INDEXED BY jobs_holding WHERE holds_slot = 1 AND state = 'running'
+    UNION ALL
+    SELECT state, count(*) FROM jobs INDEXED BY jobs_not_returned
+    WHERE state IN ('raised', 'failed', 'cancelled') GROUP BY state
+)
+SELECT state, jobs FROM others WHERE jobs > 0
+UNION ALL
+SELECT 'returned', (SELECT count(*) FROM jobs) - (SELECT sum(jobs) FROM others);
+
+-- name: bounds
+SELECT (SELECT min(seq) FROM jobs), (SELECT max(seq) FROM jobs), disorder FROM submission_times;
+
+-- name: submitted_from
+-- The first job from a sequence number on.
+SELECT seq, submitted FROM jobs WHERE seq >= ? ORDER BY seq LIMIT 1;
+
+-- name: first_host
+SELECT host FROM jobs INDEXED BY jobs_of_host WHERE host >= ? ORDER BY host LIMIT 1;
+
+-- name: next_host
+SELECT host FROM jobs INDEXED BY jobs_of_host WHERE host > ? ORDER BY host LIMIT 1;
 
 -- name: get_job_by_seq
 SELECT * FROM job_view WHERE seq = :seq;

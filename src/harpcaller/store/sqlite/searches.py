@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from msgspec.structs import replace
@@ -26,12 +27,23 @@ from harpcaller.model.jobs import (
     ValueCount,
 )
 from harpcaller.store.sqlite.file import MAX_INTEGER, QUERIES
-from harpcaller.store.sqlite.finding import Search, conditions_of, plan
-from harpcaller.store.sqlite.rows import decode_name, decode_owner
+from harpcaller.store.sqlite.finding import (
+    Range,
+    Search,
+    choose,
+    conditions_of,
+    count_entries,
+    ranges_of,
+    ranges_of_owners,
+)
+from harpcaller.store.sqlite.rows import decode_name, decode_owner, encode_name
 
 Permits = Callable[[Subject], bool]
 
 EXAMINED = 10_000  #: Maximum number of entries that one search looks at.
+PAYLOADS_EXAMINED = 2000  #: Maximum number of entries if their payloads are read.
+_PAYLOAD_BYTES = 8 * 1024 * 1024  # Approximate limit of these payloads.
+_MAX_HOSTS_READ = 500  # Hosts that are compared with a pattern before the search; it is compared with each job, too.
 MAX_VALUES = 50  #: Maximum number of values of a facet.
 _STEP = 100  # Jobs of which the subjects are read at a time.
 _STEP_BYTES = 8 * 1024 * 1024  # Approximate limit of the payloads that are read for decisions.
@@ -88,11 +100,7 @@ def find_jobs(
     most this size.
     """
     with _snapshot(db):
-        search = plan(wanted, owners)
-        low, high = 0, MAX_INTEGER
-        if after is not None:
-            low, high = (low, after - 1) if newest_first else (after + 1, high)
-        walk = _Walk(db, search, newest_first, low, min(high, MAX_INTEGER), examine)
+        walk = _Walk(db, wanted, owners, newest_first, after, examine)
         if permits is None:
             seqs = walk.find(limit + 1)
             place = walk.end
@@ -101,27 +109,73 @@ def find_jobs(
                 seqs = seqs[:limit]
             examined, last = walk.measure(place)
         else:
-            permitted, place = _find_permitted(db, walk, limit, permits, subject_bytes or 0)
-            seqs, examined, last = permitted, len(permitted), permitted[-1] if permitted else None
+            seqs, place = _find_permitted(db, walk, limit, permits, subject_bytes or 0)
+            examined, last = len(seqs), seqs[-1] if seqs else None
         summaries = _read_summaries(db, seqs, subject_bytes)
         searched_to = None if last is None else _submitted(db, last)
     return Found(summaries, place, place is None, examined, searched_to)
 
 
 class _Walk:
-    """The entries of a search from a place on, up to a number of them."""
+    """The entries that a search looks at: from a place on, at most a number of them."""
 
     def __init__(
-        self, db: sqlite3.Connection, search: Search, newest_first: bool, low: int, high: int, examine: int
+        self,
+        db: sqlite3.Connection,
+        wanted: JobFilter,
+        owners: Sequence[str] | None,
+        newest_first: bool,
+        after: int | None,
+        examine: int,
     ) -> None:
-        self._db, self._search, self._newest_first = db, search, newest_first
-        self._low, self._high = low, high
-        #: The last entry that may be looked at; None: all of them may.
-        self.end = self._entry_at(examine - 1)
-        if self.end is not None and self._entry_at(examine) is None:
-            self.end = None
+        self._db, self._newest_first = db, newest_first
+        self._low, self._high = _find_bounds(db, wanted)
+        if after is not None and newest_first:
+            self._high = min(self._high, after - 1)
+        elif after is not None:
+            self._low = max(self._low, min(after, MAX_INTEGER - 1) + 1)
+        if owners is not None:
+            self._range = ranges_of_owners(owners)  # the number of other jobs must not show, also not by the time
+        else:
+            self._range = choose(ranges_of(_expand(db, wanted)), self._count, examine)
+        self._search = Search.of(wanted, self._range, owners)
+        if self._search.conditions.read_payloads:
+            examine = min(examine, PAYLOADS_EXAMINED)
+        #: The last entry that is looked at if there are more; None: all of them are.
+        self.end = self._find_end(examine)
         if self.end is not None:
             self._stop_at(self.end)
+
+    def _count(self, counted: Range) -> int:
+        if not counted.entries:
+            return 0
+        parameters = {"low": self._low, "high": self._high, "limit": EXAMINED}
+        [(number,)] = self._db.execute(count_entries(counted), {**counted.values, **parameters})
+        return int(number)
+
+    def _find_end(self, examine: int) -> int | None:
+        select = partial(self._range.select, newest_first=self._newest_first)
+        last = None
+        if following := self._run(select("seq"), 2, examine - 1)[1:]:
+            last = following[0][0]
+            [[last]] = self._run(select("seq"), 1, examine - 1)
+        if self._search.conditions.read_payloads:
+            # The first entry at which the payloads of all that were looked at are too long.
+            order = "DESC" if self._newest_first else "ASC"
+            sizes = f"sum(length(info) + length(arguments)) OVER (ORDER BY calls.job {order})"
+            source = f"({select('seq')}) AS entries CROSS JOIN calls ON calls.job = entries.seq"
+            statement = f"SELECT seq FROM (SELECT seq, {sizes} AS size FROM {source}) WHERE size > {_PAYLOAD_BYTES}"
+            for (seq,) in self._run(f"{statement} ORDER BY seq {order} LIMIT 1", examine):
+                if last is not None or self._has_entries_after(seq):
+                    return int(seq)
+        return last
+
+    def _has_entries_after(self, seq: int) -> bool:
+        before = self._low, self._high
+        self._low, self._high = (self._low, seq - 1) if self._newest_first else (seq + 1, self._high)
+        found = self._run(self._range.select("seq", self._newest_first), 1)
+        self._low, self._high = before
+        return bool(found)
 
     def _stop_at(self, seq: int) -> None:
         if self._newest_first:
@@ -130,29 +184,86 @@ class _Walk:
             self._high = seq
 
     def _run(self, statement: str, limit: int, offset: int = 0) -> list[Any]:
+        if not self._range.entries:
+            return []
         parameters = {"low": self._low, "high": self._high, "limit": limit, "offset": offset}
         return self._db.execute(statement, {**self._search.values, **parameters}).fetchall()
 
-    def _entry_at(self, offset: int) -> int | None:
-        for (seq,) in self._run(self._search.select_entries("seq", self._newest_first), 1, offset):
-            return int(seq)
-        return None
-
     def find(self, limit: int) -> list[int]:
         """Return the sequence numbers of at most `limit` jobs that fit."""
-        return [seq for (seq,) in self._run(self._search.select_matching(self._newest_first), limit)]
+        return [seq for (seq,) in self._run(self._search.select(self._newest_first), limit)]
 
     def measure(self, place: int | None) -> tuple[int, int | None]:
         """Return the number of the entries up to a place, or of all, and the last of them."""
         if place is not None:
             self._stop_at(place)
         last = "min(seq)" if self._newest_first else "max(seq)"
-        [(count, seq)] = self._run(self._search.select_entries(f"count(*), {last}", self._newest_first), -1)
-        return count, seq
+        for count, seq in self._run(self._range.select(f"count(*), {last}", self._newest_first), -1):
+            return count, seq
+        return 0, None
 
     def count_values(self, column: str) -> dict[Any, int]:
         """Return the values of a column of the jobs that fit, and their numbers."""
         return dict(self._run(self._search.select_values(column), -1))
+
+
+def _find_bounds(db: sqlite3.Connection, wanted: JobFilter) -> tuple[int, int]:
+    """Return the first and last sequence number that a job can have by the times of a filter.
+
+    A binary search finds them, because jobs are submitted in the order of time, apart from the disorder of the clock.
+    No job starts or ends before its submission.
+    """
+    since = wanted.submitted.since
+    untils = [span.until for span in (wanted.submitted, wanted.started, wanted.ended) if span.until is not None]
+    if since is None and not untils:
+        return 0, MAX_INTEGER
+    [(first, last, disorder)] = db.execute(QUERIES["bounds"]).fetchall()
+    if first is None:
+        return 0, MAX_INTEGER
+    low, high = 0, MAX_INTEGER
+    if since is not None:
+        low = _search(db, first, last, since - disorder)
+    if untils:
+        high = _search(db, first, last, min(untils) + disorder)
+    return low, high
+
+
+def _search(db: sqlite3.Connection, first: int, last: int, time: float) -> int:
+    """Return a sequence number that all jobs before it, or none after it, were submitted before a time.
+
+    Which of them is the case if the times are in order; `_find_bounds` allows for those that are not.
+    """
+    low, high = first, last + 1
+    while low < high:
+        middle = (low + high) // 2
+        [(seq, submitted)] = db.execute(QUERIES["submitted_from"], (middle,)).fetchall()
+        if submitted < time:
+            low = seq + 1
+        else:
+            high = middle
+    return low
+
+
+def _expand(db: sqlite3.Connection, wanted: JobFilter) -> JobFilter:
+    """Return a filter with the hosts that have jobs and match the pattern, if few hosts are to be compared.
+
+    If there are none, it has a name that matches the pattern, and so no jobs.
+    """
+    if wanted.host_pattern is None:
+        return wanted
+    start, _, end = wanted.host_pattern.partition("*")
+    head, tail = encode_name(start), encode_name(end)
+    hosts: list[str] = []
+    name = head
+    statement = QUERIES["first_host"]
+    for _ in range(_MAX_HOSTS_READ):
+        row = db.execute(statement, (name,)).fetchone()
+        if row is None or not row[0].startswith(head):
+            return replace(wanted, hosts=tuple(hosts) or (start + end,))
+        name, statement = row[0], QUERIES["next_host"]
+        if len(name) >= len(head) + len(tail) and name.endswith(tail):
+            hosts.append(decode_name(name))
+    return wanted
 
 
 def _find_permitted(
@@ -224,7 +335,7 @@ def count_jobs(
             if name == "state" and rest == JobFilter() and owners is None and permits is None:
                 facets[name] = _sort_values([(value, count) for value, count in db.execute(QUERIES["count_states"])])
                 continue
-            walk = _Walk(db, plan(rest, owners), True, 0, MAX_INTEGER, most)
+            walk = _Walk(db, rest, owners, True, None, most)
             more = walk.end is not None
             if permits is None:
                 values = walk.count_values(column)
@@ -288,7 +399,7 @@ def job_statistics(
             span = Span(since, until)
             if permits is not None:
                 wanted = JobFilter(submitted=span) if column == "submitted" else JobFilter(ended=span)
-                walk = _Walk(db, plan(wanted, owners), True, 0, MAX_INTEGER, EXAMINED)
+                walk = _Walk(db, wanted, owners, True, None, EXAMINED)
                 seqs, place = _find_permitted(db, walk, EXAMINED, permits, subject_bytes)
                 is_complete = is_complete and place is None
                 counted = _count_values_of(
