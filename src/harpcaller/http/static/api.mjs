@@ -24,10 +24,10 @@ export function watchRequests(watcher) {
 }
 export const tellWatchers = (fact) => watchers.forEach((watcher) => watcher(fact));
 
-/** Build an address of the API. `params`: an object or URLSearchParams; empty values are left out. */
+/** Build an address of the API. `params`: an object, pairs, or URLSearchParams; empty values are left out. */
 export function address(path, params) {
   const query = new URLSearchParams();
-  const pairs = params instanceof URLSearchParams ? params : Object.entries(params || {});
+  const pairs = params?.[Symbol.iterator] ? params : Object.entries(params || {});
   for (const [name, value] of pairs) if (value !== undefined && value !== null && value !== "") query.append(name, value);
   const text = query.toString();
   return API + path + (text ? "?" + text : "");

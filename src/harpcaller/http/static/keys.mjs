@@ -19,8 +19,13 @@ export function useKeys(title, keys, level = 1) {
   }, []);
 }
 
-/** Return [[title, [[key, meaning], ...]], ...] of all keys that work now. */
-export const listKeys = () => layers.map(({ title, keys }) => [title, Object.entries(keys).filter(([, [, meaning]]) => meaning).map(([key, [, meaning]]) => [key, meaning])]).filter(([, keys]) => keys.length);
+/** Return [[title, [[key, meaning], ...]], ...] of all keys that work now: the view's first. */
+export function listKeys() {
+  const titles = new Map();
+  for (const { title, keys } of [...layers].reverse())
+    titles.set(title, [...(titles.get(title) || []), ...Object.entries(keys).filter(([, [, meaning]]) => meaning).map(([key, [, meaning]]) => [key, meaning])]);
+  return [...titles].filter(([, keys]) => keys.length);
+}
 
 const inField = (target) => target.isContentEditable || /^(INPUT|TEXTAREA|SELECT)$/.test(target.nodeName);
 

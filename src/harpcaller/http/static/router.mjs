@@ -14,10 +14,12 @@ export function link(path, params) {
   return BASE + path + (text ? "?" + text : "");
 }
 
+let popped = false;
+
 function current() {
   const { pathname, search, hash } = location;
   const path = pathname.startsWith(BASE) ? pathname.slice(BASE.length) || "/" : pathname;
-  return { path, query: new URLSearchParams(search), hash, key: pathname + search };
+  return { path, query: new URLSearchParams(search), hash, key: pathname + search, popped };
 }
 
 const listeners = new Set();
@@ -30,11 +32,12 @@ const announce = () => {
 export function navigate(href, { replace = false } = {}) {
   const target = new URL(href, location.href);
   const same = target.href === location.href;
+  popped = false;
   history[replace || same ? "replaceState" : "pushState"](null, "", target);
   announce();
 }
 
-/** Return `{path, query, hash, key}` of the present address; the component is drawn again when it changes. */
+/** Return `{path, query, hash, key, popped}` of the present address (`popped`: by back or forward); the component is drawn again when it changes. */
 export function useRoute() {
   const [place, setPlace] = useState(current);
   useEffect(() => {
@@ -47,7 +50,10 @@ export function useRoute() {
 
 const OUTSIDE = /^\/(api|static|docs|metrics|healthz|readyz)(\/|$)/;
 
-addEventListener("popstate", announce);
+addEventListener("popstate", () => {
+  popped = true;
+  announce();
+});
 // Links are plain anchors, so that the middle button, "copy link" and new tabs work; only a plain click stays here.
 addEventListener("click", (event) => {
   if (event.defaultPrevented || event.button !== 0 || event.metaKey || event.ctrlKey || event.shiftKey || event.altKey) return;

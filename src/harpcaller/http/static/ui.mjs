@@ -116,6 +116,9 @@ export function duration(seconds) {
   if (whole < 86400) return pair(Math.floor(whole / 3600), "h", Math.floor((whole % 3600) / 60), "min");
   return pair(Math.floor(whole / 86400), "d", Math.floor((whole % 86400) / 3600), "h");
 }
+
+/** Return a duration for a column: "340 ms", "31 s", "12m 5s", "3h 20m", "2d 4h". */
+export const shortDuration = (seconds) => duration(seconds).replace(/(\d) (min|h|d)/g, (_, digit, unit) => digit + unit[0]).replace(/([mhd]) (\d+) s/, "$1 $2s");
 const pair = (big, unit, small, less) => `${big} ${unit}` + (small ? ` ${small} ${less}` : "");
 
 /** Return how long ago: "now", "12 s ago", "5 min ago", "3 h ago", "4 d ago". */
@@ -124,6 +127,11 @@ export function age(seconds) {
   const [size, unit] = seconds < 60 ? [1, "s"] : seconds < 3600 ? [60, "min"] : seconds < 86400 ? [3600, "h"] : [86400, "d"];
   return words.ago(Math.floor(seconds / size) + " " + unit);
 }
+
+const UNSEEN = /[\u0000-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g;
+
+/** Return a text of a job or host with control and direction characters made visible: they could change what is read. */
+export const visible = (text) => String(text ?? "").replace(UNSEEN, (one) => "\\u" + one.charCodeAt(0).toString(16).padStart(4, "0"));
 
 /** Return a whole number with separators: "1,523". */
 export const count = (number) => Number(number).toLocaleString("en");
@@ -183,7 +191,7 @@ const ICONS = {
   play: "M5 3.2v9.6L12.6 8z",
   warning: "M8 2.2L14.4 13.4H1.6zM8 6.4v3.4M8 11.4v.6",
   ok: "M3 8.6l3.2 3.2L13 4.6",
-  live: "M8 5.5a2.5 2.5 0 1 0 0 5a2.5 2.5 0 0 0 0-5",
+  live: "M8 4a4 4 0 1 0 0 8a4 4 0 0 0 0-8",
   more: "M3.5 8h.01M8 8h.01M12.5 8h.01",
   plus: "M8 3v10M3 8h10",
   minus: "M3 8h10",
@@ -250,39 +258,61 @@ export function Dialog({ title, close, children, kind = "" }) {
   </dialog>`;
 }
 
+const openMenus = new Set();
+
+/** Return whether a menu is open: lists hold still then. */
+export const menuIsOpen = () => openMenus.size > 0;
+
 /** A button with a list under it. `children(close)` draws the list. It closes on Escape, a click elsewhere, or `close`. */
-export function Menu({ label, icon, text, children, kind = "", side = "right" }) {
+export function Menu({ label, icon, text, children, kind = "", list = "" }) {
   const [open, setOpen] = useState(false);
-  const root = useRef(null);
+  const button = useRef(null);
+  const panel = useRef(null);
   const close = () => {
     setOpen(false);
-    root.current?.querySelector("button")?.focus();
+    button.current?.focus();
   };
-  useEffect(() => {
+  useLayoutEffect(() => {
     if (!open) return undefined;
-    root.current.querySelector(".menu-list :is(a, button, input, select)")?.focus();
-    const outside = (event) => root.current.contains(event.target) || setOpen(false);
+    const element = panel.current;
+    openMenus.add(element);
+    element.showPopover();
+    const place = button.current.getBoundingClientRect();
+    const { offsetWidth: width, offsetHeight: height } = element;
+    const under = place.bottom + 4 + height <= innerHeight || place.top < height;
+    element.style.left = Math.max(4, Math.min(place.left, innerWidth - width - 4)) + "px";
+    element.style.top = Math.max(4, under ? Math.min(place.bottom + 4, innerHeight - height - 4) : place.top - height - 4) + "px";
+    element.querySelector("a, button, input, select")?.focus({ preventScroll: true });
+    const outside = (event) => element.contains(event.target) || button.current?.contains(event.target) || setOpen(false);
+    const scrolled = (event) => element.contains(event.target) || setOpen(false);
     addEventListener("pointerdown", outside, true);
-    return () => removeEventListener("pointerdown", outside, true);
+    addEventListener("scroll", scrolled, true);
+    addEventListener("resize", scrolled);
+    return () => {
+      openMenus.delete(element);
+      removeEventListener("pointerdown", outside, true);
+      removeEventListener("scroll", scrolled, true);
+      removeEventListener("resize", scrolled);
+    };
   }, [open]);
   function keys(event) {
-    if (event.key === "Escape" && open) {
+    if (event.key === "Escape") {
       event.stopPropagation();
+      event.preventDefault();
       close();
     }
     if (event.key !== "ArrowDown" && event.key !== "ArrowUp") return;
-    const items = [...root.current.querySelectorAll(".menu-list :is(a, button, input)")];
-    if (!open || !items.length) return;
+    if (/^(radio|text|datetime-local)$/.test(event.target.type)) return;
     event.preventDefault();
+    const items = [...panel.current.querySelectorAll("a, button, input")];
     const step = event.key === "ArrowDown" ? 1 : -1;
-    items[(items.indexOf(document.activeElement) + step + items.length) % items.length].focus();
+    items[(items.indexOf(document.activeElement) + step + items.length) % items.length]?.focus();
   }
-  return html`<div class="menu" ref=${root} onKeyDown=${keys} onFocusOut=${(event) => event.relatedTarget && !root.current.contains(event.relatedTarget) && setOpen(false)}>
-    <button type="button" class=${"button " + kind} aria-expanded=${open ? "true" : "false"} aria-label=${label} title=${label} onClick=${() => setOpen(!open)}>
+  const left = (event) => event.relatedTarget && !panel.current?.contains(event.relatedTarget) && event.relatedTarget !== button.current && setOpen(false);
+  return html`<button ref=${button} type="button" class=${"button " + kind} aria-expanded=${open ? "true" : "false"} aria-label=${label} title=${label} onClick=${() => setOpen(!open)}>
       ${icon && html`<${Icon} name=${icon} />`}${text}${text && html`<${Icon} name="down" size=${10} />`}
     </button>
-    ${open && html`<div class=${"menu-list " + side}>${children(close)}</div>`}
-  </div>`;
+    ${open && html`<div ref=${panel} popover="manual" class=${"menu-list " + list} onKeyDown=${keys} onFocusOut=${left}>${children(close)}</div>`}`;
 }
 
 const speakers = new Set();
@@ -329,7 +359,7 @@ export function jobSpellings(id) {
     [words.copyAs.link, page],
     [words.copyAs.curl, `curl -H "Authorization: Bearer $HARP_TOKEN" ${location.origin}${link("/api/v1/jobs/" + id)}`],
     [words.copyAs.harp, `harp show ${id}`],
-    [words.copyAs.python, `harp.HarpCaller.from_environment().job("${id}").result()`],
+    [words.copyAs.python, `harp.HarpCaller("${location.hostname}").job("${id}").result()`],
   ];
 }
 

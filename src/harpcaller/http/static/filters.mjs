@@ -1,0 +1,46 @@
+// Filters of the job list. The query of the address is the API's own filter; nothing is kept beside it.
+import { words } from "./words.mjs";
+
+/** The parameters that say which jobs, in the order in which they are shown. */
+export const FILTERS = ["q", "state", "procedure", "host", "queue", "owner", "end_type", "stop", "holds_slot", "from", "to", "started_from", "started_to", "ended_from", "ended_to", "info", "arguments", "rerun_of", "run"];
+
+/** Values that stand for several states. */
+export const STATE_GROUPS = { open: ["queued", "running"], bad: ["raised", "failed"], ended: ["returned", "raised", "failed", "cancelled"] };
+
+/** Return the query with only what chooses jobs, in one order: equal filters have equal texts. */
+export function normal(query) {
+  const result = new URLSearchParams();
+  for (const name of FILTERS) for (const value of query.getAll(name)) if (value) result.append(name, value);
+  for (const [name, value] of query) if (!FILTERS.includes(name) && name !== "order") result.append(name, value);   // the API names what it does not know
+  return result;
+}
+
+/** Return the values of one parameter, states of a group one by one. */
+export function valuesOf(query, name) {
+  const values = (query.get(name) || "").split(",").filter(Boolean);
+  return name === "state" ? values.flatMap((value) => STATE_GROUPS[value] || [value]) : values;
+}
+
+/** Return the query with one parameter set, or without it when there is no value. */
+export function withValue(query, name, value) {
+  const result = new URLSearchParams(query);
+  if (value === null || value === "" || (Array.isArray(value) && !value.length)) result.delete(name);
+  else result.set(name, Array.isArray(value) ? value.join(",") : value);
+  return result;
+}
+
+/** Return the query after a click on a value: it alone; taken out if it was alone; with `add`, added or taken out. */
+export function toggled(query, name, value, add) {
+  const values = valuesOf(query, name);
+  const rest = values.filter((other) => other !== value);
+  if (add) return withValue(query, name, values.includes(value) ? rest : [...values, value]);
+  return withValue(query, name, values.length === 1 && !rest.length ? null : value);
+}
+
+/** Return the parts of a filter as [name, value, text], for chips and for the question which part excludes all. */
+export function partsOf(query, queueNames = new Map()) {
+  return [...normal(query)].map(([name, value]) => {
+    const shown = name === "queue" ? value.split(",").map((id) => (id === "-" ? words.jobs.noQueue : queueNames.get(id) || id.slice(0, 8))).join(", ") : value.replaceAll(",", ", ");
+    return [name, value, shown];
+  });
+}
