@@ -121,6 +121,7 @@ class AuditLog:
         self._closed = False
         self._problem_logged: str | None = None
         self._unsynced = False  # whether written entries are not on stable storage yet
+        self.entries = self.write_errors = 0  #: Number of written entries, and of failed writes.
         self._thread = threading.Thread(target=self._run, name="audit-writer", daemon=True)
         self._thread.start()
 
@@ -205,6 +206,7 @@ class AuditLog:
                     self._write_group(group)
             except AuditError as failure:
                 error = failure
+                self.write_errors += 1
             self._log_problem()
             futures = [entry.future for entry in group if entry.future is not None]
             if futures:
@@ -250,6 +252,7 @@ class AuditLog:
         if entries:
             self._file.append([*self._waiting.describe_discarded(), *entries])
             self._unsynced = True
+            self.entries += len(entries)
         self._waiting.clear()
         if sync:
             self._file.sync()

@@ -69,6 +69,14 @@ def read_validities(file: Path, content: bytes | None = None) -> list[Validity]:
     return found
 
 
+def read_end(der: bytes) -> float | None:
+    """Return the Unix time at which an encoded certificate ends; None if it cannot be read."""
+    try:
+        return _read_dates(der)[1].timestamp()
+    except (ValueError, IndexError, StopIteration):
+        return None
+
+
 def _read_dates(der: bytes) -> tuple[datetime, datetime]:
     """Return begin and end of a certificate. Spec: RFC 5280, 4.1."""
     begins, ends = elements(certificate_fields(der)[_FIELDS_BEFORE_VALIDITY][1])

@@ -24,7 +24,7 @@ import stat
 import sys
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, ClassVar
@@ -52,6 +52,8 @@ class EventQueue(logging.Handler):
 
     #: Calls a function at the end of the loop's turn, and the thread of that loop; None: no delay.
     turn: ClassVar[tuple[Callable[[Callable[[], None]], object], int] | None] = None
+    #: The number of events by level; None: they are not counted.
+    events: ClassVar[Counter[str] | None] = None
 
     def __init__(self, direct: bool) -> None:
         super().__init__()
@@ -81,6 +83,9 @@ class EventQueue(logging.Handler):
 
     def handle(self, record: logging.LogRecord) -> bool:
         """Add an event. A thread other than the loop's delivers it immediately, after the waiting events."""
+        if self.events is not None:
+            with self._lock:
+                self.events[record.levelname.lower()] += 1
         try:
             self._add(*self._prepare(record))
         except Exception as error:  # noqa: BLE001 - a log call never raises

@@ -12,6 +12,7 @@ import re
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Any
@@ -226,6 +227,13 @@ def _log_unraisable(unraisable: Any) -> None:
     where = f"{unraisable.err_msg or 'Exception ignored in'}: {unraisable.object!r}"
     raised = (unraisable.exc_type, unraisable.exc_value, unraisable.exc_traceback)
     logging.getLogger(__name__).error("unexpected error", exc_info=raised, extra={"where": where})
+
+
+def count_events() -> Counter[str]:
+    """Count the events from now on, by level; return the counter."""
+    if EventQueue.events is None:
+        EventQueue.events = Counter({"debug": 0, "info": 0, "warning": 0, "error": 0})
+    return EventQueue.events
 
 
 def reopen() -> None:

@@ -720,6 +720,8 @@ class ActingAs:
         log.info("call above a limit refused", extra={"reason": str(refusal), **client})
 
     def _log_denial(self, action: Action, decision: Decision | None, **fields: str) -> None:
+        if self._dispatcher.metrics is not None:
+            self._dispatcher.metrics.denied[(action.value,)] += 1
         rule = None if decision is None else decision.rule
         client = {"client": self._client.peer, "principal": self._client.owner}
         log.info("access denied", extra={"action": action.value, **fields, "rule": rule, **client})

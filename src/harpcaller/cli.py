@@ -109,6 +109,9 @@ def _status(parsed: Namespace) -> int:
         return 1
     (status,) = daemon.send_command("status")
     print_escaped(status.decode() if parsed.full else "harpcallerd is running")
+    for check in loads(status).get("checks", ()):
+        if not check["ok"]:
+            print_escaped(f"harpcallerd: not ready: {check['name']}: {check['detail']}", file=sys.stderr)
     _warn_of_access(status)
     _warn_of_hosts(status)
     return 0

@@ -118,6 +118,10 @@ class HTTPSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     streams: Count = 1_000  #: Maximum number of responses that follow records or events.
     streams_per_client: Count = 20  #: Maximum number of them of one principal.
     console: bool = True  #: Whether the web console is served, too.
+    #: Who may read the metrics without a proof of identity: "local" is a client on this machine.
+    metrics_anonymous: str = "local"
+    metrics_hosts: Annotated[int, Meta(ge=0)] = 500  #: Number of hosts above which no metric names a host.
+    metrics_queues: tuple[str, ...] = ()  #: Queues with metrics of their own.
 
     def __post_init__(self) -> None:
         check_choice("tls_minimum", self.tls_minimum, TLS_VERSIONS)
@@ -130,6 +134,14 @@ class HTTPSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         for name in self.hosts:
             if not _HOST_NAME.fullmatch(name):
                 raise ValueError(f"hosts: expected names or addresses without a port, got {name!r}")
+        check_choice("metrics_anonymous", self.metrics_anonymous, ("local", "all", "none"))
+        for queue in self.metrics_queues:
+            try:
+                is_object = isinstance(json.loads(queue), dict)
+            except ValueError:
+                is_object = False
+            if not is_object:
+                raise ValueError(f"metrics_queues: expected the names of queues, JSON objects as text, got {queue!r}")
         if not _BASE_PATH.fullmatch(self.base_path):
             raise ValueError(f'base_path: expected "" or a path such as "/harp", got {self.base_path!r}')
 

@@ -35,15 +35,18 @@ from harpcaller.access.identities import Identities
 from harpcaller.access.source import PolicySource
 from harpcaller.acting import ActingAs
 from harpcaller.api.client_server import ClientServer, listen
-from harpcaller.api.control_server import ControlServer
+from harpcaller.api.control_server import MAX_CONTROL_CONNECTIONS, ControlServer
 from harpcaller.audit import Audit, report_missing_ends
 from harpcaller.config import Config, file_errors, load
 from harpcaller.dispatcher import Dispatcher
+from harpcaller.health import Health
 from harpcaller.hosts.registry import read_hosts_file, run_hosts_script
 from harpcaller.hosts.script import ScriptFailed
 from harpcaller.hosts.tls import HostTLS
+from harpcaller.metrics import Metrics
+from harpcaller.monitoring import Limits, Monitor, MonitorSettings
 from harpcaller.secret_arguments import read_key_file
-from harpcaller.store.sqlite import open_store
+from harpcaller.store.sqlite import Store, open_store
 
 if TYPE_CHECKING:
     from harpcaller.http.starting import HTTPAPI
@@ -176,16 +179,29 @@ async def run(
                 audit.reopen()
 
             loop.add_signal_handler(signal.SIGUSR1, reopen)
-            dispatcher = await stack.enter_async_context(Dispatcher(config, store, wall, audit))
+            metrics = None if config.http is None else await _begin_metrics(store)
+            dispatcher = await stack.enter_async_context(Dispatcher(config, store, wall, audit, metrics))
+            health = Health(dispatcher)
             clients = await stack.enter_async_context(aclosing(ClientServer(dispatcher, identities)))
-            http = None
+            http, controller = None, None
             if starting is not None:
                 act, current = partial(ActingAs, dispatcher), lambda: dispatcher.config
-                http = starting.HTTPAPI(act, current, lambda: clients.identities, clients.memory)
+                monitor = None
+                if metrics is not None:
+                    connections = lambda: _count_connections(dispatcher.config, clients, controller, http)  # noqa: E731
+                    used = partial(_measure_memory, config.request_memory, clients)
+                    validities = lambda: _validities(dispatcher.config)  # noqa: E731
+                    shown = lambda: _monitor_settings(dispatcher.config)  # noqa: E731
+                    monitor = Monitor(dispatcher, metrics, connections, used, validities, shown)
+                    stack.push_async_callback(_cancel, asyncio.create_task(metrics.measure_lag()))
+                of_api = act, current, lambda: clients.identities, clients.memory
+                http = starting.HTTPAPI(*of_api, monitor, health, metrics)
                 await stack.enter_async_context(aclosing(http))
             reloader = _Reloader(dispatcher, clients, http, debug)
             make_link = None if http is None else http.make_login_link
-            controller = ControlServer(dispatcher, stop.set, reloader.reload, lambda: clients.identities, make_link)
+            controller = ControlServer(
+                dispatcher, stop.set, reloader.reload, lambda: clients.identities, make_link, health
+            )
             await stack.enter_async_context(aclosing(controller))
             controller.serve([control])
             clients.serve(listeners)
@@ -193,16 +209,17 @@ async def run(
                 http.serve(http_listeners)
             audit.report("start", **_describe_program(config, dispatcher))
             on_ready()
-            notify_service_manager("READY=1")
+            starting_up = asyncio.create_task(health.notify_when_ready())
             reloading = asyncio.create_task(reloader.reload_on_request(reload_requested))
             reporting = asyncio.create_task(log_expiry_regularly(lambda: _validities(dispatcher.config)))
             await stop.wait()
             log.info("harpcallerd stops")
+            health.is_stopping = True
             audit.report("stop")
             notify_service_manager("STOPPING=1")
-            for task in (reloading, reporting):
+            for task in (starting_up, reloading, reporting):
                 task.cancel()
-            await asyncio.wait([reloading, reporting])
+            await asyncio.wait([starting_up, reloading, reporting])
     finally:
         # Closing the loop restores the default actions; then a second signal would change the exit status.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1})
@@ -250,14 +267,53 @@ class _Reloader:
                 except BaseException:
                     configure_log(before, self._debug)
                     raise
-            except ConfigError as error:
-                log.error("reload failed; nothing is changed", extra={"reason": str(error)})
+            except Exception as error:
+                if self._dispatcher.metrics is not None:
+                    self._dispatcher.metrics.record_reload(succeeded=False)
+                if isinstance(error, ConfigError):
+                    log.error("reload failed; nothing is changed", extra={"reason": str(error)})
                 raise
             finally:
                 notify_service_manager("READY=1")
+            if self._dispatcher.metrics is not None:
+                self._dispatcher.metrics.record_reload(succeeded=True)
             log.info("reloaded")
             self._dispatcher.audit.report("reloaded", **_describe_program(config, self._dispatcher))
             return report_restart_needed(self._at_start, config, _NEEDING_RESTART)
+
+
+async def _begin_metrics(store: Store) -> Metrics:
+    """Count the changes of a store's jobs from now on."""
+    metrics = Metrics()
+    metrics.stored = await store.count_stored()
+    store.observe(metrics.observe_changes)
+    store.measure()
+    return metrics
+
+
+def _count_connections(
+    config: Config, clients: ClientServer, controller: ControlServer | None, http: HTTPAPI | None
+) -> dict[str, Limits]:
+    counts = {"client": Limits(len(clients.acceptor.connections), config.max_connections)}
+    if controller is not None:
+        counts["control"] = Limits(len(controller.acceptor.connections), MAX_CONTROL_CONNECTIONS)
+    if http is not None:
+        counts["http"] = Limits(http.open_connections, http.service.settings.connections)
+    return counts
+
+
+def _measure_memory(limit: int, clients: ClientServer) -> Limits:
+    return Limits(limit - clients.memory.available, limit)
+
+
+def _monitor_settings(config: Config) -> MonitorSettings:
+    http = config.http
+    return MonitorSettings() if http is None else MonitorSettings(http.metrics_hosts, http.metrics_queues)
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait([task])
 
 
 def _import_http(config: Config) -> ModuleType:

@@ -45,11 +45,13 @@ from harpcaller.cursors import Cursors
 from harpcaller.explain import ExplainContext, describe_job
 from harpcaller.host_states import HostState, describe_hosts
 from harpcaller.hosts.capabilities import HostCapabilities
+from harpcaller.hosts.connects import HostConnects
 from harpcaller.hosts.pool import ConnectionPool
 from harpcaller.hosts.registry import Host, HostsRegistry
 from harpcaller.hosts.resolving import Resolver
 from harpcaller.hosts.tls import HostTLS
 from harpcaller.job_rows import encode_row
+from harpcaller.metrics import Metrics
 from harpcaller.model.ids import new_job_id, new_job_ids
 from harpcaller.model.job_filters import JobFilter
 from harpcaller.model.jobs import (
@@ -115,15 +117,22 @@ class Dispatcher:
     """
 
     def __init__(
-        self, config: Config, store: Store, wall: Callable[[], float] = time.time, audit: Audit | None = None
+        self,
+        config: Config,
+        store: Store,
+        wall: Callable[[], float] = time.time,
+        audit: Audit | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         self.config = config  #: The current configuration.
         self.store = store
         self.audit = audit or Audit()  #: What is recorded; the requests are recorded by `harpcaller.acting`.
+        self.metrics = metrics  #: What is counted; None: nothing.
         self._wall = wall
         self._notifier = Notifier()
         self.access = Access(config)  #: The policy; `harpcaller.acting` enforces it.
-        self._tls = HostTLS(config, lambda: self.registry.list_hosts())
+        self.connects = None if metrics is None else HostConnects()  #: What is counted of connections to hosts.
+        self._tls = HostTLS(config, lambda: self.registry.list_hosts(), self.connects)
         self._secret_keys = read_key_file(config)
         self._runner = Runner(lambda: self.registry.is_ready, wall())
         self.registry = HostsRegistry(config, self._runner.request_claim)
@@ -165,6 +174,7 @@ class Dispatcher:
             wall=self._wall,
             secret_keys=self._secret_keys,
             audit=self.audit,
+            metrics=self.metrics,
         )
         self._report_config(self.config, frozenset())
         if self.config.http is not None:
@@ -214,6 +224,29 @@ class Dispatcher:
     # Requests of the APIs.
 
     @property
+    def notifier(self) -> Notifier:
+        """The jobs with clients that wait."""
+        return self._notifier
+
+    @property
+    def is_claiming(self) -> bool:
+        """Whether queued jobs can start: the jobs of the dispatcher before have been taken over."""
+        return self._runner.is_claiming
+
+    @property
+    def waiting_writes(self) -> int:
+        """The number of writes of active calls that have failed and are being repeated."""
+        return self._runner.context.writes.waiting
+
+    def list_active_jobs(self) -> list[Job]:
+        """Return the jobs whose calls are active; their states may be out of date."""
+        return [run.job for run in self._runner.runs.values()]
+
+    def list_host_states(self) -> tuple[frozenset[str], frozenset[str]]:
+        """Return the names of the hosts that accept starts, and of those that do not."""
+        return self._runner.starts.list_states()
+
+    @property
     def active_calls(self) -> int:
         """The number of active calls."""
         return len(self._runner.runs)
@@ -261,7 +294,8 @@ class Dispatcher:
                 return
             if stored.result() == job.id:
                 self.access.remember(job)
-                self._runner.context.timings.record_stored(job.id, received_at, write_started_at)
+                if self.metrics is not None:
+                    self.metrics.record_stored(received_at, write_started_at)
                 log.info("job submitted", extra={**log_fields(job), "client": client})
                 if log.isEnabledFor(logging.DEBUG):
                     _log_arguments(job)
@@ -416,7 +450,6 @@ class Dispatcher:
             config=self.config,
             active_calls=len(runs),
             store_failing=context.writes.failing,
-            timings=context.timings.get_phases(job_id),
             failing=self._runner.starts.get_failing(details.job.host),
             now=self._wall(),
             hidden_holders=hidden,
@@ -449,7 +482,8 @@ class Dispatcher:
 
     def record_delivery(self, job_id: str, received_at: float) -> None:
         """Record that the end of a job was sent to a client; `received_at` is the monotonic time of its request."""
-        self._runner.context.timings.record_delivery(job_id, received_at)
+        if self.metrics is not None:
+            self.metrics.record_delivery(job_id, received_at)
 
     def stream(
         self,
@@ -614,7 +648,7 @@ class Dispatcher:
         change if a certificate file or the hosts file is invalid.
         """
         tls, source, secret_keys = (
-            HostTLS(config, self.registry.list_hosts),
+            HostTLS(config, self.registry.list_hosts, self.connects),
             PolicySource(config),
             read_key_file(config),
         )

@@ -6,20 +6,18 @@ Spec: docs/protocol.md, Details.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from harp.protocol.ends import Failed, Raised
-from harp.protocol.json_text import Envelope, InvalidJSON, Raw, loads
+from harp.protocol.json_text import Envelope, Raw, loads
 from harpcaller.config import Config
 from harpcaller.hosts.registry import Host
 from harpcaller.model.jobs import Job, JobDetails, JobMetadata, QueuePosition, State, StopState
+from harpcaller.model.phases import measure_phases, read_object, read_seconds
 from harpcaller.runs.host_starts import FailingStarts
 from harpcaller.runs.run import Run
 
 _MAX_QUOTE = 300  #: Maximum number of characters of a message in a sentence.
-_MAX_SECONDS = 2.0**40  #: Times and durations from a host are ignored from this value on, in seconds.
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +30,6 @@ class ExplainContext:
     config: Config
     active_calls: int
     store_failing: bool  # whether the store currently rejects data of active calls
-    timings: Mapping[str, float]  # the phases that the dispatcher has measured, in seconds
     now: float  # Unix seconds
     failing: FailingStarts | None = None  # the failed starts on the job's host
     hidden_holders: int = 0  # number of slot holders of the job's queue that the client may not read
@@ -64,54 +61,14 @@ def describe_job(details: JobDetails, context: ExplainContext) -> Envelope:
         stop_request=metadata.stop_request,
         stop_report=metadata.stop_report,
         exit_info=metadata.exit_info,
-        phases=_phases(job, metadata, context.timings),
+        phases=_phases(job, metadata),
         why=_why(details, context),
     )
 
 
-def _phases(job: Job, metadata: JobMetadata, timings: Mapping[str, float]) -> Envelope:
-    """Return the duration of each phase of the job in seconds; None: unknown, or not completed.
-
-    The host measures its phases with its clock. `other` is the remaining time between the job's start and end, for
-    transfers and the storage of the last records. The `timings` are outside of that time, except `store` of a job that
-    got its slot in the same commit.
-    """
-    call, exit_info = (_object(column) for column in (metadata.call, metadata.exit_info))
-    started, ended = (_seconds(exit_info, key) for key in ("started", "ended"))
-    fork = _seconds(exit_info, "fork")
-    phases = Envelope(
-        wait=_between(job.submitted, job.started),
-        connect=_seconds(call, "connect_seconds"),
-        authenticate=_seconds(exit_info, "authentication"),
-        fork=fork,
-        run=None if fork is None or started is None else _between(started + fork, ended),
-    )
-    measured = sum(seconds for name, seconds in phases.items() if name != "wait" and seconds is not None)
-    total = _between(job.started, job.ended)
-    phases["other"] = None if total is None or phases["run"] is None else _between(measured, total)
-    get = {name: round(seconds, 6) for name, seconds in timings.items()}.get
-    before, after = ({name: get(name) for name in names} for names in (("accept", "store"), ("store_end", "deliver")))
-    return Envelope(before, **phases, **after)
-
-
-def _object(text: Raw | None) -> dict[str, Any]:
-    try:
-        value = None if text is None else loads(text)
-    except InvalidJSON:  # data from a host is stored unchecked, and may contain a number that is too long
-        value = None
-    return value if isinstance(value, dict) else {}
-
-
-def _seconds(values: dict[str, Any], key: str) -> float | None:
-    """Return a number of seconds from a host, or None if it is not plausible."""
-    value = values.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < _MAX_SECONDS:
-        return None
-    return float(value)
-
-
-def _between(before: float | None, after: float | None) -> float | None:
-    return None if before is None or after is None else round(max(0.0, after - before), 6)
+def _phases(job: Job, metadata: JobMetadata) -> Envelope:
+    connect = read_seconds(read_object(metadata.call), "connect_seconds")
+    return Envelope(measure_phases(job.submitted, job.started, job.ended, connect, metadata.exit_info))
 
 
 def _call(stored: Raw | None, context: ExplainContext) -> Envelope | Raw | None:

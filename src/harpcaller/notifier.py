@@ -8,7 +8,7 @@ to date neither read them from the store nor encode them again. It also carries 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
 from harp.protocol.dispatcher import encode_packets
@@ -81,6 +81,12 @@ class Notifier:
 
     def __init__(self) -> None:
         self._subscriptions: dict[str, Subscription] = {}
+
+    @property
+    def subscribers(self) -> Iterator[Subscriber]:
+        """All subscribers."""
+        for subscription in self._subscriptions.values():
+            yield from subscription.subscribers
 
     def subscribe(self, job_id: str, subscriber: Subscriber) -> Subscription:
         """Call a subscriber at each notification of a job, until `unsubscribe` is called."""

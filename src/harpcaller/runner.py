@@ -50,10 +50,17 @@ class Runner:
         except StorageError as error:
             log.error("cannot recover jobs; retrying", extra={"error": str(error)})
             return False
+        if self.context.metrics is not None:
+            self.context.metrics.add_running(jobs)
         self._start_runs(jobs, recovered=True)
         if jobs:
             log.info("jobs recovered", extra={"jobs": len(jobs)})
         return True
+
+    @property
+    def is_claiming(self) -> bool:
+        """Whether queued jobs can start: the jobs of the dispatcher before have been taken over."""
+        return self._is_claiming
 
     async def start_claiming(self, recovered: bool) -> None:
         """Start to claim jobs when the jobs that hold a slot have a run; `recovered`: whether they have."""

@@ -14,6 +14,7 @@ from harp.protocol.ends import End
 from harp.protocol.json_text import Raw
 from harpcaller.config import Config
 from harpcaller.dispatcher import Dispatcher
+from harpcaller.metrics import Metrics
 from harpcaller.model.jobs import Job
 from harpcaller.notifier import RecordBatch
 from harpcaller.store import StorageError
@@ -47,8 +48,10 @@ def hosts_file(directory: Path, *lines: str) -> Path:
 
 
 @asynccontextmanager
-async def running(directory: Path, *lines: str, store: Any = None, **settings: Any) -> AsyncIterator[Dispatcher]:
-    """Run a dispatcher with all files in `directory` and these lines in its hosts file."""
+async def running(
+    directory: Path, *lines: str, store: Any = None, metrics: Metrics | None = None, **settings: Any
+) -> AsyncIterator[Dispatcher]:
+    """Run a dispatcher with all files in `directory` and these lines in its hosts file; `metrics` count its changes."""
     settings.setdefault("hosts_file", hosts_file(directory, *lines))
     settings.setdefault("host_db", directory / "hosts.db")
     settings.setdefault("start_within", 0.0)  # most tests of errors need each of them once
@@ -57,8 +60,11 @@ async def running(directory: Path, *lines: str, store: Any = None, **settings: A
     settings.setdefault("resumable_calls", False)  # the hosts of these tests script connection-bound calls
     config = Config(stream_directory=directory / "store", **settings)
     opened = store or await open_store(config.stream_directory)
+    if metrics is not None:
+        metrics.stored = await opened.count_stored()
+        opened.observe(metrics.observe_changes)
     try:
-        async with Dispatcher(config, opened) as dispatcher:
+        async with Dispatcher(config, opened, metrics=metrics) as dispatcher:
             yield dispatcher
     finally:
         if store is None:

@@ -19,7 +19,10 @@ from harpcaller.access.tokens import add_token
 from harpcaller.acting import ActingAs
 from harpcaller.config import Address, HTTPSettings
 from harpcaller.dispatcher import Dispatcher
+from harpcaller.health import Health
 from harpcaller.http.starting import HTTPAPI, listen
+from harpcaller.metrics import Metrics
+from harpcaller.monitoring import Monitor, MonitorSettings
 from support.dispatcher import running
 
 #: The client with the token ``admin`` may do everything, others may use their own jobs.
@@ -86,10 +89,14 @@ async def running_api(
         http = msgspec.structs.replace(http, listen=(Address("127.0.0.1", 0),))
     token, _ = add_token(directory / "tokens", "admin", ["admin"])
     settings = {"tokens_file": directory / "tokens", "file": directory / "harpcaller.toml", **settings}
-    async with running(directory, *lines, http=http, **settings) as dispatcher:
+    metrics = Metrics()
+    async with running(directory, *lines, http=http, metrics=metrics, **settings) as dispatcher:
         identities = Identities(dispatcher.config)
         memory = MemoryQuota(dispatcher.config.request_memory)
-        api = HTTPAPI(partial(ActingAs, dispatcher), lambda: dispatcher.config, lambda: identities, memory)
+        shown = MonitorSettings(http.metrics_hosts, http.metrics_queues, gauges_age=0.0)
+        monitor = Monitor(dispatcher, metrics, settings=lambda: shown)
+        of_api = partial(ActingAs, dispatcher), lambda: dispatcher.config, lambda: identities, memory
+        api = HTTPAPI(*of_api, monitor, Health(dispatcher), metrics)
         listeners = listen(dispatcher.config, http)
         path = listeners[0].path
         port = 0 if path is not None else listeners[0].socket.getsockname()[1]

@@ -15,7 +15,6 @@ from harp.protocol.json_text import Raw
 from harpcaller.config import Config
 from harpcaller.explain import ExplainContext, describe_job
 from harpcaller.model.jobs import NO_METADATA, Job, JobDetails, JobMetadata, QueuePosition, State
-from harpcaller.runs.context import Timings
 from harpcaller.runs.host_starts import FailingStarts
 
 CONTEXT = ExplainContext(
@@ -25,12 +24,10 @@ CONTEXT = ExplainContext(
     config=Config(),
     active_calls=0,
     store_failing=False,
-    timings={},
     now=200.0,
 )
 EXIT_INFO = {"by": "itself", "started": 5000.0, "ended": 5000.5, "authentication": 0.125, "fork": 0.25}
-OWN = dict.fromkeys(("accept", "store", "store_end", "deliver"))
-NOTHING = {**dict.fromkeys(("wait", "connect", "authenticate", "fork", "run", "other")), **OWN}
+NOTHING = dict.fromkeys(("wait", "connect", "authenticate", "fork", "run", "other"))
 
 
 def phases(started: float | None, ended: float | None, given: JobMetadata = NO_METADATA) -> dict[str, Any]:
@@ -54,29 +51,9 @@ def metadata(exit_info: Any, call: Any = None) -> JobMetadata:
 def test_phases_of_a_job_add_up_to_its_duration() -> None:
     found = phases(101.5, 103.0, metadata(EXIT_INFO))
     assert found == {
-        "wait": 1.5, "connect": 0.0625, "authenticate": 0.125, "fork": 0.25, "run": 0.25, "other": 0.8125, **OWN,
+        "wait": 1.5, "connect": 0.0625, "authenticate": 0.125, "fork": 0.25, "run": 0.25, "other": 0.8125,
     }  # fmt: skip
     assert sum(filter(None, found.values())) == 3.0, "from submission to end"
-
-
-def test_phases_of_the_dispatcher_cover_the_latest_jobs() -> None:
-    timings = Timings()
-    now = time.monotonic()
-    for job_id in map(str, range(1001)):
-        timings.record_stored(job_id, now - 0.5, now)
-        timings.record_end(job_id, now)
-    assert timings.get_phases("0") == {}, "only a thousand jobs are stored"
-    known = timings.get_phases("1")
-    assert (known.keys() & {"store", "store_end", "deliver"}, known["accept"]) == ({"store", "store_end"}, 0.5)
-    timings.record_delivery("1", time.monotonic())
-    assert "deliver" not in known, "no client waited for it"
-    timings.record_delivery("1", now)
-    first = known["deliver"]
-    assert first >= 0
-    timings.record_delivery("1", now)
-    assert timings.get_phases("1")["deliver"] == first
-    timings.record_stored("another", None, now)
-    assert list(timings.get_phases("another")) == ["store"]
 
 
 def test_phases_of_an_unfinished_job_are_none() -> None:

@@ -43,6 +43,7 @@ class Action(StrEnum):
     LIST = "list"  # jobs, queues, hosts, procedures
     MANAGE = "manage"  # limits of queues, pause, release a slot, prune, refresh
     ADMIN = "admin"  # tokens, reload, audit
+    METRICS = "metrics"  # numbers about all jobs and hosts
 
 
 #: Actions whose target is a job that exists.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import re
 import socket
 import ssl
 import time
@@ -209,6 +210,8 @@ class ClientServer(Server):
         """Execute the request that `decoded` returns."""
         try:
             request, connection.keep_alive, token = decoded()
+            if self._dispatcher.metrics is not None:
+                connection.request_name = _request_names[type(request)]
             if token is not None or self._proofs:
                 self._authenticate(connection, token)
             if not connection.is_identified:
@@ -339,6 +342,7 @@ class ClientServer(Server):
                 return
             connection.write(line)
             if not isinstance(item, RecordBatch):
+                self._count(connection, "ok")
                 stream.close()
                 connection.close()
 
@@ -366,6 +370,7 @@ class ClientServer(Server):
         if retry is not None and not connection.reserve(len(line), retry):
             return False
         connection.write(line)
+        self._count(connection, "ok")
         if keep_alive:
             connection.read_request()
         else:
@@ -390,6 +395,8 @@ class ClientServer(Server):
                 log.info("request refused", extra={"client": client, "reason": failure.message})
             case AuthError():
                 reason, token = error.reason, error.token
+                if self._dispatcher.metrics is not None:
+                    self._dispatcher.metrics.auth_failures[("client",)] += 1
                 log.info("client not authenticated", extra={"client": client, "reason": reason, "token": token})
                 failure = _auth_refusal(str(error))
                 if error.delay:
@@ -420,9 +427,26 @@ class ClientServer(Server):
                 failure = protocol.Refused("internal_error", "internal error of the dispatcher; see its log")
         self._refuse(connection, failure)
 
+    def _count(self, connection: Connection, outcome: str) -> None:
+        if self._dispatcher.metrics is not None:
+            self._dispatcher.metrics.count_request("client", connection.request_name, outcome)
+            connection.request_name = "invalid"
+
     def _refuse(self, connection: Connection, refusal: protocol.Refused) -> None:
+        self._count(connection, refusal.type)
         connection.write(protocol.encode_reply(refusal))
         connection.close()
+
+
+class _RequestNames(dict[type, str]):
+    """The names of kinds of requests in metrics, by class: ``get_result`` for `GetResult`."""
+
+    def __missing__(self, kind: type) -> str:
+        name = self[kind] = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", kind.__name__).lower()
+        return name
+
+
+_request_names = _RequestNames()
 
 
 def _auth_refusal(message: str) -> protocol.Refused:

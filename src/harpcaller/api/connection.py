@@ -130,6 +130,7 @@ class Connection:
         self.has_extra_input = False  #: Whether the client has sent data after its request, which is discarded.
         self.received_at = 0.0  #: Time at which the last request was complete, on the monotonic clock.
         self.keep_alive = False  #: Whether the last request requested keep-alive; set by the server.
+        self.request_name = "invalid"  #: The kind of the last request, for metrics; set by the server.
         self.is_identified = False  #: Whether the first request has been accepted; set by the server.
         #: The name and the digest of the token in the first request; set by the server.
         self.token: tuple[str, str] | None = None

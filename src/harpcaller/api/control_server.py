@@ -29,6 +29,7 @@ from harpcaller.acting import ActingAs
 from harpcaller.api.connection import Connection, Server
 from harpcaller.audit import ALLOWED, FAILED
 from harpcaller.dispatcher import Dispatcher
+from harpcaller.health import Health
 from harpcaller.hosts.registry import RefreshFailed
 from harpcaller.model.jobs import Job, State
 from harpcaller.pruner import PruneRefused
@@ -36,7 +37,7 @@ from harpcaller.store import StorageError, UnknownJob
 
 log = logging.getLogger(__name__)
 
-_MAX_CONNECTIONS = 64
+MAX_CONTROL_CONNECTIONS = 64  #: Maximum number of connections.
 _MAX_REQUEST = 16 * 1024 * 1024
 _IDLE_TIMEOUT = 30.0
 _SEND_BYTES = 64 * 1024  # bytes of a list that are sent together
@@ -51,6 +52,7 @@ class ControlServer(Server):
     raises `ConfigError`. `identities` returns the proofs that the daemon accepts, for the commands about tokens.
     `login_link` returns a one-time link to the console for a name, roles, and a number of seconds or None; it raises
     ValueError. None: there is no HTTP API.
+    `health` has the checks of the daemon.
     """
 
     def __init__(
@@ -60,15 +62,17 @@ class ControlServer(Server):
         reload: Callable[[], Awaitable[list[str]]],
         identities: Callable[[], Identities | None] = lambda: None,
         login_link: Callable[[str, tuple[str, ...], float | None], str] | None = None,
+        health: Health | None = None,
     ) -> None:
         rejection = _line(error="too many connections to the control socket")
-        memory = _MAX_CONNECTIONS * _MAX_REQUEST
-        super().__init__(lambda: _MAX_CONNECTIONS, rejection, memory, lambda: memory)
+        memory = MAX_CONTROL_CONNECTIONS * _MAX_REQUEST
+        super().__init__(lambda: MAX_CONTROL_CONNECTIONS, rejection, memory, lambda: memory)
         self._dispatcher = dispatcher
         self._stop_daemon = stop
         self._reload_daemon = reload
         self._identities = identities
         self._login_link = login_link
+        self._health = health or Health(dispatcher)
 
     def _identify(self, accepted: socket.socket, peer: str, listener: Listener) -> Client:
         return LOCAL_ADMINISTRATOR
@@ -121,13 +125,19 @@ class ControlServer(Server):
                         await connection.send(bytes(piece))
                         piece.clear()
         except Exception as error:
+            self._count(name, "error")
             if name in _RECORDED and not isinstance(error, AccessDenied):
                 await self._record(connection.client, name, FAILED, options, reason=str(error))
             raise
+        self._count(name, "ok")
         if name in _RECORDED:
             await self._record(connection.client, name, ALLOWED, options)
         connection.write(bytes(piece) + _line(done=True))
         connection.close()
+
+    def _count(self, name: str, outcome: str) -> None:
+        if self._dispatcher.metrics is not None:
+            self._dispatcher.metrics.count_request("control", name.replace("-", "_"), outcome)
 
     async def _record(
         self, client: Client, name: str, decision: str, options: Mapping[str, Any], reason: str | None = None
@@ -146,6 +156,7 @@ class ControlServer(Server):
             calls=self._dispatcher.active_calls,
             access=self._dispatcher.access.source.describe(),
             hosts_registry=registry,
+            checks=[Envelope(check._asdict()) for check in await self._health.check()],
         )
 
     async def _stop(self, acting: ActingAs) -> Items:

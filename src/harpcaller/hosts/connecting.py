@@ -55,6 +55,17 @@ async def open_connection(
     host: Host, tls: HostTLS, config: Config, timers: TimerWheel, resolver: Resolver, max_line: int = sys.maxsize
 ) -> HarpdConnection:
     """Connect to a host and check its certificate. Raises OSError, `CertificateRefused` or UnicodeError."""
+    try:
+        return await _open_connection(host, tls, config, timers, resolver, max_line)
+    except CONNECTION_ERRORS as error:
+        if tls.connects is not None:
+            tls.connects.record_failure(to_failed(error, host, "connecting").type)
+        raise
+
+
+async def _open_connection(
+    host: Host, tls: HostTLS, config: Config, timers: TimerWheel, resolver: Resolver, max_line: int
+) -> HarpdConnection:
     chain_error: str | None = None
     seconds = config.connect_timeout
     version = tls.version
@@ -83,6 +94,9 @@ async def open_connection(
             transport.abort()
             raise
         conn.tls_version = version
+        if tls.connects is not None:
+            certificate = transport.get_extra_info("ssl_object").getpeercert(binary_form=True) or b""
+            tls.connects.record_open(host.hostname, certificate)
         return conn
     assert chain_error is not None  # otherwise a context was accepted or another error was raised
     raise tls.chain_refused(chain_error)

@@ -131,6 +131,7 @@ class HostsRegistry:
         self._script_rejected: Sequence[RejectedLine] = ()
         self._script_error: str | None = None  # of the last run; None: no run, or no error
         self._refresh_attempted = False
+        self.refreshes = {"ok": 0, "failed": 0}  #: Number of refreshes by outcome.
         self._refresh_task: asyncio.Task[int] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()  # the tasks that may run the script
         self._script_lock = asyncio.Lock()  # locked while the script runs
@@ -201,6 +202,17 @@ class HostsRegistry:
                 problems.append(f"{file.file}: {file.error}")
         return problems
 
+    @property
+    def refreshed_at(self) -> float | None:
+        """Unix time of the last successful run of the script; None: there was none."""
+        return self._cached.refreshed_at or None
+
+    @property
+    def rejected_lines(self) -> int:
+        """The number of rejected lines of the sources."""
+        of_file = () if self._watched_file is None else self._watched_file.value.rejected
+        return len(self._script_rejected) + len(of_file)
+
     def update_config(self, config: Config) -> None:
         """Apply a configuration; the hosts remain until the next refresh. Raises `ConfigError` before any change."""
         watched = self._watched_file
@@ -255,7 +267,8 @@ class HostsRegistry:
             self._refresh_task = None
         self._refresh_attempted = True
         if not task.cancelled():
-            task.exception()  # marks it as retrieved; callers of `refresh` receive it too
+            # `exception` marks it as retrieved; callers of `refresh` receive it too.
+            self.refreshes["ok" if task.exception() is None else "failed"] += 1
         self._on_change()
 
     async def refresh_regularly(self) -> None:

@@ -24,6 +24,7 @@ from harp_daemon.der import certificate_names
 from harp_daemon.settings import set_minimum_version
 from harp_daemon.watched_file import WatchedFile
 from harpcaller.config import Config, file_errors
+from harpcaller.hosts.connects import HostConnects
 from harpcaller.hosts.registry import Host
 
 #: Names that may be sent to the server. Other addresses are resolved, but not sent.
@@ -38,7 +39,13 @@ class CertificateRefused(Exception):
 class HostTLS:
     """The TLS settings of one configuration. Raises `ConfigError` if one of the files cannot be used."""
 
-    def __init__(self, config: Config, list_hosts: Callable[[], Iterable[Host]] = lambda: ()) -> None:
+    def __init__(
+        self,
+        config: Config,
+        list_hosts: Callable[[], Iterable[Host]] = lambda: (),
+        connects: HostConnects | None = None,
+    ) -> None:
+        self.connects = connects  #: What is counted; None: nothing.
         self._verify_hostname = config.verify_hostname
         self._verify = config.verify
         self._list_hosts = list_hosts

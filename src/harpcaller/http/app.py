@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 from difflib import get_close_matches
 from hashlib import sha256
@@ -79,7 +80,8 @@ class HTTPApp:
         by_path: dict[str, dict[str, Operation]] = {}
         for operation in operations:
             by_path.setdefault(operation.path, {})[operation.method] = operation
-        own = [Route(f"{self._base}{API_PATH}{path}", _Endpoint(service, of_path)) for path, of_path in by_path.items()]
+        endpoints = [_Endpoint(service, path, of_path) for path, of_path in by_path.items()]
+        own = [Route(f"{self._base}{endpoint.route}", endpoint) for endpoint in endpoints]
         others = [Mount(self._base, routes=list(routes))] if self._base else routes
         self.router = Router([*own, *others], redirect_slashes=False, default=_not_found)
 
@@ -87,6 +89,7 @@ class HTTPApp:
         """Answer a request, also with a problem if that fails."""
         if scope["type"] != "http":
             return
+        began_at = time.monotonic()
         request_id = new_request_id()
         state = scope["state"]
         state["request_id"], state["is_started"] = request_id, False
@@ -94,6 +97,7 @@ class HTTPApp:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 state["is_started"] = True
+                self._count(scope, message["status"], time.monotonic() - began_at)
                 names = {name.lower() for name, _ in message["headers"]}
                 more = [pair for pair in _COMMON_HEADERS if pair[0] not in names]
                 message["headers"] = [*message["headers"], *more, (b"harp-request", request_id.encode())]
@@ -124,7 +128,16 @@ class HTTPApp:
         local = scope.get("server")
         check_host(values, names, None if local is None else str(local[0]))
 
+    def _count(self, scope: Scope, status: int, seconds: float) -> None:
+        """Count a request whose response begins, by the template of its path; clients choose only its parameters."""
+        if self.service.metrics is not None:
+            state = scope["state"]
+            method = scope["method"] if scope["method"] in _METHODS else "other"
+            waits = state.get("waits", False)
+            self.service.metrics.record_http(state.get("route", "other"), method, status, None if waits else seconds)
 
+
+_METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
 _COMMON_HEADERS = (*SECURITY_HEADERS, (b"cache-control", b"no-store"))
 
 
@@ -135,6 +148,8 @@ async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
 async def _settle(error: Exception, service: HTTPService, scope: Scope) -> Problem:
     """Return the problem of an error, after its entry in the audit file, and the delay of a wrong token."""
     if isinstance(error, AuthError):
+        if service.metrics is not None:
+            service.metrics.auth_failures[("http",)] += 1
         service.acting_as(scope["state"]["client"]).record_unauthenticated(error)
     if isinstance(error, Refusal) and error.recorded is not None:
         await asyncio.wait([error.recorded])
@@ -147,14 +162,16 @@ async def _settle(error: Exception, service: HTTPService, scope: Scope) -> Probl
 class _Endpoint:
     """The operations of one path, by method."""
 
-    def __init__(self, service: HTTPService, operations: dict[str, Operation]) -> None:
+    def __init__(self, service: HTTPService, path: str, operations: dict[str, Operation]) -> None:
         self._service = service
+        self.route = f"{API_PATH}{path}"
         self._operations = dict(operations)
         if "GET" in operations:
             self._operations["HEAD"] = operations["GET"]
         self._allow = ", ".join(sorted({*self._operations, "OPTIONS"}))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["state"]["route"] = self.route
         operation = self._operations.get(scope["method"])
         if scope["method"] == "OPTIONS":
             await Response(status_code=204, headers={"Allow": self._allow})(scope, receive, send)

@@ -14,10 +14,13 @@ from harpcaller.access.client import Client
 from harpcaller.access.identities import Identities
 from harpcaller.acting import ActingAs
 from harpcaller.config import Config, HTTPSettings
+from harpcaller.health import Health
 from harpcaller.http.problems import Problem
 from harpcaller.http.proofs import Proof
 from harpcaller.http.sessions import Sessions
 from harpcaller.http.streaming import Streams
+from harpcaller.metrics import Metrics
+from harpcaller.monitoring import Monitor
 
 T = TypeVar("T")
 
@@ -37,12 +40,18 @@ class HTTPService:
         identities: Callable[[], Identities],
         memory: MemoryQuota,
         sessions: Sessions,
+        monitor: Monitor | None = None,
+        health: Health | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         self.acting_as = acting_as
         self.config = config
         self.identities = identities
         self.memory = memory
         self.sessions = sessions
+        self.monitor = monitor  #: The source of the metrics; None: there are none.
+        self.health = health  #: The checks of readiness; None: there are none.
+        self.metrics = metrics  #: What is counted; None: nothing.
         self.waits = 0  #: Number of requests that wait for a job.
         self.stopping = asyncio.Event()  #: Set when the server closes: waits and streams end.
         self._settings = config().http or HTTPSettings()
@@ -93,6 +102,7 @@ class HTTPService:
         disconnect = asyncio.ensure_future(_wait_disconnected(request))
         stopping = asyncio.ensure_future(self.stopping.wait())
         self.waits += 1
+        request.state.waits = True
         try:
             futures: set[asyncio.Future[Any]] = {waiting, disconnect, stopping}
             await asyncio.wait(futures, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)

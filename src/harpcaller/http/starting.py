@@ -12,11 +12,15 @@ from harpcaller.access.client import Client
 from harpcaller.access.identities import Identities
 from harpcaller.acting import ActingAs
 from harpcaller.config import Config, HTTPSettings
+from harpcaller.health import Health
 from harpcaller.http.app import HTTPApp
 from harpcaller.http.console import Console
+from harpcaller.http.monitoring import MonitoringRoutes
 from harpcaller.http.server import HTTPServer, listen, open_tls
 from harpcaller.http.service import HTTPService
 from harpcaller.http.sessions import Sessions
+from harpcaller.metrics import Metrics
+from harpcaller.monitoring import Monitor
 
 __all__ = ["HTTPAPI", "check", "listen"]
 
@@ -38,6 +42,9 @@ class HTTPAPI:
         config: Callable[[], Config],
         identities: Callable[[], Identities],
         memory: MemoryQuota,
+        monitor: Monitor | None = None,
+        health: Health | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         sessions = Sessions(
             config().stream_directory / "sessions",
@@ -45,14 +52,20 @@ class HTTPAPI:
             lambda: self.service.settings.session_age,
             lambda: identities().tokens,
         )
-        self.service = HTTPService(acting_as, config, identities, memory, sessions)
+        self.service = HTTPService(acting_as, config, identities, memory, sessions, monitor, health, metrics)
         self._listeners: Sequence[Listener] = ()
         tls = self._open_tls(config())
         settings = self.service.settings
-        routes = Console(settings.base_path).routes() if settings.console else []
+        routes = MonitoringRoutes(self.service).routes()
+        routes += Console(settings.base_path).routes() if settings.console else []
         self.server = HTTPServer(
             HTTPApp(self.service, routes=routes), lambda: self.service.settings, lambda: config().idle_timeout, tls
         )
+
+    @property
+    def open_connections(self) -> int:
+        """The number of open connections."""
+        return len(self.server.acceptor.connections)
 
     @staticmethod
     def _open_tls(config: Config) -> ServerTLS | None:

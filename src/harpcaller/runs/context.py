@@ -1,11 +1,11 @@
-"""The environment of runs: objects of the dispatcher, writes to the store, measured durations."""
+"""The environment of runs: objects of the dispatcher, and writes to the store."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from harpcaller.hosts.pool import ConnectionPool
 from harpcaller.hosts.registry import Host
 from harpcaller.hosts.resolving import Resolver
 from harpcaller.hosts.tls import HostTLS
+from harpcaller.metrics import Metrics
 from harpcaller.model.jobs import Identity, Job, NewJob
 from harpcaller.notifier import Notifier
 from harpcaller.secret_arguments import CannotDecrypt, OpenedArguments, SecretKeys
@@ -32,7 +33,6 @@ _MAX_PRINCIPAL = 255  #: Maximum characters of a principal, and of an address, t
 _MAX_ADDRESSES = 20_000  #: Maximum number of jobs whose client's address is in memory; each needs about 200 bytes.
 _MAX_ENCODERS = 2000  #: Maximum number of stored encoders of starts; each needs about 1 kB.
 _RETRY_DELAY = 1.0  #: Seconds before a failed write is repeated.
-_MAX_JOBS = 1000  #: Maximum number of jobs with durations in memory; each needs about 400 bytes.
 
 
 class StoreWrites:
@@ -47,6 +47,11 @@ class StoreWrites:
     def failing(self) -> bool:
         """Whether a write has failed and is being repeated."""
         return bool(self._failing)
+
+    @property
+    def waiting(self) -> int:
+        """The number of writes that have failed and are being repeated."""
+        return len(self._failing)
 
     def failed_within(self, seconds: float) -> bool:
         """Return whether a write is failing, or was during the last `seconds`."""
@@ -85,41 +90,6 @@ class StoreWrites:
         attempt()
 
 
-class Timings:
-    """The seconds of the phases accept, store, store_end and deliver of the latest jobs, in memory only."""
-
-    def __init__(self) -> None:
-        self._jobs: dict[str, dict[str, float]] = {}  # the oldest job first; with the time ``ended_at``
-
-    def record_stored(self, job_id: str, received_at: float | None, write_started_at: float) -> None:
-        """Record that a job was stored, when its request was received (None: unknown) and when the write started."""
-        phases = self._phases_of(job_id)
-        if received_at is not None:
-            phases["accept"] = write_started_at - received_at
-        phases["store"] = time.monotonic() - write_started_at
-
-    def record_end(self, job_id: str, write_started_at: float) -> None:
-        """Record that a job's end was stored, and when the write started."""
-        now = time.monotonic()
-        self._phases_of(job_id).update(ended_at=now, store_end=now - write_started_at)
-
-    def record_delivery(self, job_id: str, received_at: float) -> None:
-        """Record that the end was sent to a client. Only the first client that waited for the end counts."""
-        phases = self._jobs.get(job_id, {})
-        ended_at = phases.get("ended_at")
-        if ended_at is not None and received_at < ended_at:
-            phases.setdefault("deliver", time.monotonic() - ended_at)
-
-    def get_phases(self, job_id: str) -> Mapping[str, float]:
-        """Return the measured phases of a job in seconds."""
-        return self._jobs.get(job_id, {})
-
-    def _phases_of(self, job_id: str) -> dict[str, float]:
-        if job_id not in self._jobs and len(self._jobs) >= _MAX_JOBS:
-            del self._jobs[next(iter(self._jobs))]
-        return self._jobs.setdefault(job_id, {})
-
-
 class ClientAddresses:
     """The addresses of the clients that have submitted the latest jobs, in memory only: for the hosts of these jobs."""
 
@@ -156,7 +126,7 @@ class RunContext:
     wall: Callable[[], float]  # the wall clock for stored times; Unix seconds
     secret_keys: SecretKeys | None = None  # None: no key file is configured
     audit: Audit = field(default_factory=Audit)
-    timings: Timings = field(default_factory=Timings)
+    metrics: Metrics | None = None  # None: nothing is counted
     addresses: ClientAddresses = field(default_factory=ClientAddresses)
     openings: set[asyncio.Task[Any]] = field(default_factory=set)  #: The tasks that open connections.
     _start_encoders: dict[tuple[Host, HostSupport], StartEncoder] = field(default_factory=dict, init=False)

@@ -115,6 +115,10 @@ class HostStarts:
         """Return Unix time and error of the latest failed start or broken connection; None: there was none yet."""
         return self._failures.get(host)
 
+    def list_states(self) -> tuple[frozenset[str], frozenset[str]]:
+        """Return the hosts that are open, and those that are failing, by name."""
+        return frozenset(self._open), frozenset(self._failing)
+
     def max_new(self, host: str) -> int | None:
         """Return how many jobs may start on a host now; None: no limit. It only reads: the writing thread calls it."""
         if host in self._open:

@@ -758,7 +758,10 @@ class Run:
             if end is None:
                 self._end_fields = {**(self._end_fields or {"end": "cancelled"}), "stop": outcome.stop.value}
             elif stored:
-                context.timings.record_end(job_id, write_started_at)
+                if context.metrics is not None:
+                    ended = context.wall() - (time.monotonic() - write_started_at)
+                    of_call = self._connect_seconds, self._exit_info
+                    context.metrics.record_end(self.job, ended, write_started_at, *of_call)
                 by = "host" if self._stop_report is not None else None
                 context.audit.report_end(job_id, self.job, end, "dispatcher" if outcome.stop_request else by)
                 self._end_fields = {"end": state_of(end).value}

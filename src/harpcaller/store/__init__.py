@@ -63,6 +63,21 @@ class QueueSummary:
 
 
 @dataclass(frozen=True, slots=True)
+class StoreGauges:
+    """The present numbers of jobs."""
+
+    queued: int
+    oldest_queued: float | None  #: Submission of the first queued job, Unix time.
+    slots_held: int
+    running: int
+    stuck: int  #: Number of jobs that hold a slot although they ended some time ago.
+    queues: int  #: Number of queues with jobs that have not ended or hold a slot.
+    full_queues: int  #: Number of these without a free slot.
+    of_queues: tuple[tuple[int, int], ...]  #: Queued jobs and held slots of the queues that were asked for.
+    queued_of_hosts: dict[str, int] | None  #: By host; None: there are too many.
+
+
+@dataclass(frozen=True, slots=True)
 class QueueStatus:
     """A queue with jobs that have not ended or hold a slot."""
 

@@ -23,6 +23,7 @@ import asyncio
 import logging
 import os
 import sqlite3
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
@@ -36,6 +37,7 @@ from msgspec.structs import replace
 from harpcaller.model.changes import Change
 from harpcaller.model.jobs import NewJob
 from harpcaller.store import StorageError
+from harpcaller.store.measurements import StoreMeasurements
 from harpcaller.store.sqlite import reads, searches
 from harpcaller.store.sqlite.file import FILE_NAME, connect, lock, prepare, storage_errors
 from harpcaller.store.sqlite.staging import STEP_JOBS, check_calls, encode_jobs, split
@@ -86,7 +88,10 @@ def _reads(
         if self._closed:
             return self._closed_error()
         loop = asyncio.get_running_loop()
-        return loop.run_in_executor(self._threads, self._read, loop, lambda db: verb(db, *args, **kwargs))
+        read = lambda db: verb(db, *args, **kwargs)  # noqa: E731
+        if self.measurements is not None:
+            read = self._measured(verb.__name__, read, self.measurements)
+        return loop.run_in_executor(self._threads, self._read, loop, read)
 
     return method
 
@@ -96,6 +101,7 @@ class Store:
 
     def __init__(self, directory: Path, loop: asyncio.AbstractEventLoop) -> None:
         self.path = path = (directory / FILE_NAME).absolute()  #: The file.
+        self.sqlite_version = sqlite3.sqlite_version
         self._closed = False
         self._threads = ThreadPoolExecutor(_READERS, thread_name_prefix="store-reader")
         self._idle_readers: SimpleQueue[sqlite3.Connection] = SimpleQueue()
@@ -144,6 +150,9 @@ class Store:
     find_queues = _reads(reads.find_queues)
     count_open_of_hosts = _reads(reads.count_open_of_hosts)
     get_prune_time = _reads(reads.get_prune_time)
+    check_writable = _writes(Writes.check_writable)
+    read_gauges = _reads(reads.read_gauges)
+    count_stored = _reads(reads.count_stored)
 
     _add_job = _writes(Writes.add_job)
     _add_jobs = _writes(Writes.add_jobs)
@@ -155,6 +164,21 @@ class Store:
     _delete_request_ids = _writes(Writes.delete_request_ids)
     _release_free_pages = _writes(Writes.release_free_pages)
     _checkpoint = _reads(reads.checkpoint)
+
+    @property
+    def measurements(self) -> StoreMeasurements | None:
+        """What is measured; None: nothing."""
+        return self._writer.measurements
+
+    def measure(self) -> StoreMeasurements:
+        """Begin to measure; return the measurements."""
+        self._writer.measurements = measurements = StoreMeasurements()
+        return measurements
+
+    @property
+    def committed_at(self) -> float:
+        """Monotonic time of the last commit; infinite and negative before the first one."""
+        return self._writer.committed_at
 
     def observe(self, observer: Callable[[Sequence[Change]], object]) -> Callable[[], None]:
         """Call a function after each later commit with the changes of jobs in it; return a function that ends it.
@@ -269,6 +293,23 @@ class Store:
         failed: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         failed.set_exception(StorageError(f"{self.path}: the store is closed"))
         return failed
+
+    def _measured(
+        self, name: str, verb: Callable[[sqlite3.Connection], T], measurements: StoreMeasurements
+    ) -> Callable[[sqlite3.Connection], T]:
+        """Return a verb that is measured in its thread, without the wait for a connection."""
+
+        def measured(db: sqlite3.Connection) -> T:
+            began_at, failed = time.monotonic(), False
+            try:
+                return verb(db)
+            except sqlite3.Error:
+                failed = True
+                raise
+            finally:
+                measurements.record_read(name, time.monotonic() - began_at, failed)
+
+        return measured
 
     def _read(self, loop: asyncio.AbstractEventLoop, verb: Callable[[sqlite3.Connection], T]) -> T:
         connection = self._idle_readers.get()

@@ -376,3 +376,29 @@ SELECT owner, key, shared_secrets_until FROM identity;
 
 -- name: add_identity
 INSERT INTO identity (singleton, owner, key) VALUES (1, :owner, :key);
+
+-- name: count_stored
+SELECT count(*) FROM jobs;
+
+-- name: queued_gauges
+SELECT count(*), (SELECT submitted FROM jobs WHERE seq = (
+    SELECT min(seq) FROM jobs INDEXED BY jobs_queued WHERE state = 'queued'))
+FROM jobs INDEXED BY jobs_queued WHERE state = 'queued';
+
+-- name: slot_gauges
+SELECT count(*), sum(state = 'running'), sum(ended < :before) FROM jobs
+WHERE seq IN (SELECT seq FROM jobs INDEXED BY jobs_holding WHERE holds_slot = 1);
+
+-- name: queue_gauges
+SELECT (SELECT count(*) FROM queues), (
+    SELECT count(*) FROM (
+        SELECT lane, count(*) AS held FROM jobs INDEXED BY jobs_holding WHERE holds_slot = 1 GROUP BY lane
+    ) AS holding JOIN queues ON queues.lane = holding.lane WHERE held >= concurrency);
+
+-- name: gauges_of_queue
+SELECT
+    (SELECT count(*) FROM jobs INDEXED BY jobs_queued_of_lane WHERE lane = :lane AND state = 'queued'),
+    (SELECT count(*) FROM jobs INDEXED BY jobs_holding WHERE holds_slot = 1 AND lane = :lane);
+
+-- name: queued_of_hosts
+SELECT host, count(*) FROM jobs INDEXED BY jobs_queued WHERE state = 'queued' GROUP BY host;

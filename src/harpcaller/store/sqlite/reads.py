@@ -12,7 +12,7 @@ from harp.protocol.json_text import Raw
 from harpcaller.model.ids import is_job_id
 from harpcaller.model.jobs import Identity, Job, JobDetails, JobMetadata, QueuePosition, Records, State, Subject
 from harpcaller.model.lanes import queue_lane
-from harpcaller.store import QueueStatus, QueueSummary, RecordMatches, UnknownJob
+from harpcaller.store import QueueStatus, QueueSummary, RecordMatches, StoreGauges, UnknownJob
 from harpcaller.store.sqlite.file import MAX_INTEGER, QUERIES
 from harpcaller.store.sqlite.rows import (
     PACKET_BYTES,
@@ -253,6 +253,34 @@ def count_open_of_hosts(db: sqlite3.Connection) -> dict[str, tuple[int, int]]:
             for which in ("holding", "queued")
         )
     return {host: (holding.get(host, 0), queued.get(host, 0)) for host in holding | queued}
+
+
+def count_stored(db: sqlite3.Connection) -> int:
+    """Return the number of stored jobs. The time grows with it: about 5 ms for a million."""
+    [(stored,)] = db.execute(QUERIES["count_stored"]).fetchall()
+    return int(stored)
+
+
+def read_gauges(
+    db: sqlite3.Connection, stuck_before: float, queues: Sequence[Raw] = (), max_of_hosts: int = 0
+) -> StoreGauges:
+    """Return the present numbers of jobs, from one snapshot.
+
+    `queues` are those whose jobs are counted. Jobs that ended before `stuck_before` and hold a slot are stuck. With at
+    most `max_of_hosts` queued jobs, these are counted for each host.
+    """
+    with _snapshot(db):
+        [(queued, oldest)] = db.execute(QUERIES["queued_gauges"]).fetchall()
+        [(held, running, stuck)] = db.execute(QUERIES["slot_gauges"], {"before": stuck_before}).fetchall()
+        [(count, full)] = db.execute(QUERIES["queue_gauges"]).fetchall()
+        of_queues = []
+        for queue in queues:
+            [of_queue] = db.execute(QUERIES["gauges_of_queue"], {"lane": queue_lane(queue)}).fetchall()
+            of_queues.append(of_queue)
+        of_hosts = db.execute(QUERIES["queued_of_hosts"]).fetchall() if 0 < queued <= max_of_hosts else []
+    queued_of_hosts = {decode_name(host): number for host, number in of_hosts}
+    known = queued_of_hosts if queued <= max_of_hosts else None
+    return StoreGauges(queued, oldest, held, running or 0, stuck or 0, count, full, tuple(of_queues), known)
 
 
 def checkpoint(db: sqlite3.Connection) -> None:

@@ -25,6 +25,7 @@ import asyncio
 import logging
 import sqlite3
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
@@ -35,6 +36,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from harpcaller.model.changes import Change
 from harpcaller.store import StorageError, SubmissionRefused
+from harpcaller.store.measurements import StoreMeasurements
 from harpcaller.store.sqlite.file import storage_errors
 from harpcaller.store.sqlite.reserve import Reserve
 from harpcaller.store.sqlite.writes import PAYLOAD_BYTES, PRUNING, Writes
@@ -79,6 +81,8 @@ class Writer:
         self._long_is_next = self._ending = False
         self._observers: list[Callable[[Sequence[Change]], object]] = []
         self._committed: list[Change] = []  # the changes of the last batch
+        self.measurements: StoreMeasurements | None = None  #: None: nothing is measured.
+        self.committed_at = float("-inf")  #: Monotonic time of the last commit.
         # A daemon thread, so that a program that fails before it closes the store can exit.
         self._thread = threading.Thread(target=self._run_batches, name="store-writer", daemon=True)
         self._thread.start()
@@ -189,7 +193,7 @@ class Writer:
                 self._writes.begin_transaction()
                 outcomes = [self._run_verb(*member) for member in batch]
                 self._writes.flush()
-                self._connection.execute("COMMIT")
+                self._execute_commit()
         except Exception as error:  # noqa: BLE001 - the members get it; the thread continues
             # After a failed member there is a transaction to roll back; after a full or locked file there is none.
             is_member_failed = self._connection.in_transaction
@@ -204,6 +208,13 @@ class Writer:
             self._committed += self._writes.changes
             self._writes.changes.clear()
         return outcomes
+
+    def _execute_commit(self) -> None:
+        began_at = time.monotonic()
+        self._connection.execute("COMMIT")
+        self.committed_at = time.monotonic()
+        if self.measurements is not None:
+            self.measurements.commit_seconds.observe(self.committed_at - began_at)
 
     def _commit_with_reserve(self, member: _Member) -> Any:
         """Run a step of pruning with the space of the reserve; return its outcome.
@@ -241,6 +252,10 @@ class Writer:
     def _publish(self, batch: Sequence[_Member], outcomes: Sequence[Any], changes: Sequence[Change]) -> None:
         if changes:
             self._notify_observers(changes)
+        if self.measurements is not None:
+            for member, outcome in zip(batch, outcomes, strict=True):
+                if isinstance(outcome, StorageError):
+                    self.measurements.record_error(member.verb.__name__)
         _resolve_futures(batch, outcomes)
 
 

@@ -615,6 +615,11 @@ class Writes:
         """
         self.db.execute(f"PRAGMA user_version = {min(max(1, int(time // 60)), 2**31 - 1)}")
 
+    def check_writable(self) -> None:
+        """Write to the file without a change, so that the caller learns whether that is possible."""
+        [(minutes,)] = self.db.execute("PRAGMA user_version").fetchall()
+        self.db.execute(f"PRAGMA user_version = {int(minutes)}")
+
     def _count_free_pages(self) -> int:
         [(pages,)] = self.db.execute("PRAGMA freelist_count").fetchall()
         return int(pages)

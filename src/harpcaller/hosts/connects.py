@@ -1,0 +1,34 @@
+"""What is counted of connections to hosts: their outcomes, and when the certificates of hosts end."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from harp_daemon.expiry import read_end
+
+OUTCOMES = ("ok", "certificate_error", "network_error", "os_error", "protocol_error")  #: The outcomes.
+
+
+class HostConnects:
+    """The connections that were opened, or could not be, since the start of the dispatcher."""
+
+    def __init__(self) -> None:
+        self.outcomes: Counter[tuple[str, ...]] = Counter({(outcome,): 0 for outcome in OUTCOMES})
+        self.certificate_ends: dict[str, float] = {}  #: By host, the end of its last accepted certificate, Unix time.
+
+    def record_open(self, host: str, certificate: bytes) -> None:
+        """Record a connection, with the certificate of its host."""
+        self.outcomes[("ok",)] += 1
+        end = read_end(certificate)
+        if end is not None:
+            self.certificate_ends[host] = end
+
+    def record_failure(self, outcome: str) -> None:
+        """Record a connection that could not be opened."""
+        self.outcomes[(outcome if outcome in OUTCOMES else "network_error",)] += 1
+
+    def forget_others(self, hosts: Iterable[str]) -> None:
+        """Forget the certificates of hosts that are not among these."""
+        for host in self.certificate_ends.keys() - set(hosts):
+            del self.certificate_ends[host]
