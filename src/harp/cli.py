@@ -10,11 +10,11 @@ from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from io import TextIOWrapper
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from harp import __version__, client, direct
 from harp._core.values import CALL_NOT_FINISHED, Result, Secret, check_token
-from harp.contexts import Context, config_file, read_context, read_token
+from harp.contexts import Context, config_file, context_names, read_context, read_token
 from harp.errors import (
     AccessDenied,
     AuthenticationFailed,
@@ -25,8 +25,12 @@ from harp.errors import (
     RemoteError,
     RemoteException,
 )
+from harp.protocol.dispatcher import COUNTED_BY
 from harp.protocol.json_text import InvalidJSON, loads
 from harp.protocol.printing import print_escaped
+
+if TYPE_CHECKING:
+    from harp._terminal import completion
 
 _EPILOG = """\
 An ARG is JSON, or text if it is not valid JSON: 5 is a number, five is text, '"5"' is text, too.
@@ -42,6 +46,12 @@ examples:
   harp result JOB --no-wait                             exit code 5 while the job runs
   harp why JOB                                          why it waits, runs or ended
   harp cancel JOB --wait                                wait until the host confirms the stop
+  harp jobs                                             the newest jobs
+  harp jobs backup state:bad from:-12h                  jobs of the last 12 hours that failed, with this word
+  harp show JOB                                         why, times, how it ended, what to do, last records
+  harp show backup state:bad                            the same of the newest job that matches
+  harp jobs 'host:web*' state:open --watch              on a terminal, always as it is now
+  harp jobs --count state                               how many jobs are in which state
   harp --context prod why JOB                           by a context of ~/.config/harp/config.toml
   harp call web01 set_password --named user=alice --secret password=@new_password.txt
   HARP_PASSWORD=secret harp direct web01 uptime --user admin --ca-file ca.pem
@@ -89,7 +99,7 @@ _ADVICE_FOR_REFUSALS: dict[type[HarpException], str] = {
     AuthenticationFailed: "--token-file, HARP_TOKEN or the context must have a valid token; on the dispatcher, "
     "`harpcallerd token list` prints names and ends, `harpcallerd token add NAME` makes one",
     AccessDenied: "on the dispatcher, `harpcallerd access test` explains the decision, `harpcallerd access who` prints "
-    "who is allowed",
+    "who is allowed; without an access file, lists need a token of the role viewer, operator or admin",
     RateLimited: "the limits of this client are in the access file of the dispatcher: `harpcallerd access explain`",
 }
 
@@ -111,7 +121,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # names may have any characters
     try:
         try:
-            options = _parse_arguments(sys.argv[1:] if arguments is None else arguments)
+            given = sys.argv[1:] if arguments is None else arguments
+            if given[:1] == ["complete-line"]:
+                return _complete_line(given[1:])
+            options = _parse_arguments(given)
             return Exit(options.run(options))
         finally:
             if sys.stdout is not None:  # None: it is closed
@@ -181,19 +194,23 @@ class _Caller(client.HarpCaller):
 
 
 def _dispatcher(options: Namespace) -> client.HarpCaller:
+    return _Caller(**_connection(options), keep_alive=False)
+
+
+def _connection(options: Namespace) -> dict[str, Any]:
+    """Return the arguments of `HarpCaller` that the options, the environment and the configuration file name."""
     context = _context(options)
     token_file = options.token_file or context.token_file
-    return _Caller(
+    return {
         **_check_dispatcher(context.dispatcher),
-        reconnect=options.reconnect,
-        keep_alive=False,
-        request_timeout=options.request_timeout or None,
-        token=_token_of_environment() if token_file is None else read_token(token_file),
-        ca_file=options.ca_file or context.ca_file,
-        certfile=options.certfile or context.certfile,
-        keyfile=options.keyfile or (None if options.certfile else context.keyfile),
-        tls=options.tls or context.tls,
-    )
+        "reconnect": options.reconnect,
+        "request_timeout": options.request_timeout or None,
+        "token": _token_of_environment() if token_file is None else read_token(token_file),
+        "ca_file": options.ca_file or context.ca_file,
+        "certfile": options.certfile or context.certfile,
+        "keyfile": options.keyfile or (None if options.certfile else context.keyfile),
+        "tls": options.tls or context.tls,
+    }
 
 
 def _context(options: Namespace) -> Context:
@@ -335,6 +352,80 @@ def _direct(options: Namespace) -> Exit:
     return _print_all(result) if isinstance(result, direct.HarpStreamIterator) else _print_value(result)
 
 
+# The commands of lists load what they need: others start faster without it.
+
+
+def _jobs(options: Namespace) -> Exit:
+    from harp._terminal.lists import list_jobs
+
+    list_jobs(_listing_dispatcher(options), options)
+    return Exit.OK
+
+
+def _hosts(options: Namespace) -> Exit:
+    from harp._terminal.lists import list_hosts
+
+    list_hosts(_listing_dispatcher(options), options)
+    return Exit.OK
+
+
+def _queues(options: Namespace) -> Exit:
+    from harp._terminal.lists import list_queues
+
+    list_queues(_listing_dispatcher(options), options)
+    return Exit.OK
+
+
+def _show(options: Namespace) -> Exit:
+    from harp._terminal.job_page import show_job
+
+    show_job(_listing_dispatcher(options), options, _ADVICE.get)
+    return Exit.OK
+
+
+def _listing_dispatcher(options: Namespace) -> client.HarpCaller:
+    return _Caller(**_connection(options))
+
+
+def _completion(options: Namespace) -> Exit:
+    from harp._terminal.completion import SCRIPTS
+
+    sys.stdout.write(SCRIPTS[options.shell])
+    return Exit.OK
+
+
+def _complete_line(arguments: Sequence[str]) -> Exit:
+    """Print the completions of a command line: the name of the shell, ``--``, and the words up to the cursor."""
+    from harp._terminal import completion
+
+    def connect(words: Sequence[str]) -> client.HarpCaller:
+        parser = argparse.ArgumentParser(add_help=False)
+        for argument in _CONNECTION:
+            parser.add_argument(argument, **{**_ARGUMENTS[argument], "default": _DEFAULTS.get(argument)})
+        return completion.caller_with_deadline(_connection(parser.parse_known_args(words)[0]))
+
+    shell, _, *words = arguments
+    commands = {name: (help, _describe(name, names)) for name, _, help, names in _COMMANDS}
+    common = _describe("", " ".join(_CONNECTION)).options
+    program = completion.Program(commands, common, connect, lambda: context_names(config_file(os.environ)))
+    for line in completion.print_lines(shell, words, completion.complete(program, words)):
+        print(line)
+    return Exit.OK
+
+
+def _describe(command: str, names: str) -> completion.Arguments:
+    """Return the arguments of a command for completions."""
+    from harp._terminal.completion import Arguments
+
+    found = {name: _settings(command, name) for name in names.split()}
+    options = {
+        name: None if settings.get("action") in ("store_true", "store_false") else settings.get("metavar", "VALUE")
+        for name, settings in found.items()
+        if name.startswith("-")
+    }
+    return Arguments([name for name in found if not name.startswith("-")], options)
+
+
 # The command line.
 
 
@@ -384,6 +475,21 @@ def _parse_seconds(text: str) -> float:
     return seconds
 
 
+def _parse_count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError("expected an integer of at least 0")
+    return int(text)
+
+
+def _parse_columns(text: str) -> tuple[str, ...]:
+    from harp._terminal.lists import parse_columns
+
+    try:
+        return parse_columns(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def _parse_address(text: str) -> dict[str, Any]:
     """Return HOST, HOST:PORT, [ADDRESS]:PORT or an IPv6 address as a dict with `host`, and `port` if there is one."""
     if text.startswith("["):
@@ -402,9 +508,12 @@ def _parse_arguments(arguments: Sequence[str]) -> Namespace:
     # argparse takes -5.5e3 for an option, but not with a space in front.
     marked = [f" {each}" if each[:1] == "-" and not isinstance(_parse_value(each), str) else each for each in arguments]
     options, rest = parser.parse_known_args(marked)
-    if rest and (not hasattr(options, "arguments") or any(each.startswith("-") for each in rest)):
+    takes_more = hasattr(options, "arguments") or hasattr(options, "words")
+    if rest and (not takes_more or any(each.startswith("-") for each in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
+    if rest and hasattr(options, "words"):
+        options.words = [*options.words, *rest]
+    elif rest:
         options.arguments = [*options.arguments, *map(_parse_value, rest)]
     return options
 
@@ -483,6 +592,47 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     },
 }
 
+_FORMAT = {
+    "metavar": "FORMAT",
+    "choices": ("table", "json", "lines"),
+    "help": "table, json (an array) or lines (JSON, one per line); default: table on a terminal, otherwise lines",
+}
+_ARGUMENTS |= {
+    "words": {"metavar": "WORD", "nargs": "*", "default": (), "help": "a part of the name"},
+    "jobs words": {
+        "metavar": "WORD",
+        "nargs": "*",
+        "default": (),
+        "help": "KEY:VALUE, such as state:bad, host:web*, from:-12h; or a text in procedure, host, info or message",
+    },
+    "show words": {"metavar": "JOB", "nargs": "+", "help": "a job id, its beginning, or words as of harp jobs"},
+    "show --recent": {
+        "metavar": "N",
+        "type": _parse_count,
+        "default": 10,
+        "help": "how many of the newest records to print; default: 10",
+    },
+    "--format": _FORMAT,
+    "--limit": {"metavar": "N", "type": _parse_count, "help": "how many to print; 0: all; default of a table: 20"},
+    "hosts --limit": {"metavar": "N", "type": _parse_count, "help": "how many to print; default: all"},
+    "queues --limit": {"metavar": "N", "type": _parse_count, "help": "how many to print; default: all"},
+    "--oldest": {"action": "store_true", "help": "the oldest jobs first"},
+    "--columns": {
+        "metavar": "NAMES",
+        "type": _parse_columns,
+        "default": ("job", "state", "host", "procedure", "submitted", "took", "end"),
+        "help": "columns of the table, such as job,state,owner,end; an unknown one lists all",
+    },
+    "--count": {
+        "metavar": "KEY",
+        "choices": COUNTED_BY,
+        "help": f"print numbers of jobs by one of {', '.join(COUNTED_BY)}",
+    },
+    "--watch": {"action": "store_true", "help": "update the table until Ctrl-C; in a pipe, print jobs that change"},
+    "--interval": {"metavar": "SECONDS", "type": _parse_seconds, "default": 2.0, "help": "of --watch; default: 2"},
+    "shell": {"metavar": "SHELL", "choices": ("bash", "zsh", "fish"), "help": "bash, zsh or fish"},
+}
+
 #: The options of every command that uses a dispatcher, before or after the command, and their defaults.
 _CONNECTION = (
     *("--dispatcher", "--context", "--token-file", "--tls", "--ca-file", "--certfile", "--keyfile"),
@@ -509,6 +659,16 @@ _COMMANDS = (
     ("follow", _records, "print a job's records as they arrive, until it ends", _STREAM),
     ("read", _records, "print a job's stored records", _STREAM),
     ("cancel", _cancel, "cancel a job and print whether this stopped it", "job --wait"),
+    (
+        "jobs",
+        _jobs,
+        "list jobs, the newest first",
+        "words --columns --limit --oldest --count --watch --interval --format",
+    ),
+    ("show", _show, "print a job: why, times, how it ended and what to do, last records", "words --recent --format"),
+    ("hosts", _hosts, "list the hosts of the registry", "words --limit --format"),
+    ("queues", _queues, "list queues with jobs that wait or run", "words --limit --format"),
+    ("completion", _completion, "print a script that completes commands, jobs and hosts in a shell", "shell"),
     ("direct", _direct, "call a procedure on a harpd; the password is read from $HARP_PASSWORD", _DIRECT),
 )
 
@@ -525,9 +685,11 @@ def _make_parser() -> argparse.ArgumentParser:
         subparser = subparsers.add_parser(name, help=help, description=help, epilog=_EPILOG, formatter_class=form)
         subparser.set_defaults(run=run, command=name)
         for argument in ("--dispatcher", "--reconnect", "--ca-file") if name == "direct" else _CONNECTION:
-            settings = _ARGUMENTS.get(f"{name} {argument}") or _ARGUMENTS[argument]
-            subparser.add_argument(argument, **{**settings, "default": argparse.SUPPRESS})
+            subparser.add_argument(argument, **{**_settings(name, argument), "default": argparse.SUPPRESS})
         for argument in arguments.split():
-            settings = _ARGUMENTS.get(f"{name} {argument}") or _ARGUMENTS.get(argument) or {"metavar": argument.upper()}
-            subparser.add_argument(argument, **settings)
+            subparser.add_argument(argument, **_settings(name, argument))
     return parser
+
+
+def _settings(command: str, argument: str) -> dict[str, Any]:
+    return _ARGUMENTS.get(f"{command} {argument}") or _ARGUMENTS.get(argument) or {"metavar": argument.upper()}

@@ -84,6 +84,18 @@ def read_context(file: str, name: str | None, check_address: Callable[[str], obj
     return contexts.get(name or default or "")
 
 
+def context_names(file: str) -> list[str]:
+    """Return the names of the contexts of a file; none if it cannot be read."""
+    import tomllib
+
+    try:
+        with open(file, "rb") as opened:
+            found = tomllib.load(opened).get("contexts")
+    except (OSError, ValueError):
+        return []
+    return list(found) if isinstance(found, dict) else []
+
+
 def reject_unknown(file: str, where: str, table: Mapping[str, Any], known: tuple[str, ...]) -> None:
     """Raise `HarpException` if a table has another key than the known ones."""
     for key in table:

@@ -611,10 +611,14 @@ class ActingAs:
         hosts = self._dispatcher.registry.list_hosts()
         return [host for host in hosts if self._is_allowed(Action.LIST, Target(host=host.hostname))]
 
-    async def describe_hosts(self, names: Sequence[str] | None = None) -> list[HostState]:
-        """Return what is known about the hosts that the client may list, or about those of these names, by name."""
-        wanted = None if names is None else frozenset(names)
-        hosts = [host for host in self.list_hosts() if wanted is None or host.hostname in wanted]
+    async def describe_hosts(self, names: Sequence[str] | None = None, wanted: str = "") -> list[HostState]:
+        """Return what is known about the hosts that the client may list, or about those of these names, by name.
+
+        `wanted` is what the client asks for, for the audit file.
+        """
+        of_names = None if names is None else frozenset(names)
+        hosts = [host for host in self.list_hosts() if of_names is None or host.hostname in of_names]
+        await self._record_list("hosts", wanted)
         return await self._dispatcher.describe_hosts(sorted(hosts, key=lambda host: host.hostname))
 
     def describe_registry(self) -> dict[str, Any]:
@@ -622,12 +626,15 @@ class ActingAs:
         self._require_ever(Action.LIST)
         return self._dispatcher.registry.describe()
 
-    async def find_queues(self, limit: int, cursor: str | None = None) -> tuple[list[QueueSummary], str | None]:
+    async def find_queues(
+        self, limit: int, cursor: str | None = None, wanted: str = ""
+    ) -> tuple[list[QueueSummary], str | None]:
         """Return the queues that the client may list among `limit` ones, and the cursor of the next ones.
 
-        Raises `InvalidCursor`.
+        `wanted` is what the client asks for, for the audit file. Raises `InvalidCursor`.
         """
         self._require_ever(Action.LIST)
+        await self._record_list("queues", wanted)
         queues, following = await self._dispatcher.find_queues(limit, cursor)
         return [queue for queue in queues if self._may_list_queue(queue)], following
 

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import harp
+from harp.cli import Exit
+from support.harpcallerd import Harpcallerd
 from support.shells import Shell, shell_of
 from support.system import System, running
+from support.terminal import Terminal
 
 PROGRAM = "import sys; from harp.cli import main; sys.exit(main())"
 
@@ -163,6 +170,7 @@ def test_hosts_and_queues_are_listed(system: System, shell: Shell) -> None:
     hosts = rpc.hosts().all()
     assert [host.name for host in hosts] == ["db01", "db02", "db03", "web01"]
     assert {host.port for host in hosts} == {system.harpd.port}
+    assert {host.state for host in hosts} == {"up"}
     first = rpc.hosts(limit=2)
     assert [host.name for host in first.all()] == ["db01", "db02"]
     assert [host.name for host in rpc.hosts(cursor=first.cursor).all()] == ["db03", "web01"]
@@ -179,7 +187,275 @@ def test_hosts_and_queues_are_listed(system: System, shell: Shell) -> None:
 
 
 def test_lists_are_audited(system: System) -> None:
-    system.rpc.jobs("state:bad").all()
+    rpc = system.rpc
+    rpc.jobs("state:bad").all()
+    rpc.count_jobs("host:db01")
+    rpc.hosts("db").all()
+    rpc.queues("slow").all()
     file = system.dispatcher.directory.parent / "audit.jsonl"
-    found = [entry for entry in map(json.loads, file.read_text().splitlines()) if entry["action"] == "list"]
-    assert {"target": "jobs", "filter": "state:raised,failed", "decision": "allowed"}.items() <= found[-1].items()
+    entries = [entry for entry in map(json.loads, file.read_text().splitlines()) if entry["action"] == "list"][-4:]
+    assert [(entry["target"], entry["filter"], entry["decision"]) for entry in entries] == [
+        ("jobs", "state:raised,failed", "allowed"),
+        ("counts", "host:db01", "allowed"),
+        ("hosts", "db", "allowed"),
+        ("queues", "slow", "allowed"),
+    ]
+
+
+def test_lists_without_access_file_need_a_role(tmp_path: Path) -> None:
+    socket = tmp_path / "calls"
+    settings = {"listen": ["127.0.0.1:0", f"unix:{socket}"], "tokens_file": str(tmp_path / "tokens")}
+    with Harpcallerd(tmp_path / "harpcallerd", {"web01": 1}, settings=settings) as dispatcher:
+        tokens = [
+            dispatcher.control("token", "add", name, *options).stdout.strip()
+            for name, options in (("shop", ()), ("watcher", ("--role=viewer",)))
+        ]
+        port = next(event["port"] for event in dispatcher.events("harpcallerd is serving") if "port" in event)
+        anonymous = harp.HarpCaller("127.0.0.1", port, keep_alive=False)
+        without_role = harp.HarpCaller("127.0.0.1", port, keep_alive=False, token=tokens[0])
+        viewer = harp.HarpCaller("127.0.0.1", port, keep_alive=False, token=tokens[1])
+        daemons_user = harp.HarpCaller(f"unix:{socket}", keep_alive=False)
+        for rpc in (anonymous, without_role):
+            assert rpc.web01.backup().id()
+            for read in (rpc.jobs().all, rpc.hosts().all, rpc.queues().all, rpc.count_jobs):
+                with pytest.raises(harp.AccessDenied):
+                    read()
+        for rpc in (viewer, daemons_user):
+            assert len(rpc.jobs().all()) == 2
+            assert [host.name for host in rpc.hosts().all()] == ["web01"]
+
+
+def test_lists_have_only_jobs_that_the_rules_allow(tmp_path: Path) -> None:
+    rules = tmp_path / "access.toml"
+    rules.write_text('[[rule]]\nwho = ["token:*"]\nallow = ["call", "read", "list"]\n')
+    settings = {"access_file": str(rules), "tokens_file": str(tmp_path / "tokens")}
+    with Harpcallerd(tmp_path / "harpcallerd", {"web01": 1}, settings=settings) as dispatcher:
+        one, other = (
+            harp.HarpCaller("127.0.0.1", dispatcher.port, keep_alive=False, token=text.strip())
+            for text in (dispatcher.control("token", "add", name).stdout for name in ("one", "other"))
+        )
+        of_one, of_other = one.web01.backup().id(), other.web01.backup("secret").id()
+        for rpc, job in ((one, of_one), (other, of_other)):
+            assert [found.id for found in rpc.jobs().all()] == [job]
+            assert [each.count for each in rpc.count_jobs(by="host").by["host"]] == [1]
+        for filter in (f"id:{of_other}", "arguments:secret", "owner:token:other"):
+            found = one.jobs(filter)
+            assert found.all() == []
+            assert found.examined <= 1  # its own job
+
+
+# The commands for people.
+
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+COLOUR = re.compile(r"\x1b\[[0-9;]+m")
+
+
+def on_terminal(system: System, *arguments: str, columns: int = 140, program: str = PROGRAM, **more: str) -> Terminal:
+    command = [sys.executable, "-c", program, *arguments]
+    return Terminal(command, environment(system, **more), columns=columns)
+
+
+def test_command_jobs_prints_json_lines_in_a_pipe(system: System) -> None:
+    found = lines(system, "jobs", "state:bad", "procedure:backup")
+    assert [(job["host"], job["state"], job["end_type"]) for job in found] == [
+        ("nowhere", "failed", "unknown_host"),
+        ("db02", "raised", "OSError"),
+    ]
+    assert set(found[0]) >= {"job", "time", "queue", "records", "can"}
+    assert json.loads(run(system, "jobs", "state:bad", "procedure:backup", "--format", "json").stdout) == found
+    assert len(lines(system, "jobs", "procedure:backup", "--limit", "1")) == 1
+    (oldest,) = lines(system, "jobs", "--oldest", "--limit", "1", "procedure:clear_cache,backup")
+    assert oldest["arguments_preview"] == '["blog"]'
+
+
+def test_command_jobs_prints_an_aligned_table(system: System) -> None:
+    done = run(system, "jobs", "procedure:backup", "--format", "table", "--columns", "state,host,procedure,records,end")
+    head, *rows = done.stdout.splitlines()
+    assert head.split() == ["STATE", "HOST", "PROCEDURE", "RECORDS", "END"]
+    assert [row.split()[:2] for row in rows] == [
+        ["failed", "nowhere"],
+        ["returned", "db03"],
+        ["raised", "db02"],
+        ["returned", "db01"],
+    ]
+    assert {row.index("backup") for row in rows} == {head.index("PROCEDURE")}
+    assert rows[2].endswith("OSError: [Errno 28] No space left on device: '/backup/orders.dump'")
+    unknown = run(system, "jobs", "--columns", "state,hots")
+    assert unknown.returncode == Exit.USAGE
+    assert "unknown column 'hots'; columns: job,state,host" in unknown.stderr
+
+
+def test_command_jobs_on_a_terminal_has_colours_and_a_hint(system: System) -> None:
+    with on_terminal(system, "jobs", "procedure:backup") as terminal:
+        text = terminal.read_all()
+        assert COLOUR.search(terminal.printed)
+    assert "raised" in text
+    assert "OSError: [Errno 28]" in text
+    assert "harp show JOB explains one" in text
+    with on_terminal(system, "jobs", "procedure:backup", NO_COLOR="1") as terminal:
+        terminal.read_all()
+        assert not re.search(r"\x1b\[[0-9;]*3[0-9]", terminal.printed)
+
+
+def test_command_jobs_without_rich_prints_the_same_text(system: System) -> None:
+    without = "import sys; sys.modules['rich'] = None; " + PROGRAM.removeprefix("import sys; ")
+    with on_terminal(system, "jobs", "procedure:backup,hostile") as terminal:
+        expected = [line.rstrip() for line in terminal.read_all().splitlines()]
+    with on_terminal(system, "jobs", "procedure:backup,hostile", program=without) as terminal:
+        assert [line.rstrip() for line in terminal.read_all().splitlines()] == expected
+        assert "\x1b" not in terminal.printed
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_command_jobs_fits_a_narrow_terminal(system: System, columns: int) -> None:
+    with on_terminal(system, "jobs", "procedure:backup,hostile", columns=columns) as terminal:
+        table = terminal.read_all().splitlines()[:-1]
+    assert max(map(len, table)) <= columns
+    beginning = table[1].split()[0]
+    assert len(beginning) < 36
+    assert lines(system, "show", beginning)[0]["job"].startswith(beginning)
+
+
+@pytest.mark.parametrize("command", [("jobs", "procedure:hostile"), ("show", "procedure:hostile")])
+def test_texts_of_jobs_change_no_terminal(system: System, command: tuple[str, ...]) -> None:
+    for more in ([], ["--format", "table"]):
+        assert not CONTROL.search(run(system, *command, *more).stdout)
+    with on_terminal(system, *command, columns=200) as terminal:
+        text = terminal.read_all()
+        assert "\x1b]" not in terminal.printed
+        assert "\x1b[2J" not in terminal.printed
+        assert "\u202e" not in terminal.printed
+    assert "[bold]evil[/bold]" in text
+    assert "\\u001b[2J" in text
+
+
+def test_command_jobs_counts(system: System) -> None:
+    found = lines(system, "jobs", "procedure:backup", "--count", "state")
+    assert {each["state"]: each["count"] for each in found} == {"returned": 2, "raised": 1, "failed": 1}
+    table = run(system, "jobs", "procedure:backup", "--count", "state", "--format", "table").stdout
+    assert re.search(r"^returned +2$", table, re.MULTILINE)
+
+
+def test_command_jobs_with_invalid_filter_is_wrong_usage(system: System) -> None:
+    done = run(system, "jobs", "stat:bad")
+    assert (done.returncode, done.stdout) == (Exit.USAGE, "")
+    assert "did you mean state?" in done.stderr
+
+
+def test_commands_hosts_and_queues(system: System) -> None:
+    assert [host["name"] for host in lines(system, "hosts", "db")] == ["db01", "db02", "db03"]
+    table = run(system, "hosts", "--format", "table").stdout.splitlines()
+    assert table[0].split()[:3] == ["HOST", "STATE", "ADDRESS"]
+    assert f"127.0.0.1:{system.harpd.port}" in table[1]
+    job = system.rpc.host("web01", queue={"slow": 2}).wait(30)
+    try:
+        (queue,) = lines(system, "queues", "slow")
+        assert (queue["name"], queue["running"], queue["queued"]) == ('{"slow":2}', 1, 0)
+        assert '{"slow":2}' in run(system, "queues", "--format", "table").stdout
+    finally:
+        job.cancel(wait=True)
+
+
+def test_command_show_prints_all_of_a_job(system: System) -> None:
+    (failed,) = system.rpc.jobs("procedure:backup host:db02").all()
+    done = run(system, "show", failed.id, "--format", "table")
+    for expected in (
+        r"^job +" + failed.id,
+        r"^state +raised$",
+        r"^why +it raised OSError after ",
+        r"^call +backup on db02$",
+        r'^arguments +\["orders"\]$',
+        r'^queue +\{"backup": "db02"\}$',
+        r"^started +20\d\d-\d\d-\d\d \d\d:\d\d:\d\d, after .*s in the queue$",
+        r"^ended +.*, it took .*s$",
+        r"^exception +OSError: \[Errno 28\] No space left on device: '/backup/orders.dump'$",
+        r"^records +3$",
+        r'^ +2 .*\{"table": "orders", "error": "write failed", "device": "/dev/sdb1"\}$',
+    ):
+        assert re.search(expected, done.stdout, re.MULTILINE), (expected, done.stdout)
+    (page,) = lines(system, "show", failed.id, "--recent", "1")
+    assert page["end"]["exception"]["type"] == "OSError"
+    assert page["recent_records"][0]["data"]["error"] == "write failed"
+    assert [record["packet"] for record in page["recent_records"]] == [2]
+
+
+def test_command_show_says_what_to_do(system: System) -> None:
+    done = run(system, "show", "host:nowhere", "--format", "table")
+    assert re.search(r"^error +unknown_host: ", done.stdout, re.MULTILINE)
+    assert re.search(r"^what to do .*harpcallerd hosts-refresh", done.stdout, re.MULTILINE)
+
+
+def test_command_show_finds_a_job_by_words_or_the_beginning_of_its_id(system: System) -> None:
+    (newest, *_) = system.rpc.jobs("procedure:backup").all()
+    done = run(system, "show", "procedure:backup")
+    assert json.loads(done.stdout)["job"] == newest.id
+    assert "the newest job that matches; see harp jobs procedure:backup" in done.stderr
+    several = run(system, "show", newest.id[:8])
+    assert several.returncode == Exit.USAGE
+    assert f"several jobs begin with {newest.id[:8]}: " in several.stderr
+    for unknown in ("00000000-0000", "00000000-0000-7000-8000-000000000000", "procedure:nothing"):
+        missing = run(system, "show", unknown)
+        assert (missing.returncode, missing.stdout) == (Exit.FAILED, ""), missing.stderr
+
+
+def test_watch_in_a_pipe_prints_each_change(system: System) -> None:
+    command = [sys.executable, "-c", PROGRAM, "jobs", "procedure:wait", "state:open", "--watch", "--interval", "0.1"]
+    with subprocess.Popen(command, env=environment(system), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        job = system.rpc.web01.wait(30)
+        states = []
+        try:
+            for line in process.stdout:
+                row = json.loads(line)
+                if row["job"] == job.id():
+                    states.append(row["state"])
+                    if row["state"] == "running":
+                        job.cancel(wait=True)
+                    if row["time"]["end"] is not None and not row["holds_slot"]:
+                        break
+        finally:
+            process.send_signal(signal.SIGINT)
+        assert process.wait(60) == Exit.INTERRUPTED
+    assert [state for state in dict.fromkeys(states) if state != "queued"] == ["running", "cancelled"]
+
+
+def test_watch_on_a_terminal_updates_in_place(system: System) -> None:
+    with on_terminal(system, "jobs", "procedure:wait", "state:open", "--watch", "--interval", "0.1") as terminal:
+        terminal.read_until("no job matches")
+        job = system.rpc.web01.wait(30)
+        terminal.read_until("running")
+        job.cancel(wait=True)
+        terminal.read_until("no job matches", len(terminal.text))
+        assert terminal.interrupt() == Exit.INTERRUPTED
+        assert terminal.printed.count("\x1b[?1049h") == terminal.printed.count("\x1b[?1049l") == 1
+        assert "\x1b[2J" not in terminal.printed
+
+
+def test_commands_for_programs_load_no_tables(system: System) -> None:
+    program = (
+        "import sys, harp.cli; sys.exit(', '.join([n for n in sys.modules if n in ('rich', 'harp._terminal')]) or 0)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    program = f"{PROGRAM.removesuffix('sys.exit(main())')}main(sys.argv[1:]); sys.exit('rich' in sys.modules)"
+    command = [sys.executable, "-c", program, "jobs", "--limit", "1"]
+    subprocess.run(command, env=environment(system), check=True, timeout=60, stdout=subprocess.DEVNULL)
+
+
+def test_operator_finds_the_cause_within_a_minute(system: System) -> None:
+    """Somebody who knows only "something is wrong with last night's backups" sees a prompt, and help."""
+    began_at = time.monotonic()
+    help = run(system, "--help").stdout
+    assert re.search(r"^ +jobs +list jobs", help, re.MULTILINE)
+    assert "harp jobs backup state:bad" in help
+    # The word of the sentence is enough: it is in the name of the procedure.
+    with on_terminal(system, "jobs", "backup", columns=120) as terminal:
+        table = terminal.read_all()
+    (suspect,) = [line for line in table.splitlines() if "raised" in line]
+    assert "db02" in suspect
+    assert "harp show JOB" in table
+    with on_terminal(system, "show", suspect.split()[0], columns=120) as terminal:
+        page = terminal.read_all()
+    assert "No space left on device: '/backup/orders.dump'" in page
+    (record,) = [line for line in page.splitlines() if "write failed" in line]
+    assert '"device": "/dev/sdb1"' in record
+    assert time.monotonic() - began_at < 60

@@ -8,11 +8,13 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import os
 import re
 import socket
 import ssl
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import cast
 
 from harp.protocol import dispatcher as protocol
@@ -234,6 +236,17 @@ class ClientServer(Server):
     def _acting(self, connection: Connection) -> ActingAs:
         return ActingAs(self._dispatcher, connection.client)
 
+    def _listing(self, connection: Connection) -> ActingAs:
+        """Return the verbs for lists. Without an access file they need a built-in role, as over HTTP.
+
+        Users who can open the control socket have all roles.
+        """
+        client = connection.client
+        if self._dispatcher.config.access_file is None:
+            is_trusted = client.listener.startswith("unix:") and client.peer in ("uid:0", f"uid:{os.geteuid()}")
+            client = replace(client, needs_role=True, roles=(*client.roles, "admin") if is_trusted else client.roles)
+        return ActingAs(self._dispatcher, client)
+
     def _submit(self, connection: Connection, request: protocol.Call) -> None:
         def on_submitted(submitted: asyncio.Future[str]) -> None:
             if (error := submitted.exception()) is None:
@@ -287,13 +300,13 @@ class ClientServer(Server):
             case protocol.GetDetails(job):
                 reply = protocol.Details(await acting.details(job))
             case protocol.ListJobs():
-                reply = await listing.list_jobs(acting, request)
+                reply = await listing.list_jobs(self._listing(connection), request)
             case protocol.CountJobs():
-                reply = await listing.count_jobs(acting, request)
+                reply = await listing.count_jobs(self._listing(connection), request)
             case protocol.ListHosts():
-                reply = await listing.list_hosts(acting, request)
+                reply = await listing.list_hosts(self._listing(connection), request)
             case protocol.ListQueues():
-                reply = await listing.list_queues(acting, request)
+                reply = await listing.list_queues(self._listing(connection), request)
         if isinstance(request, (protocol.SubmitMany, protocol.Cancel)):
             self._reply(connection, reply)
         else:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import base64
 import time
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
 from harp.protocol import dispatcher as protocol
 from harp.protocol.json_text import Envelope, Raw, dumps
@@ -13,9 +12,6 @@ from harpcaller.acting import ActingAs
 from harpcaller.cursors import InvalidCursor
 from harpcaller.job_rows import encode_row
 from harpcaller.model.job_filters import parse_search
-from harpcaller.model.lanes import queue_lane
-
-T = TypeVar("T")
 
 
 async def list_jobs(acting: ActingAs, request: protocol.ListJobs) -> protocol.JobsListed:
@@ -47,23 +43,29 @@ async def count_jobs(acting: ActingAs, request: protocol.CountJobs) -> protocol.
 async def list_hosts(acting: ActingAs, request: protocol.ListHosts) -> protocol.HostsListed:
     """Return a page of the hosts with a text in their name. Raises `InvalidCursor`, `AccessDenied`."""
     text = request.text.lower()
-    hosts = sorted((host for host in acting.list_hosts() if text in host.hostname.lower()), key=lambda host: host[0])
-    page, following = _page(hosts, lambda host: host.hostname, request)
-    rows = [Envelope(name=host.hostname, address=host.address, port=host.port) for host in page]
-    return protocol.HostsListed(_array(rows), following)
+    after = "" if request.cursor is None else _decode_cursor(request.cursor)
+    found = sorted(name for name in (host.hostname for host in acting.list_hosts()) if text in name.lower())
+    found = [name for name in found if request.cursor is None or name > after]
+    page = found[: request.limit or protocol.DEFAULT_LISTED]
+    rows = []
+    for known in await acting.describe_hosts(page, wanted=request.text):
+        host = known.host
+        row = Envelope(name=host.hostname, address=host.address, port=host.port, state=known.reachability.value)
+        rows.append(Envelope(row, since=known.since, running=known.running, queued=known.queued, error=known.error))
+    return protocol.HostsListed(_array(rows), _encode_cursor(page[-1]) if len(found) > len(page) else None)
 
 
 async def list_queues(acting: ActingAs, request: protocol.ListQueues) -> protocol.QueuesListed:
     """Return a page of the queues with a text in their name. Raises `InvalidCursor`, `AccessDenied`."""
     text = request.text.lower()
-    queues = {queue_lane(queue.name).removeprefix("queue:"): queue for queue in await acting.list_queues()}
-    found = sorted(key for key, queue in queues.items() if text in _text(queue.name).lower())
-    page, following = _page(found, str, request)
+    limit = request.limit or protocol.DEFAULT_LISTED
+    queues, following = await acting.find_queues(limit, request.cursor, wanted=request.text)
     rows = []
-    for key in page:
-        queue = queues[key]
-        numbers = {"concurrency": queue.concurrency, "running": queue.running, "queued": queue.queued}
-        rows.append(Envelope(id=key, name=_text(queue.name), **numbers))
+    for queue in queues:
+        name = _text(queue.name)
+        if text in name.lower():
+            numbers = {"concurrency": queue.concurrency, "running": queue.running, "queued": queue.queued}
+            rows.append(Envelope(id=queue.id, name=name, **numbers, oldest_submit=queue.oldest))
     return protocol.QueuesListed(_array(rows), following)
 
 
@@ -73,18 +75,6 @@ def _text(name: Raw) -> str:
 
 def _array(rows: Sequence[Envelope]) -> Raw:
     return Raw(b"[%b]" % b",".join(map(dumps, rows)))
-
-
-def _page(
-    items: Sequence[T], key: Callable[[T], str], request: protocol.ListHosts | protocol.ListQueues
-) -> tuple[Sequence[T], str | None]:
-    """Return the items after the cursor, and the cursor of the next page. The items are in the order of their keys."""
-    limit = request.limit or protocol.DEFAULT_LISTED
-    if request.cursor is not None:
-        after = _decode_cursor(request.cursor)
-        items = [item for item in items if key(item) > after]
-    page = items[:limit]
-    return page, _encode_cursor(key(page[-1])) if len(items) > limit else None
 
 
 def _encode_cursor(key: str) -> str:

@@ -12,6 +12,8 @@ export const ERRORS = {
   host_lost: [["the host could not be reached for host_timeout seconds; message and data have the start and the attempts. The host has stopped the call by then", "check host and network; submit again if the procedure allows it"]],
   internal_error: [["a bug in the dispatcher; its log has the details", "report it with the log"]],
   invalid_argument_list: [["the arguments do not fit the procedure's signature; it did not run", "the message names the argument"]],
+  invalid_cursor: [["the cursor is not one of this list: of another filter, order or dispatcher", "begin the list again"]],
+  invalid_filter: [["a filter of jobs has an unknown word, or a value without a meaning; the message names it", "correct it"]],
   invalid_jobid: [["no job has this id: mistyped, not a string, or pruned after max_age. A cancel gets false instead", "check the id; raise max_age"]],
   invalid_message: [["the procedure returned or yielded a value without a form in JSON; the message has the position", "convert it in the procedure"]],
   invalid_protocol: [["harp is missing or not 1", "correct the program that sent it; check the port of the program"]],
