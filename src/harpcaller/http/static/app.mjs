@@ -29,7 +29,7 @@ const BAR = [
   ["j", "/jobs", words.views.jobs, "list"],
   ["q", "/queues", words.views.queues, "list"],
   ["h", "/hosts", words.views.hosts, "list"],
-  ["a", "/audit", words.views.audit, "audit"],
+  ["a", "/audit", words.views.audit, "admin"],
 ];
 
 const loaded = new Map();

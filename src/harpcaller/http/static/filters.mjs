@@ -2,7 +2,7 @@
 import { words } from "./words.mjs";
 
 /** The parameters that say which jobs, in the order in which they are shown. */
-export const FILTERS = ["q", "state", "procedure", "host", "queue", "owner", "end_type", "stop", "holds_slot", "from", "to", "started_from", "started_to", "ended_from", "ended_to", "info", "arguments", "rerun_of", "run"];
+export const FILTERS = ["q", "id", "state", "procedure", "host", "queue", "owner", "end_type", "stop", "holds_slot", "from", "to", "started_from", "started_to", "ended_from", "ended_to", "info", "arguments", "rerun_of"];
 
 /** Values that stand for several states. */
 export const STATE_GROUPS = { open: ["queued", "running"], bad: ["raised", "failed"], ended: ["returned", "raised", "failed", "cancelled"] };
@@ -29,18 +29,22 @@ export function withValue(query, name, value) {
   return result;
 }
 
-/** Return the query after a click on a value: it alone; taken out if it was alone; with `add`, added or taken out. */
+/**
+ * Return the query after a click on a value: it alone; taken out if it was alone; with `add`, added or taken out.
+ * A filter has one queue.
+ */
 export function toggled(query, name, value, add) {
   const values = valuesOf(query, name);
   const rest = values.filter((other) => other !== value);
-  if (add) return withValue(query, name, values.includes(value) ? rest : [...values, value]);
+  if (add && name !== "queue") return withValue(query, name, values.includes(value) ? rest : [...values, value]);
   return withValue(query, name, values.length === 1 && !rest.length ? null : value);
 }
 
 /** Return the parts of a filter as [name, value, text], for chips and for the question which part excludes all. */
 export function partsOf(query, queueNames = new Map()) {
+  const lists = ["state", "procedure", "host", "owner", "end_type", "stop"];
   return [...normal(query)].map(([name, value]) => {
-    const shown = name === "queue" ? value.split(",").map((id) => (id === "-" ? words.jobs.noQueue : queueNames.get(id) || id.slice(0, 8))).join(", ") : value.replaceAll(",", ", ");
+    const shown = name === "queue" ? value === "-" ? words.jobs.noQueue : queueNames.get(value) || value.slice(0, 8) : lists.includes(name) ? value.replaceAll(",", ", ") : value;
     return [name, value, shown];
   });
 }

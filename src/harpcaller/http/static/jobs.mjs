@@ -5,7 +5,8 @@ import { useKeys } from "./keys.mjs";
 import { HELD, listOf } from "./list.mjs";
 import { useLive } from "./live.mjs";
 import { link, navigate } from "./router.mjs";
-import { Button, count, copy, Dialog, duration, Empty, Fault, fullTime, html, Icon, jobSpellings, Loading, Menu, menuIsOpen, setSetting, setting, setTitle, shortDuration, State, STATES, Time, useEffect, useLayoutEffect, useMemo, useNow, useReducer, useRef, useSettings, useState, visible } from "./ui.mjs";
+import { callOf } from "./rows.mjs";
+import { Button, count, copy, Dialog, duration, Empty, Fault, fullTime, html, Icon, jobSpellings, Loading, Menu, menuIsOpen, queueName, setSetting, setting, setTitle, shortDuration, State, STATES, Time, useEffect, useLayoutEffect, useMemo, useNow, useReducer, useRef, useSettings, useState, visible } from "./ui.mjs";
 import { words } from "./words.mjs";
 
 const text = words.jobs;
@@ -14,14 +15,6 @@ const SHOWN = 8;           // values of a facet before "more"
 const COUNT_EVERY = 5_000;
 
 // --- columns --------------------------------------------------------------------------------------------------------
-
-/** Return "backup("orders")": the procedure and the start of its arguments, as they were sent. */
-export function callOf(row) {
-  let args = row.arguments_preview ?? "";
-  const cut = args.length >= 200;
-  if (args.startsWith("[")) args = args.slice(1, args.endsWith("]") && !cut ? -1 : undefined);
-  return [visible(row.procedure), "(" + visible(args === "null" ? "" : args) + (cut ? "…" : "") + ")"];
-}
 
 function End({ row, now }) {
   if (row.unreachable_since && row.state === "running") return html`<span class="warn" title=${fullTime(row.unreachable_since)}>${text.unreachable(visible(row.host), duration(now - row.unreachable_since))}</span>`;
@@ -41,7 +34,7 @@ const COLUMNS = {
   }],
   end: [text.columns.end, End],
   host: [text.columns.host, ({ row }) => html`<span title=${visible(row.host)}>${visible(row.host)}</span>`],
-  queue: [text.columns.queue, ({ row }) => (row.queue ? html`<span class="mono" title=${visible(row.queue.name)}>${visible(row.queue.name)}</span>` : html`<span class="dim">-</span>`)],
+  queue: [text.columns.queue, ({ row }) => (row.queue ? html`<span class="mono" title=${queueName(row.queue)}>${queueName(row.queue)}</span>` : html`<span class="dim">-</span>`)],
   owner: [text.columns.owner, ({ row }) => html`<span title=${visible(row.owner)}>${visible(row.owner ?? "-")}</span>`],
   info: [text.columns.info, ({ row }) => html`<span class="mono dim" title=${visible(row.info_preview)}>${row.info_preview === "null" ? "" : visible(row.info_preview)}</span>`],
   records: [text.columns.records, ({ row }) => (row.records ? count(row.records) : ""), "num"],
@@ -62,7 +55,7 @@ function RowMenu({ row, query }) {
     ${(close) => html`
       <a href=${only("procedure", row.procedure)} onClick=${close}>${text.only(visible(row.procedure))}</a>
       <a href=${only("host", row.host)} onClick=${close}>${text.only(visible(row.host))}</a>
-      ${row.queue && html`<a href=${only("queue", row.queue.id)} onClick=${close}>${text.only(visible(row.queue.name))}</a>`}
+      ${row.queue && html`<a href=${only("queue", row.queue.id)} onClick=${close}>${text.only(queueName(row.queue))}</a>`}
       <a href=${link("/hosts/" + encodeURIComponent(row.host))}>${text.hostPage(visible(row.host))}</a>
       <hr />
       ${jobSpellings(row.job).map(([name, spelling]) => html`<button key=${name} type="button" onClick=${() => { close(); copy(spelling, words.copiedAs(name)); }}><span>${text.copyAs(name)}</span></button>`)}`}
@@ -331,8 +324,7 @@ export function JobsView({ query, popped }) {
   const key = filter.toString() + (query.get("order") === "oldest" ? "&order=oldest" : "");
   const list = useMemo(() => listOf(key, new URLSearchParams(key), popped), [key]);
   const names = useMemo(() => new Map(), []);
-  for (const { value, name } of counts?.queue || []) if (name) names.set(value, name);
-  for (const row of list.rows.slice(0, 200)) if (row.queue) names.set(row.queue.id, row.queue.name);
+  for (const row of list.rows.slice(0, 200)) if (row.queue) names.set(row.queue.id, queueName(row.queue));
 
   list.changed = redraw;
   list.steady = () => list.scrollTop > knownHeight / 2 || menuIsOpen() || Boolean(body.current?.contains(document.activeElement));
@@ -415,6 +407,11 @@ export function JobsView({ query, popped }) {
     await list.showPending();
   }
 
+  // Counts have ids of queues only; names are in rows, and else in the list of queues.
+  const unnamed = (counts?.queue || []).some(({ value }) => value && value !== "-" && !names.has(value));
+  useEffect(() => {
+    if (unnamed) get("/queues", { limit: 500 }).then(({ queues }) => (queues.forEach((queue) => names.set(queue.id, queueName(queue))), redraw()), () => null);
+  }, [unnamed]);
   const sums = total(counts?.state, filter);
   const filtered = partsOf(query).length;
   const newer = list.stale ? text.listChanged : list.pending.size ? text.newer(count(list.pending.size), list.pending.size) : null;

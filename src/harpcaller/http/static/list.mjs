@@ -132,6 +132,7 @@ class JobList {
 
   #ask(options, signal) {
     const params = new URLSearchParams(this.query);
+    params.set("payloads", "text");
     for (const [name, value] of Object.entries(options)) if (value) params.set(name, value);
     return get("/jobs", params, { signal });
   }

@@ -153,6 +153,7 @@ async function readStream(mine, attempt, connected) {
   if (resumed) headers["Last-Event-ID"] = mine.lastId;
   const params = new URLSearchParams(mine.filter);
   params.set("topics", mine.topics);
+  params.set("payloads", "text");
   const response = await fetch(address("/events", params), { headers, signal: attempt.signal, cache: "no-store" });
   if (!response.ok) throw new Problem(response.status, await response.json().catch(() => ({})));
   connected();

@@ -1,13 +1,13 @@
 // What is going on, what is wrong, and where it goes wrong: each number is a link to the jobs that it counts.
 import { get } from "./api.mjs";
-import { callOf } from "./jobs.mjs";
+import { callOf, sourcesOf } from "./rows.mjs";
 import { useLive } from "./live.mjs";
 import { link, navigate } from "./router.mjs";
-import { count, Fault, fullTime, html, Icon, Loading, setTitle, State, STATES, Time, useEffect, useRef, useState, visible } from "./ui.mjs";
+import { count, Fault, fullTime, html, Icon, Loading, queueName, setTitle, State, STATES, Time, useEffect, useRef, useState, visible } from "./ui.mjs";
 import { words } from "./words.mjs";
 
 const text = words.overview;
-const SPANS = { "1h": ["-1h", 60], "24h": ["-24h", 3600], "7d": ["-7d", 21600 * 4] };
+const SPANS = { "1h": ["-1h", 60], "24h": ["-24h", 3600], "7d": ["-7d", 3600] };
 const ASK_EVERY = 5_000;
 const SERIES = ["returned", "cancelled", "raised", "failed"];   // from the ground up: what is wrong stands on top
 
@@ -74,7 +74,7 @@ export function OverviewView({ query, me }) {
         get("/jobs/stats", { from, step }),
         optional(get("/hosts")),
         optional(get("/queues")),
-        get("/jobs", { state: "bad", limit: 8 }),
+        get("/jobs", { state: "bad", limit: 8, payloads: "text" }),
       ]);
       if (asking.span !== mine) return;
       setData({ now: now.by.state, bad: bad.by, slots: slots.by.state, stats, hosts, queues, recent: recent.jobs });
@@ -88,28 +88,27 @@ export function OverviewView({ query, me }) {
     asking.span = span;
     setTitle(words.views.overview);
     ask();
-    const timer = setInterval(() => document.hidden || soon(), 60_000);   // the bars move on without any job
+    const timer = setInterval(() => document.hidden || soon(), 10_000);   // hosts and bars change without any job
     return () => {
       clearInterval(timer);
       clearTimeout(asking.timer);
       asking.timer = 0;
     };
   }, [span]);
-  useLive("counts,hosts,queues", "", {
+  useLive("counts", "", {
     counts({ by }) {
       setData((before) => before && { ...before, now: by.state });
       soon();
     },
-    host: soon,
-    queue: soon,
     refresh: soon,
   });
   if (!data) return html`<div class="page">${error ? html`<${Fault} error=${error} retry=${ask} />` : html`<${Loading} lines=${10} />`}</div>`;
 
   const here = new Map(data.now.map((entry) => [entry.value, entry]));
   const hosts = data.hosts?.hosts || [];
+  const faults = sourcesOf(data.hosts?.registry).map((source) => source.error).filter(Boolean);
   const queues = data.queues?.queues || [];
-  const down = hosts.filter((host) => host.state === "down" || host.state === "refused");
+  const down = hosts.filter((host) => host.state === "down");
   const full = queues.filter((queue) => queue.queued > 0 && !queue.paused && queue.running >= (queue.set?.concurrency ?? queue.concurrency));
   const paused = queues.filter((queue) => queue.paused);
   const stuck = data.slots.filter((entry) => entry.value !== "queued" && entry.value !== "running").reduce((sum, entry) => sum + entry.count, 0);
@@ -124,20 +123,20 @@ export function OverviewView({ query, me }) {
     })}</ul>
     <section class="card attention"><h2>${text.wrongTitle}</h2>
       <ul class="wrong">
-        ${data.hosts?.registry?.error && html`<${Wrong} kind="bad" href=${link("/hosts")}>${text.registry(visible(data.hosts.registry.error))}</${Wrong}>`}
+        ${faults.map((fault) => html`<${Wrong} key=${fault} kind="bad" href=${link("/hosts")}>${text.registry(visible(fault))}</${Wrong}>`)}
         ${down.slice(0, 5).map((host) => html`<${Wrong} key=${host.name} kind="bad" href=${link("/hosts/" + encodeURIComponent(host.name))}><b>${visible(host.name)}</b> ${text.hostDown} ${host.since && html`<${Time} at=${host.since} />`}${host.queued ? " · " + text.waiting(count(host.queued)) : ""}${host.error && html` <span class="dim">${visible(host.error)}</span>`}</${Wrong}>`)}
         ${down.length > 5 && html`<${Wrong} kind="bad" href=${link("/hosts", { state: "down" })}>${text.moreHosts(down.length - 5)}</${Wrong}>`}
         ${stuck > 0 && html`<${Wrong} kind="bad" href=${link("/jobs", { state: "ended", holds_slot: 1 })}>${text.stuck(count(stuck), stuck)}</${Wrong}>`}
-        ${full.slice(0, 5).map((queue) => html`<${Wrong} key=${queue.id} kind="warn" href=${link("/jobs", { queue: queue.id, state: "open" })}><code>${visible(queue.name)}</code> ${text.full(count(queue.queued))}</${Wrong}>`)}
-        ${paused.slice(0, 5).map((queue) => html`<${Wrong} key=${queue.id} kind="warn" icon="pause" href=${link("/queues/" + queue.id)}><code>${visible(queue.name)}</code> ${text.paused(visible(queue.paused.by))}</${Wrong}>`)}
+        ${full.slice(0, 5).map((queue) => html`<${Wrong} key=${queue.id} kind="warn" href=${link("/jobs", { queue: queue.id, state: "open" })}><code>${queueName(queue)}</code> ${text.full(count(queue.queued))}</${Wrong}>`)}
+        ${paused.slice(0, 5).map((queue) => html`<${Wrong} key=${queue.id} kind="warn" icon="pause" href=${link("/queues/" + queue.id)}><code>${queueName(queue)}</code> ${text.paused(visible(queue.paused.by))}</${Wrong}>`)}
         ${badNow > 0 && html`<${Wrong} kind="warn" href=${link("/jobs", { state: "bad", ended_from: from })}>${text.badJobs(count(badNow), badNow)} ${text.spans[span]}</${Wrong}>`}
-        ${!down.length && !stuck && !full.length && !paused.length && !badNow && !data.hosts?.registry?.error && html`<li class="calm good"><${Icon} name="ok" /> ${text.allWell(text.spans[span])}</li>`}
+        ${!down.length && !stuck && !full.length && !paused.length && !badNow && !faults.length && html`<li class="calm good"><${Icon} name="ok" /> ${text.allWell(text.spans[span])}</li>`}
       </ul>
     </section>
     <section class="card ends">
       <div class="card-head"><h2>${text.bars}</h2>
         <span class="legend" aria-hidden="true">${[...SERIES].reverse().map((name) => html`<span key=${name}><i class=${"fill-" + name} />${words.states[name]}</span>`)}</span>
-        <nav class="tabs" aria-label=${text.span}>${Object.keys(SPANS).map((name) => html`<a key=${name} href=${link("/", name === "1h" ? {} : { span: name })} aria-current=${name === span ? "true" : undefined}>${text.tabs[name]}</a>`)}</nav>
+        <nav class="choose" aria-label=${text.span}>${Object.keys(SPANS).map((name) => html`<a key=${name} href=${link("/", name === "1h" ? {} : { span: name })} aria-current=${name === span ? "true" : undefined}>${text.tabs[name]}</a>`)}</nav>
       </div>
       ${data.stats.buckets.length > 0 && html`<${Bars} stats=${data.stats} step=${data.stats.step} />`}
     </section>

@@ -2,7 +2,7 @@
 import { useLive } from "./live.mjs";
 import { link, navigate } from "./router.mjs";
 import { useAnswer } from "./tables.mjs";
-import { Button, count, duration, Empty, Fault, html, Icon, Loading, setTitle, Time, useEffect, useNow, visible } from "./ui.mjs";
+import { Button, count, duration, Empty, Fault, html, Icon, Loading, queueName, setTitle, Time, useEffect, useNow, visible } from "./ui.mjs";
 import { words } from "./words.mjs";
 
 const text = words.queues;
@@ -26,11 +26,11 @@ export function QueuesView({ query }) {
   const { data, error, ask, soon, more } = useAnswer("/queues", filter, "queues");
   const now = useNow();
   useEffect(() => setTitle(words.views.queues), []);
-  useLive("queues", "", { queue: soon, refresh: soon });
+  useLive("counts", "", { counts: soon, refresh: soon });
   const chosen = Boolean(filter.q || filter.state);
   return html`<div class="page">
     <div class="page-head"><h1>${words.views.queues}</h1>
-      <nav class="tabs" aria-label=${text.filter}>${["", "busy", "full", "paused", "idle"].map((state) => html`<a key=${state} href=${link("/queues", { q: filter.q, state })} aria-current=${(filter.state || "") === state ? "true" : undefined}>${state ? text.states[state] : text.all}</a>`)}</nav>
+      <nav class="choose" aria-label=${text.filter}>${["", "busy", "full", "idle"].map((state) => html`<a key=${state} href=${link("/queues", { q: filter.q, state })} aria-current=${(filter.state || "") === state ? "true" : undefined}>${state ? text.states[state] : text.all}</a>`)}</nav>
       <form role="search" onSubmit=${(event) => { event.preventDefault(); navigate(link("/queues", { state: filter.state, q: event.target.elements[0].value.trim() })); }}>
         <input type="search" aria-label=${text.find} placeholder=${text.find} defaultValue=${filter.q || ""} maxlength="200" /></form>
     </div>
@@ -40,7 +40,7 @@ export function QueuesView({ query }) {
       : html`<div class="card table-scroll"><table class="plain">
         <thead><tr><th>${text.columns.name}</th><th>${text.columns.running}</th><th class="num">${text.columns.waiting}</th><th class="num">${text.columns.oldest}</th><th>${text.columns.state}</th><th><span class="hidden">${text.columns.jobs}</span></th></tr></thead>
         <tbody>${data.queues.map((queue) => html`<tr key=${queue.id}>
-          <td class="name"><a class="mono" href=${link("/queues/" + queue.id)}>${visible(queue.name)}</a></td>
+          <td class="name"><a class="mono" href=${link("/queues/" + queue.id)}>${queueName(queue)}</a></td>
           <td data-name=${text.columns.running}><${Use} running=${queue.running} limit=${limitOf(queue)} />${queue.set && html` <span class="dim">${text.set}</span>`}</td>
           <td class="num" data-name=${text.columns.waiting}>${queue.queued ? html`<a href=${link("/jobs", { queue: queue.id, state: "queued" })}>${count(queue.queued)}</a>` : html`<span class="dim">0</span>`}</td>
           <td class="num" data-name=${text.columns.oldest}>${queue.oldest_submit ? duration(now - queue.oldest_submit) : html`<span class="dim">-</span>`}</td>
@@ -54,13 +54,13 @@ export function QueuesView({ query }) {
 export function QueueView({ id }) {
   const { data: queue, error, ask, soon } = useAnswer("/queues/" + encodeURIComponent(id));
   const now = useNow();
-  useEffect(() => setTitle(queue ? visible(queue.name) : words.views.queues), [queue?.name]);
-  useLive("queues", "", { queue: (changed) => changed.id === id && soon(), refresh: soon });
+  useEffect(() => setTitle(queue ? queueName(queue) : words.views.queues), [queue?.name]);
+  useLive("counts", "", { counts: soon, refresh: soon });
   return html`<div class="page">
     <p class="back"><a href=${link("/queues")}><${Icon} name="left" size=${12} />${words.views.queues}</a></p>
     ${error && html`<${Fault} error=${error} retry=${error.status === 404 ? undefined : ask} />`}
     ${!queue ? !error && html`<${Loading} />` : html`
-      <div class="page-head"><h1 class="mono">${visible(queue.name)}</h1><${QueueState} queue=${queue} /></div>
+      <div class="page-head"><h1 class="mono">${queueName(queue)}</h1><${QueueState} queue=${queue} /></div>
       <dl class="facts card">
         <dt>${text.columns.running}</dt><dd><${Use} running=${queue.running} limit=${limitOf(queue)} /> ${queue.running > 0 && html`<a href=${link("/jobs", { queue: id, state: "running" })}>${text.show}</a>`}</dd>
         <dt>${text.columns.waiting}</dt><dd>${count(queue.queued)} ${queue.queued > 0 && html`<a href=${link("/jobs", { queue: id, state: "queued" })}>${text.show}</a>`}</dd>

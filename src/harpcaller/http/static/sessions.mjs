@@ -27,7 +27,7 @@ export function SessionsView() {
       <tbody>${data.sessions.map((session) => html`<tr key=${session.id}>
         <td><b>${visible(session.principal)}</b> <span class="dim">${visible((session.roles || []).join(", "))}</span> ${session.current && html`<span class="tag run">${text.current}</span>`}</td>
         <td>${visible(session.address)} <span class="dim">${visible(session.agent)}</span></td>
-        <td class="fit" data-name=${text.made}><${Time} at=${session.made} /></td><td class="fit" data-name=${text.seen}>${session.seen && age(now - session.seen)}</td><td class="fit" data-name=${text.until}><${Time} at=${session.expires} /></td>
+        <td class="fit" data-name=${text.made}><${Time} at=${session.created} /></td><td class="fit" data-name=${text.seen}>${session.seen && age(now - session.seen)}</td><td class="fit" data-name=${text.until}><${Time} at=${session.expires} /></td>
         <td class="fit"><${Button} kind="small" onClick=${() => end(session)}>${text.end}</${Button}></td>
       </tr>`)}</tbody></table></div>`}
   </div>`;

@@ -47,3 +47,13 @@ export function useAnswer(path, params, field) {
   }
   return { ...state, ask, soon, more };
 }
+
+/** Call `action` every 10 s while the tab is seen: hosts change without a change of any job. */
+export function useRepeat(action) {
+  const latest = useRef(action);
+  latest.current = action;
+  useEffect(() => {
+    const timer = setInterval(() => document.hidden || latest.current(), 10_000);
+    return () => clearInterval(timer);
+  }, []);
+}

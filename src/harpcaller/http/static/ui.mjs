@@ -133,6 +133,9 @@ const UNSEEN = /[\u0000-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u206
 /** Return a text of a job or host with control and direction characters made visible: they could change what is read. */
 export const visible = (text) => String(text ?? "").replace(UNSEEN, (one) => "\\u" + one.charCodeAt(0).toString(16).padStart(4, "0"));
 
+/** Return the JSON text of a queue's name: as it was sent, where the API gave its text. */
+export const queueName = (queue) => visible(typeof queue.name === "string" ? queue.name : JSON.stringify(queue.name));
+
 /** Return a whole number with separators: "1,523". */
 export const count = (number) => Number(number).toLocaleString("en");
 
