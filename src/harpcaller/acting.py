@@ -627,16 +627,21 @@ class ActingAs:
         return self._dispatcher.registry.describe()
 
     async def find_queues(
-        self, limit: int, cursor: str | None = None, wanted: str = ""
+        self,
+        limit: int,
+        cursor: str | None = None,
+        wanted: str = "",
+        fits: Callable[[QueueSummary], bool] = lambda queue: True,
     ) -> tuple[list[QueueSummary], str | None]:
-        """Return the queues that the client may list among `limit` ones, and the cursor of the next ones.
+        """Return queues that the client may list and that fit, and the cursor at which the list continues.
 
-        `wanted` is what the client asks for, for the audit file. Raises `InvalidCursor`.
+        `wanted` is what the client asks for, for the audit file. See `Dispatcher.find_queues`. Raises `InvalidCursor`.
         """
         self._require_ever(Action.LIST)
         await self._record_list("queues", wanted)
-        queues, following = await self._dispatcher.find_queues(limit, cursor)
-        return [queue for queue in queues if self._may_list_queue(queue)], following
+        return await self._dispatcher.find_queues(
+            lambda queue: self._may_list_queue(queue) and fits(queue), limit, cursor
+        )
 
     async def get_queue(self, queue_id: str) -> QueueSummary | None:
         """Return the queue with an id; None if it has no open jobs, or the client may not list it."""

@@ -82,11 +82,12 @@ from harpcaller.store.sqlite import Store
 
 log = logging.getLogger(__name__)
 
-_PAGE_SIZE = 200  #: Maximum number of jobs in one page of a list.
+_PAGE_SIZE = 200  #: Maximum number of jobs or queues that are read together for a list.
 _CANCEL_STEP = 500  #: Maximum number of jobs of a queue that are cancelled in one transaction.
 _SHUTDOWN_TIMEOUT = 10.0  #: Maximum seconds that a shutdown waits until the ends of the active calls are stored.
 _POLICY_INTERVAL = 0.25  #: Seconds between two checks whether the policy has changed.
 _WAITS_STEP = 500  #: Maximum number of waiting requests that are decided about in one step.
+_QUEUE_STEPS = 5  #: Maximum number of steps of `_PAGE_SIZE` queues that one page of a list looks at.
 _QUEUES = "queues"  #: The form of the list of queues, for its cursors.
 _ADMITTED = Admission()
 _NULL = Raw(b"null")
@@ -617,12 +618,26 @@ class Dispatcher:
         count = partial(self.store.job_statistics, since, until, step, states, **rights)
         return await self._answers.get(question, count)
 
-    async def find_queues(self, limit: int, cursor: str | None = None) -> tuple[list[QueueSummary], str | None]:
-        """Return at most `limit` queues from a cursor on, and the cursor of the next ones. Raises `InvalidCursor`."""
-        after = 0 if cursor is None else self._cursors.decode(cursor, _QUEUES)
-        queues = await self.store.find_queues(after, limit)
-        following = self._cursors.encode(queues[-1].place, _QUEUES) if len(queues) == limit else None
-        return queues, following
+    async def find_queues(
+        self, fits: Callable[[QueueSummary], bool], limit: int, cursor: str | None = None
+    ) -> tuple[list[QueueSummary], str | None]:
+        """Return at most `limit` queues for which `fits` returns True, and the cursor at which the list continues.
+
+        It looks at a limited number of queues from a cursor on. Raises `InvalidCursor`.
+        """
+        place = 0 if cursor is None else self._cursors.decode(cursor, _QUEUES)
+        found: list[QueueSummary] = []
+        for _ in range(_QUEUE_STEPS):
+            step = await self.store.find_queues(place, _PAGE_SIZE)
+            for queue in step:
+                place = queue.place
+                if fits(queue):
+                    found.append(queue)
+                    if len(found) == limit:
+                        return found, self._cursors.encode(place, _QUEUES)
+            if len(step) < _PAGE_SIZE:
+                return found, None
+        return found, self._cursors.encode(place, _QUEUES)
 
     async def get_queue(self, queue_id: str) -> QueueSummary | None:
         """Return the queue with an id; None if it has no job that has not ended or holds a slot."""
@@ -632,9 +647,8 @@ class Dispatcher:
         """Return what is known about these hosts of the registry."""
         counts = await self._answers.get("open jobs of hosts", self.store.count_open_of_hosts)
         runner = self._runner
-        states = describe_hosts(
-            hosts, counts, runner.runs.values(), runner.starts, runner.context.capabilities, self._wall()
-        )
+        limit, capabilities = self.config.max_calls_per_host, runner.context.capabilities
+        states = describe_hosts(hosts, counts, runner.runs.values(), runner.starts, capabilities, limit, self._wall())
         return [replace(state, source=self.registry.source_of(state.host.hostname)) for state in states]
 
     async def prune(self, min_age: float | None = None, trust_clock: bool = False) -> int:

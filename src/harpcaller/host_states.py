@@ -36,6 +36,7 @@ class HostState:
     contact: float | None  #: The latest contact.
     running: int  #: Number of its jobs that hold a slot.
     queued: int
+    limit: int  #: Maximum number of its running calls.
     outages: int  #: Number of its calls without contact.
     error: str | None  #: Why it is down.
     last_error: tuple[float, str] | None  #: The latest failure since the start of the dispatcher, and its time.
@@ -50,6 +51,7 @@ def describe_hosts(
     runs: Iterable[Run],
     starts: HostStarts,
     capabilities: HostCapabilities,
+    limit: int,
     now: float,
 ) -> list[HostState]:
     """Return the states of hosts; `counts` are the numbers of jobs with a slot and of queued jobs, by host."""
@@ -57,7 +59,9 @@ def describe_hosts(
     for run in runs:
         of_host.setdefault(run.job.host, []).append(run)
     return [
-        _describe(host, counts.get(host.hostname, (0, 0)), of_host.get(host.hostname, []), starts, capabilities, now)
+        _describe(
+            host, counts.get(host.hostname, (0, 0)), of_host.get(host.hostname, []), starts, capabilities, limit, now
+        )
         for host in hosts
     ]
 
@@ -68,6 +72,7 @@ def _describe(
     runs: Sequence[Run],
     starts: HostStarts,
     capabilities: HostCapabilities,
+    limit: int,
     now: float,
 ) -> HostState:
     name = host.hostname
@@ -93,6 +98,7 @@ def _describe(
         contact=contact,
         running=counts[0],
         queued=counts[1],
+        limit=limit,
         outages=sum(run.outage is not None for run in runs),
         error=failure[1] if state is Reachability.DOWN and failure is not None else None,
         last_error=failure,

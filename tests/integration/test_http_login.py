@@ -37,7 +37,7 @@ async def log_in(api: RunningAPI, client: httpx.AsyncClient, *roles: str, name: 
 
 
 async def test_http_link_logs_in_once_and_logout_ends_the_session(tmp_path: Path) -> None:
-    async with running_api(tmp_path) as api, browser(api) as alice:
+    async with running_api(tmp_path, rules=None) as api, browser(api) as alice:
         assert (await alice.get("/me")).status_code == 401
         link = api.api.make_login_link("alice", ("viewer",), None)
         assert link.startswith(f"http://127.0.0.1:{api.port}/login#k=")
@@ -59,7 +59,7 @@ async def test_http_link_logs_in_once_and_logout_ends_the_session(tmp_path: Path
 
 
 async def test_http_token_logs_in_and_its_session_ends_with_it(tmp_path: Path) -> None:
-    async with running_api(tmp_path) as api, browser(api) as shop:
+    async with running_api(tmp_path, rules=None) as api, browser(api) as shop:
         api.headers_of("shop", "viewer")
         reply = await shop.post("/session", json={"token": api.tokens["shop"]})
         assert (reply.status_code, reply.json()["principal"]) == (201, "token:shop")
@@ -74,7 +74,7 @@ async def test_http_token_logs_in_and_its_session_ends_with_it(tmp_path: Path) -
 
 async def test_http_login_with_another_body_is_refused(tmp_path: Path) -> None:
     wrong = (b"", b"[]", b"{}", b'{"link": 1}', b'{"link": "x", "token": "y"}', b'{"links": "x"}', b'{"link"')
-    async with running_api(tmp_path) as api, browser(api) as client:
+    async with running_api(tmp_path, rules=None) as api, browser(api) as client:
         for body in wrong:
             reply = await client.post("/session", content=body, headers={"Content-Type": "application/json"})
             assert (reply.status_code, reply.json()["code"]) in ((400, "invalid_request"), (422, "invalid_request"))
@@ -91,7 +91,7 @@ FOREIGN: tuple[Mapping[str, str], ...] = (
 
 
 async def test_http_foreign_page_changes_nothing_with_the_cookie(tmp_path: Path) -> None:
-    async with running_api(tmp_path) as api, browser(api) as alice:
+    async with running_api(tmp_path, rules=None) as api, browser(api) as alice:
         await log_in(api, alice, "admin")
         cookie = {"Cookie": f"harp={alice.cookies['harp']}"}
         job_id = await api.dispatcher.submit(call(host="nohost"), "test")
@@ -114,7 +114,7 @@ async def test_http_foreign_page_changes_nothing_with_the_cookie(tmp_path: Path)
 
 
 async def test_http_foreign_page_cannot_log_a_person_in(tmp_path: Path) -> None:
-    async with running_api(tmp_path) as api:
+    async with running_api(tmp_path, rules=None) as api:
         secret = secret_of(api.api.make_login_link("mallory", ("viewer",), None))
         async with httpx.AsyncClient(base_url=api.client.base_url) as foreign:
             for headers in FOREIGN:
@@ -125,7 +125,7 @@ async def test_http_foreign_page_cannot_log_a_person_in(tmp_path: Path) -> None:
 
 
 async def test_http_request_for_another_host_is_refused(tmp_path: Path) -> None:
-    async with running_api(tmp_path, http=HTTPSettings(hosts=("harp.example.net",))) as api:
+    async with running_api(tmp_path, rules=None, http=HTTPSettings(hosts=("harp.example.net",))) as api:
         hosts = ("evil.example", f"evil.example:{api.port}", "127.0.0.1.evil.example", "")
         for path, host in product(("/api/v1/me", "/api/v1/openapi.json", "/login", "/", "/nothing"), hosts):
             request = f"GET {path} HTTP/1.1\r\nHost: {host}\r\n{api.authorization}Connection: close\r\n\r\n"
@@ -139,7 +139,7 @@ async def test_http_request_for_another_host_is_refused(tmp_path: Path) -> None:
 
 
 async def test_http_roles_without_an_access_file_restrict(tmp_path: Path) -> None:
-    async with running_api(tmp_path) as api:
+    async with running_api(tmp_path, rules=None) as api:
         job_id = await api.dispatcher.submit(call(host="nohost"), "test")
         wanted = {
             "viewer": ["read", "list"],
@@ -161,7 +161,12 @@ async def test_http_roles_without_an_access_file_restrict(tmp_path: Path) -> Non
 
 
 async def test_http_sessions_are_listed_and_ended_by_owner_and_administrator(tmp_path: Path) -> None:
-    async with running_api(tmp_path) as api, browser(api) as alice, browser(api) as bob, browser(api) as root:
+    async with (
+        running_api(tmp_path, rules=None) as api,
+        browser(api) as alice,
+        browser(api) as bob,
+        browser(api) as root,
+    ):
         for client, name, role in ((alice, "alice", "viewer"), (bob, "bob", "operator"), (root, "root", "admin")):
             await log_in(api, client, role, name=name)
 
@@ -181,7 +186,7 @@ async def test_http_sessions_are_listed_and_ended_by_owner_and_administrator(tmp
 
 
 async def test_http_login_replaces_the_session_of_the_browser(tmp_path: Path) -> None:
-    async with running_api(tmp_path) as api, browser(api) as client:
+    async with running_api(tmp_path, rules=None) as api, browser(api) as client:
         await log_in(api, client, "viewer", name="alice")
         before = client.cookies["harp"]
         await log_in(api, client, "viewer", name="bob")
@@ -191,7 +196,7 @@ async def test_http_login_replaces_the_session_of_the_browser(tmp_path: Path) ->
 
 
 async def test_http_wrong_token_is_refused_even_beside_a_valid_cookie(tmp_path: Path) -> None:
-    async with running_api(tmp_path) as api, browser(api) as client:
+    async with running_api(tmp_path, rules=None) as api, browser(api) as client:
         await log_in(api, client, "admin")
         wrong = ("Bearer x", "Bearer", "Basic YWxpY2U6eA==", "", api.client.headers["Authorization"][:-1] + "x")
         for header in wrong:
@@ -203,7 +208,7 @@ async def test_http_failed_attempts_are_delayed_and_recorded_without_the_token(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("DEBUG")
-    async with running_api(tmp_path) as api:
+    async with running_api(tmp_path, rules=None) as api:
         wrong = f"harp_admin_{'0' * 64}"
         loop = asyncio.get_running_loop()
         times = []
@@ -223,7 +228,7 @@ async def test_http_failed_attempts_are_delayed_and_recorded_without_the_token(
 
 async def test_http_cookie_of_tls_has_its_prefix_and_is_secure(tmp_path: Path) -> None:
     http = HTTPSettings(behind_proxy=True, hosts=("harp.example.net",), base_path="/harp")
-    async with running_api(tmp_path, http=http) as api:
+    async with running_api(tmp_path, rules=None, http=http) as api:
         link = api.api.make_login_link("alice", ("viewer",), None)
         assert link.startswith("https://harp.example.net/harp/login#k=")
         headers = {"Origin": "https://harp.example.net", "Host": "harp.example.net"}

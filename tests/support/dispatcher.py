@@ -12,6 +12,8 @@ from typing import Any
 from harp.protocol.dispatcher import Call, Continue, Queue
 from harp.protocol.ends import End
 from harp.protocol.json_text import Raw
+from harp_daemon.audit import AuditLog
+from harpcaller.audit import Audit
 from harpcaller.config import Config
 from harpcaller.dispatcher import Dispatcher
 from harpcaller.metrics import Metrics
@@ -63,12 +65,15 @@ async def running(
     if metrics is not None:
         metrics.stored = await opened.count_stored()
         opened.observe(metrics.observe_changes)
+    audit_log = None if config.audit_file is None else AuditLog(config.audit_file)
     try:
-        async with Dispatcher(config, opened, metrics=metrics) as dispatcher:
+        async with Dispatcher(config, opened, audit=Audit(audit_log), metrics=metrics) as dispatcher:
             yield dispatcher
     finally:
         if store is None:
             await opened.close()
+        if audit_log is not None:
+            await audit_log.close()
 
 
 async def result(dispatcher: Dispatcher, **options: Any) -> End | None:

@@ -5,7 +5,7 @@ A module with operations has a tuple `OPERATIONS`; `harpcaller.http.app` lists t
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -13,7 +13,7 @@ from msgspec import Struct
 from starlette.datastructures import Headers
 from starlette.responses import Response
 
-from harp.protocol.json_text import dumps
+from harp.protocol.json_text import Envelope, Raw, dumps
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -96,6 +96,11 @@ class Operation:
 def reference(name: str) -> dict[str, str]:
     """Return a reference to a schema of the OpenAPI document."""
     return {"$ref": f"#/components/schemas/{name}"}
+
+
+def json_array(items: Iterable[Envelope]) -> Raw:
+    """Return an array of objects that have `Raw` members."""
+    return Raw(b"[%b]" % b",".join(map(dumps, items)))
 
 
 def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

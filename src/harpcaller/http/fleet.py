@@ -1,0 +1,276 @@
+"""The operations that list queues and hosts. They change nothing, and have no password and no user of a host.
+
+A request looks at a limited number of queues or hosts: a page may have fewer than `limit`, or none, and go on.
+
+Spec: docs/http-api.md, Queues and hosts.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from functools import partial
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
+from starlette.responses import Response
+
+from harp.protocol.json_text import Envelope, Raw, loads
+from harpcaller.cursors import InvalidCursor
+from harpcaller.host_states import HostState
+from harpcaller.http.operations import Answer, APIRequest, Operation, json_array, json_response
+from harpcaller.http.problems import Problem
+from harpcaller.model.lanes import queue_lane
+from harpcaller.store import QueueSummary
+
+_MOST = 500  #: Maximum number of queues or hosts in a page.
+_LOOKED_AT = 1000  #: Maximum number of hosts that one request looks at.
+_QUEUE_ID = re.compile(r"[0-9a-f]{32}", re.ASCII)
+_MAX_NAME = 4096  #: Maximum characters of a queue's name in a query.
+
+Text = Annotated[str, Meta(max_length=255, description="only those with this text in their name, in any case")]
+Limit = Annotated[int, Meta(ge=1, le=_MOST)]
+CursorText = Annotated[str, Meta(max_length=1000, description="`next` of the page before")]
+
+
+class QueuesQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    """The parameters of `list_queues`."""
+
+    name: (
+        Annotated[str, Meta(max_length=_MAX_NAME, description="only the queue with this name, a JSON object")] | None
+    ) = None
+    q: Text | None = None
+    state: (
+        Annotated[
+            Literal["busy", "full", "idle"],
+            Meta(description="some of its jobs hold a slot; no slot is free; no job holds one"),
+        ]
+        | None
+    ) = None
+    limit: Limit = 100
+    cursor: CursorText | None = None
+
+
+class HostsQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    """The parameters of `list_hosts`."""
+
+    q: Text | None = None
+    state: Annotated[Literal["up", "down", "unknown"], Meta(description="only hosts in this state")] | None = None
+    limit: Limit = 100
+    cursor: CursorText | None = None
+
+
+async def list_queues(request: APIRequest) -> Response:
+    """Answer with queues, in the order in which they got their first job."""
+    query = request.query
+    if query.name is not None:
+        name = loads(query.name.encode())
+        if not isinstance(name, dict):
+            raise Problem("invalid_request", "name: expected a JSON object")
+        found = await request.acting.get_queue(queue_lane(Raw(query.name.encode())).removeprefix("queue:"))
+        queues, following = [] if found is None else [found], None
+    else:
+        fits, wanted = partial(_fits, query), " ".join(filter(None, (query.q, query.state)))
+        queues, following = await request.acting.find_queues(query.limit, query.cursor, wanted, fits)
+    return json_response(Envelope(queues=json_array(map(_show_queue, queues)), next=following))
+
+
+def _fits(query: QueuesQuery, queue: QueueSummary) -> bool:
+    text = queue.name.decode("utf-8", "replace")
+    if query.q is not None and query.q.lower() not in text.lower():
+        return False
+    match query.state:
+        case "busy":
+            return queue.running > 0
+        case "full":
+            return queue.running >= queue.concurrency
+        case "idle":
+            return queue.running == 0
+        case _:
+            return True
+
+
+async def get_queue(request: APIRequest) -> Response:
+    """Answer with one queue."""
+    queue_id = request.path["queue"]
+    queue = await request.acting.get_queue(queue_id) if _QUEUE_ID.fullmatch(queue_id) else None
+    if queue is None:
+        raise Problem("not_found", "there is no such queue; one without queued and running jobs is forgotten")
+    return json_response(_show_queue(queue))
+
+
+def _show_queue(queue: QueueSummary) -> Envelope:
+    return Envelope(
+        id=queue.id,
+        name=queue.name,
+        concurrency=queue.concurrency,
+        running=queue.running,
+        queued=queue.queued,
+        oldest_submit=queue.oldest,
+    )
+
+
+async def list_hosts(request: APIRequest) -> Response:
+    """Answer with hosts, in the order of their names."""
+    query, acting = request.query, request.acting
+    text = "" if query.q is None else query.q.lower()
+    after = None if query.cursor is None else _decode_cursor(query.cursor)
+    names = sorted(host.hostname for host in acting.list_hosts() if text in host.hostname.lower())
+    if after is not None:
+        names = [name for name in names if name > after]
+    looked_at = names[: query.limit if query.state is None else _LOOKED_AT]
+    shown: list[HostState] = []
+    for state in await acting.describe_hosts(looked_at, " ".join(filter(None, (query.q, query.state)))):
+        if query.state is None or state.reachability == query.state:
+            shown.append(state)
+        if len(shown) == query.limit:
+            break
+    last = shown[-1].host.hostname if len(shown) == query.limit else looked_at[-1] if looked_at else ""
+    following = _encode_cursor(last) if names and last != names[-1] else None
+    registry = _show_registry(acting.describe_registry())
+    return json_response(Envelope(hosts=json_array(map(show_host, shown)), next=following, registry=registry))
+
+
+async def get_host(request: APIRequest) -> Response:
+    """Answer with one host."""
+    found = await request.acting.describe_hosts([request.path["host"]])
+    if not found:
+        raise Problem("not_found", "there is no such host")
+    return json_response(show_host(found[0]))
+
+
+def show_host(state: HostState) -> Envelope:
+    """Return the object `Host`."""
+    error = state.last_error
+    return Envelope(
+        name=state.host.hostname,
+        address=state.host.address,
+        port=state.host.port,
+        state=str(state.reachability),
+        since=state.since,
+        checked=state.checked,
+        contact=state.contact,
+        running=state.running,
+        queued=state.queued,
+        limit=state.limit,
+        outages=state.outages,
+        error=state.error,
+        last_error=None if error is None else {"at": error[0], "text": error[1]},
+        next_attempt=state.next_attempt,
+        daemon=None if state.daemon is None else dict(state.daemon),
+        source=state.source,
+    )
+
+
+def _show_registry(described: dict[str, Any]) -> dict[str, Any]:
+    """Return the state of the hosts registry, with the sources by their settings."""
+    return {key: value for key, value in described.items() if key != "hosts"} | {"count": described["hosts"]}
+
+
+def _encode_cursor(name: str) -> str:
+    return base64.urlsafe_b64encode(name.encode("utf-8", "surrogatepass")).decode().rstrip("=")
+
+
+def _decode_cursor(cursor: str) -> str:
+    try:
+        padded = cursor.encode("ascii") + b"=" * (-len(cursor) % 4)
+        return base64.b64decode(padded, b"-_", validate=True).decode("utf-8", "surrogatepass")
+    except (UnicodeError, binascii.Error) as error:
+        raise InvalidCursor("expected a cursor of this list") from error
+
+
+_NUMBER_OR_NULL = {"type": ["number", "null"]}
+QUEUE = {
+    "type": "object",
+    "required": ["id", "name", "concurrency", "running", "queued", "oldest_submit"],
+    "properties": {
+        "id": {"type": "string", "pattern": "^[0-9a-f]{32}$"},
+        "name": {"type": "object"},
+        "concurrency": {"type": "integer"},
+        "running": {"type": "integer", "description": "jobs that hold a slot"},
+        "queued": {"type": "integer"},
+        "oldest_submit": {**_NUMBER_OR_NULL, "description": "when its first queued job was submitted"},
+    },
+}
+HOST = {
+    "type": "object",
+    "required": ["name", "address", "port", "state", "running", "queued"],
+    "properties": {
+        "name": {"type": "string"},
+        "address": {"type": "string"},
+        "port": {"type": "integer"},
+        "state": {
+            "enum": ["up", "down", "unknown"],
+            "description": "whether the latest connection for a job succeeded; a host is asked only for jobs",
+        },
+        "since": {**_NUMBER_OR_NULL, "description": "since when it is down"},
+        "checked": {**_NUMBER_OR_NULL, "description": "the latest contact or failure"},
+        "contact": {**_NUMBER_OR_NULL, "description": "the latest contact"},
+        "running": {"type": "integer", "description": "jobs that hold a slot"},
+        "queued": {"type": "integer"},
+        "limit": {"type": "integer", "description": "maximum number of running calls"},
+        "outages": {"type": "integer", "description": "calls without contact"},
+        "error": {"type": ["string", "null"], "description": "why it is down"},
+        "last_error": {"type": ["object", "null"], "description": "time and text of the latest failure"},
+        "next_attempt": {**_NUMBER_OR_NULL, "description": "when a failing host is tried again"},
+        "daemon": {
+            "type": ["object", "null"],
+            "description": "what its harpd supports: whether it keeps calls without a connection, and its features",
+        },
+        "source": {"type": ["string", "null"], "description": "the setting that it is from"},
+    },
+}
+
+
+def _page_of(key: str, item: dict[str, Any], **more: Any) -> dict[str, Any]:
+    properties = {key: {"type": "array", "items": item}, "next": {"type": ["string", "null"]}, **more}
+    return {"type": "object", "required": [*properties], "properties": properties}
+
+
+OPERATIONS = (
+    Operation(
+        method="GET",
+        path="/queues",
+        operation_id="list_queues",
+        summary="List the queues with queued or running jobs",
+        handler=list_queues,
+        query=QueuesQuery,
+        action="list",
+        problems=("invalid_cursor",),
+        responses={200: Answer("queues, and the cursor of the next page", _page_of("queues", QUEUE))},
+    ),
+    Operation(
+        method="GET",
+        path="/queues/{queue}",
+        operation_id="get_queue",
+        summary="Get a queue by its id",
+        handler=get_queue,
+        action="list",
+        problems=("not_found",),
+        responses={200: Answer("the queue", QUEUE)},
+    ),
+    Operation(
+        method="GET",
+        path="/hosts",
+        operation_id="list_hosts",
+        summary="List the hosts, and whether they accept starts",
+        handler=list_hosts,
+        query=HostsQuery,
+        action="list",
+        problems=("invalid_cursor",),
+        responses={
+            200: Answer("hosts, and the cursor of the next page", _page_of("hosts", HOST, registry={"type": "object"}))
+        },
+    ),
+    Operation(
+        method="GET",
+        path="/hosts/{host}",
+        operation_id="get_host",
+        summary="Get a host",
+        handler=get_host,
+        action="list",
+        problems=("not_found",),
+        responses={200: Answer("the host", HOST)},
+    ),
+)
