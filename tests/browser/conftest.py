@@ -2,7 +2,8 @@
 
 A test opens pages by `pages.open(path)`, logged in as an administrator. It fails on any error in the browser's console,
 violation of the content security policy, uncaught exception, unhandled rejection or request to another site.
-A module may define `PROCEDURES` (text), `HARPD` and `DISPATCHER` (changes to the configurations).
+A module may define `PROCEDURES` (text), `HARPD` and `DISPATCHER` (changes to the configurations), `NAMES` (of the host)
+and `seed` (a coroutine function that adds jobs to the store before the dispatcher starts).
 
 The fixtures end with their module, because Playwright's loop would disturb tests that are coroutines.
 """
@@ -49,6 +50,11 @@ def emit(*values):
         yield value
 
 @streaming_procedure(timeout=600)
+def repeat(text, number):
+    yield text * number
+    yield "after"
+
+@streaming_procedure(timeout=600)
 def tail(path):
     '''Yield the lines of a file, also those that are added, until the line "end".'''
     with open(path) as file:
@@ -79,6 +85,8 @@ def site(browser: Browser, request: pytest.FixtureRequest, tmp_path_factory: pyt
         getattr(module, "PROCEDURES", PROCEDURES),
         getattr(module, "HARPD", None),
         getattr(module, "DISPATCHER", None),
+        getattr(module, "NAMES", ("web01",)),
+        getattr(module, "seed", None),
     ) as site:
         yield site
 

@@ -9,13 +9,15 @@ Never use `wait_for_function`: the content security policy forbids it. Use locat
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
 import shutil
 import socket
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Error, Page, Request, sync_playwright
 
+from harpcaller.store.sqlite import Store, open_store
 from support.system import System, running
 
 T = TypeVar("T")
@@ -107,12 +110,27 @@ def running_site(
     harpd: Mapping[str, Any] | None = None,
     dispatcher: Mapping[str, Any] | None = None,
     names: tuple[str, ...] = ("web01",),
+    seed: Callable[[Store], Awaitable[None]] | None = None,
 ) -> Iterator[Site]:
-    """Run a system whose dispatcher has the HTTP API; the arguments are those of `support.system.running`."""
+    """Run a system whose dispatcher has the HTTP API; the arguments are those of `support.system.running`.
+
+    `seed` adds jobs to the store before the dispatcher starts.
+    """
+    if seed is not None:
+        with ThreadPoolExecutor(1) as pool:  # this thread has Playwright's loop
+            pool.submit(asyncio.run, _seed(directory / "harpcallerd" / "jobs", seed)).result()
     port = free_port()
     section = {"listen": [f"127.0.0.1:{port}"], **(dispatcher or {}).get("http", {})}
     with running(directory, procedures, harpd, {**(dispatcher or {}), "http": section}, names) as system:
         yield Site(system, f"http://127.0.0.1:{port}")
+
+
+async def _seed(directory: Path, seed: Callable[[Store], Awaitable[None]]) -> None:
+    store = await open_store(directory)
+    try:
+        await seed(store)
+    finally:
+        await store.close()
 
 
 @contextmanager

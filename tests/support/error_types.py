@@ -33,7 +33,10 @@ def read_error_types() -> dict[str, list[tuple[str, str]]]:
             r"^\| `(\w+)`([^|]*)\|(?:[^|]*\|)??([^|]*)\|([^|]*)\|$", section, re.MULTILINE
         ):
             detail = f"{_plain(rest)}: " if rest.strip() else ""
-            above = re.sub("^the same", lambda _, above=above: above, _plain(cure)) or "see the message"
+            cure = _plain(cure)
+            above = (
+                above + cure.removeprefix("the same") if cure.startswith("the same") else cure
+            ) or "see the message"
             found.setdefault(name, []).append((detail + _plain(cause).replace(_REFERENCE, ""), above))
     return found
 

@@ -88,7 +88,7 @@ function Choice({ name, label, values }) {
 }
 
 function Account({ me, logOut, help }) {
-  return html`<${Menu} label=${text.account} icon="menu" kind="quiet account" text=${html`<span class="who">${me.principal}</span>`}>
+  return html`<${Menu} label=${me.principal + ": " + text.account} icon="menu" kind="quiet account" text=${html`<span class="who">${me.principal}</span>`}>
     ${(close) => html`
       <div class="menu-head"><strong>${me.principal}</strong><span class="dim">${text.roles(me.roles || [])}</span></div>
       <${Choice} name="theme" label=${text.theme} values=${text.themes} />

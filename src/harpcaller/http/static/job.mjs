@@ -1,13 +1,14 @@
 // One job: what it is, why it is so, how its time was spent, its output as it comes, and how it ended.
 import { address, get, newKey, post, Problem, send, tellWatchers } from "./api.mjs";
 import { ERRORS } from "./errors.mjs";
-import { appendText, decodeString, indent, makeTree, visible } from "./json.mjs";
+import { appendText, decodeString, indent, makeTree, members, visible } from "./json.mjs";
 import { jobWords as text } from "./job-words.mjs";
 import { useKeys } from "./keys.mjs";
+import { useLive } from "./live.mjs";
 import { appendOutput, size } from "./log.mjs";
 import { Output } from "./output.mjs";
 import { link, navigate } from "./router.mjs";
-import { Button, copy, CopyMenu, Dialog, duration, Empty, Fault, html, Icon, Loading, notify, setTitle, State, Time, useEffect, useLayoutEffect, useMemo, useNow, useRef, useState, workerAddress } from "./ui.mjs";
+import { Button, copy, CopyMenu, Dialog, duration, Fault, html, Icon, Loading, notify, setTitle, State, Time, useEffect, useLayoutEffect, useMemo, useNow, useRef, useState, workerAddress } from "./ui.mjs";
 import { words } from "./words.mjs";
 
 const ENDED = ["returned", "raised", "failed", "cancelled"];
@@ -16,76 +17,54 @@ const MOST_TEXT = 262144; // characters that are shown at once
 
 // --- the job and its stream ----------------------------------------------------------------------------------------
 
-/** Keep a job up to date: by its stream of records while it runs, then by waiting for its stop. */
+/** Keep a job up to date, by the events about it; its records come by a stream of their own. */
 function useJob(id) {
   const [job, setJob] = useState(null);
   const [error, setError] = useState(null);
   const [turn, setTurn] = useState(0);
   const client = useRef(null);
-  const tag = useRef(null);
-  const skew = useRef(0);
-  client.current ??= makeClient(id);
+  const known = useRef({ job: null, at: 0, skew: 0, again: null, reading: 0 });
+  client.current ??= makeClient();
 
-  async function load(options) {
-    const response = await send("GET", "/jobs/" + id, { params: { payloads: "text", ...options?.params }, ...options });
-    if (response.status === 304) return null;
-    const found = await response.json();
-    tag.current = response.headers.get("ETag");
-    const late = new Date(response.headers.get("Date") ?? Date.now()) / 1000 - Date.now() / 1000;
-    skew.current = Math.abs(late) > 2 ? late : 0;
-    setJob(found);
-    setError(null);
-    return found;
+  /** Read the job. Without its payloads, which never change, unless it has none yet or it has ended. */
+  async function load() {
+    const now = known.current;
+    const number = ++now.reading;
+    clearTimeout(now.again);
+    now.at = performance.now();
+    try {
+      const isNew = !now.job || ENDED.includes(now.job.state);
+      const read = async (payloads) => {
+        const response = await send("GET", "/jobs/" + id, { params: { payloads } });
+        const late = new Date(response.headers.get("Date") ?? Date.now()) / 1000 - Date.now() / 1000;
+        now.skew = Math.abs(late) > 2 ? late : 0;
+        return response.json();
+      };
+      let found = await read(isNew ? "text" : "none");
+      if (!isNew && ENDED.includes(found.state)) found = await read("text");
+      if (number !== now.reading) return;
+      now.job = { ...now.job, ...found };
+      setJob(now.job);
+      setError(null);
+    } catch (problem) {
+      if (number !== now.reading) return;
+      setError(problem);
+      if (!(problem instanceof Problem) || problem.status >= 500 || problem.status === 429) now.again = setTimeout(load, 2000);
+    }
   }
 
   useEffect(() => {
     const mine = client.current;
-    const closing = new AbortController();
-    const { signal } = closing;
-    let timer = null;
-    const again = (ms) => {
-      clearTimeout(timer);
-      timer = setTimeout(() => load({ signal }).catch(onError), ms);
-    };
-    function onError(problem) {
-      if (signal.aborted) return;
-      if (problem instanceof Problem && problem.status < 500 && problem.status !== 429) setError(problem);
-      else {
-        setError((before) => before ?? problem);
-        again(2000);
-      }
-    }
-    async function watchStop(job) {
-      // After the end the stream is over; its stop and its slot may still change.
-      while (!signal.aborted && (job.stop === "pending" || job.holds_slot)) {
-        try {
-          job = (await load({ signal, params: { wait: 50 }, headers: tag.current ? { "If-None-Match": tag.current } : {} })) ?? job;
-        } catch (problem) {
-          if (signal.aborted) return;
-          if (problem instanceof Problem && problem.status < 500 && problem.status !== 429) return setError(problem);
-          await new Promise((resolve) => setTimeout(resolve, 2000));
-        }
-      }
-    }
-    const stop = mine.listen((message) => {
-      if (message.row !== undefined) {
-        // The row is at once what the page shows of the state; the rest follows.
-        if (message.row) setJob((job) => job && { ...job, ...message.row, records: job.records });
-        again(30);
-      } else if (message.ended) {
-        clearTimeout(timer);
-        load({ signal }).then(watchStop, onError);
-      } else if (message.away !== undefined) tellWatchers({ away: message.away !== null });
-      else if (message.refused) {
-        if (message.refused.status === 401) tellWatchers({ loggedOut: true });
-        else load({ signal }).catch(onError);
-      }
+    const { current: now } = known;
+    load().then(() => {
+      if (!now.job || client.current !== mine) return;
+      const { state, records } = now.job;
+      mine.post({ open: { base: location.origin + address(`/jobs/${id}/records?`), count: records.count, bytes: records.bytes, hasEnded: ENDED.includes(state) } });
     });
-    load({ signal }).then((job) => {
-      const hasEnded = ENDED.includes(job.state);
-      mine.post({ open: { base: location.origin + address(`/jobs/${id}/records?`), count: job.records.count, bytes: job.records.bytes, hasEnded } });
-      if (hasEnded) watchStop(job);
-    }).catch(onError);
+    const stop = mine.listen((message) => {
+      if (message.ended) load();
+      else if (message.refused) message.refused.status === 401 ? tellWatchers({ loggedOut: true }) : load();
+    });
     let hiding = null;
     const onHidden = () => {
       clearTimeout(hiding);
@@ -94,21 +73,34 @@ function useJob(id) {
     };
     document.addEventListener("visibilitychange", onHidden);
     return () => {
-      closing.abort();
-      clearTimeout(timer);
+      now.reading++;
+      clearTimeout(now.again);
       clearTimeout(hiding);
       stop();
       document.removeEventListener("visibilitychange", onHidden);
     };
   }, [id, turn]);
   useEffect(() => () => client.current.close(), []);
+  const isOver = job && ENDED.includes(job.state) && job.stop !== "pending" && !job.holds_slot;
+  useLive(isOver ? "" : "jobs", "q=" + id, {
+    jobs({ rows }) {
+      const { current: now } = known;
+      const row = rows.find((row) => row.job === id);
+      if (!row || !now.job) return;
+      const isChanged = ["state", "stop", "holds_slot"].some((name) => row[name] !== now.job[name]);
+      // The row is at once what the page shows of the state; the rest follows. Why it waits or runs changes slowly.
+      if (isChanged) setJob({ ...now.job, state: row.state, stop: row.stop, holds_slot: row.holds_slot, time: row.time });
+      if (isChanged || performance.now() - now.at > 5000) load();
+    },
+    refresh: (reason) => reason !== "hello" || performance.now() - known.current.at > 200 ? load() : null,
+  });
   const retry = () => {
     setError(null);
     client.current.close();
-    client.current = makeClient(id);
+    client.current = makeClient();
     setTurn((turn) => turn + 1);
   };
-  return { job, error, retry, reload: () => load().catch(setError), client: client.current, skew: skew.current };
+  return { job, error, retry, reload: load, client: client.current, skew: known.current.skew };
 }
 
 function makeClient() {
@@ -159,13 +151,13 @@ export function JobView({ id, query, hash }) {
 
   if (!job && error) {
     if (error.status === 404)
-      return html`<div class="page"><${Empty} title=${text.unknown}><p>${text.unknownDetail}</p><p><code>${id}</code></p><p><a href=${link("/jobs")}>${text.toJobs}</a></p></${Empty}></div>`;
+      return html`<div class="page"><div class="empty"><h1>${text.unknown}</h1><p>${text.unknownDetail}</p><p><code>${id}</code></p><p><a class="button" href=${link("/jobs")}>${text.toJobs}</a></p></div></div>`;
     return html`<div class="page"><${Fault} error=${error} retry=${retry} /></div>`;
   }
   if (!job) return html`<div class="page"><${Loading} /></div>`;
   const count = job.records.count;
   return html`<article class="job">
-    ${error && html`<${Fault} error=${error} retry=${retry} />`}
+    ${error instanceof Problem && html`<${Fault} error=${error} retry=${retry} />`}
     <${Header} job=${job} allowed=${allowed} skew=${skew} ask=${setDialog} />
     <${Timeline} job=${job} skew=${skew} />
     <${Tabs} shown=${shown} open=${open} count=${count} client=${client} state=${job.state} />
@@ -190,7 +182,7 @@ function setFavicon(state) {
 /** Return why each action is not possible; an action without a reason is. */
 function rights(job) {
   const hasEnded = ENDED.includes(job.state);
-  const can = (action) => job.can.includes(action);
+  const can = (action) => job.can?.includes(action) ?? true; // else the dispatcher decides
   return {
     cancel: hasEnded ? text.whyNot.ended : can("cancel") ? null : text.whyNot.cancel,
     rerun: can("rerun") ? null : text.whyNot.rerun,
@@ -314,7 +306,8 @@ function Timeline({ job, skew }) {
   if (!rows.length) return null;
   const spoken = inside.map((row) => `${text.timeline.phases[row.name] ?? row.name} ${duration(row.length)}`).join(", ");
   return html`<details class="timeline">
-    <summary aria-label=${text.timeline.summary(spoken)}>
+    <summary>
+      <span class="hidden">${text.timeline.summary(spoken)}</span>
       <span class="band" aria-hidden="true">${inside.map((row) => html`<span key=${row.name} class=${"phase phase-" + row.name + (row.isLive ? " is-live" : "")} style=${{ flexGrow: Math.max(row.length / most, 0.002) }} title=${`${text.timeline.phases[row.name]}: ${duration(row.length)}`}>
         <span>${row.name.replace("_", " ")} ${duration(row.length)}</span></span>`)}</span>
     </summary>
@@ -388,30 +381,28 @@ function Result({ job, ask, allowed }) {
   if (end.large) return html`<p>${text.result.large(size(end.large.bytes))} <${Button} onClick=${end.read}>${text.result.show}</${Button}>
     ${job.state === "returned" && html` <a class="button" href=${address(`/jobs/${job.job}/result`, { download: 1 })} download>${text.payload.download}</a>`}</p>`;
   if (!end.value) return html`<${Loading} lines=${3} />`;
-  const { value } = end;
-  if ("result" in value) return html`<h2><${State} state="returned" /></h2><${Payload} value=${value.result} name=${text.tabs.result} href=${address(`/jobs/${job.job}/result`, { download: 1 })} />`;
-  if (value.exception) return html`<${Raised} job=${job} exception=${value.exception} />`;
-  if (value.error) return html`<${Failed} job=${job} error=${value.error} ask=${ask} allowed=${allowed} />`;
+  const { result, exception, error } = members(end.value);
+  if (result !== undefined) return html`<h2><${State} state="returned" /></h2><${Payload} value=${result} name=${text.tabs.result} href=${address(`/jobs/${job.job}/result`, { download: 1 })} />`;
+  if (exception) return html`<${Raised} job=${job} exception=${readError(exception)} />`;
+  if (error) return html`<${Failed} job=${job} error=${readError(error)} ask=${ask} allowed=${allowed} />`;
   const { stop_request: stop } = job;
   return html`<h2><${State} state="cancelled" /></h2>
     <${Facts} facts=${[[text.result.requester, stop?.by], [text.result.reason, stop?.why], [text.result.at, stop?.at && html`<${Time} at=${stop.at} />`]]} />
     ${job.stop && html`<p>${text.stop[job.stop]}</p>`}`;
 }
 
-/** The end of a job, with its result as text; a long one is read when it is asked for. */
+/** The text of the closing line of a job; a long one is read when it is asked for. */
 function useEnd(job) {
   const [read, setRead] = useState(null);
   const [error, setError] = useState(null);
-  if (job.end) return { value: "result" in job.end ? { result: textOf(job.end.result) } : job.end, error };
-  if (!job.end_omitted || read) return { value: read, error };
+  const value = read ?? job.end;
+  if (value || !job.end_omitted) return { value, error };
   return {
     large: job.end_omitted,
     error,
     async read() {
       try {
-        const path = job.state === "returned" ? "/result" : "/end";
-        const body = (await (await send("GET", `/jobs/${job.job}${path}`)).text()).replace(/\n$/, "");
-        setRead(job.state === "returned" ? { result: body } : JSON.parse(body));
+        setRead((await (await send("GET", `/jobs/${job.job}/end`)).text()).trim());
       } catch (problem) {
         setError(problem);
       }
@@ -419,20 +410,18 @@ function useEnd(job) {
   };
 }
 
-const dataOf = (data) => {
-  try {
-    return typeof data === "string" ? JSON.parse(data) : data;
-  } catch {
-    return data;
-  }
-};
+/** Return type, message and module of an exception or error, and the text of its data. */
+function readError(value) {
+  const { type, message, data } = members(value);
+  const { module } = data?.startsWith("{") ? members(data) : {};
+  return { type: decodeString(type ?? '""'), message: decodeString(message ?? '""'), data: data === "null" ? undefined : data, module: module && decodeString(module) };
+}
 
 function Raised({ job, exception }) {
-  const data = dataOf(exception.data);
   const traceback = job.exit_info?.traceback;
   return html`<h2 class="end-title"><${State} state="raised" /> <code><${Text} value=${exception.type} /></code></h2>
     <p class="end-message"><${Text} value=${exception.message} /></p>
-    <${Facts} facts=${[[text.result.module, data?.module]]} />
+    <${Facts} facts=${[[text.result.module, exception.module]]} />
     <h3>${text.result.traceback}</h3>
     ${traceback ? html`<${Lines} value=${traceback} name=${text.result.traceback} />` : html`<p class="dim">${text.result.noTraceback}</p>`}`;
 }
@@ -450,7 +439,6 @@ function Lines({ value, name }) {
 
 function Failed({ job, error, ask, allowed }) {
   const entries = ERRORS[error.type] ?? [];
-  const hasData = error.data !== null && error.data !== undefined && error.data !== "null";
   const concernsHost = /host|network|certificate|protocol|calls|connections|auth|shutdown|procedure_loading|system_error|call_died/.test(error.type);
   return html`<h2 class="end-title"><${State} state="failed" /> <code><${Text} value=${error.type} /></code></h2>
     <p class="end-message"><${Text} value=${error.message} /></p>
@@ -459,7 +447,7 @@ function Failed({ job, error, ask, allowed }) {
       <${Button} disabled=${!!allowed.rerun} why=${allowed.rerun} onClick=${() => ask("rerun")}>${text.rerun}</${Button}>
       ${concernsHost && html` <a class="button" href=${link("/hosts/" + encodeURIComponent(job.host))}>${text.result.hostPage(visible(job.host))}</a>`}
     </p>
-    ${hasData && html`<h3>${text.result.data}</h3><${Payload} value=${textOf(error.data)} name=${text.result.data} />`}`;
+    ${error.data && html`<h3>${text.result.data}</h3><${Payload} value=${error.data} name=${text.result.data} />`}`;
 }
 
 // --- arguments, process, details -----------------------------------------------------------------------------------
@@ -507,8 +495,8 @@ function Stop({ job, report, stop }) {
   const missing = (report?.survivors ?? []).filter(({ pid }) => !listed.some((process) => process.pid === pid));
   const row = (process, isMain) => html`<li key=${process.pid} class=${survivors.has(process.pid) ? "survivor" : ""} data-pid=${process.pid}>
     <code class="pid">${process.pid}</code> <code><${Text} value=${process.command || (isMain ? words.call : "?")} /></code>
-    <span class="dim">${(process.signals ?? []).join(", ")}</span>
-    ${survivors.has(process.pid) ? html`<strong class="bad"><${Icon} name="warning" /> ${words.survives}</strong>` : html`<span>${process.ended ?? ""}</span>`}
+    <span class="dim">${process.signals?.length ? words.sent(process.signals.join(", ")) : ""}</span>
+    ${survivors.has(process.pid) ? html`<strong class="bad"><${Icon} name="warning" /> ${words.survives}</strong>` : html`<span>${process.ended ? words.endedAs(process.ended) : ""}</span>`}
   </li>`;
   return html`<h2>${words.report}</h2>
     <${Facts} facts=${[[text.result.requester, stop?.by], [text.result.reason, stop?.why], [text.result.at, stop?.at && html`<${Time} at=${stop.at} />`]]} />

@@ -100,6 +100,13 @@ export function* children(text, at = 0) {
   }
 }
 
+/** Return {key: text of its value} of an object; the texts are as they were sent. */
+export function members(text) {
+  const found = {};
+  for (const [key, start, end] of children(text, skipSpace(text, 0))) found[decodeString(key)] = text.slice(start, end);
+  return found;
+}
+
 /** Return the text indented, each number and string as it is. */
 export function indent(text) {
   const parts = [];

@@ -1,7 +1,7 @@
 // The records of one job, in a worker: a cache of pages by number, the live stream, and the search.
 //
-// From the page: {open}, {view}, {find}, {whole}, {seek}, {pause}. To the page: {count, ...}, {rows}, {row}, {found},
-// {whole}, {ended}, {away}, {refused}. Records are cut out of the lines as text; no number in them is ever read.
+// From the page: {open}, {view}, {find}, {whole}, {seek}, {pause}. To the page: {count, ..., view, found}, {whole},
+// {sought}, {ended}, {refused}, {unread}. Records are cut out of the lines as text; no number in them is ever read.
 
 const PAGE = 1000; // records of a page
 const MOST_CACHED = 32 * 2 ** 20; // characters of all pages: 64 MB at most
@@ -9,7 +9,7 @@ const MOST_KEPT = 65536; // characters of one record; the rest is counted only
 const MOST_SENT = 4200; // characters of one record that a row of the view has
 const MOST_MATCHES = 1000000;
 const TICK = 80; // milliseconds between two messages to the page
-const PREFIX = /^\{"packet": (\d+), "time": ([^,]+), "data": /;
+const PREFIX = /^\{"packet":(\d+),"time":([^,]+),"data":/;
 
 let base = ""; // the address of the job's records
 let count = 0; // records that are known to exist
@@ -116,52 +116,64 @@ const sleep = (ms, signal) => new Promise((resolve) => {
 
 // Live.
 
+/** Hold one of the locks that count the streams of all tabs; false: none is free. A browser has few connections. */
+async function takeSlot(signal) {
+  if (!navigator.locks) return true;
+  for (let number = 1; number <= 4; number++) {
+    const isTaken = await new Promise((resolve) => {
+      navigator.locks.request("harp-stream-" + number, { ifAvailable: true }, (lock) => {
+        resolve(Boolean(lock));
+        return lock && new Promise((release) => (signal.aborted ? release() : signal.addEventListener("abort", release, { once: true })));
+      }).catch(() => resolve(false));
+    });
+    if (isTaken) return true;
+  }
+  return false;
+}
+
 async function follow() {
   const controller = (follower = new AbortController());
   const { signal } = controller;
+  const isLive = await takeSlot(signal);
   let pause = 250;
-  let away = null;
   let next = Math.max(0, count - 500);
   while (!signal.aborted && !hasEnded) {
     let isOver = false;
+    let isFull = false;
     try {
-      const response = await request(`since=${next}&follow=1&state=1&timed=1`, signal);
-      if (response.status === 204) isOver = true;
-      else {
-        if (away !== null) postMessage({ away: (away = null) });
-        await readLines(response, MOST_KEPT + 100, (line, length) => {
-          const record = parse(line, length);
-          pause = 250;
-          if (record) {
-            keep(...record);
-            next = record[0] + 1;
-            if (next > count) {
-              bytes += record[3];
-              count = next;
-            }
-            isDirty = true;
-            schedule();
-          } else if (line.startsWith('{"job": ')) postMessage({ row: line.length === length ? JSON.parse(line).job : null });
-          else if (!line.startsWith('{"continue"') && !line.startsWith('{"interrupted"')) isOver = true;
-        });
-      }
+      const response = await request(`since=${next}&${isLive ? "follow=1" : "limit=10000&bytes=8388608"}&timed=1`, signal);
+      await readLines(response, MOST_KEPT + 100, (line, length) => {
+        const record = parse(line, length);
+        pause = 250;
+        if (record) {
+          keep(...record);
+          next = record[0] + 1;
+          if (next > count) {
+            bytes += record[3];
+            count = next;
+          }
+          isDirty = true;
+          schedule();
+        } else if (line.startsWith('{"continue"')) isFull = JSON.parse(line).next < count;
+        else if (!line.startsWith('{"interrupted"')) isOver = true;
+      });
     } catch (error) {
       if (signal.aborted) return;
       if (error instanceof Refused && error.status !== 429 && error.status < 500) {
-        postMessage({ refused: { status: error.status, detail: error.message } });
+        postMessage({ refused: { status: error.status } });
         return;
       }
     }
     if (signal.aborted) return;
     if (isOver) {
+      controller.abort(); // this gives the lock back
       hasEnded = true;
       report();
       postMessage({ ended: true });
-      if (search) search.wake();
       return;
     }
-    if (away === null) postMessage({ away: (away = Date.now() / 1000) });
-    await sleep(pause, signal);
+    if (isFull) continue;
+    await sleep(isLive ? pause : 5000, signal);
     pause = Math.min(pause * 2, 5000);
   }
 }

@@ -137,7 +137,9 @@ export class LogWindow {
     this.first = 0; // the first row in the window,
     this.skip = 0; // and how many of its pixels are above
     this.isFollowing = false;
-    this.rowHeight = 20;
+    this.rowHeight = 20; // of a row with one line
+    this.average = 20; // height of the rows that were drawn lately
+    this.firstHeight = 20;
     this.rows = new Map(); // index -> [number, time, text, length] or [number]
     this.drawn = new Map(); // index -> element
     this.opened = new Map(); // number -> "tree" or "more"
@@ -145,7 +147,7 @@ export class LogWindow {
     this.needle = "";
     this.formatTime = () => null;
     this.lastTop = 0;
-    this.isPlaced = false; // whether the anchor was set by a link, a search or the user
+    this.isAtEnd = false; // it stays at the end while rows load, until the user moves it
     element.addEventListener("scroll", () => this.onScroll());
     element.addEventListener("scrollend", () => this.place());
     this.layer.addEventListener("scroll", () => {
@@ -205,6 +207,7 @@ export class LogWindow {
   setFollowing(isFollowing) {
     if (this.isFollowing === isFollowing) return;
     this.isFollowing = isFollowing;
+    this.isAtEnd = false;
     this.drawn.clear();
     if (isFollowing) this.first = Math.max(0, this.total - this.capacity);
     this.ask();
@@ -215,7 +218,7 @@ export class LogWindow {
   setList(list) {
     this.list = list;
     this.first = this.skip = 0;
-    this.isFollowing = false;
+    this.isFollowing = this.isAtEnd = false;
     this.redraw();
     this.ask();
     this.report();
@@ -231,7 +234,7 @@ export class LogWindow {
 
   /** Show a row in the window, a little below its top. */
   show(index) {
-    this.isFollowing = false;
+    this.isFollowing = this.isAtEnd = false;
     this.first = Math.max(0, Math.min(index - Math.floor(this.capacity / 4), this.total - 1));
     this.skip = 0;
     this.ask();
@@ -242,8 +245,7 @@ export class LogWindow {
 
   showEnd() {
     this.isFollowing = false;
-    this.first = Math.max(0, this.total - this.capacity);
-    this.skip = Infinity;
+    this.isAtEnd = true;
     this.ask();
     this.draw();
     this.place();
@@ -287,24 +289,25 @@ export class LogWindow {
     const moved = top - this.lastTop;
     if (Math.abs(moved) < 1) return;
     this.lastTop = top;
-    const wasFollowing = this.isFollowing;
-    if (wasFollowing) this.isFollowing = false;
+    this.isFollowing = this.isAtEnd = false;
     const most = this.element.scrollHeight - this.height;
-    if (top <= 0) this.first = this.skip = 0;
-    else if (top >= most - 1) {
+    const isNear = Math.abs(moved) < 2 * this.height;
+    if (top <= 0 && (!isNear || this.first < this.capacity)) this.first = this.skip = 0;
+    else if (top >= most - 1 && (!isNear || this.first + 2 * this.capacity > this.total)) {
       this.first = Math.max(0, this.total - this.capacity);
       this.skip = Infinity;
-    } else if (Math.abs(moved) < 2 * this.height) this.skip += moved;
+    } else if (isNear) this.skip += moved;
     else {
-      const place = (top / most) * Math.max(0, this.total - this.height / this.rowHeight);
+      const place = (top / most) * Math.max(0, this.total - this.height / this.average);
       this.first = Math.floor(place);
-      this.skip = (place - this.first) * this.rowHeight;
+      this.skip = (place - this.first) * this.average;
     }
     this.draw();
     this.report();
   }
 
   move(pixels) {
+    this.isAtEnd = false;
     this.skip += pixels;
     this.draw();
     this.report();
@@ -326,6 +329,7 @@ export class LogWindow {
       if (this.opened.get(number) === button.dataset.do) this.opened.delete(number);
       else this.opened.set(number, button.dataset.do);
       if (this.isFollowing) this.freeze();
+      this.isAtEnd = false;
       row.dataset.stale = "1";
       this.draw();
       this.drawn.get(Number(row.dataset.index))?.querySelector(`[data-do="${button.dataset.do}"]`)?.focus({ preventScroll: true });
@@ -339,7 +343,10 @@ export class LogWindow {
     if (!height) return;
     const rows = this.capacity;
     let first = Math.max(0, Math.min(this.first, this.total - 1));
-    if (this.isFollowing) this.skip = Infinity;
+    if (this.isFollowing || this.isAtEnd) {
+      first = Math.max(0, this.total - rows);
+      this.skip = Infinity;
+    }
     let start = first;
     let end = Math.min(this.total, first + rows);
     this.fill(start, end);
@@ -379,6 +386,7 @@ export class LogWindow {
     this.first = first;
     const last = Math.min(this.total, first + rows);
     this.fill(first, last);
+    this.measure(first, last);
     this.body.style.transform = `translateY(${-Math.round(this.skip)}px)`;
     if (this.isFollowing) this.place();
     else if (!this.has(first, last) && !this.isAsked(first)) {
@@ -481,14 +489,25 @@ export class LogWindow {
 
   /** Let the scroll bar show where the window is. */
   place() {
-    const space = Math.min(this.total * this.rowHeight, MOST_SPACE);
+    const fits = this.first === 0 && !this.skip && this.drawn.size >= this.total && this.lowerEdge() <= this.height;
+    const space = fits ? 0 : Math.min(Math.max(this.total * this.average, 1.5 * this.height), MOST_SPACE);
     this.space.style.height = `${Math.max(0, space - this.height)}px`;
     const most = this.element.scrollHeight - this.height;
-    const whole = Math.max(1, this.total - this.height / this.rowHeight);
-    const isAtEnd = this.isFollowing || (this.first + this.capacity >= this.total && this.lowerEdge() <= this.height + 1);
-    const top = isAtEnd ? most : Math.min(most - (most > 1 ? 1 : 0), ((this.first + Math.min(this.skip / this.rowHeight, 1)) / whole) * most);
+    const whole = Math.max(1, this.total - this.height / this.average);
+    const isLow = this.isFollowing || this.isAtEnd || (this.first + this.capacity >= this.total && this.lowerEdge() <= this.height + 1);
+    const top = isLow ? most : Math.min(most - (most > 1 ? 1 : 0), ((this.first + Math.min(this.skip / this.firstHeight, 1)) / whole) * most);
     if (Math.abs(this.element.scrollTop - top) >= 1) this.element.scrollTop = Math.max(0, top);
     this.lastTop = this.element.scrollTop;
+  }
+
+  /** Estimate the height of rows, for the scroll bar; a small change would only make it tremble. */
+  measure(first, last) {
+    if (last <= first) return;
+    this.firstHeight = this.drawn.get(first).offsetHeight;
+    const average = this.body.offsetHeight / (last - first);
+    if (Math.abs(average - this.average) < this.average / 4) return;
+    this.average = average;
+    this.place();
   }
 
   lowerEdge() {

@@ -172,7 +172,7 @@ export function Output({ job, client, query, hash, change, openResult }) {
   const isPaused = !view.isFollowing && !hasEnded;
   return html`<div class="output">
     <div class="output-bar" role="toolbar" aria-label=${jobWords.tabs.output}>
-      <form role="search" onSubmit=${find} class="find">
+      <form role="search" aria-label=${text.keys.find} onSubmit=${find} class="find">
         <input ref=${field} type="search" aria-label=${text.find} placeholder=${text.find} defaultValue=${needle} maxlength="500" spellcheck="false" autocomplete="off"
           onInput=${(event) => event.target.value === "" && needle && change({ find: "", only: "" })} />
         <span class="find-count" role="status">${needle && found && found.text === needle ? matches(found, place) : ""}</span>
