@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from harp_daemon.settings import ConfigError
-from harpcaller.config import IGNORED_KEYS, KEYS, Address, Config, TLSFiles, file_errors, load
+from harpcaller.config import IGNORED_KEYS, KEYS, Address, Config, HTTPSettings, TLSFiles, file_errors, load
 
 PAGE = Path(__file__).parents[2] / "docs" / "settings-dispatcher.md"
 
@@ -242,3 +242,60 @@ def test_config_docs_list_every_key_and_default() -> None:
     assert dict(rows) == wanted
     assert len(rows) == len(wanted)
     assert all(f"`{key}`" in PAGE.read_text() for key in IGNORED_KEYS)
+
+
+SAFE = 'access_file = "access.toml"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        (
+            '[http]\nlisten = ["0.0.0.0:3580"]',
+            "http.listen: expected a loopback address, or access_file",
+        ),
+        (
+            SAFE + '[http]\nlisten = ["*:1"]',
+            'http.listen: expected a loopback address, "tls:*:1" or',
+        ),
+        ('[http]\nlisten = ["tls:127.0.0.1:1"]', "http.certfile: expected a file, as http.listen has tls:127.0.0.1:1"),
+        ('[http]\nlisten = "127.0.0.1:1"', "http.listen: expected an array of addresses"),
+        ('[http]\nlisten = ["127.0.0.1"]', 'http.listen: expected "ADDRESS:PORT"'),
+        ('[http]\ncertfile = "a"', "http.certfile: expected both certfile and keyfile"),
+        ('[http]\nbase_path = "harp/"', 'http.base_path: expected "" or a path'),
+        ("[http]\nconnections = 0", "http.connections: expected an integer, at least 1, got 0"),
+        ("[http]\nport = 1", "http.port: unknown key"),
+        ("http = 5", "http: expected a mapping"),
+    ],
+)
+def test_http_section_is_checked(tmp_path: Path, text: str, error: str) -> None:
+    file = tmp_path / "harpcaller.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load(file)
+    assert error in str(caught.value)
+    assert str(caught.value).startswith(f"{file}: http")
+
+
+@pytest.mark.parametrize(
+    ("text", "listen"),
+    [
+        ("[http]", ["127.0.0.1:3580"]),
+        ('[http]\nlisten = ["[::1]:1", "localhost:2", "unix:/run/http"]', ["[::1]:1", "localhost:2", "unix:/run/http"]),
+        (SAFE + '[http]\nlisten = ["*:1"]\nbehind_proxy = true', ["*:1"]),
+        (SAFE + '[http]\nlisten = ["tls:*:1"]\ncertfile = "a"\nkeyfile = "b"', ["tls:*:1"]),
+    ],
+)
+def test_http_section_is_read(tmp_path: Path, text: str, listen: list[str]) -> None:
+    file = tmp_path / "harpcaller.toml"
+    file.write_text(text)
+    http = load(file).http
+    assert http is not None
+    assert [str(address) for address in http.listen] == listen
+    assert http.certfile in (None, tmp_path / "a")
+
+
+def test_http_settings_are_on_the_page() -> None:
+    rows = re.findall(r"^\| `http\.(\w+)` \| (?:`(.*?)`)? ?\|", PAGE.read_text(), re.MULTILINE)
+    fields = msgspec.structs.fields(HTTPSettings)
+    assert dict(rows) == {field.name: _shown(field.default) for field in fields}

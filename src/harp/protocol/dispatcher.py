@@ -76,6 +76,8 @@ def decode_queue(members: JSONObject, key: str) -> Queue:
     expected = "an object with a name"
     queue = required_object(members, key, expected)
     check("name" in queue, f"{key}: expected {expected}")
+    unknown = queue.keys() - {"name", "concurrency"}
+    check(not unknown, f"{key}: unknown key {', '.join(sorted(unknown))}")
     return decode_as(Queue, queue)
 
 

@@ -82,7 +82,7 @@ class HTTPApp:
             by_path.setdefault(operation.path, {})[operation.method] = operation
         endpoints = [_Endpoint(service, path, of_path) for path, of_path in by_path.items()]
         own = [Route(f"{self._base}{endpoint.route}", endpoint) for endpoint in endpoints]
-        others = [Mount(self._base, routes=list(routes))] if self._base else routes
+        others = [Mount(self._base, Router(routes, False, _not_found))] if self._base else routes
         self.router = Router([*own, *others], redirect_slashes=False, default=_not_found)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -215,6 +215,8 @@ async def answer(service: HTTPService, operation: Operation, request: Request, c
     reservation = Reservation(service.memory)
     try:
         body = b"" if operation.body is None else await _read_body(service, operation, request, reservation)
+        if service.stopping.is_set():
+            raise Problem("stopping", "the dispatcher stops; try again later", retry_after=5)
         acting = service.acting_as(client)
         path = request.path_params
         return await operation.handler(
@@ -285,8 +287,8 @@ async def _read_body(service: HTTPService, operation: Operation, request: Reques
         pieces.append(piece)
     body = b"".join(pieces)
     kind = request.headers.get("content-type")
-    if kind is None and not body and not operation.body.required:
-        return body
+    if not body and not operation.body.required:
+        return b"{}"
     media_type, _, parameters = (kind or "").partition(";")
     charset = parameters.replace(" ", "").replace('"', "").lower()
     if media_type.strip().lower() != "application/json" or charset not in ("", "charset=utf-8"):

@@ -140,7 +140,7 @@ async def decode_body(request: APIRequest, decode: Callable[[bytes], T]) -> T:
 
 def decoder_of(kind: type[WireObject]) -> Callable[[bytes], Any]:
     """Return a function that decodes a body as a message of a kind."""
-    return lambda body: decode_as(kind, decode_object(body or b"{}", decode_slices))
+    return lambda body: decode_as(kind, decode_object(body, decode_slices))
 
 
 def request_id_of(request: APIRequest) -> str | None:
@@ -328,7 +328,7 @@ async def rerun_job(request: APIRequest) -> Response:
     job_id, request_id = job_of(request), request_id_of(request)
 
     def decode(body: bytes) -> dict[str, Any]:
-        members = decode_object(body or b"{}", decode_slices)
+        members = decode_object(body, decode_slices)
         changes = decode_as(CallChanges, members)
         return {name: getattr(changes, name) for name in members}
 

@@ -52,6 +52,7 @@ _MAX_PIPELINED = 8  #: Maximum number of requests of a connection that wait for 
 _MAX_FRAMING = 16 * 1024  #: Maximum bytes of a chunked body that are not data, beside 8 for each byte of data.
 _LINGER_SECONDS = 2.0  #: Seconds for a refused client to read the response and close.
 _DRAIN_SECONDS = 5.0  #: Seconds for which a closing server waits for requests in progress.
+_UNSENT_BYTES = 64 * 1024  #: Maximum unsent bytes in the kernel's buffer for a client.
 _SERVER = (b"server", b"harpcallerd")
 
 
@@ -150,6 +151,8 @@ class HTTPServer:
         self.timers.call_later(1.0, self._renew_date)
 
     def _connect(self, accepted: socket.socket, peer: str, listener: Listener) -> HTTPConnection:
+        if accepted.family != socket.AF_UNIX:
+            accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
         context = self.tls.context if listener.is_tls and self.tls is not None else None
         return HTTPConnection(self, accepted, anonymous(peer, listener), context, self.tls_version)
 
