@@ -1,12 +1,10 @@
 // The console: frame, router of views, theme, keys. A view is a module of its own that is loaded when it is opened;
 // it exports one component, which gets `{query, id, me}`: the query of the address, the part after the view's name,
 // and the answer of GET /me. `ui.mjs` has what views are made of.
-import { del, get, Problem, watchRequests } from "./api.mjs";
+import { del, get, Problem, tellWatchers, watchRequests } from "./api.mjs";
 import { useKeys } from "./keys.mjs";
-import { forgetLists } from "./list.mjs";
 import { togglePause, useLiveStatus } from "./live.mjs";
 import { LoginView } from "./login.mjs";
-import { KeyHelp, Palette } from "./palette.mjs";
 import { BASE, link, navigate, useRoute } from "./router.mjs";
 import { Empty, Fault, html, Icon, Loading, Menu, Notices, render, setSetting, setTitle, shortTime, useEffect, useErrorBoundary, useRef, useSettings, useState } from "./ui.mjs";
 import { words } from "./words.mjs";
@@ -170,8 +168,8 @@ function Frame({ me, logOut, restarted }) {
     </header>
     <${Banner} status=${status} restarted=${restarted} />
     <main id="content" tabindex="-1" data-scroll><${View} place=${place} me=${me} /></main>
-    ${over === "palette" && html`<${Palette} close=${() => setOver(null)} actions=${actions} views=${bar.map(([, path, name]) => [words.palette.goTo(name), () => navigate(link(path))])} />`}
-    ${over === "keys" && html`<${KeyHelp} close=${() => setOver(null)} />`}
+    ${over === "palette" && html`<${LoadedView} view=${["palette.mjs", "Palette"]} close=${() => setOver(null)} actions=${actions} views=${bar.map(([, path, name]) => [words.palette.goTo(name), () => navigate(link(path))])} />`}
+    ${over === "keys" && html`<${LoadedView} view=${["palette.mjs", "KeyHelp"]} close=${() => setOver(null)} />`}
     <${Notices} />`;
 }
 
@@ -200,7 +198,7 @@ function App() {
   }
   useEffect(() => {
     ask();
-    tabs.onmessage = ({ data }) => (data === "logout" ? setMe(null) : ask());
+    tabs.onmessage = ({ data }) => (data === "logout" ? tellWatchers({ loggedOut: true }) : ask());
     return watchRequests((fact) => {
       if (fact.loggedOut) setMe(null);
       if (fact.restarted) hasOtherVersion().then(setRestarted, () => null);
@@ -214,8 +212,7 @@ function App() {
   async function logOut() {
     await del("/session", { quiet: true }).catch(() => null);
     tabs.postMessage("logout");
-    forgetLists();
-    setMe(null);
+    tellWatchers({ loggedOut: true });
   }
   function loggedIn() {
     tabs.postMessage("login");

@@ -1,5 +1,5 @@
 // The rows of the job list: what was fetched, what came live, and what waits until the reader asks for it.
-import { get } from "./api.mjs";
+import { get, watchRequests } from "./api.mjs";
 
 const PAGE = 100;
 const FAST_PAGE = 500;
@@ -17,8 +17,8 @@ export function listOf(key, query, back) {
   return list;
 }
 
-/** Forget all lists: another person may log in. */
-export const forgetLists = () => cache.clear();
+// Another person may log in.
+watchRequests(({ loggedOut }) => loggedOut && cache.clear());
 
 class JobList {
   rows = [];
