@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 
 import harp
+from harp import aio
 from harp.cli import Exit
+from support.blocking import LoopThread
 from support.harpcallerd import Harpcallerd
 from support.shells import Shell, shell_of
 from support.system import System, running
@@ -225,6 +227,23 @@ def test_lists_without_access_file_need_a_role(tmp_path: Path) -> None:
             assert [host.name for host in rpc.hosts().all()] == ["web01"]
 
 
+def test_list_continues_after_a_restart_of_the_dispatcher(tmp_path: Path) -> None:
+    (tmp_path / "access.toml").write_text(ACCESS)
+    settings = {"access_file": str(tmp_path / "access.toml")}
+    with Harpcallerd(tmp_path / "harpcallerd", settings=settings) as dispatcher, LoopThread() as thread:
+        rpc = harp.HarpCaller("127.0.0.1", dispatcher.port, keep_alive=False)
+        submitted = [
+            job.id() for job in rpc.submit_many([harp.Call("nowhere", "p", (number,)) for number in range(250)])
+        ]
+        newest = rpc.jobs()
+        oldest = aio.AsyncHarpCaller("127.0.0.1", dispatcher.port, keep_alive=False).jobs(oldest_first=True)
+        found = [[next(newest).id], [thread.run(anext(oldest)).id]]
+        dispatcher.restart(kill=True)
+        found[0] += [job.id for job in newest]
+        found[1] += [job.id for job in thread.run(oldest.all())]
+    assert found == [submitted[::-1], submitted]
+
+
 def test_lists_have_only_jobs_that_the_rules_allow(tmp_path: Path) -> None:
     rules = tmp_path / "access.toml"
     rules.write_text('[[rule]]\nwho = ["token:*"]\nallow = ["call", "read", "list"]\n')
@@ -431,6 +450,22 @@ def test_watch_on_a_terminal_updates_in_place(system: System) -> None:
         assert "\x1b[2J" not in terminal.printed
 
 
+def test_watch_shows_an_outage_and_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "access.toml").write_text(ACCESS)
+    settings = {"access_file": str(tmp_path / "access.toml")}
+    with Harpcallerd(tmp_path / "harpcallerd", settings=settings) as dispatcher:
+        watched = {"HARP_DISPATCHER": f"127.0.0.1:{dispatcher.port}", "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-c", PROGRAM, "jobs", "--watch", "--interval", "0.1"]
+        with Terminal(command, {**os.environ, **watched}) as terminal:
+            terminal.read_until("no job matches")
+            dispatcher.kill()
+            terminal.read_until("not reachable: ")
+            dispatcher.start()
+            job = harp.HarpCaller("127.0.0.1", dispatcher.port, keep_alive=False).nowhere.backup()
+            terminal.read_until(job.id())
+            assert terminal.interrupt() == Exit.INTERRUPTED
+
+
 def test_commands_for_programs_load_no_tables(system: System) -> None:
     program = (
         "import sys, harp.cli; sys.exit(', '.join([n for n in sys.modules if n in ('rich', 'harp._terminal')]) or 0)"
@@ -452,7 +487,8 @@ def test_operator_finds_the_cause_within_a_minute(system: System) -> None:
         table = terminal.read_all()
     (suspect,) = [line for line in table.splitlines() if "raised" in line]
     assert "db02" in suspect
-    assert "harp show JOB" in table
+    assert "harp show JOB explains one" in table
+    assert "state:bad lists only failed ones" in table
     with on_terminal(system, "show", suspect.split()[0], columns=120) as terminal:
         page = terminal.read_all()
     assert "No space left on device: '/backup/orders.dump'" in page

@@ -223,6 +223,18 @@ def test_import_does_not_load_asyncio(module: str) -> None:
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
+def test_client_loads_only_the_standard_library() -> None:
+    program = (
+        "import pkgutil, sys, harp\n"
+        "before = {name.partition('.')[0] for name in sys.modules}\n"
+        "for module in pkgutil.walk_packages(harp.__path__, 'harp.'): __import__(module.name)\n"
+        "found = {name.partition('.')[0] for name in sys.modules} - before - sys.stdlib_module_names\n"
+        "assert 'harp._terminal.tables' in sys.modules\n"
+        "sys.exit(', '.join(found - {'harp'}) or 0)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
 def test_import_of_protocol_loads_no_client_or_network() -> None:
     program = (
         "import sys, harp.protocol.harpd, harp.protocol.dispatcher, harp.errors\n"

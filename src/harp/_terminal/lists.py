@@ -33,6 +33,7 @@ FORMATS = ("table", "json", "lines")
 _USUAL_ROWS = 20
 #: Jobs that a watch looks up one by one, because they are not listed any more.
 _MAX_GONE = 100
+_BAD = ("raised", "failed")  #: The states of jobs that ended with an error.
 #: The length of job ids of which the end is omitted: that of the time and the version, and more of them.
 _SHORT_IDS = (18, 23)
 
@@ -61,7 +62,7 @@ def _end(job: JobSummary, now: float) -> Span:
     text = ": ".join(filter(None, (job.end_type, job.end_message)))
     if job.stop in ("pending", "failed", "unknown"):
         text = f"stop {job.stop}; {text}" if text else f"stop {job.stop}"
-    return Span(text, OF_STATE.get(job.state, "") if job.state in ("raised", "failed") else "")
+    return Span(text, OF_STATE.get(job.state, "") if job.state in _BAD else "")
 
 
 def _text(name: str) -> Callable[[Any, float], Span]:
@@ -161,8 +162,12 @@ def list_jobs(caller: HarpCaller, options: Namespace) -> None:
 def _hint(found: Sequence[JobSummary], filter: str, is_cut: bool) -> str:
     if not found:
         return "no job matches" if filter else "there are no jobs"
-    more = "; more jobs match: --limit N, or 0 for all" if is_cut else ""
-    return f"harp show JOB explains one, with its last records{more}"
+    hints = ["harp show JOB explains one, with its last records"]
+    if is_cut:
+        hints.append("--limit N prints more, --limit 0 all")
+    if "state:" not in filter and any(job.state not in _BAD for job in found):
+        hints.append("state:bad lists only failed ones")
+    return "; ".join(hints)
 
 
 def _job_table(jobs: Sequence[JobSummary], names: Sequence[str], width: int | None) -> list[Line]:
