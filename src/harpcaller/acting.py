@@ -16,14 +16,14 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Mapping, Sequence, Set
 from functools import partial
 from types import MappingProxyType
 from typing import Any, NoReturn
 
 from harp.protocol.dispatcher import Call, Queue
 from harp.protocol.ends import End, Failed
-from harp.protocol.json_text import Raw, dumps
+from harp.protocol.json_text import Envelope, Raw, dumps
 from harp.protocol.schema import ProtocolError
 from harp_daemon.audit_reading import Cursor, Page, read_page
 from harpcaller.access import AccessDenied, AuthError, RateLimited
@@ -35,6 +35,7 @@ from harpcaller.changes import Position, Subscription, View
 from harpcaller.dispatcher import Dispatcher
 from harpcaller.host_states import HostState
 from harpcaller.hosts.registry import Host, HostChange
+from harpcaller.job_rows import encode_row
 from harpcaller.model.job_filters import JobFilter
 from harpcaller.model.jobs import (
     Job,
@@ -80,6 +81,8 @@ _CHANGEABLE = (
     "secrets",
 )
 NO_CHANGES: Mapping[str, Any] = MappingProxyType({})
+#: The actions on which the rights to a row depend.
+_ROW_ACTIONS = (Action.LIST, Action.READ, Action.CANCEL, Action.CALL, Action.MANAGE)
 _MAX_NAME = 255  #: Longer names are cut in messages, to this number of characters.
 
 
@@ -542,27 +545,34 @@ class ActingAs:
     @property
     def is_current(self) -> bool:
         """Whether the policy is still the one that was in use when the request began."""
-        return self._policy is self._access.policy
+        return self._policy is self._access.policy_of(self._client)
 
     @property
     def position(self) -> Position:
         """The position in the change feed after the last change."""
         return self._dispatcher.changes.position
 
-    def watch_jobs(self, wanted: JobFilter, after: Position | None, on_ready: Callable[[], object]) -> Subscription:
+    def watch_jobs(
+        self,
+        wanted: JobFilter,
+        after: Position | None,
+        on_ready: Callable[[], object],
+        encode: Callable[[JobSummary, tuple[str, ...]], Envelope] = encode_row,
+    ) -> Subscription:
         """Return a subscription to the jobs that fit a filter and that the client may list, from a position on.
 
-        It ends when the policy changes. The caller closes it.
+        It ends when the policy changes. The caller closes it. `encode` encodes a job with the rights to it.
         """
         self._require_ever(Action.LIST)
-        # Clients without restrictions see the same.
-        whose = (self._client.principals, self._client.roles) if self._is_restricted else None
+        allowed = self._find_general_rights()
+        sees_all = allowed is not None
         view = View(
-            key=(wanted, whose),
-            rights=self._find_rights if self._is_restricted else self.rights,
+            key=(wanted, encode, (self._client.principals, self._client.roles) if allowed is None else allowed),
+            rights=self._find_rights if allowed is None else partial(_find_rights, allowed),
             select=partial(self._dispatcher.select_jobs, wanted),
             may_have_fitted=partial(may_have_fitted, wanted),
-            sees_all=not self._is_restricted,
+            sees_all=sees_all,
+            encode=encode,
         )
         return self._dispatcher.live.subscribe(view, after, on_ready)
 
@@ -572,6 +582,17 @@ class ActingAs:
         It is for requests that then read what the client may read. It may be called although nothing has changed.
         """
         return self._dispatcher.live.watch(job_id, on_change)
+
+    def _find_general_rights(self) -> frozenset[Action] | None:
+        """Return what the client may do with every job; None: that depends on the job."""
+        if not self._is_restricted:
+            return frozenset(_ROW_ACTIONS)
+        scopes = {action: self._policy.find_scope(self._client, action) for action in _ROW_ACTIONS}
+        if not all(scope.is_exact and scope.owners in (None, ()) for scope in scopes.values()):
+            return None
+        allowed = frozenset(action for action, scope in scopes.items() if scope.owners is None)
+        # A client may read its own refused calls, even if it may read no other job.
+        return allowed if {Action.LIST, Action.READ} <= allowed else None
 
     def _find_rights(self, summary: JobSummary) -> tuple[str, ...] | None:
         """Return the rights to a job; None if the client may not list it."""
@@ -737,6 +758,20 @@ class ActingAs:
         rule = None if decision is None else decision.rule
         client = {"client": self._client.peer, "principal": self._client.owner}
         log.info("access denied", extra={"action": action.value, **fields, "rule": rule, **client})
+
+
+def _find_rights(allowed: Set[Action], summary: JobSummary) -> tuple[str, ...]:
+    """Return the rights to a job of a client that may do these actions with every job, as `ActingAs.rights`."""
+    has_ended = summary.ended is not None
+    is_refused = summary.end_type in _REFUSALS and summary.started is None
+    found = ["read"]
+    if not has_ended and Action.CANCEL in allowed:
+        found.append("cancel")
+    if not is_refused and Action.CALL in allowed:
+        found.append("rerun")
+    if has_ended and summary.holds_slot and Action.MANAGE in allowed:
+        found.append("release")
+    return tuple(found)
 
 
 def _names_of(job: Subject | Job | None) -> dict[str, Any]:

@@ -138,6 +138,8 @@ class View(NamedTuple):
     may_have_fitted: Callable[[JobSummary], bool]
     #: Whether `rights` needs no subject: every job may be seen, so that a deleted one may be named.
     sees_all: bool
+    #: Encodes a summary with the rights to the job. Views with the same function share the text.
+    encode: Callable[[JobSummary, tuple[str, ...]], Envelope]
 
 
 class Subscription:
@@ -187,20 +189,15 @@ class Subscription:
 class LiveJobs:
     """The subscriptions to jobs.
 
-    `read` returns the summaries of jobs by id, and with True also what decides about rights to them. `encode` encodes
-    a summary with the rights to the job.
+    `read` returns the summaries of jobs by id, and with True also what decides about rights to them.
     """
 
     def __init__(
-        self,
-        changes: ChangeFeed,
-        read: Callable[[Sequence[str], bool], Awaitable[Sequence[JobSummary]]],
-        encode: Callable[[JobSummary, tuple[str, ...]], Envelope],
+        self, changes: ChangeFeed, read: Callable[[Sequence[str], bool], Awaitable[Sequence[JobSummary]]]
     ) -> None:
         self.changes = changes
         self.resets: dict[Reset, int] = dict.fromkeys(Reset, 0)  #: How many resets readers got, by reason.
         self._read = read
-        self._encode = encode
         self._subscriptions: dict[Subscription, None] = {}
         self._watchers: dict[str | None, list[Callable[[], object]]] = {}
         self._told = changes.number  # the change up to which the watchers were called
@@ -338,7 +335,7 @@ class LiveJobs:
         for start in range(0, len(changed), _PAGE):
             page = changed[start : start + _PAGE]
             summaries = {each.id: each for each in await self._read([job_id for job_id, _ in page], needs_subjects)}
-            encoded: dict[tuple[str, tuple[str, ...]], Raw] = {}
+            encoded: dict[Hashable, Raw] = {}
             for group in groups.values():
                 await self._add_page(group, page, summaries, encoded)
                 await asyncio.sleep(0)
@@ -356,7 +353,7 @@ class LiveJobs:
         group: _Group,
         page: Sequence[tuple[str, int]],
         summaries: Mapping[str, JobSummary],
-        encoded: dict[tuple[str, tuple[str, ...]], Raw],
+        encoded: dict[Hashable, Raw],
     ) -> None:
         """Add jobs that have changed, the latest first, to the event of a group."""
         view = group.view
@@ -376,9 +373,10 @@ class LiveJobs:
             elif len(group.rows) >= _MAX_ROWS:
                 group.more += 1
             else:
-                row = encoded.get((job_id, rights))
+                key = view.encode, job_id, rights
+                row = encoded.get(key)
                 if row is None:
-                    row = encoded[job_id, rights] = dumps(self._encode(summary, rights))
+                    row = encoded[key] = dumps(view.encode(summary, rights))
                 group.rows.append(row)
 
 

@@ -50,7 +50,6 @@ from harpcaller.hosts.pool import ConnectionPool
 from harpcaller.hosts.registry import Host, HostsRegistry
 from harpcaller.hosts.resolving import Resolver
 from harpcaller.hosts.tls import HostTLS
-from harpcaller.job_rows import encode_row
 from harpcaller.metrics import Metrics
 from harpcaller.model.ids import new_job_id, new_job_ids
 from harpcaller.model.job_filters import JobFilter
@@ -147,7 +146,7 @@ class Dispatcher:
         self._cursors: Cursors
         self._search_lock = asyncio.Lock()
         self.changes = ChangeFeed()  #: The changes of jobs, if there is an API that shows them.
-        self.live = LiveJobs(self.changes, self.get_summaries, encode_row)  #: For `harpcaller.acting`.
+        self.live = LiveJobs(self.changes, self.get_summaries)  #: For `harpcaller.acting`.
 
     async def __aenter__(self) -> Self:
         identity = await self.store.get_identity()

@@ -43,7 +43,7 @@ class Feed:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.changes = ChangeFeed()
-        self.live = LiveJobs(self.changes, self.read, encode_row)
+        self.live = LiveJobs(self.changes, self.read)
         store.observe(self.changes.record)
 
     async def read(self, job_ids: Sequence[str], with_subjects: bool) -> list[JobSummary]:
@@ -74,7 +74,9 @@ class Viewer:
     def come(self) -> None:
         if self._subscription is None:
             select, may_have_fitted_filter = self._select, partial(may_have_fitted, self.wanted)
-            view = View(id(self), lambda job: ("read",), select, may_have_fitted_filter, sees_all=True)
+            view = View(
+                id(self), lambda job: ("read",), select, may_have_fitted_filter, sees_all=True, encode=encode_row
+            )
             self._subscription = self._feed.live.subscribe(view, self._position, lambda: None)
             self._position = self._position or self._feed.changes.position
 

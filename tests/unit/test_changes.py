@@ -54,8 +54,9 @@ class Jobs:
         self.reads: list[list[str]] = []
         self.encoded = 0
         self.is_failing = False
+        self.encode = self._encode  # one function, so that views share the text
         self.feed = ChangeFeed()
-        self.live = LiveJobs(self.feed, self.read, self.encode)
+        self.live = LiveJobs(self.feed, self.read)
 
     async def read(self, job_ids: Sequence[str], with_subjects: bool) -> list[JobSummary]:
         await asyncio.sleep(0)
@@ -64,7 +65,7 @@ class Jobs:
         self.reads.append(list(job_ids))
         return [self.stored[job_id] for job_id in job_ids if job_id in self.stored]
 
-    def encode(self, job: JobSummary, rights: tuple[str, ...]) -> Envelope:
+    def _encode(self, job: JobSummary, rights: tuple[str, ...]) -> Envelope:
         self.encoded += 1
         return Envelope(job=job.id, state=job.state.value, can=list(rights), preview=job.arguments_preview)
 
@@ -81,7 +82,14 @@ class Jobs:
         def rights(job: JobSummary) -> tuple[str, ...] | None:
             return None if job.id in hidden else ("read",)
 
-        return View((key, frozenset(hidden), frozenset(states)), rights, select, lambda job: bool(states), not hidden)
+        return View(
+            (key, frozenset(hidden), frozenset(states)),
+            rights,
+            select,
+            lambda job: bool(states),
+            not hidden,
+            self.encode,
+        )
 
 
 class Reader:
