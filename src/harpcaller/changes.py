@@ -5,8 +5,8 @@ number of its latest change: a reader that knows the state at a number reads the
 numbers start anew with each dispatcher, so a reader also names the `boot` that it has its number from.
 
 A `Subscription` delivers the rows of jobs to one reader, at most four times a second. All subscriptions share one read
-of the store; subscriptions of the same client rights and the same filter share the text. Whoever does not read loses
-the events that wait for it, and is told so; then it asks for its list again. It holds nobody up.
+of the store; subscriptions of the same client rights and the same filter share the text. A reader that does not read
+loses the events that wait for it, and gets a reset: then it asks for its list again. It delays nobody.
 """
 
 from __future__ import annotations
@@ -148,6 +148,7 @@ class Subscription:
     def __init__(self, feed: LiveJobs, view: View, on_ready: Callable[[], object]) -> None:
         self.view = view
         self.known = feed.changes.number  #: The change up to which the reader knows all, or will when it has read.
+        self.received = self.known  #: The change up to which the reader has got the events.
         self.is_closed = False  #: Whether no further event follows those that wait.
         self._feed = feed
         self._on_ready = on_ready
@@ -160,6 +161,7 @@ class Subscription:
             return None
         event = self._events.popleft()
         self._size -= len(event.data)
+        self.received = event.position.number
         return event
 
     def add(self, event: Event) -> None:
@@ -219,7 +221,7 @@ class LiveJobs:
         elif self.changes.changed_since(after.number) is None:
             subscription.reset(Reset.GAP)
         else:
-            subscription.known = after.number
+            subscription.known = subscription.received = after.number
             self._schedule()
         return subscription
 

@@ -5,20 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from harpcaller.access.tokens import revoke_token
 from harpcaller.config import HTTPSettings
 from support.daemonlog import DEADLINE
-from support.dispatcher import call, host_line
+from support.dispatcher import host_line
 from support.http_api import RunningAPI, running_api
-from support.peers import Peer, PeerConnection
-from support.scripted import connection_of, scripted_harpd
+from support.http_streams import ended, feeding, opened
+from support.peers import Peer
+from support.scripted import scripted_harpd
 
 UNKNOWN = "00000000-0000-0000-0000-000000000000"
 
@@ -31,70 +31,8 @@ def peer(tmp_path: Path) -> Iterator[Peer]:
 
 @pytest.fixture
 async def api(tmp_path: Path, peer: Peer) -> AsyncIterator[RunningAPI]:
-    async with running_api(tmp_path, host_line(peer.port)) as api:
+    async with running_api(tmp_path, host_line(peer.port), rules=None) as api:
         yield api
-
-
-async def submit(api: RunningAPI, procedure: str, *arguments: Any) -> str:
-    return await api.dispatcher.submit(call(procedure, arguments=arguments), "test")
-
-
-async def ended(api: RunningAPI, procedure: str, *arguments: Any) -> str:
-    """Submit a call and wait for its end."""
-    job = await submit(api, procedure, *arguments)
-    async with asyncio.timeout(DEADLINE):
-        await api.dispatcher.result(job)
-    return job
-
-
-async def feeding(api: RunningAPI, peer: Peer, *records: Any) -> tuple[str, PeerConnection]:
-    """Start a job that streams these records, and later what its connection replies."""
-    job = await submit(api, "feed", *records)
-    async with asyncio.timeout(DEADLINE):
-        while (await api.dispatcher.get_job(job)).records < len(records):
-            await asyncio.sleep(0.01)
-    return job, connection_of(peer, *records)
-
-
-class Response:
-    """A response that goes on: its lines, as they come."""
-
-    def __init__(self, response: httpx.Response) -> None:
-        self.response = response
-        self._lines = response.aiter_lines()
-
-    async def line(self) -> str:
-        async with asyncio.timeout(DEADLINE):
-            return await anext(self._lines)
-
-    async def message(self) -> Any:
-        """Return the next JSON line that is not a heartbeat."""
-        while not (line := await self.line()):
-            pass
-        return json.loads(line)
-
-    async def event(self) -> dict[str, str]:
-        """Return the fields of the next event."""
-        fields: dict[str, str] = {}
-        while True:
-            line = await self.line()
-            if not line and "data" in fields:
-                return fields
-            if line and not line.startswith(":"):
-                key, _, value = line.partition(": ")
-                fields[key] = value
-
-    async def rest(self) -> list[str]:
-        async with asyncio.timeout(DEADLINE):
-            return [line async for line in self._lines]
-
-
-@asynccontextmanager
-async def opened(api: RunningAPI, path: str, **headers: str) -> AsyncIterator[Response]:
-    named = {name.replace("_", "-"): value for name, value in headers.items()}
-    async with api.client.stream("GET", path, headers=named) as response:
-        assert response.status_code == 200, await response.aread()
-        yield Response(response)
 
 
 async def lines_of(api: RunningAPI, path: str) -> list[Any]:
@@ -267,6 +205,25 @@ async def test_events_have_the_number_as_id_and_stop_the_browser_after_the_end(a
         assert (await events.event())["event"] == "end"
 
 
+async def test_rows_of_the_job_come_with_its_records(api: RunningAPI, peer: Peer) -> None:
+    job, conn = await feeding(api, peer, 0)
+    path = f"/jobs/{job}/records?follow=1&since=0&state=1"
+    async with opened(api, path) as lines, opened(api, path, accept=EVENTS) as events:
+        first = [await lines.message() for _ in range(2)]
+        [row] = [line["job"] for line in first if "job" in line]
+        assert (row["job"], row["state"], row["records"]) == (job, "running", 1)
+        assert row["can"] == ["read", "cancel", "rerun"]
+        conn.reply({"result": 2})
+        rest = [json.loads(line) for line in await lines.rest()]
+        assert rest[-1] == {"result": 2}
+        assert rest[-2]["job"]["state"] == "returned"
+        names = [(await events.event()) for _ in range(2)]
+        assert {event["event"] for event in names} == {"job", "record"}
+        assert all("id" not in event for event in names if event["event"] == "job")
+    [row] = [line["job"] for line in await lines_of(api, f"/jobs/{job}/records?state=1") if "job" in line]
+    assert row["state"] == "returned"
+
+
 async def test_heartbeats_on_idle_streams(api: RunningAPI, peer: Peer) -> None:
     api.api.service.streams.heartbeat = 0.05
     job, conn = await feeding(api, peer, 0)
@@ -281,7 +238,7 @@ async def test_heartbeats_on_idle_streams(api: RunningAPI, peer: Peer) -> None:
 
 
 async def test_stop_ends_streams_with_a_last_line(tmp_path: Path, peer: Peer) -> None:
-    async with running_api(tmp_path, host_line(peer.port)) as api:
+    async with running_api(tmp_path, host_line(peer.port), rules=None) as api:
         job, _ = await feeding(api, peer, 0, 1)
         path = f"/jobs/{job}/records?follow=1&since=0"
         async with opened(api, path) as lines, opened(api, path, accept=EVENTS) as events:
@@ -308,7 +265,7 @@ async def test_revoked_token_ends_streams(api: RunningAPI, peer: Peer) -> None:
 
 async def test_too_many_streams_are_refused(tmp_path: Path, peer: Peer) -> None:
     settings = HTTPSettings(streams=3, streams_per_client=2)
-    async with running_api(tmp_path, host_line(peer.port), http=settings) as api:
+    async with running_api(tmp_path, host_line(peer.port), http=settings, rules=None) as api:
         job, conn = await feeding(api, peer, 0)
         path = f"/jobs/{job}/records?follow=1&since=0"
         one, two = api.headers_of("one"), api.headers_of("two")

@@ -24,7 +24,7 @@ from starlette.types import Message, Receive, Scope, Send
 from harp_daemon.memory_quota import Reservation
 from harpcaller.access import AuthError, Refusal
 from harpcaller.access.client import Client
-from harpcaller.http import audit, fleet, jobs, lists, login, records
+from harpcaller.http import audit, events, fleet, jobs, lists, login, records
 from harpcaller.http.authentication import authenticate, check_request_origin, identify_connection
 from harpcaller.http.guards import check_host
 from harpcaller.http.openapi import encode_document
@@ -35,7 +35,7 @@ from harpcaller.http.service import HTTPService
 log = logging.getLogger(__name__)
 
 #: The modules with operations, in the order of their documentation. Of two paths that match, the first is used.
-MODULES = (lists, jobs, records, fleet, audit, login)
+MODULES = (lists, jobs, records, events, fleet, audit, login)
 _OF_MODULES = [operation for module in MODULES for operation in module.OPERATIONS]
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from msgspec import Meta, Struct
+from msgspec import Meta
 from starlette.responses import Response
 
 from harp import __version__
@@ -83,19 +83,16 @@ class EventSource:
         known = acting.position if after is None else after
         self._hello: Event | None = Event("hello", dumps(hello), known)
         self._start = b"" if as_lines else _RETRY
-        self._last = b""
+        self._last: bytes | None = None
+        self._returned: bytes | None = None  # the last part, which was put back
 
     def next_part(self) -> bytes | None:
         """See `Source`."""
-        part = self._next_part()
-        if part is not None:
-            self._last = part
-        return part
+        part, self._returned = self._returned, None
+        self._last = self._make_part() if part is None else part
+        return self._last
 
-    def _next_part(self) -> bytes | None:
-        if self._last_is_back:
-            self._last_is_back = False
-            return self._last
+    def _make_part(self) -> bytes | None:
         if self._hello is not None:
             hello, self._hello = self._hello, None
             return self._start + self._encoder(hello)
@@ -111,8 +108,6 @@ class EventSource:
             return self._encoder(Event("counts", data, self._known))
         return None
 
-    _last_is_back = False
-
     @property
     def _known(self) -> Position:
         """The position up to which the client knows all."""
@@ -121,7 +116,7 @@ class EventSource:
 
     def put_back(self) -> None:
         """See `Source`."""
-        self._last_is_back = True
+        self._returned = self._last
 
     def interrupt(self, reason: str) -> bytes:
         """See `Source`."""
@@ -156,6 +151,7 @@ class Counts:
         self._wanted = wanted
         self._on_ready = on_ready
         self._changed_at = 0.0  # Unix time of the last change
+        self._is_outdated = False  # whether they changed after they were counted
         self._counted_at = float("-inf")  # time of the loop
         self._by: Any = None
         self._data: Raw | None = None
@@ -200,11 +196,13 @@ class Counts:
             self._by = counts.by
             self._data = dumps(encode_counts(counts))
             self._on_ready()
-        if counts.at <= self._changed_at:  # an answer that is shared may be older than the change
-            asyncio.get_running_loop().call_soon(self._schedule)
+        self._is_outdated = counts.at <= self._changed_at  # a shared answer may be older than the change
 
     def _on_counted(self, task: asyncio.Task[None]) -> None:
         self._task = None
+        if self._is_outdated and not task.cancelled():
+            self._is_outdated = False
+            self._schedule()
 
 
 async def follow_events(request: APIRequest) -> Response:
@@ -247,7 +245,6 @@ list again. A client that connects again with `Last-Event-ID` misses nothing, or
         handler=follow_events,
         query=EventsQuery,
         action="list",
-        problems=("too_many_requests",),
         headers={"Last-Event-ID": "the id of the last event that was received"},
         responses={200: Answer("the events", None, EVENTS, other_media_types=(JSON_LINES,))},
     ),

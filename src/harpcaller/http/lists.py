@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 from urllib.parse import urlencode
 
 import msgspec
@@ -16,7 +17,7 @@ from harpcaller.http.operations import Answer, APIRequest, Operation, json_respo
 from harpcaller.http.problems import Problem
 from harpcaller.job_rows import encode_row
 from harpcaller.model.job_filters import JobFilter, parse_filter, parse_time
-from harpcaller.model.jobs import JobSummary
+from harpcaller.model.jobs import JobCounts, JobSummary
 
 FACETS = ("state", "host", "procedure", "queue", "owner", "end_type")
 _MAX_BUCKETS = 1500
@@ -91,9 +92,15 @@ class StatisticsQuery(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 def show_row(request: APIRequest, summary: JobSummary, form: str = "raw") -> Envelope:
     """Return the object `Row` for the client of a request."""
-    row = encode_row(summary, request.acting.rights(summary))
-    if form == "text" and summary.queue is not None:
-        row["queue"] = Envelope(row["queue"], name=show_payload(summary.queue, form))
+    encode = encode_row_as_text if form == "text" else encode_row
+    return encode(summary, request.acting.rights(summary))
+
+
+def encode_row_as_text(summary: JobSummary, rights: Sequence[str]) -> Envelope:
+    """Return the object `Row` with the name of the queue as a string that has its exact text."""
+    row = encode_row(summary, rights)
+    if summary.queue is not None:
+        row["queue"] = Envelope(row["queue"], name=show_payload(summary.queue, "text"))
     return row
 
 
@@ -130,11 +137,16 @@ async def count_jobs(request: APIRequest) -> Response:
         if facet not in FACETS:
             raise Problem("invalid_request", f"by: expected some of {', '.join(FACETS)}, got {facet[:100]!r}")
     counts = await request.acting.count_jobs(query.parse(time.time()), facets, query.most)
+    return json_response(encode_counts(counts))
+
+
+def encode_counts(counts: JobCounts) -> dict[str, Any]:
+    """Return the object `Counts`."""
     by = {
         facet: [{"value": found.value, "count": found.count, "more": found.more} for found in values]
         for facet, values in counts.by.items()
     }
-    return json_response({"by": by, "exact": counts.exact, "at": counts.at})
+    return {"by": by, "exact": counts.exact, "at": counts.at}
 
 
 async def get_statistics(request: APIRequest) -> Response:

@@ -19,12 +19,14 @@ from harp.protocol.ends import End
 from harp.protocol.json_text import Raw, dumps, loads
 from harp.protocol.schema import encode_object
 from harpcaller.access import AccessDenied
+from harpcaller.access.policy import Action
 from harpcaller.acting import ActingAs
 from harpcaller.http.authentication import repeat_authentication
 from harpcaller.http.jobs import job_of
 from harpcaller.http.operations import Answer, APIRequest, Body, Operation
 from harpcaller.http.problems import Problem
 from harpcaller.http.streaming import ACCESS, Admitted, Source, StreamResponse
+from harpcaller.job_rows import encode_row
 from harpcaller.model.ids import is_job_id
 from harpcaller.model.jobs import Job, Records
 from harpcaller.notifier import RecordBatch
@@ -51,6 +53,7 @@ class RecordsQuery(Struct, frozen=True, forbid_unknown_fields=True):
     bytes: Annotated[int, Meta(ge=1024, le=8 * 1024 * 1024, description="maximum bytes of records")] | None = None
     follow: Annotated[bool, Meta(description="go on until the job ends")] = False
     timed: Annotated[bool, Meta(description="with the time of each record")] = True
+    state: Annotated[bool, Meta(description="also the row of the job, when it changes")] = False
     grep: Annotated[str, Meta(min_length=1, max_length=1000, description="only records with this text")] | None = None
     fold: Annotated[bool, Meta(description="without regard to the case of ASCII letters")] = False
     form: Annotated[Literal["jsonl", "sse", "text"], Meta(description="the form of the records")] | None = None
@@ -85,6 +88,9 @@ class Form(Protocol):
     def records(self, batch: RecordBatch, timed: bool) -> bytes:
         """Write records."""
 
+    def row(self, row: Raw) -> bytes:
+        """Write the row of the job."""
+
     def end(self, end: End, number: int) -> bytes:
         """Write the end of a job with this number of records."""
 
@@ -102,6 +108,10 @@ class JSONLines:
     def records(self, batch: RecordBatch, timed: bool) -> bytes:
         """See `Form`."""
         return batch.lines(timed)
+
+    def row(self, row: Raw) -> bytes:
+        """See `Form`."""
+        return b'{"job":%b}\n' % row
 
     def end(self, end: End, number: int) -> bytes:
         """See `Form`."""
@@ -123,6 +133,10 @@ class ServerSentEvents:
         """See `Form`."""
         return batch.encode(_encode_timed_events if timed else _encode_events)
 
+    def row(self, row: Raw) -> bytes:
+        """See `Form`."""
+        return b"event: job\ndata: %b\n\n" % _one_line(row)
+
     def end(self, end: End, number: int) -> bytes:
         """See `Form`."""
         return b"id: %d\nevent: end\ndata: %b\n\n" % (number, _one_line(encode_object(end)))
@@ -142,6 +156,10 @@ class PlainText:
     def records(self, batch: RecordBatch, timed: bool) -> bytes:
         """See `Form`."""
         return batch.encode(_encode_text)
+
+    def row(self, row: Raw) -> bytes:
+        """See `Form`."""
+        return b""
 
     def end(self, end: End, number: int) -> bytes:
         """See `Form`."""
@@ -189,6 +207,7 @@ class RecordSource:
 
     def __init__(self, form: Form, timed: bool, limit: int | None = None, room: int | None = None) -> None:
         self.stream: RecordStream  #: Calls `wake` when it is ready.
+        self.row: RowSource | None = None  #: With it, the rows of the job are sent, too.
         self.on_ready: Callable[[], object] = lambda: None
         self.heartbeat = form.heartbeat
         self.is_done = False
@@ -210,6 +229,8 @@ class RecordSource:
         if self._start:
             start, self._start = self._start, b""
             return start
+        if self.row is not None and (row := self.row.take()) is not None:
+            return self._form.row(row)
         if self._limit == 0 or (self._room is not None and self._room <= 0):
             return self._continue()
         try:
@@ -223,6 +244,10 @@ class RecordSource:
             return self._write(item) or self.next_part()
         if isinstance(item, Continue):
             return self._continue()
+        if self.row is not None and not self.row.is_final:
+            self.stream.put_back(item)
+            self.row.finish()
+            return None
         self.is_done = True
         return self._form.end(item, self.next)
 
@@ -241,6 +266,8 @@ class RecordSource:
     def close(self) -> None:
         """See `Source`."""
         self.stream.close()
+        if self.row is not None:
+            self.row.close()
 
     def _continue(self) -> bytes:
         self.is_done = True
@@ -269,6 +296,68 @@ class RecordSource:
             room -= len(value)
         self._room = room
         return most
+
+
+class RowSource:
+    """The row of a job: first as it is, and again after each change."""
+
+    def __init__(self, acting: ActingAs, job_id: str, on_ready: Callable[[], object]) -> None:
+        self.is_final = False  #: Whether the row with the end of the job was taken.
+        self._acting = acting
+        self._job_id = job_id
+        self._on_ready = on_ready
+        self._row: Raw | None = None
+        self._sent: Raw | None = None
+        self._is_outdated = self._is_last = False
+        self._task: asyncio.Task[None] | None = None
+        self._stop_watching = acting.watch_changes(job_id, self._read)
+        self._read()
+
+    def take(self) -> Raw | None:
+        """Return a row that has changed, once."""
+        row, self._row = self._row, None
+        return row
+
+    def finish(self) -> None:
+        """Read the last row; then `is_final` is set."""
+        if not self._is_last:
+            self._is_last = True
+            self._read()
+
+    def close(self) -> None:
+        """Read no more."""
+        self._stop_watching()
+        if self._task is not None:
+            self._task.cancel()
+
+    def _read(self) -> None:
+        if self._task is not None:
+            self._is_outdated = True
+            return
+        is_last = self._is_last
+
+        def on_read(task: asyncio.Task[None]) -> None:
+            self._task = None
+            if task.cancelled():
+                return
+            self.is_final = is_last
+            if self._is_outdated:
+                self._is_outdated = False
+                self._read()
+            self._on_ready()
+
+        self._task = asyncio.create_task(self._read_row())
+        self._task.add_done_callback(on_read)
+
+    async def _read_row(self) -> None:
+        try:
+            summaries = await self._acting.get_summaries([self._job_id], Action.READ)
+        except (StorageError, AccessDenied):
+            return  # the stream of records ends with it
+        for summary in summaries:
+            row = dumps(encode_row(summary, self._acting.rights(summary)))
+            if row != self._sent:
+                self._row = self._sent = row
 
 
 class SearchSource:
@@ -530,6 +619,8 @@ async def _open_records(request: APIRequest, job_id: str, form: Form, last_id: i
         stream.close()
         return None
     source.next = stream.next
+    if query.state:
+        source.row = RowSource(request.acting, job_id, source.wake)
     return source
 
 
@@ -564,6 +655,8 @@ def _check(query: RecordsQuery, last_id: int | None) -> None:
             raise Problem("invalid_request", f"{name}: not together with follow")
     if query.grep is not None and starts not in ([], ["since"]):
         raise Problem("invalid_request", f"{starts[0]}: not together with grep")
+    if query.grep is not None and query.state:
+        raise Problem("invalid_request", "state: not together with grep")
     if query.grep is None and query.fold:
         raise Problem("invalid_request", "fold: expected grep beside it")
     if query.before is not None and last_id is not None:
@@ -622,7 +715,8 @@ _RECORDS_RULES = """\
 JSON Lines have a line `{"packet":N,"time":T,"data":ANY}` for each record, in this spelling, and a last line:
 the end of the job as in the client protocol, `{"continue":true,"next":N}` if there may be more, or
 `{"interrupted":REASON,"next":N}`. A response without a last line is incomplete; go on with `since`.
-While nothing comes, a response with `follow` has an empty line each 15 seconds.
+While nothing comes, a response with `follow` has an empty line each 15 seconds. With `state`, there are also lines
+`{"job":ROW}`, or events `job`: the row of the job, first as it is, and after each change.
 
 Events have the number of the record as id and the name `record`. The last one is `end`, `continue` or
 `interrupted`. A browser that connects again sends `Last-Event-ID` and gets the records after it; after the end
@@ -645,7 +739,7 @@ OPERATIONS = (
         handler=read_records,
         query=RecordsQuery,
         action="read",
-        problems=("invalid_jobid", "too_many_requests"),
+        problems=("invalid_jobid",),
         headers={"Last-Event-ID": "the number of the last record that was received; instead of `since`"},
         responses={
             200: Answer("the records", None, JSON_LINES, other_media_types=(EVENTS, TEXT)),
@@ -663,7 +757,7 @@ OPERATIONS = (
         handler=follow_records,
         query=ManyRecordsQuery,
         action="read",
-        problems=("invalid_jobid", "too_many_requests"),
+        problems=("invalid_jobid",),
         responses={200: _LINES},
     ),
     Operation(
@@ -691,7 +785,7 @@ OPERATIONS = (
             {"jobs": {"0199e9c1-0000-7000-8000-000000000000": 41}},
         ),
         action="read",
-        problems=("invalid_jobid", "too_many_requests"),
+        problems=("invalid_jobid",),
         responses={200: _LINES},
     ),
 )
