@@ -88,7 +88,6 @@ class Metrics:
         self.requests: Counter[tuple[str, ...]] = Counter()  #: By API, request and outcome.
         self.auth_failures: Counter[tuple[str, ...]] = Counter()  #: By API.
         self.denied: Counter[tuple[str, ...]] = Counter()  #: By action.
-        self.stream_resets: Counter[tuple[str, ...]] = Counter()  #: By reason.
         self.http_requests: Counter[tuple[str, ...]] = Counter()  #: By route, method and status code.
         self.http_seconds: dict[str, Histogram] = {}  #: By route.
         self.loop_lag = Histogram(*_LAG_BOUNDS)

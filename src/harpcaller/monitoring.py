@@ -173,6 +173,7 @@ class Monitor:
             counter("harp_records_total", "Stored records.", metrics.records),
             counter("harp_record_bytes_total", "Bytes of stored records.", metrics.record_bytes),
             counter("harp_pruned_jobs_total", "Jobs that were deleted.", metrics.deleted),
+            counter("harp_feed_changes_total", "Changes of jobs for live lists.", dispatcher.changes.number),
         ]
 
     def _access_families(self) -> list[Family]:
@@ -180,7 +181,7 @@ class Monitor:
         connections = {(api,): found for api, found in self._connections().items()}
         open_connections = {key: found.value for key, found in connections.items()}
         limits = {key: found.limit for key, found in connections.items()}
-        memory = self._request_memory()
+        memory, live = self._request_memory(), self._dispatcher.live
         return [
             labelled(
                 "harp_requests_total",
@@ -208,9 +209,9 @@ class Monitor:
             labelled(
                 "harp_stream_resets_total",
                 "counter",
-                "Streams that were ended early.",
+                "Live lists that had to begin again.",
                 ("reason",),
-                metrics.stream_resets,
+                {(reason.value,): number for reason, number in live.resets.items()},
             ),
             labelled(
                 "harp_auth_failures_total",
@@ -225,7 +226,8 @@ class Monitor:
         ]
 
     def _count_streams(self) -> dict[tuple[str, ...], float]:
-        counts: dict[tuple[str, ...], float] = {("records",): 0, ("wait",): 0}
+        live = self._dispatcher.live.subscribers
+        counts: dict[tuple[str, ...], float] = {("records",): 0, ("wait",): 0, ("events",): live}
         for subscriber in self._dispatcher.notifier.subscribers:
             is_stream = isinstance(getattr(subscriber, "__self__", None), RecordStream)
             counts[("records" if is_stream else "wait",)] += 1

@@ -14,12 +14,14 @@ from harp.protocol.printing import print_escaped
 from harp_daemon.audit_commands import add_commands as add_audit_commands
 from harp_daemon.audit_commands import run as run_on_audit_file
 from harp_daemon.event_loop import run
+from harp_daemon.exposition import render
 from harp_daemon.process import ProcessError, detach, occupy_standard_descriptors, pidfile
 from harp_daemon.program import add_version, written_output
 from harp_daemon.settings import ConfigError
 from harpd.config.loaded import CommandLine, check, load_supervisor_config
 from harpd.config.settings import load
 from harpd.control import launcher
+from harpd.control.metrics import certificate_family, read_certificate, supervisor_families
 from harpd.control.supervisor_client import (
     SupervisorClient,
     SupervisorError,
@@ -46,6 +48,8 @@ examples:
   harpd -t                                      check everything that the next start or reload reads
   harpd -c ./harpd.conf -r ./procedures.py      run in the foreground; log to stderr
   harpd -u nobody --syslog -d -p /run/harpd.pid run in the background; return when harpd serves
+  harpd status --metrics > /var/lib/node_exporter/harpd.prom.new; mv ...
+                                                for the textfile collector of node_exporter
   harpd drain --timeout 600 && systemctl stop harpd harpd-supervisor
 
 signals:
@@ -69,6 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
         options = CommandLine(**vars(command_line.parse_args(arguments)))
     if options.timeout is not None and options.command != "drain":
         command_line.error("--timeout is an option of drain")
+    if options.metrics and options.command != "status":
+        command_line.error("--metrics is an option of status")
     sys.setrecursionlimit(10_000)  # values may be nested as deeply as the protocol allows
     prints = options.test or options.command in ("drain", "resume", "status")
     try:
@@ -88,6 +94,8 @@ def _run_command(options: CommandLine) -> int:
         print_escaped("config OK")
         return 0
     if options.command in ("drain", "resume", "status"):
+        if options.metrics:
+            return _print_metrics(options)
         with SupervisorClient(_runtime_directory(options), create=False) as client:
             return asyncio.run(_control(client, options.command, options.timeout))
     if options.command is not None:
@@ -127,6 +135,19 @@ def _audit(arguments: list[str]) -> int:
         return 1
     print_escaped(f"harpd: {reason}", file=sys.stderr)
     return 1
+
+
+def _print_metrics(options: CommandLine) -> int:
+    """Print the metrics, also if no supervisor runs: then an alert can find that."""
+    supervisors = []
+    try:
+        with SupervisorClient(_runtime_directory(options), create=False) as client:
+            supervisors = asyncio.run(client.read_metrics())
+    except SupervisorError as error:
+        print_escaped(f"harpd: {error}", file=sys.stderr)
+    certificate = certificate_family(read_certificate(Path(load(options.config).network.certfile)))
+    sys.stdout.write(render([*supervisor_families(supervisors), certificate]).decode())
+    return 0 if supervisors else 1
 
 
 async def _control(client: SupervisorClient, command: str, deadline: float | None) -> int:
@@ -191,6 +212,7 @@ def parser() -> argparse.ArgumentParser:
     add("--syslog", action="store_true", help="log to syslog instead of stderr")
     add("-d", "--daemon", action="store_true", help="run in the background; return when harpd serves")
     add("-p", "--pidfile", metavar="FILE", type=_path, help="write the process id to FILE")
+    add("--metrics", action="store_true", help="status: print metrics for Prometheus instead")
     add("--timeout", metavar="S", type=_seconds, help="drain: most seconds to wait (default: no limit)")
     return command
 

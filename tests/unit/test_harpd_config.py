@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 import pytest
@@ -227,8 +228,9 @@ def options(section: type[msgspec.Struct], prefix: str = "") -> dict[str, tuple[
     found: dict[str, tuple[str, str]] = {}
     for option in msgspec.structs.fields(section):
         name = f"{prefix}{option.name}"
-        if isinstance(option.type, type) and issubclass(option.type, msgspec.Struct):
-            found |= options(option.type, f"{name}.")
+        kinds = [kind for kind in (option.type, *get_args(option.type)) if isinstance(kind, type)]
+        if sections := [kind for kind in kinds if issubclass(kind, msgspec.Struct)]:
+            found |= options(sections[0], f"{name}.")
             continue
         described = msgspec.inspect.type_info(option.type)
         unit = described.extra["unit"] if isinstance(described, msgspec.inspect.Metadata) and described.extra else ""
@@ -263,3 +265,9 @@ def test_settings_page_lists_every_command_line_option() -> None:
             flags = (short, long) if short else (long,)
             expected[flags] = defaults.get(long.removeprefix("--").replace("-", "_"), "")
     assert documented == expected
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0", "192.0.2.1", "example.com", "::"])
+def test_metrics_listen_on_loopback_only(file: Path, address: str) -> None:
+    expected = "metrics.address: expected a loopback address"
+    assert fault(file, f"{LEAST}metrics: {{address: '{address}'}}").startswith(expected)

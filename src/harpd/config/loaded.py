@@ -73,6 +73,7 @@ class CommandLine:
     daemon: bool  #: The program runs in the background: its child processes must not use the terminal.
     pidfile: Path | None  #: The file for the process id.
     timeout: float | None  #: The maximum seconds of ``drain``.
+    metrics: bool = False  #: Whether ``status`` prints metrics.
     search_path: tuple[str, ...] = tuple(sys.path)  #: The program's initial `sys.path`.
     #: The program's initial limit of open files, which calls get.
     descriptors: int = field(default_factory=lambda: resource.getrlimit(resource.RLIMIT_NOFILE)[0])

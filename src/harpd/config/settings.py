@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import ssl
 from collections.abc import Hashable
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -123,6 +124,21 @@ class Rights(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
                 raise ValueError(f"peers: expected addresses or networks as 192.0.2.0/24: {error}") from error
 
 
+class Metrics(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Section `metrics`: the listener for Prometheus."""
+
+    address: str = "127.0.0.1"  #: The loopback address to listen on.
+    port: Annotated[int, Meta(ge=0, le=65535)] = 4307  #: The TCP port; 0: any free port.
+
+    def __post_init__(self) -> None:
+        try:
+            is_loopback = ip_address(self.address).is_loopback
+        except ValueError:
+            is_loopback = False
+        if not is_loopback:
+            raise ValueError(f"address: expected a loopback address such as 127.0.0.1, got {self.address!r}")
+
+
 class ExitInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Section `exit_info`: parts of a call's exit info that may contain secrets and are therefore off by default."""
 
@@ -138,6 +154,8 @@ class Configuration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     python: Python = Python()
     limits: Limits = Limits()
     exit_info: ExitInfo = ExitInfo()
+    #: The listener for Prometheus; None: there is none.
+    metrics: Metrics | None = None
     #: The directory of sockets and state files; None: see `harpd.supervisor.runtime_directory`.
     runtime_directory: str | None = None
     #: The directory of the parent cgroup of the calls' cgroups; None: the service's own, if it was delegated.

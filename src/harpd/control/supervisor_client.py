@@ -207,6 +207,19 @@ class SupervisorClient:
                 replies.append(await self.request({"control": command}, name=name))
         return replies
 
+    async def read_metrics(self) -> list[dict[str, Any]]:
+        """Return the numbers of every running supervisor. Raises `SupervisorError`.
+
+        A supervisor of an earlier version has none: it closes the connection.
+        """
+        found = []
+        for name in self.socket_names():
+            with suppress(SupervisorNotRunning):
+                reply = await self.request({"metrics": True}, name=name)
+                if isinstance(numbers := reply.get("metrics"), dict):
+                    found.append(numbers)
+        return found
+
     async def list_calls(self, owner: str) -> CallList:
         """Return the owner's calls in all supervisors, and the instance of the active supervisor.
 

@@ -9,19 +9,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import suppress
 from functools import partial
 
 from harp_daemon.acceptor import Acceptor
 from harp_daemon.expiry import log_expiry_regularly
+from harp_daemon.exposition import counter, gauge, read_process, render
 from harp_daemon.memory_quota import MemoryQuota
-from harp_daemon.sockets import Listener
+from harp_daemon.settings import ConfigError
+from harp_daemon.sockets import Listener, ListenError, listen_tcp
 from harp_daemon.timer_wheel import TimerWheel
 from harpd.config.loaded import LoadedConfig
-from harpd.control.supervisor_client import SupervisorClient
+from harpd.control.metrics import certificate_family, supervisor_families
+from harpd.control.supervisor_client import SupervisorClient, SupervisorError
 from harpd.frontend.authenticator import Authenticator
 from harpd.frontend.connection import ArrivalClock, Connection, ConnectionContext
 from harpd.frontend.link import SupervisorLinks
 from harpd.frontend.login_reports import LoginReports
+from harpd.frontend.metrics_listener import MetricsListener
 
 log = logging.getLogger("harpd.frontend")
 
@@ -39,6 +44,9 @@ class FrontendServer:
         self._arrival_clock = ArrivalClock()
         self._timers = TimerWheel()
         self._expiry_report: asyncio.Task[None] | None = None
+        self._client = client
+        self._auth_failures = 0
+        self._metrics: MetricsListener | None = None
         self._apply_config(config)
         self._acceptor = Acceptor(
             lambda accepted, peer, _: Connection(accepted, peer, self._context),
@@ -49,7 +57,8 @@ class FrontendServer:
         )
 
     def open(self) -> None:
-        """Accept connections."""
+        """Accept connections. Raises `ConfigError` if the address of the metrics cannot be used."""
+        self._open_metrics()
         self._arrival_clock.run()
         self._acceptor.open(self._listeners)
         for listener in self._listeners:
@@ -66,8 +75,40 @@ class FrontendServer:
             arrival_clock=self._arrival_clock,
             timers=self._timers,
             confirm=lambda connection: self._acceptor.confirm(connection),
-            report_login=self._login_reports.add if config.configuration.audit_file else lambda *_: None,
+            report_login=self._report_login,
         )
+
+    def _report_login(self, user: str, address: str, reason: str) -> None:
+        self._auth_failures += 1
+        if self._config.configuration.audit_file:
+            self._login_reports.add(user, address, reason)
+
+    def _open_metrics(self) -> None:
+        settings = self._config.configuration.metrics
+        if settings is None:
+            return
+        try:
+            listeners = listen_tcp(settings.address, settings.port)
+        except ListenError as error:
+            where = f"{settings.address}, port {settings.port}"
+            file = self._config.options.config
+            raise ConfigError(f"{file}: metrics.address: cannot listen on {where}: {error}") from error
+        self._metrics = MetricsListener(listeners, self._scrape)
+        self._metrics.open()
+
+    async def _scrape(self, openmetrics: bool) -> bytes:
+        """Return the metrics of all supervisors, and of this process."""
+        supervisors = []
+        with suppress(SupervisorError):
+            supervisors = await self._client.read_metrics()
+        limit = self._config.configuration.limits.max_connections
+        own = [
+            gauge("harpd_connections", "Open connections.", len(self._acceptor.connections)),
+            gauge("harpd_connections_limit", "Limit of these, limits.max_connections.", limit),
+            counter("harpd_auth_failures_total", "Requests with a wrong user or password.", self._auth_failures),
+        ]
+        families = [*supervisor_families(supervisors), certificate_family(self._config.validities), *own]
+        return render([*families, *read_process()], openmetrics)
 
     def apply(self, config: LoadedConfig) -> None:
         """Use this configuration for new connections; existing connections continue with theirs."""
@@ -95,6 +136,8 @@ class FrontendServer:
 
     async def finish_stop(self, deadline: float) -> None:
         """Wait until connection-bound calls have ended, for at most this number of seconds; close all connections."""
+        if self._metrics is not None:
+            await self._metrics.aclose()
         await self._login_reports.close()
         await self._links.wait_until_unused(deadline)
         await self._acceptor.drain(_FINAL_REPLY_TIMEOUT)

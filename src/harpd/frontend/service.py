@@ -27,7 +27,7 @@ from harpd.supervisor.runtime_directory import default_runtime_directory
 log = logging.getLogger("harpd.frontend")
 
 #: The settings that a reload does not change.
-_NEEDING_RESTART = ("network.address", "network.port", "runtime_directory", "frontend_user")
+_NEEDING_RESTART = ("metrics", "network.address", "network.port", "runtime_directory", "frontend_user")
 #: In a reload: seconds for loading the files, and as many for the reply of the supervisor.
 _RELOAD_TIMEOUT = 60.0
 

@@ -25,7 +25,7 @@ import math
 import os
 import signal
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from functools import partial
@@ -138,6 +138,9 @@ class CallContext:
         self.audit = CallAudit(loop, settings)
         self.dynamic_uids = DynamicUids(Path(settings["runtime_directory"]))
         self.calls: dict[str, Call] = {}  # the running calls, by id
+        self.started = 0  # how many calls were started
+        self.ended: Counter[str] = Counter()  # how many have ended, by their end
+        self.rejected: Counter[str] = Counter()  # how many starts were rejected, by type of the error
         self.shutting_down = False
         self.quota = SpoolQuota(settings["spool_memory"])
         self.state_files = StateFiles(Path(settings["runtime_directory"]), instance)
@@ -522,6 +525,7 @@ class Call:
 
     def _record_end(self, end: str) -> None:
         by = None if self._stop_reason is None else self._stop_reason.value[0]
+        self._context.ended[end] += 1
         self._context.audit.record_end(self._fields, end, by, self._stopped_by_user)
 
     def _failure(self) -> Failed:

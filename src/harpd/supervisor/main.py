@@ -34,6 +34,7 @@ docs/protocol.md. A connection with another first line receives one line:
 
     {"report": [...]}                           {"ok": true}: failed logins, see `harpd.supervisor.audit`
     {"calls": OWNER}                            the list of the owner's resumable calls
+    {"metrics": true}                           {"metrics": {...}}, see `harpd.control.metrics`
     {"control": "status"}                       {"calls": N, "resumable": N, "supervisor": PID, "instance": NAME,
                                                  "accepting": BOOL, "zygote": PID, "procedures": [NAME]}
     {"control": "reload"}                       {"ok": true}, once the new zygote is in use; or {"error": MESSAGE}
@@ -62,11 +63,13 @@ import secrets
 import signal
 import socket
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from types import NoneType
 from typing import Any, NoReturn
 
+from harp import __version__
 from harp.protocol.ends import Failed
 from harp.protocol.harpd import encode_message
 from harp.protocol.json_text import JSONObject, Raw, dumps, loads
@@ -121,6 +124,7 @@ class Supervisor:
     def __init__(self, loop: EventLoop, lifeline: socket.socket, settings: Mapping[str, Any]) -> None:
         self._loop = loop
         self._instance = secrets.token_hex(8)
+        self._started_at = round(time.time(), 3)
         self._context = CallContext(loop, self._instance, settings)
         self._registry = CallRegistry(self._context)
         self._links: set[Link] = set()
@@ -251,8 +255,32 @@ class Supervisor:
         elif "report" in request:
             self._context.audit.record_reports(request.value("report"))
             send_final_reply(self._loop, connection, b'{"ok":true}\n')
+        elif "metrics" in request:
+            send_final_reply(self._loop, connection, dumps({"metrics": self._measure()}) + b"\n")
         else:
             send_final_reply(self._loop, connection, self._registry.list_calls(required_string(request, "calls")))
+
+    def _measure(self) -> dict[str, Any]:
+        """Return the numbers for `harpd.control.metrics`."""
+        context, zygote = self._context, self._zygote
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        return {
+            "pid": os.getpid(),
+            "version": __version__,
+            "started_at": self._started_at,
+            "accepting": self._accepting and not self._draining,
+            "calls": len(context.calls),
+            "calls_limit": context.settings["max_calls"],
+            "resumable": len(self._registry),
+            "started": context.started,
+            "ended": context.ended,
+            "rejected": context.rejected,
+            "spool_bytes": context.quota.used,
+            "spool_limit_bytes": context.quota.limit,
+            "workers": zygote.count_waiting() if zygote is not None else {},
+            "procedures": len(zygote.procedures) if zygote is not None else 0,
+            "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 6),
+        }
 
     def _on_start(self, channel: LinkChannel, header: Mapping[str, Any], arguments: Raw) -> None:
         call_id, name, user = read_texts({"user": "", **header}, "call", "procedure", "user")
@@ -275,8 +303,10 @@ class Supervisor:
         call = audit.check_room() or self._create_call(channel, call_id, name, user, header)
         audit.record_start(call_id, name, header, arguments, call if isinstance(call, Failed) else None)
         if isinstance(call, Failed):
+            self._context.rejected[call.type] += 1
             channel.reject(encode_message(call))
         else:
+            self._context.started += 1
             call.start(arguments, authentication, caller_text, texts)
 
     def _create_call(

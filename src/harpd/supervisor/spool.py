@@ -74,6 +74,11 @@ class SpoolQuota:
         self._used = FairShares()
         self._paused: dict[Account, dict[Callable[[], None], None]] = {}
 
+    @property
+    def used(self) -> int:
+        """The bytes that are in use."""
+        return self._used.total
+
     def is_exhausted(self, account: Account) -> bool:
         """Return whether no new call of an account should begin: guaranteed bytes and ends use twice the limit."""
         return not self._used.may_add(account, 2 * self.limit)

@@ -155,6 +155,10 @@ class ZygoteClient:
     def may_reuse(self, worker: WorkerProcess) -> bool:
         return worker.served < self.procedures[worker.procedure].max_calls and not self._retired
 
+    def count_waiting(self) -> dict[str, int]:
+        """Return how many workers wait for a call."""
+        return {"idle": len(self._idle_since), "preforked": len(self._preforked)}
+
     def add_idle(self, worker: WorkerProcess) -> None:
         worker.become_idle()
         self._idle_since[worker] = self._loop.now()
