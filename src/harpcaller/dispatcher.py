@@ -143,6 +143,7 @@ class Dispatcher:
         self._disk_space = DiskSpace(config.stream_directory)
         self._requests: set[asyncio.Task[Any]] = set()
         self._answers = SharedAnswers()
+        self._counting = asyncio.Lock()
         self._cursors: Cursors
         self._search_lock = asyncio.Lock()
         self.changes = ChangeFeed()  #: The changes of jobs, if there is an API that shows them.
@@ -598,8 +599,14 @@ class Dispatcher:
     ) -> JobCounts:
         """Count jobs as `Store.count_jobs` does. The answer is shared by equal rights: `whose`, and `owners`."""
         question = ("counts", wanted.normal_form(), tuple(by), most, None if owners is None else tuple(owners), whose)
-        count = partial(self.store.count_jobs, wanted, by, owners=owners, permits=permits, most=most, at=self._wall())
-        return await self._answers.get(question, partial(count, subject_bytes=SUBJECT_BYTES))
+        rights: dict[str, Any] = {"owners": owners, "permits": permits, "subject_bytes": SUBJECT_BYTES}
+        count = partial(self.store.count_jobs, wanted, by, most=most, at=self._wall(), **rights)
+        return await self._answers.get(question, partial(self._count, count))
+
+    async def _count(self, count: Callable[[], Awaitable[T]]) -> T:
+        """Let one thread of the store count at a time: the others are for short reads."""
+        async with self._counting:
+            return await count()
 
     async def job_statistics(
         self,
@@ -615,7 +622,7 @@ class Dispatcher:
         question = ("statistics", since, until, step, states, None if owners is None else tuple(owners), whose)
         rights: dict[str, Any] = {"owners": owners, "permits": permits, "subject_bytes": SUBJECT_BYTES}
         count = partial(self.store.job_statistics, since, until, step, states, **rights)
-        return await self._answers.get(question, count)
+        return await self._answers.get(question, partial(self._count, count))
 
     async def find_queues(
         self, fits: Callable[[QueueSummary], bool], limit: int, cursor: str | None = None

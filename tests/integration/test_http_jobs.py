@@ -13,7 +13,7 @@ import pytest
 from harpcaller.http.lists import FACETS, JobFilterQuery
 from harpcaller.model.job_filters import KEYS
 from harpcaller.model.jobs import State
-from harpcaller.store.sqlite.searches import FACETS as STORED_FACETS
+from harpcaller.store.sqlite.counting import FACETS as STORED_FACETS
 from support.dispatcher import host_line, until
 from support.http_api import RunningAPI, running_api
 from support.peers import Peer

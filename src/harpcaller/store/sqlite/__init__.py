@@ -11,7 +11,7 @@ One thread writes, several threads read:
 - `writer` is the thread that writes: all verbs that are called during a commit are part of the next commit.
 - `reserve` is disk space for pruning on a full disk.
 - `writes` and `reads` are the verbs on a connection; their SQL is in ``queries.sql``.
-- `searches` finds and counts jobs by a filter; `finding` decides how.
+- `searches` finds jobs by a filter, and `counting` counts them; `finding` decides how.
 - `active` has the lanes and slots of the active jobs in memory, so that writes need not read rows.
 - `staging` stores many jobs of one request, all or none, in short transactions.
 - `rows` converts jobs, metadata and records to columns and back.
@@ -38,7 +38,7 @@ from harpcaller.model.changes import Change
 from harpcaller.model.jobs import NewJob
 from harpcaller.store import StorageError
 from harpcaller.store.measurements import StoreMeasurements
-from harpcaller.store.sqlite import reads, searches
+from harpcaller.store.sqlite import counting, reads, searches
 from harpcaller.store.sqlite.file import FILE_NAME, connect, lock, prepare, storage_errors
 from harpcaller.store.sqlite.staging import STEP_JOBS, check_calls, encode_jobs, split
 from harpcaller.store.sqlite.writer import Writer
@@ -145,8 +145,8 @@ class Store:
     find_jobs = _reads(searches.find_jobs)
     get_summaries = _reads(searches.get_summaries)
     select_jobs = _reads(searches.select_jobs)
-    count_jobs = _reads(searches.count_jobs)
-    job_statistics = _reads(searches.job_statistics)
+    count_jobs = _reads(counting.count_jobs)
+    job_statistics = _reads(counting.job_statistics)
     find_queues = _reads(reads.find_queues)
     count_open_of_hosts = _reads(reads.count_open_of_hosts)
     get_prune_time = _reads(reads.get_prune_time)

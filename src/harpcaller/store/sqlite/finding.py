@@ -2,7 +2,8 @@
 
 Theory of operation. A list is a walk along one index in the order of submission, from a place on. Each part of a filter
 may have an index that contains all jobs that fit it, a `Range`. `choose` takes the shortest one; its entries are
-checked for the conditions of all parts. Statements are put together from fixed pieces; every value is a parameter.
+checked for the conditions of all parts. A search looks at fewer entries if each costs more. Statements are put together
+from fixed pieces; every value is a parameter.
 
 - The indexes of jobs that have not ended, have not returned, were stopped or hold a slot are partial, so they are
   short. Those of queues, procedures, hosts and owners have all of their jobs.
@@ -28,6 +29,8 @@ from harpcaller.store.sqlite.rows import encode_name
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]")
 _MAX_MERGED = 16  # Each entry passes through as many steps as there are indexes.
 _FEW = 200  # A range with fewer entries is used without a look at the other ones.
+_COLUMN = re.compile(r"\bjobs\.(\w+)")
+_NAMED = "calls AS named INDEXED BY calls_of_procedure"
 _ID_INDEX = "sqlite_autoindex_jobs_1"
 
 
@@ -97,7 +100,7 @@ def conditions_of(wanted: JobFilter, of_calls: bool = False, owners: Sequence[st
         if of_calls:
             found.add(f"calls.procedure IN ({marks})", *names)
         else:  # in the index, which is denser than the table
-            index = f"calls AS named INDEXED BY calls_of_procedure WHERE named.procedure IN ({marks})"
+            index = f"{_NAMED} WHERE named.procedure IN ({marks})"
             found.add(f"EXISTS (SELECT 1 FROM {index} AND named.job = jobs.seq)", *names)
     if wanted.rerun_of is not None:
         found.add("calls.rerun_of = ?", wanted.rerun_of)
@@ -157,6 +160,12 @@ class Entries:
         """Whether they are entries of the table of calls."""
         return self.source.startswith("calls")
 
+    @property
+    def columns(self) -> frozenset[str] | None:
+        """The columns of jobs that the index has; None: all."""
+        index = self.source.partition(" INDEXED BY ")[2]
+        return _COLUMNS[index] if index else None
+
 
 @dataclass(frozen=True, slots=True)
 class Range:
@@ -169,6 +178,10 @@ class Range:
     def values(self) -> dict[str, Any]:
         """The parameters of the entries, by name."""
         return {name: value for each in self.entries for name, value in each.values.items()}
+
+    def needs_rows(self, columns: set[str]) -> bool:
+        """Return whether an index lacks one of these columns of jobs."""
+        return any(each.columns is not None and not columns <= each.columns for each in self.entries)
 
     @property
     def is_ordered(self) -> bool:
@@ -183,6 +196,24 @@ class Range:
         ]
         return f"SELECT {what} FROM ({_merge(parts, newest_first)} LIMIT :limit OFFSET :offset)"
 
+
+#: The columns of jobs in each index.
+_COLUMNS: Mapping[str, frozenset[str]] = {
+    "jobs_queued": frozenset({"seq", "host", "state"}),
+    "jobs_queued_of_lane": frozenset({"seq", "lane", "state", "owner"}),
+    "jobs_holding": frozenset({"seq", "lane", "host", "state", "holds_slot"}),
+    "jobs_not_returned": frozenset({"seq", "state", "host", "end_type", "owner", "lane", "submitted", "ended"}),
+    "jobs_stopped": frozenset({"seq", "stop", "state", "host", "end_type"}),
+    "jobs_ended": frozenset({"seq", "ended", "state"}),
+    "jobs_of_host": frozenset({"seq", "host"}),
+    "jobs_of_owner": frozenset({"seq", "owner"}),
+    "jobs_of_queue": frozenset({"seq", "lane"}),
+    "calls_of_procedure": frozenset({"seq"}),
+    "calls_rerun_of": frozenset({"seq"}),
+    _ID_INDEX: frozenset({"seq", "id"}),
+}
+#: How much an entry costs if the conditions need its row, its procedure or its payloads, and how many are looked at.
+_ENTRY, _PROCEDURE, _ROW, _PAYLOADS = 1, 3, 4, 10
 
 ALL_JOBS = Range("jobs", (Entries("jobs"),))
 NO_JOBS = Range("none", ())
@@ -255,23 +286,43 @@ def ranges_of_owners(owners: Iterable[str]) -> Range:
     return Range("own", tuple(entries))
 
 
-def choose(ranges: Iterable[Range], count: Callable[[Range], int], most: int) -> Range:
-    """Return the range with the fewest entries; `count` returns their number, at most `most`.
+def cost(looked_at: Range, conditions: Conditions) -> int:
+    """Return how much an entry costs that is checked for conditions; 1: it is checked in the index alone."""
+    text = str(conditions)
+    columns = set(_COLUMN.findall(text)) - {"seq"}
+    found = _ENTRY
+    if looked_at.needs_rows(columns):
+        found = _ROW
+    elif _NAMED in text:
+        found = _PROCEDURE
+    return _PAYLOADS if conditions.read_payloads else found
 
-    If all have `most`, it is the first one in the order of submission.
+
+def choose(
+    ranges: Iterable[Range], cost_of: Callable[[Range], int], count: Callable[[Range, int], int], most: int
+) -> tuple[Range, int]:
+    """Return the range whose entries cost the least, and how many of them may be looked at.
+
+    `count` returns the number of entries of a range up to a limit. A range with more entries than may be looked at is
+    only taken if there is no other, and if it is in the order of submission.
     """
-    best: Range | None = None
-    fewest = most
-    ordered: list[Range] = []
+    best: tuple[int, Range, int] | None = None
+    fallback: tuple[int, Range, int] | None = None
     for each in ranges:
-        number = count(each)
-        if number < fewest:
-            best, fewest = each, number
-        if number < _FEW:
-            break
-        if each.is_ordered:
-            ordered.append(each)
-    return best or (ordered[0] if ordered else ALL_JOBS)
+        of_entry = cost_of(each)
+        limit = max(1, most // of_entry)
+        number = count(each, limit)
+        if number < limit:
+            if best is None or number * of_entry < best[0]:
+                best = number * of_entry, each, limit
+            if number < _FEW:
+                break
+        elif each.is_ordered and (fallback is None or of_entry < fallback[0]):
+            fallback = of_entry, each, limit
+    chosen = best or fallback
+    if chosen is None:
+        return ALL_JOBS, max(1, most // cost_of(ALL_JOBS))
+    return chosen[1:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,6 +345,21 @@ class Search:
     def select(self, newest_first: bool) -> str:
         """Return a statement for the sequence numbers of the jobs between `low` and `high` that fit."""
         return f"{_merge(self._parts('{seq} AS seq'), newest_first)} LIMIT :limit"
+
+    def select_checked(self, newest_first: bool) -> str:
+        """Return a statement for all entries between `low` and `high`: the length of their payloads, and if they fit.
+
+        Entries that do not fit are decided about one after the other, so that the reader may stop at any of them.
+        """
+        parts = []
+        for each in self.range.entries:
+            other, column = ("jobs", "jobs.seq") if each.has_calls else ("calls", "calls.job")
+            parts.append(
+                f"SELECT {each.seq} AS seq, length(calls.info) + length(calls.arguments), {self.conditions} "
+                f"FROM {each.source} CROSS JOIN {other} ON {column} = {each.seq} "
+                f"WHERE {each.condition} AND {each.seq} BETWEEN :low AND :high"
+            )
+        return f"{_merge(parts, newest_first)} LIMIT :limit"
 
     def select_values(self, column: str) -> str:
         """Return a statement for the values of a column of these jobs, and how many jobs have each."""

@@ -1,30 +1,26 @@
-"""The verbs that find and count jobs by a filter. Each reads one snapshot, and looks at a limited number of entries."""
+"""The verbs that find jobs by a filter. Each reads one snapshot, and looks at a limited number of entries."""
 
 from __future__ import annotations
 
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 from msgspec.structs import replace
 
 from harp.protocol.json_text import Raw
 from harpcaller.model.ids import is_job_id
-from harpcaller.model.job_filters import JobFilter, Span
+from harpcaller.model.job_filters import JobFilter
 from harpcaller.model.jobs import (
     PREVIEW_LENGTH,
-    Bucket,
-    JobCounts,
-    JobStatistics,
     JobSummary,
     State,
     StopState,
     Subject,
-    ValueCount,
 )
 from harpcaller.store.sqlite.file import MAX_INTEGER, QUERIES
 from harpcaller.store.sqlite.finding import (
@@ -32,32 +28,21 @@ from harpcaller.store.sqlite.finding import (
     Search,
     choose,
     conditions_of,
+    cost,
     count_entries,
     ranges_of,
     ranges_of_owners,
 )
 from harpcaller.store.sqlite.rows import decode_name, decode_owner, encode_name
 
-Permits = Callable[[Subject], bool]
+Permits: TypeAlias = Callable[[Subject], bool]
 
 EXAMINED = 10_000  #: Maximum number of entries that one search looks at.
-PAYLOADS_EXAMINED = 2000  #: Maximum number of entries if their payloads are read.
-_PAYLOAD_BYTES = 8 * 1024 * 1024  # Approximate limit of these payloads.
+_PAYLOAD_BYTES = 8 * 1024 * 1024  # Approximate limit of the payloads that are searched.
 _MAX_HOSTS_READ = 500  # Hosts that are compared with a pattern before the search; it is compared with each job, too.
-MAX_VALUES = 50  #: Maximum number of values of a facet.
 _STEP = 100  # Jobs of which the subjects are read at a time.
 _STEP_BYTES = 8 * 1024 * 1024  # Approximate limit of the payloads that are read for decisions.
 _PREVIEW_BYTES = 4 * PREVIEW_LENGTH
-
-#: The facets of counts: their columns, and the part of the filter that each replaces.
-FACETS: Mapping[str, tuple[str, dict[str, Any]]] = {
-    "state": ("jobs.state", {"states": frozenset()}),
-    "host": ("jobs.host", {"hosts": (), "host_pattern": None}),
-    "procedure": ("calls.procedure", {"procedures": ()}),
-    "queue": ("CASE WHEN jobs.lane >= 'queue:' THEN substr(jobs.lane, 7) ELSE '-' END", {"queue": None}),
-    "owner": ("jobs.owner", {"owners": ()}),
-    "end_type": ("jobs.end_type", {"end_types": ()}),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +57,8 @@ class Found:
 
 
 @contextmanager
-def _snapshot(db: sqlite3.Connection) -> Iterator[None]:
+def snapshot(db: sqlite3.Connection) -> Iterator[None]:
+    """Let several statements read the same state."""
     db.execute("BEGIN")
     try:
         yield
@@ -99,24 +85,20 @@ def find_jobs(
     left out, and neither counted as examined. With `subject_bytes`, the summaries have subjects whose payloads have at
     most this size.
     """
-    with _snapshot(db):
-        walk = _Walk(db, wanted, owners, newest_first, after, examine)
+    with snapshot(db):
+        walk = Walk(db, wanted, owners, newest_first, after, examine)
         if permits is None:
-            seqs = walk.find(limit + 1)
-            place = walk.end
-            if len(seqs) > limit:
-                place = seqs[limit - 1]
-                seqs = seqs[:limit]
+            seqs, place = walk.find(limit)
             examined, last = walk.measure(place)
         else:
-            seqs, place = _find_permitted(db, walk, limit, permits, subject_bytes or 0)
+            seqs, place = find_permitted(db, walk, limit, permits, subject_bytes or 0)
             examined, last = len(seqs), seqs[-1] if seqs else None
         summaries = _read_summaries(db, seqs, subject_bytes)
         searched_to = None if last is None else _submitted(db, last)
     return Found(summaries, place, place is None, examined, searched_to)
 
 
-class _Walk:
+class Walk:
     """The entries that a search looks at: from a place on, at most a number of them."""
 
     def __init__(
@@ -129,53 +111,39 @@ class _Walk:
         examine: int,
     ) -> None:
         self._db, self._newest_first = db, newest_first
-        self._low, self._high = _find_bounds(db, wanted)
+        self._low, self._high = find_bounds(db, wanted)
         if after is not None and newest_first:
             self._high = min(self._high, after - 1)
         elif after is not None:
             self._low = max(self._low, min(after, MAX_INTEGER - 1) + 1)
         if owners is not None:
-            self._range = ranges_of_owners(owners)  # the number of other jobs must not show, also not by the time
+            # The number of other jobs must not show, also not by the time.
+            self._range = ranges_of_owners(owners)
+            examine = max(1, examine // self._cost_of(self._range, wanted, owners))
         else:
-            self._range = choose(ranges_of(_expand(db, wanted)), self._count, examine)
+            ranges = ranges_of(_expand(db, wanted))
+            cost_of = partial(self._cost_of, wanted=wanted, owners=None)
+            self._range, examine = choose(ranges, cost_of, self._count, examine)
         self._search = Search.of(wanted, self._range, owners)
-        if self._search.conditions.read_payloads:
-            examine = min(examine, PAYLOADS_EXAMINED)
         #: The last entry that is looked at if there are more; None: all of them are.
         self.end = self._find_end(examine)
         if self.end is not None:
             self._stop_at(self.end)
 
-    def _count(self, counted: Range) -> int:
+    @staticmethod
+    def _cost_of(looked_at: Range, wanted: JobFilter, owners: Sequence[str] | None) -> int:
+        return cost(looked_at, Search.of(wanted, looked_at, owners).conditions)
+
+    def _count(self, counted: Range, limit: int) -> int:
         if not counted.entries:
             return 0
-        parameters = {"low": self._low, "high": self._high, "limit": EXAMINED}
+        parameters = {"low": self._low, "high": self._high, "limit": limit}
         [(number,)] = self._db.execute(count_entries(counted), {**counted.values, **parameters})
         return int(number)
 
     def _find_end(self, examine: int) -> int | None:
-        select = partial(self._range.select, newest_first=self._newest_first)
-        last = None
-        if following := self._run(select("seq"), 2, examine - 1)[1:]:
-            last = following[0][0]
-            [[last]] = self._run(select("seq"), 1, examine - 1)
-        if self._search.conditions.read_payloads:
-            # The first entry at which the payloads of all that were looked at are too long.
-            order = "DESC" if self._newest_first else "ASC"
-            sizes = f"sum(length(info) + length(arguments)) OVER (ORDER BY calls.job {order})"
-            source = f"({select('seq')}) AS entries CROSS JOIN calls ON calls.job = entries.seq"
-            statement = f"SELECT seq FROM (SELECT seq, {sizes} AS size FROM {source}) WHERE size > {_PAYLOAD_BYTES}"
-            for (seq,) in self._run(f"{statement} ORDER BY seq {order} LIMIT 1", examine):
-                if last is not None or self._has_entries_after(seq):
-                    return int(seq)
-        return last
-
-    def _has_entries_after(self, seq: int) -> bool:
-        before = self._low, self._high
-        self._low, self._high = (self._low, seq - 1) if self._newest_first else (seq + 1, self._high)
-        found = self._run(self._range.select("seq", self._newest_first), 1)
-        self._low, self._high = before
-        return bool(found)
+        last_and_next = self._run(self._range.select("seq", self._newest_first), 2, examine - 1)
+        return last_and_next[0][0] if len(last_and_next) == 2 else None
 
     def _stop_at(self, seq: int) -> None:
         if self._newest_first:
@@ -189,9 +157,32 @@ class _Walk:
         parameters = {"low": self._low, "high": self._high, "limit": limit, "offset": offset}
         return self._db.execute(statement, {**self._search.values, **parameters}).fetchall()
 
-    def find(self, limit: int) -> list[int]:
-        """Return the sequence numbers of at most `limit` jobs that fit."""
-        return [seq for (seq,) in self._run(self._search.select(self._newest_first), limit)]
+    def find(self, limit: int) -> tuple[list[int], int | None]:
+        """Return at most `limit` jobs that fit, and the last entry that was looked at if there are more."""
+        if self._search.conditions.read_payloads:
+            return self._find_in_payloads(limit)
+        seqs = [seq for (seq,) in self._run(self._search.select(self._newest_first), limit + 1)]
+        return (seqs[:limit], seqs[limit - 1]) if len(seqs) > limit else (seqs, self.end)
+
+    def _find_in_payloads(self, limit: int) -> tuple[list[int], int | None]:
+        """Search as `find` does; end it when the payloads that were read are long."""
+        found: list[int] = []
+        room = _PAYLOAD_BYTES
+        place = None
+        if not self._range.entries:
+            return found, None
+        parameters = {"low": self._low, "high": self._high, "limit": -1}
+        rows = self._db.execute(self._search.select_checked(self._newest_first), {**self._search.values, **parameters})
+        with closing(rows):
+            for seq, size, fits in rows:
+                if place is not None:
+                    return found, place
+                room -= size
+                if fits:
+                    found.append(seq)
+                if len(found) == limit or room <= 0:
+                    place = seq  # if there is another entry
+        return found, self.end
 
     def measure(self, place: int | None) -> tuple[int, int | None]:
         """Return the number of the entries up to a place, or of all, and the last of them."""
@@ -202,12 +193,15 @@ class _Walk:
             return count, seq
         return 0, None
 
-    def count_values(self, column: str) -> dict[Any, int]:
-        """Return the values of a column of the jobs that fit, and their numbers."""
-        return dict(self._run(self._search.select_values(column), -1))
+    def count_values(self, column: str) -> tuple[dict[Any, int], bool]:
+        """Return the values of a column of the jobs that fit, and their numbers; and whether there are more jobs."""
+        if self._search.conditions.read_payloads:
+            seqs, place = self._find_in_payloads(MAX_INTEGER)
+            return count_values_of(self._db, seqs, column), place is not None
+        return dict(self._run(self._search.select_values(column), -1)), self.end is not None
 
 
-def _find_bounds(db: sqlite3.Connection, wanted: JobFilter) -> tuple[int, int]:
+def find_bounds(db: sqlite3.Connection, wanted: JobFilter) -> tuple[int, int]:
     """Return the first and last sequence number that a job can have by the times of a filter.
 
     A binary search finds them, because jobs are submitted in the order of time, apart from the disorder of the clock.
@@ -231,7 +225,7 @@ def _find_bounds(db: sqlite3.Connection, wanted: JobFilter) -> tuple[int, int]:
 def _search(db: sqlite3.Connection, first: int, last: int, time: float) -> int:
     """Return a sequence number that all jobs before it, or none after it, were submitted before a time.
 
-    Which of them is the case if the times are in order; `_find_bounds` allows for those that are not.
+    Which of them is the case if the times are in order; `find_bounds` allows for those that are not.
     """
     low, high = first, last + 1
     while low < high:
@@ -266,12 +260,12 @@ def _expand(db: sqlite3.Connection, wanted: JobFilter) -> JobFilter:
     return wanted
 
 
-def _find_permitted(
-    db: sqlite3.Connection, walk: _Walk, limit: int, permits: Permits, subject_bytes: int
+def find_permitted(
+    db: sqlite3.Connection, walk: Walk, limit: int, permits: Permits, subject_bytes: int
 ) -> tuple[list[int], int | None]:
     """Return at most `limit` jobs of a walk that are permitted, and where to continue."""
     permitted: list[int] = []
-    seqs = walk.find(-1)
+    seqs, end = walk.find(MAX_INTEGER - 1)
     room = _STEP_BYTES
     for start in range(0, len(seqs), _STEP):
         step = seqs[start : start + _STEP]
@@ -285,14 +279,14 @@ def _find_permitted(
                 room -= len(subjects[seq].arguments)
         if room <= 0 and start + _STEP < len(seqs):
             return permitted, step[-1]
-    return permitted, walk.end
+    return permitted, end
 
 
 def get_summaries(
     db: sqlite3.Connection, job_ids: Sequence[str], *, subject_bytes: int | None = None
 ) -> list[JobSummary]:
     """Return the summaries of these jobs, in the order of submission; unknown ones are missing."""
-    with _snapshot(db):
+    with snapshot(db):
         seqs: list[int] = []
         for job_id in filter(is_job_id, job_ids):
             seqs += [seq for (seq,) in db.execute(QUERIES["find_job"], (job_id,)).fetchall()]
@@ -310,45 +304,8 @@ def select_jobs(db: sqlite3.Connection, wanted: JobFilter, job_ids: Sequence[str
     return frozenset(job_id for (job_id,) in db.execute(statement, {**conditions.values, **ids}).fetchall())
 
 
-def count_jobs(
-    db: sqlite3.Connection,
-    wanted: JobFilter,
-    by: Sequence[str],
-    *,
-    owners: Sequence[str] | None = None,
-    permits: Permits | None = None,
-    subject_bytes: int = 0,
-    most: int = EXAMINED,
-    at: float = 0.0,
-) -> JobCounts:
-    """Return how many jobs have each value of the facets `by`, each counted under all other parts of the filter.
-
-    The newest jobs are counted, at most about `most`; `more` says that there may be others. Without a filter, the
-    states are exact. `owners` and `permits` are as for `find_jobs`.
-    """
-    facets: dict[str, list[ValueCount]] = {}
-    with _snapshot(db):
-        is_exact = True
-        for name in by:
-            column, without = FACETS[name]
-            rest = replace(wanted, **without)
-            if name == "state" and rest == JobFilter() and owners is None and permits is None:
-                facets[name] = _sort_values([(value, count) for value, count in db.execute(QUERIES["count_states"])])
-                continue
-            walk = _Walk(db, rest, owners, True, None, most)
-            more = walk.end is not None
-            if permits is None:
-                values = walk.count_values(column)
-            else:
-                seqs, place = _find_permitted(db, walk, most, permits, subject_bytes)
-                values, more = _count_values_of(db, seqs, column), place is not None
-            is_exact = is_exact and not more
-            facets[name] = _sort_values(list(values.items()), more)
-            is_exact = is_exact and len(values) <= MAX_VALUES
-    return JobCounts(facets, is_exact, at)
-
-
-def _count_values_of(db: sqlite3.Connection, seqs: Sequence[int], column: str) -> dict[Any, int]:
+def count_values_of(db: sqlite3.Connection, seqs: Sequence[int], column: str) -> dict[Any, int]:
+    """Return the values of a column of some jobs, and how many of them have each."""
     values: Counter[Any] = Counter()
     for start in range(0, len(seqs), _STEP):
         step = seqs[start : start + _STEP]
@@ -357,68 +314,6 @@ def _count_values_of(db: sqlite3.Connection, seqs: Sequence[int], column: str) -
         )
         values.update(value for (value,) in db.execute(statement, step))
     return values
-
-
-def _sort_values(values: Sequence[tuple[Any, int]], more: bool = False) -> list[ValueCount]:
-    """Return the most frequent values."""
-    known = [
-        (decode_name(value) if isinstance(value, bytes) else value, count)
-        for value, count in values
-        if value is not None
-    ]
-    known.sort(key=lambda each: (-each[1], each[0]))
-    return [ValueCount(value, count, more) for value, count in known[:MAX_VALUES]]
-
-
-def job_statistics(
-    db: sqlite3.Connection,
-    since: float,
-    until: float,
-    step: float,
-    states: frozenset[State] = frozenset(),
-    *,
-    owners: Sequence[str] | None = None,
-    permits: Permits | None = None,
-    subject_bytes: int = 0,
-) -> JobStatistics:
-    """Return how many jobs were submitted, and ended in each way, in each step of a time.
-
-    With `states`, only ends of these states are counted. `owners` and `permits` are as for `find_jobs`.
-    """
-    count = max(0, -int(-(until - since) // step))
-    numbers: list[Counter[str]] = [Counter() for _ in range(count)]
-    is_complete = True
-    parameters: dict[str, Any] = {"since": since, "until": until, "step": step}
-    condition = "TRUE"
-    if owners is not None:
-        names = {f"owner{number}": owner for number, owner in enumerate(owners)}
-        condition = f"owner IN ({', '.join(':' + name for name in names)})"
-        parameters |= {name: owner.encode("utf-8", "surrogatepass") for name, owner in names.items()}
-    with _snapshot(db):
-        for column, value in (("submitted", "'submitted'"), ("ended", "state")):
-            span = Span(since, until)
-            if permits is not None:
-                wanted = JobFilter(submitted=span) if column == "submitted" else JobFilter(ended=span)
-                walk = _Walk(db, wanted, owners, True, None, EXAMINED)
-                seqs, place = _find_permitted(db, walk, EXAMINED, permits, subject_bytes)
-                is_complete = is_complete and place is None
-                counted = _count_values_of(
-                    db, seqs, f"CAST(({column} - {since!r}) / {step!r} AS INTEGER) || ' ' || {value}"
-                )
-                for key, jobs in counted.items():
-                    index, _, name = key.partition(" ")
-                    if name == "submitted" or not states or name in states:
-                        numbers[min(int(index), count - 1)][name] += jobs
-                continue
-            statement = (
-                f"SELECT CAST(({column} - :since) / :step AS INTEGER), {value}, count(*) FROM jobs "
-                f"WHERE {column} >= :since AND {column} < :until AND {condition} GROUP BY 1, 2"
-            )
-            for index, name, jobs in db.execute(statement, parameters):
-                if name == "submitted" or not states or name in states:
-                    numbers[min(index, count - 1)][name] += jobs
-    buckets = [Bucket(since + index * step, **dict(of_bucket)) for index, of_bucket in enumerate(numbers)]
-    return JobStatistics(step, buckets, is_complete)
 
 
 def _submitted(db: sqlite3.Connection, seq: int) -> float | None:
