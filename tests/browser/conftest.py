@@ -16,57 +16,9 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, expect
 
-from support.browser import DEADLINE, Pages, Site, running_browser, running_site
+from support.browser import DEADLINE, PROCEDURES, Pages, Site, running_browser, running_site
 
 expect.set_options(timeout=DEADLINE)
-
-PROCEDURES = """
-import os, signal, subprocess, sys, time
-from harpd.proc import Result, procedure, streaming_procedure
-
-@procedure
-def echo(*values):
-    return list(values)
-
-@procedure
-def fail(text):
-    raise ValueError(text)
-
-@procedure(timeout=600)
-def sleep(seconds):
-    time.sleep(seconds)
-
-@streaming_procedure(timeout=600)
-def count(number, pause=0.0):
-    for index in range(number):
-        yield {"index": index, "table": f"orders_{index}"}
-        if pause:
-            time.sleep(pause)
-    yield Result(number)
-
-@streaming_procedure(timeout=600)
-def emit(*values):
-    for value in values:
-        yield value
-
-@streaming_procedure(timeout=600)
-def repeat(text, number):
-    yield text * number
-    yield "after"
-
-@streaming_procedure(timeout=600)
-def tail(path):
-    '''Yield the lines of a file, also those that are added, until the line "end".'''
-    with open(path) as file:
-        while True:
-            line = file.readline()
-            if line == "end\\n":
-                return
-            if line:
-                yield line.rstrip("\\n")
-            else:
-                time.sleep(0.01)
-"""
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import re
 import shutil
 import socket
 import urllib.request
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,6 +43,55 @@ _TAGS = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"
 _REPORT_VIOLATIONS = """
 document.addEventListener("securitypolicyviolation", (event) => console.error(
   `policy violation: ${event.violatedDirective} ${event.blockedURI} ${event.sourceFile}:${event.lineNumber}`));
+"""
+
+#: The procedures file of a site, unless a test has its own.
+PROCEDURES = """
+import os, signal, subprocess, sys, time
+from harpd.proc import Result, procedure, streaming_procedure
+
+@procedure
+def echo(*values):
+    return list(values)
+
+@procedure
+def fail(text):
+    raise ValueError(text)
+
+@procedure(timeout=600)
+def sleep(seconds):
+    time.sleep(seconds)
+
+@streaming_procedure(timeout=600)
+def count(number, pause=0.0):
+    for index in range(number):
+        yield {"index": index, "table": f"orders_{index}"}
+        if pause:
+            time.sleep(pause)
+    yield Result(number)
+
+@streaming_procedure(timeout=600)
+def emit(*values):
+    for value in values:
+        yield value
+
+@streaming_procedure(timeout=600)
+def repeat(text, number):
+    yield text * number
+    yield "after"
+
+@streaming_procedure(timeout=600)
+def tail(path):
+    '''Yield the lines of a file, also those that are added, until the line "end".'''
+    with open(path) as file:
+        while True:
+            line = file.readline()
+            if line == "end\\n":
+                return
+            if line:
+                yield line.rstrip("\\n")
+            else:
+                time.sleep(0.01)
 """
 
 
@@ -217,14 +266,19 @@ class Pages:
         assert kind is not None or not found, "\n".join(found)
 
 
-def find_axe_violations(page: Page, *excluded: str) -> list[str]:
-    """Examine a page by axe-core; return the violations, one line for each. `excluded`: names of rules."""
+def find_axe_violations(page: Page, *excluded: str, only: Sequence[str] = ()) -> list[str]:
+    """Examine a page by axe-core; return the violations, one line for each.
+
+    Args:
+        page: the page.
+        excluded: names of rules that are not checked.
+        only: names of the only rules that are checked; empty: all.
+    """
     page.evaluate(_AXE.read_text())
-    rules = {name: {"enabled": False} for name in excluded}
-    found = page.evaluate(
-        "(options) => axe.run(document, options)",
-        {"runOnly": {"type": "tag", "values": _TAGS}, "rules": rules, "resultTypes": ["violations"]},
-    )
+    options: dict[str, Any] = {"resultTypes": ["violations"]}
+    options["runOnly"] = {"type": "rule", "values": list(only)} if only else {"type": "tag", "values": _TAGS}
+    options["rules"] = {name: {"enabled": False} for name in excluded}
+    found = page.evaluate("(options) => axe.run(document, options)", options)
     return [
         f"{violation['id']}: {violation['help']}: {node['target']}: {node['failureSummary']}"
         for violation in found["violations"]

@@ -1,0 +1,498 @@
+"""The page of one job: state, output, result, process and actions, in Chromium with a real dispatcher and harpd."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, Locator, Page, expect
+
+from harp.protocol.ends import Failed, Returned
+from harp.protocol.json_text import Raw, dumps
+from harpcaller.model.jobs import JobMetadata, Records, StopState
+from harpcaller.store.sqlite import Store
+from support.browser import PROCEDURES, Pages, Site, eventually, find_axe_violations, running_site
+from support.jobs import new_id, new_job
+
+HARPD = {"exit_info": {"stderr": True, "traceback": True}}
+NAMES = ("web01", "web02")
+
+LONG, LONG_RECORDS = new_id(), 2_000_000
+STUCK = new_id()
+_STEP = 20_000
+_REPORT = {
+    "processes": [
+        {"pid": 100, "command": "harpd: backup", "signals": ["SIGTERM"], "ended": "SIGTERM"},
+        {"pid": 101, "command": "pg_dump orders", "signals": ["SIGTERM", "SIGKILL"], "ended": None},
+        {"pid": 102, "command": "gzip", "signals": ["SIGTERM"], "ended": "gone after SIGTERM"},
+    ],
+    "found": 3,
+    "survivors": [{"pid": 101, "command": "pg_dump orders"}],
+    "surviving": 1,
+    "complete": False,
+    "began": 1e9,
+    "ended": 1e9 + 5,
+}
+
+
+async def seed(store: Store) -> None:
+    """Add a job with 2,000,000 records, of which every 100,000th has a needle; and one whose process survives."""
+    now = time.time() - 60
+    await store.add_job(new_job(id=LONG, procedure="stream"), now)
+    await store.claim_jobs(now, 1, 10)
+    for first in range(0, LONG_RECORDS, _STEP):
+        values = [Raw(b'{"n": %d}' % number) for number in range(first, first + _STEP)]
+        if first % 100_000 == 0:
+            values[7] = Raw(b'{"n": %d, "text": "a Needle"}' % (first + 7))
+        await store.append_records(LONG, first, Records(tuple(values), (now,) * _STEP))
+    await store.finish_job(LONG, Returned(Raw(b"2000000")), now + 9)
+    await store.add_job(new_job("gone", id=STUCK, procedure="backup", arguments=Raw(b'["orders"]')), now)
+    await store.claim_jobs(now, 1, 10)
+    report = JobMetadata(
+        stop_report=dumps(_REPORT), stop_request=dumps({"why": "limit", "by": "dispatcher", "at": now})
+    )
+    end = Failed("timeout", "no message for 600 s")
+    await store.finish_job(STUCK, end, now + 9, stop=StopState.FAILED, keep_slot=True, metadata=report)
+
+
+def row(page: Page, number: int) -> Locator:
+    return page.locator(f'.log-row[data-number="{number}"]:not([data-loading])')
+
+
+def state(page: Page) -> Locator:
+    return page.locator(".job-state")
+
+
+def visible_numbers(page: Page) -> list[int]:
+    """Return the numbers of the rows that are in the window, from its top."""
+    numbers: list[int] = page.evaluate(
+        """() => {
+            const { top, bottom } = document.querySelector(".log-layer").getBoundingClientRect();
+            const isSeen = (box) => box.bottom > top + 1 && box.top < bottom - 1;
+            return [...document.querySelectorAll(".log-row")]
+                .filter((row) => isSeen(row.getBoundingClientRect()))
+                .map((row) => Number(row.dataset.number));
+        }"""
+    )
+    return numbers
+
+
+def append(path: Path, *lines: str) -> None:
+    with path.open("a") as file:
+        file.write("".join(f"{line}\n" for line in lines))
+
+
+# The state of the job.
+
+
+def test_header_follows_the_job_without_a_reload(site: Site, pages: Pages, tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    append(path, "first")
+    job = site.submit("tail", str(path))
+    page = pages.open(f"/jobs/{job}")
+    expect(state(page)).to_contain_text("running")
+    expect(page).to_have_title(re.compile("tail - HARP"))
+    icon = page.locator('link[rel="icon"]')
+    expect(icon).to_have_attribute("href", re.compile("icon-running.svg"))
+    page.evaluate("document.documentElement.dataset.untouched = 'yes'")
+    append(path, "end")
+    expect(state(page)).to_contain_text("returned")
+    expect(icon).to_have_attribute("href", re.compile("icon-returned.svg"))
+    expect(page).to_have_title(re.compile("^✓"))
+    expect(page.locator("html")).to_have_attribute("data-untouched", "yes")
+    expect(page.locator(".job-why")).not_to_be_empty()
+
+
+def test_cancel_from_the_page_shows_the_confirmed_stop(site: Site, pages: Pages) -> None:
+    job = site.submit("sleep", 300)
+    page = pages.open(f"/jobs/{job}")
+    expect(state(page)).to_contain_text("running")
+    cancel = page.get_by_role("button", name="Cancel", exact=True)
+    cancel.click()
+    dialog = page.get_by_role("dialog", name="Cancel this job?")
+    expect(dialog).to_contain_text("sleep(300) on web01")
+    page.keyboard.press("Escape")
+    expect(dialog).to_have_count(0)
+    expect(cancel).to_be_focused()
+    cancel.click()
+    page.get_by_role("button", name="Cancel the job").click()
+    expect(state(page)).to_contain_text("cancelled")
+    expect(page.locator(".job-stop")).to_contain_text("Stop confirmed")
+    expect(cancel).to_have_attribute("aria-disabled", "true")
+    expect(cancel).to_have_attribute("title", "The job has ended.")
+    page.get_by_role("tab", name="Process").click()
+    expect(page.locator(".processes li[data-pid]").first).to_contain_text("sent SIGTERM")
+
+
+def test_rerun_keeps_the_arguments_to_the_byte(site: Site, pages: Pages, cookie: str) -> None:
+    arguments = b'[1208925819614629174706176,"1.50",1.50,{"b":1,"a":[1e400,0.10]}]'
+    with site.system.dispatcher.connect() as client:
+        client.send(b'{"harpcaller":1,"host":"web01","procedure":"missing","arguments":%s}\n' % arguments)
+        job = client.message()["job_id"]
+    page = pages.open(f"/jobs/{job}?tab=arguments")
+    shown = page.locator(".payload-text").first
+    expect(shown).to_contain_text('1208925819614629174706176,\n  "1.50",\n  1.50,')
+    page.get_by_role("button", name="As sent").first.click()
+    expect(shown).to_have_text(arguments.decode())
+    page.get_by_role("button", name="Tree").first.click()
+    expect(page.locator(".json-tree")).to_contain_text("1208925819614629174706176")
+    page.get_by_role("button", name="Re-run").first.click()
+    dialog = page.get_by_role("dialog", name="Re-run this job")
+    expect(dialog.locator("pre")).to_have_text(arguments.decode())
+    dialog.get_by_label("Host").fill("web02")
+    dialog.get_by_role("button", name="Re-run").click()
+    expect(page).not_to_have_url(re.compile(job))
+    expect(page.locator(".job-facts")).to_contain_text(f"Re-run of {job[:8]}")
+    again = page.url.rpartition("/")[2].partition("?")[0]
+    body = site.get(f"/jobs/{again}?payloads=raw", cookie)
+    assert b'"arguments":%s' % arguments in body.replace(b'"arguments": ', b'"arguments":')
+    assert json.loads(body)["host"] == "web02"
+
+
+def test_stop_report_shows_survivors_and_slot_is_released(site: Site, pages: Pages) -> None:
+    page = pages.open(f"/jobs/{STUCK}?tab=process")
+    expect(page.locator(".job-stop")).to_contain_text("Stop failed")
+    survivor = page.locator(".processes .survivor")
+    expect(survivor).to_have_count(1)
+    expect(survivor).to_contain_text("pg_dump orders")
+    expect(survivor).to_contain_text("survives")
+    expect(page.locator("#panel")).to_contain_text("3 processes found, 1 surviving")
+    page.get_by_role("button", name="Release slot").click()
+    page.get_by_role("dialog").get_by_role("button", name="Release the slot").click()
+    expect(page.get_by_role("button", name="Release slot")).to_have_count(0)
+
+
+def test_timeline_adds_up_to_the_time_taken(site: Site, pages: Pages, cookie: str) -> None:
+    job = site.finish("count", 3)
+    page = pages.open(f"/jobs/{job}")
+    page.locator(".timeline summary").click()
+    found: dict[str, float] = page.evaluate(
+        """() => Object.fromEntries([...document.querySelectorAll(".timeline tr[data-seconds]")]
+            .map((row) => [row.dataset.phase ?? "total", Number(row.dataset.seconds)]))"""
+    )
+    times = json.loads(site.get(f"/jobs/{job}", cookie))["time"]
+    assert found["total"] == pytest.approx(times["end"] - times["submit"], abs=1e-5)
+    parts = [found[name] for name in ("wait", "connect", "authenticate", "fork", "run", "other") if name in found]
+    assert len(parts) >= 4
+    assert sum(parts) == pytest.approx(found["total"], abs=0.002)
+
+
+def test_unknown_job_is_told(pages: Pages) -> None:
+    pages.allow("404")
+    page = pages.open(f"/jobs/{new_id()}")
+    expect(page.get_by_role("heading", name="No such job")).to_be_visible()
+    assert not find_axe_violations(page)
+
+
+# How it ended.
+
+
+def test_exception_shows_its_traceback(site: Site, pages: Pages) -> None:
+    job = site.finish("fail", "no such table \u202eorders")
+    page = pages.open(f"/jobs/{job}")
+    panel = page.locator("#panel")
+    expect(panel).to_contain_text("ValueError")
+    expect(panel).to_contain_text("no such table \\u202eorders")
+    expect(panel.locator("pre.lines")).to_contain_text("Traceback (most recent call last)")
+
+
+@pytest.mark.parametrize(
+    ("kind", "procedure", "arguments", "options", "cause"),
+    [
+        ("timeout", "sleep", [60], {"timeout": 1}, "No message for timeout seconds"),
+        ("no_such_procedure", "missing", [], {}, "the procedures file has no procedure with this name"),
+        ("invalid_argument_list", "sleep", [1, 2], {}, "the arguments do not fit the procedure's signature"),
+        ("unknown_host", "sleep", [1], {"host": "web99"}, "the registry does not list the host"),
+    ],
+)
+def test_error_shows_its_cause_and_cure(
+    site: Site, pages: Pages, kind: str, procedure: str, arguments: list[Any], options: dict[str, Any], cause: str
+) -> None:
+    job = site.finish(procedure, *arguments, **options)
+    page = pages.open(f"/jobs/{job}")
+    panel = page.locator("#panel")
+    expect(panel.locator(".end-title")).to_contain_text(kind)
+    expect(panel.locator(".causes").first).to_contain_text(cause, ignore_case=True)
+    expect(panel.locator(".causes").first).to_contain_text("What to do")
+
+
+# The output.
+
+
+def test_output_follows_and_only_the_user_thaws_it(site: Site, pages: Pages, tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    append(path, *(f"line {number}" for number in range(200)))
+    job = site.submit("tail", str(path))
+    page = pages.open(f"/jobs/{job}")
+    expect(row(page, 199)).to_be_in_viewport()
+    append(path, "line 200")
+    expect(row(page, 200)).to_be_in_viewport()
+
+    page.get_by_role("button", name="Pause").click()
+    before = visible_numbers(page)
+    append(path, *(f"line {number}" for number in range(201, 400)))
+    expect(page.locator(".tab-count")).to_have_text("400")
+    assert visible_numbers(page) == before
+    expect(page.locator(".log-status")).to_contain_text("Paused at record")
+    page.locator(".log-status").get_by_role("button", name="Follow").click()
+    expect(row(page, 399)).to_be_in_viewport()
+
+    page.locator(".log-layer").hover()
+    page.mouse.wheel(0, -300)
+    expect(page.locator(".log-status")).to_contain_text("Paused at record")
+    page.wait_for_timeout(300)  # the browser scrolls smoothly
+    before = visible_numbers(page)
+    append(path, *(f"line {number}" for number in range(400, 600)))
+    expect(page.locator(".tab-count")).to_have_text("600")
+    assert visible_numbers(page) == before
+    append(path, "end")
+    expect(state(page)).to_contain_text("returned")
+    assert visible_numbers(page) == before
+    page.keyboard.press("G")
+    expect(row(page, 599)).to_be_in_viewport()
+
+
+def test_long_stream_opens_at_the_linked_record(site: Site, pages: Pages) -> None:
+    context = pages.context()
+    page = context.new_page()
+    asked: list[str] = []
+    context.on("request", lambda request: asked.append(request.url) if "/records?" in request.url else None)
+    page.goto(f"{site.url}/jobs/{LONG}#r1500000-1500002")
+    expect(row(page, 1_500_000)).to_be_in_viewport()
+    expect(row(page, 1_500_000)).to_contain_text('{"n": 1500000}')
+    expect(page.locator(".log-row.selected")).to_have_count(3)
+    assert len(asked) <= 3, asked  # a page of records, or two
+    expect(page.locator(".tab-count")).to_have_text("2,000,000")
+    assert page.evaluate("document.querySelectorAll('*').length") < 1500
+
+    page.get_by_role("button", name="Top", exact=True).click()
+    expect(row(page, 0)).to_be_in_viewport()
+    page.get_by_role("button", name="End", exact=True).click()
+    expect(row(page, LONG_RECORDS - 1)).to_be_in_viewport()
+    page.evaluate("(log => log.scrollTop = log.scrollHeight / 4)(document.querySelector('.log'))")
+    eventually(page, lambda: 490_000 < visible_numbers(page)[0] < 510_000, "a quarter of the way")
+    expect(row(page, visible_numbers(page)[5])).to_contain_text(f'{{"n": {visible_numbers(page)[5]}}}')
+    page.locator(".log-layer").focus()
+    first = visible_numbers(page)[0]
+    page.keyboard.press("PageDown")
+    eventually(page, lambda: first < visible_numbers(page)[0] < first + 100, "the next screen")
+    page.keyboard.press("PageUp")
+    eventually(page, lambda: abs(visible_numbers(page)[0] - first) <= 4, "the screen before")
+
+
+def test_find_counts_all_matches_of_the_stream(site: Site, pages: Pages) -> None:
+    page = pages.open(f"/jobs/{LONG}?tab=output&find=needle")
+    expect(page.locator(".find-count")).to_have_text("20")
+    page.locator(".log-layer").focus()
+    page.keyboard.press("n")
+    expect(page.locator(".find-count")).to_have_text("1 of 20")
+    expect(row(page, 7)).to_be_in_viewport()
+    expect(row(page, 7).locator("mark")).to_have_text("Needle")
+    page.keyboard.press("N")
+    expect(page.locator(".find-count")).to_have_text("20 of 20")
+    expect(row(page, 1_900_007)).to_be_in_viewport()
+    page.get_by_label("Matches only").check()
+    expect(row(page, 7)).to_be_in_viewport()
+    expect(row(page, 100_007)).to_be_in_viewport()
+    expect(page.locator(".log-row")).to_have_count(20)
+
+
+def test_find_counts_new_matches_while_the_job_runs(site: Site, pages: Pages, tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    append(path, "one apple", "one pear")
+    job = site.submit("tail", str(path))
+    page = pages.open(f"/jobs/{job}")
+    page.get_by_label("Find in all records").fill("APPLE")
+    page.keyboard.press("Enter")
+    expect(page.locator(".find-count")).to_have_text("1")
+    append(path, "two apples", "a pear")
+    expect(page.locator(".find-count")).to_have_text("2")
+    append(path, "end")
+
+
+def test_output_view_is_in_the_address_and_downloads(site: Site, pages: Pages, cookie: str) -> None:
+    job = site.finish("count", 50)
+    context = pages.context()
+    context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page = context.new_page()
+    page.goto(f"{site.url}/jobs/{job}?tab=output")
+    row(page, 30).locator(".log-number").click()
+    expect(page).to_have_url(re.compile("#r30$"))
+    row(page, 33).locator(".log-number").click(modifiers=["Shift"])
+    expect(page).to_have_url(re.compile("#r30-33$"))
+    expect(page.locator(".log-row.selected")).to_have_count(4)
+    page.locator(".log-layer").focus()
+    page.keyboard.press("y")
+    assert page.evaluate("navigator.clipboard.readText()") == f"{site.url}/jobs/{job}#r30-33"
+    page.keyboard.press("w")
+    expect(page).to_have_url(re.compile("wrap=1"))
+    page.keyboard.press("t")
+    expect(page).to_have_url(re.compile("times=rel"))
+    expect(row(page, 33).locator("time")).to_have_text(re.compile(r"^[+-][0-9.]+$"))
+    page.keyboard.press("t")
+    expect(row(page, 33).locator("time")).to_have_count(0)
+    page.get_by_role("button", name="Download").click()
+    with page.expect_download() as downloaded:
+        page.get_by_text("All records, as JSON Lines").click()
+    saved = Path(downloaded.value.path()).read_bytes()
+    assert saved.count(b'{"packet":') == 50
+    assert saved == site.get(f"/jobs/{job}/records?download=1", cookie)
+
+
+def test_hostile_records_are_shown_as_text(site: Site, pages: Pages) -> None:
+    markup = "<img src=x onerror=alert(1)><script>alert(1)</script>"
+    values = [
+        "\x1b[31mred\x1b[0m plain \x1b]0;title\x07",
+        "bidi \u202eevil\u202c \u200b\u2028",
+        markup,
+        "two\nlines",
+        {"<b>": "\u202e"},
+    ]
+    job = site.finish("emit", *values)
+    page = pages.open(f"/jobs/{job}?tab=output")
+    expect(row(page, 0).locator(".sgr-1")).to_have_text("red")
+    expect(row(page, 0).locator(".log-text")).to_have_text("red plain \\x1b]0;title\\x07")
+    expect(row(page, 1).locator(".log-text")).to_have_text("bidi \\u202eevil\\u202c \\u200b\\u2028")
+    expect(row(page, 2).locator(".log-text")).to_have_text(markup)
+    assert page.locator(".log img, .log script").count() == 0
+    assert "\u202e" not in page.locator(".log").inner_text()
+    assert row(page, 3).bounding_box()["height"] >= 2 * row(page, 2).bounding_box()["height"]  # type: ignore[index]
+    row(page, 4).hover()
+    row(page, 4).get_by_role("button", name="Tree of record 4").click()
+    expect(row(page, 4).locator(".json-tree")).to_contain_text("<b>")
+
+
+def test_record_of_ten_megabytes_opens_whole(site: Site, pages: Pages) -> None:
+    job = site.finish("repeat", "0123456789", 1_000_000)
+    page = pages.open(f"/jobs/{job}?tab=output")
+    expect(row(page, 1)).to_contain_text("after")
+    assert len(row(page, 0).locator(".log-text").inner_text()) <= 4001
+    row(page, 0).get_by_role("button", name="Show all 10.0 MB of record 0").click()
+    dialog = page.get_by_role("dialog", name="Record 0")
+    expect(dialog).to_contain_text("10.0 MB")
+    length = dialog.locator("pre").evaluate("(element) => element.textContent.length")
+    assert length == 10_000_002
+    page.keyboard.press("Escape")
+    expect(dialog).to_have_count(0)
+
+
+def test_fast_stream_is_followed_without_a_gap(site: Site, pages: Pages) -> None:
+    job = site.submit("count", 100_000)
+    page = pages.open(f"/jobs/{job}?tab=output")
+    expect(page.locator(".tab-count")).to_have_text("100,000", timeout=60_000)
+    expect(state(page)).to_contain_text("returned", timeout=60_000)
+    expect(row(page, 99_999)).to_be_in_viewport()
+    page.locator(".log-layer").focus()
+    page.keyboard.press("Home")
+    expect(row(page, 0)).to_contain_text('"index":0')
+
+
+def test_restart_of_the_dispatcher_leaves_no_gap(browser: Browser, tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    append(path, *(f"line {number}" for number in range(20)))
+    with running_site(tmp_path / "site", PROCEDURES) as site, Pages(browser, site, site.log_in()) as pages:
+        pages.allow("ERR_CONNECTION_REFUSED|ERR_INCOMPLETE_CHUNKED|ERR_CONNECTION_RESET|ERR_EMPTY_RESPONSE|503")
+        job = site.submit("tail", str(path))
+        page = pages.open(f"/jobs/{job}")
+        expect(row(page, 19)).to_be_in_viewport()
+        site.system.dispatcher.kill()
+        append(path, *(f"line {number}" for number in range(20, 30)))
+        expect(page.locator(".banner")).to_contain_text("does not answer")
+        site.system.dispatcher.start()
+        expect(row(page, 29)).to_be_in_viewport(timeout=60_000)
+        append(path, "line 30", "end")
+        expect(state(page)).to_contain_text("returned", timeout=60_000)
+        expect(page.locator(".banner")).to_have_count(0)
+        shown = page.locator(".log-text").all_inner_texts()
+        numbers = [int(text.removeprefix("line ")) for text in shown]
+        assert numbers == list(range(numbers[0], 31))
+
+
+# Keyboard, sizes, accessibility.
+
+
+def test_page_works_by_keyboard_alone(site: Site, pages: Pages) -> None:
+    job = site.submit("sleep", 300)
+    page = pages.open(f"/jobs/{job}")
+    expect(state(page)).to_contain_text("running")
+    for key, name in enumerate(("Output", "Result", "Arguments", "Process", "Details"), 1):
+        page.keyboard.press(str(key))
+        expect(page.get_by_role("tab", name=name)).to_have_attribute("aria-selected", "true")
+    expect(page.locator(".payload-text")).to_contain_text('"procedure": "sleep"')
+    page.get_by_role("tab", name="Details").focus()
+    page.keyboard.press("ArrowRight")
+    expect(page.get_by_role("tab", name="Output")).to_be_focused()
+    page.keyboard.press("c")
+    expect(page.get_by_role("dialog")).to_be_visible()
+    for _ in range(10):
+        if page.evaluate("document.activeElement.textContent") == "Cancel the job":
+            break
+        page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    expect(state(page)).to_contain_text("cancelled")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_job_page_has_no_accessibility_violations(site: Site, pages: Pages, theme: str, tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    append(path, *(f"line {number}" for number in range(100)), "\x1b[33mwarn\x1b[0m \u202e")
+    running = site.submit("tail", str(path))
+    empty = site.finish("echo")
+    raised = site.finish("fail", "no")
+    failed = site.finish("missing")
+    rules = ["color-contrast"] if theme == "dark" else []  # a theme changes nothing else
+    page = pages.open(f"/jobs/{running}", color_scheme=theme)
+    expect(row(page, 100)).to_be_in_viewport()
+    found = {"running": find_axe_violations(page, only=rules)}
+    page.keyboard.press("c")
+    expect(page.get_by_role("dialog")).to_be_visible()
+    found["dialog"] = find_axe_violations(page, only=rules)
+    for name, place, text in (
+        ("empty", f"{empty}?tab=output", "no records"),
+        ("result", f"{empty}?tab=result", "Formatted"),
+        ("raised", raised, "Traceback"),
+        ("failed", failed, "What to do"),
+        ("process", f"{STUCK}?tab=process", "pg_dump"),
+        ("arguments", f"{STUCK}?tab=arguments", "orders"),
+        ("search", f"{LONG}?tab=output&find=needle&only=1&wrap=1", "Needle"),
+    ):
+        page.goto(f"{site.url}/jobs/{place}")
+        expect(page.locator("#panel")).to_contain_text(text)
+        if name == "failed":
+            page.locator(".timeline summary").click()
+        found[name] = find_axe_violations(page, only=rules)
+    append(path, "end")
+    assert {name: violations for name, violations in found.items() if violations} == {}
+
+
+def test_job_page_fits_a_narrow_screen(site: Site, pages: Pages) -> None:
+    job = site.finish("count", 30)
+    page = pages.open(f"/jobs/{job}?tab=output", viewport={"width": 320, "height": 640}, has_touch=True)
+    expect(row(page, 29)).to_be_attached()
+    assert page.evaluate("document.querySelector('#content').scrollWidth") <= 320
+    assert not find_axe_violations(page)
+    for button in page.locator(".job-actions > button, .job-actions > .menu > button, .tabs button").all():
+        assert button.bounding_box()["height"] >= 43  # type: ignore[index]
+
+
+def test_job_page_works_in_forced_colours_without_motion(site: Site, pages: Pages) -> None:
+    job = site.finish("count", 3)
+    page = pages.open(f"/jobs/{job}?tab=output", forced_colors="active", reduced_motion="reduce")
+    expect(row(page, 2)).to_be_in_viewport()
+    assert not find_axe_violations(page, "color-contrast")
+
+
+def test_viewer_sees_disabled_actions_with_reasons(browser: Browser, site: Site) -> None:
+    job = site.submit("sleep", 300)
+    with Pages(browser, site, site.log_in("--role=viewer")) as pages:
+        page = pages.open(f"/jobs/{job}")
+        cancel = page.get_by_role("button", name="Cancel", exact=True)
+        expect(cancel).to_have_attribute("aria-disabled", "true")
+        expect(cancel).to_have_attribute("title", re.compile("no right to cancel"))
+        cancel.click(force=True)
+        expect(page.get_by_role("dialog")).to_have_count(0)
+    site.system.dispatcher.ask(cancel=job)
