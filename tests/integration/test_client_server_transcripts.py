@@ -316,7 +316,7 @@ CALL = {"harpcaller": 1, "host": "h", "procedure": "p", "arguments": []}
 MANY = {"host": "h", "procedure": "p", "arguments": []}
 KINDS = (
     "expected exactly one of procedure, submit_many, cancel, "
-    "get_result, get_status, get_details, follow_stream, read_stream"
+    "get_result, get_status, get_details, follow_stream, read_stream, list_jobs, count_jobs, list_hosts, list_queues"
 )
 
 REFUSED: dict[str, tuple[Any, str]] = {
@@ -350,7 +350,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a queue that is none": ({**CALL, "queue": []}, "queue: expected an object with a name"),
     "a queue without a name": ({**CALL, "queue": {}}, "queue: expected an object with a name"),
     "a queue's odd name": ({**CALL, "queue": {"name": "q"}}, "queue.name: expected an object of at most 4096 bytes"),
-    "a queue with more": ({**CALL, "queue": {"name": {}, "size": 1}}, "unknown key size"),
+    "a queue with more": ({**CALL, "queue": {"name": {}, "size": 1}}, "queue: unknown key size"),
     "no concurrency": (
         {**CALL, "queue": {"name": {}, "concurrency": 0}},
         "queue.concurrency: expected a positive integer, got 0",
