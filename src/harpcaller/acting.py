@@ -400,7 +400,7 @@ class ActingAs:
 
     async def release_slot(self, job_id: str) -> bool:
         """Release the slot of a job that has ended; return False if it holds no slot, or is unknown to the client."""
-        self._require_ever(Action.MANAGE)
+        self.require_ever(Action.MANAGE)
         try:
             await self._check(job_id, Action.MANAGE)
         except UnknownJob:
@@ -471,7 +471,7 @@ class ActingAs:
         self, ended: bool = False, host: str | None = None, queue: Raw | None = None, newest: int | None = None
     ) -> AsyncGenerator[Job, None]:
         """Yield the jobs that the client may list."""
-        self._require_ever(Action.LIST)
+        self.require_ever(Action.LIST)
         may_list = self._may_list if self._is_restricted else None
         jobs = self._dispatcher.list_jobs(ended, host, queue, newest, may_list)
         async for job in jobs:
@@ -501,7 +501,7 @@ class ActingAs:
         With another action, of those to which the client has that right.
         """
         if action is Action.LIST:
-            self._require_ever(action)
+            self.require_ever(action)
         summaries = await self._dispatcher.get_summaries(job_ids, self._is_restricted)
         if not self._is_restricted:
             return summaries
@@ -534,7 +534,7 @@ class ActingAs:
 
         Raises `AccessDenied` if the client may list no jobs.
         """
-        self._require_ever(Action.LIST)
+        self.require_ever(Action.LIST)
         scope = self._policy.find_scope(self._client, Action.LIST)
         if scope.is_exact:
             return scope.owners, None, None
@@ -563,7 +563,7 @@ class ActingAs:
 
         It ends when the policy changes. The caller closes it. `encode` encodes a job with the rights to it.
         """
-        self._require_ever(Action.LIST)
+        self.require_ever(Action.LIST)
         allowed = self._find_general_rights()
         sees_all = allowed is not None
         view = View(
@@ -622,13 +622,13 @@ class ActingAs:
 
     async def list_queues(self) -> list[QueueStatus]:
         """Return the queues that the client may list."""
-        self._require_ever(Action.LIST)
+        self.require_ever(Action.LIST)
         queues = await self._dispatcher.store.list_queues()
         return [queue for queue in queues if self._is_allowed(Action.LIST, Target(queue=queue.name))]
 
     def list_hosts(self) -> list[Host]:
         """Return the hosts that the client may list."""
-        self._require_ever(Action.LIST)
+        self.require_ever(Action.LIST)
         hosts = self._dispatcher.registry.list_hosts()
         return [host for host in hosts if self._is_allowed(Action.LIST, Target(host=host.hostname))]
 
@@ -644,7 +644,7 @@ class ActingAs:
 
     def describe_registry(self) -> dict[str, Any]:
         """Return the state of the sources of hosts, see `HostsRegistry.describe`."""
-        self._require_ever(Action.LIST)
+        self.require_ever(Action.LIST)
         return self._dispatcher.registry.describe()
 
     async def find_queues(
@@ -658,7 +658,7 @@ class ActingAs:
 
         `wanted` is what the client asks for, for the audit file. See `Dispatcher.find_queues`. Raises `InvalidCursor`.
         """
-        self._require_ever(Action.LIST)
+        self.require_ever(Action.LIST)
         await self._record_list("queues", wanted)
         return await self._dispatcher.find_queues(
             lambda queue: self._may_list_queue(queue) and fits(queue), limit, cursor
@@ -666,7 +666,7 @@ class ActingAs:
 
     async def get_queue(self, queue_id: str) -> QueueSummary | None:
         """Return the queue with an id; None if it has no open jobs, or the client may not list it."""
-        self._require_ever(Action.LIST)
+        self.require_ever(Action.LIST)
         queue = await self._dispatcher.get_queue(queue_id)
         return queue if queue is not None and self._may_list_queue(queue) else None
 
@@ -691,6 +691,25 @@ class ActingAs:
             await self._raise_unknown(job_id, job, Action.READ, began_at)
         target = Target(job.host, job.procedure, job.arguments, job.queue, job.owner or "")
         return self._policy.decide(self._client, action, target)
+
+    async def require_on_job(self, action: Action, job_id: str) -> None:
+        """Raise `AccessDenied` if the client may read a job, but not do this with it.
+
+        Raises `UnknownJob` if it may do neither.
+        """
+        if not self._is_restricted:
+            return
+        began_at = time.monotonic()
+        job = (await self._dispatcher.find_subjects([job_id])).get(job_id)
+        if job is not None and self._may(action, job):
+            return
+        if job is None or not self._may_read(job):
+            await self._raise_unknown(job_id, job, action, began_at)
+        self._log_denial(action, None, job=job_id)
+        denial = AccessDenied(f"{self._client.owner} has not the right to this job: {action}")
+        fields = {"job": job_id, **_names_of(job)}
+        denial.recorded = self._dispatcher.audit.record_denial(self._client, action.value, **fields)
+        raise denial
 
     # Administration.
 
@@ -733,7 +752,7 @@ class ActingAs:
         if not decision.allowed:
             self._deny(action, decision)
 
-    def _require_ever(self, action: Action) -> None:
+    def require_ever(self, action: Action) -> None:
         """Raise `AccessDenied` if no rule allows an action to the client, whatever its target."""
         if not self._policy.may_ever(self._client, action):
             self._deny(action, None)

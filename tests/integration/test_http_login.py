@@ -14,8 +14,10 @@ import pytest
 
 from harpcaller.access.tokens import revoke_token
 from harpcaller.config import HTTPSettings
-from support.dispatcher import call
+from support.deadline import eventually
+from support.dispatcher import call, host_line
 from support.http_api import RunningAPI, running_api
+from support.peers import reserved_port
 
 OWN_PAGE = {"Sec-Fetch-Site": "same-origin"}
 
@@ -246,3 +248,45 @@ async def test_http_cookie_of_tls_has_its_prefix_and_is_secure(tmp_path: Path) -
                 "/me/can", json={}, headers={"Cookie": value, "Origin": "http://harp.example.net"}
             )
             assert foreign.json()["code"] == "cross_origin"
+
+
+async def test_http_waiting_request_ends_when_its_proof_becomes_void(tmp_path: Path) -> None:
+    with reserved_port() as dead:
+        async with running_api(tmp_path, host_line(dead), rules=None, start_within=600.0) as api, browser(api) as alice:
+            await log_in(api, alice, "viewer")
+            job = await api.dispatcher.submit(call(), "test")
+            [session] = api.api.service.sessions.list()
+            tokens = tmp_path / "tokens"
+
+            async def log_out() -> None:
+                root = await api.client.delete(f"/sessions/{session.id}")
+                assert root.status_code == 204
+
+            async def revoke() -> None:
+                assert revoke_token(tokens, "guest")
+                api.refresh()
+
+            headers = api.headers_of("guest", "viewer")
+            for client, more, end in ((alice, {}, log_out), (api.client, headers, revoke)):
+                waiting = asyncio.create_task(client.get(f"/jobs/{job}?wait=60", headers=more))
+                await eventually(lambda: api.api.service.waits, what="the wait")
+                await end()
+                reply = await asyncio.wait_for(waiting, 30)
+                assert (reply.status_code, reply.json()["code"]) == (401, "auth_error")
+            assert api.api.service.waits == 0
+
+
+async def test_http_logout_is_answered_although_it_ends_its_own_proof(tmp_path: Path) -> None:
+    """The entry of the audit file takes longer than the checks of proofs."""
+    async with (
+        running_api(tmp_path, rules=None, audit_file=tmp_path / "audit.jsonl") as api,
+        browser(api) as alice,
+    ):
+        await log_in(api, alice, "viewer")
+        audit_log = api.dispatcher.audit.log
+        assert audit_log is not None
+        with audit_log._file._lock:  # noqa: SLF001 - the disk is slow
+            out = asyncio.create_task(alice.delete("/session"))
+            await eventually(lambda: not api.api.service.sessions.list(), what="the end of the session")
+            await asyncio.sleep(0.6)
+        assert (await out).status_code == 204

@@ -92,7 +92,7 @@ class HTTPApp:
         began_at = time.monotonic()
         request_id = new_request_id()
         state = scope["state"]
-        state["request_id"], state["is_started"] = request_id, False
+        state["request_id"], state["is_started"], state["ends_proof"] = request_id, False, False
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -193,7 +193,8 @@ class _Endpoint:
         assert task is not None
 
         def on_void() -> None:
-            if not request.state.is_started:  # a response that lasts checks it by itself
+            # A response that lasts checks it by itself, and a logout is answered.
+            if not request.state.is_started and not request.state.ends_proof:
                 request.state.is_revoked = True
                 task.cancel()
 

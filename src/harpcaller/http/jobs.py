@@ -298,6 +298,7 @@ async def cancel_job(request: APIRequest) -> Response:
     """Cancel a job, and perhaps wait for the outcome of its stop."""
     job_id = job_of(request)
     seconds = (await decode_body(request, decoder_of(Cancellation))).wait
+    await request.acting.require_on_job(Action.CANCEL, job_id)
     cancelled = await request.acting.cancel(job_id)
     if not cancelled:
         await request.acting.get_job(job_id)  # raises `UnknownJob`
@@ -317,6 +318,8 @@ async def release_job(request: APIRequest) -> Response:
     """Release the slot of a job that has ended."""
     job_id = job_of(request)
     await decode_body(request, decoder_of(NoMembers))
+    request.acting.require_ever(Action.MANAGE)
+    await request.acting.require_on_job(Action.MANAGE, job_id)
     released = await request.acting.release_slot(job_id)
     if not released:
         await request.acting.get_job(job_id)  # raises `UnknownJob`
@@ -429,7 +432,7 @@ OPERATIONS = (
         handler=cancel_job,
         body=Body(reference("Cancellation"), {"wait": 0}, required=False),
         action="cancel",
-        problems=("invalid_jobid",),
+        problems=("access_denied", "invalid_jobid"),
         responses={200: Answer("whether this request has cancelled it", reference("Cancelled"))},
     ),
     Operation(

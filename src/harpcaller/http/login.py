@@ -116,6 +116,7 @@ def _may_see(request: APIRequest, session: Session) -> bool:
 
 
 async def _end(request: APIRequest, session: Session) -> None:
+    request.http.state.ends_proof = True
     await request.service.sessions.end(session.id)
     await request.acting.record_session("logout", session.id)
 
