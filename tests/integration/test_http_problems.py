@@ -75,7 +75,13 @@ async def test_http_invalid_bodies_are_problems(tmp_path: Path) -> None:
         assert (await post(many, "/jobs/many")).json()["errors"][0]["pointer"] == "/calls/1/timeout"
         for query, detail in (("wiat=1", "did you mean wait?"), ("wait=61", "wait"), ("wait=nan", "wait")):
             assert is_problem(await post(call % ("[]", ""), f"/jobs?{query}"), 400, "invalid_request", detail)
-        for query in ("wait=1&wait=2", "wait=%ff", "&".join(f"x{number}=1" for number in range(200)), "payloads=all"):
+        for query in (
+            "wait=1&wait=2",
+            "wait=%ff",
+            "&".join(f"x{number}=1" for number in range(200)),
+            "payloads=all",
+            "wait=null",
+        ):
             assert is_problem(await api.client.get(f"/jobs/{UNKNOWN}?{query}"), 400, "invalid_request")
         kind = {"Content-Type": "text/plain"}
         assert is_problem(await post(call % ("[]", ""), **kind), 415, "unsupported_media_type")

@@ -108,6 +108,9 @@ class HTTPApp:
             await self.router(scope, receive, send_with_headers)
         except ClientDisconnect:
             pass
+        except asyncio.CancelledError:
+            if not self.service.stopping.is_set():
+                raise
         except Exception as error:
             problem = await _settle(error, self.service, scope)
             fields = {"request": request_id, "client": scope["state"]["client"].peer, "code": problem.code}
@@ -249,10 +252,14 @@ def parse_query(operation: Operation, query_string: bytes) -> Any:
             raise Problem("invalid_request", f"{name}: given twice")
         values[name] = value
     try:
-        return msgspec.convert(values, operation.query, strict=False)
+        query = msgspec.convert(values, operation.query, strict=False)
     except msgspec.ValidationError as error:
         what, _, where = str(error).partition(" - at `$.")
         raise Problem("invalid_request", f"{where.rstrip('`')}: {what[:1].lower()}{what[1:]}") from error
+    for name in values:
+        if getattr(query, names[name].name) is None:  # msgspec takes the text null for a missing value
+            raise Problem("invalid_request", f"{name}: expected a value, got {values[name]!r}")
+    return query
 
 
 def _check_accept(operation: Operation, request: Request) -> None:

@@ -71,11 +71,12 @@ _CALL = {
         }
     ),
 }
+_ERROR = struct({"type": _TEXT, "message": _TEXT, "data": {}}, required=("type", "message"))
 _END = {
     "oneOf": [
         struct({"result": {"description": "The returned value."}}),
-        struct({"exception": struct({"type": _TEXT, "message": _TEXT, "data": {}})}),
-        struct({"error": struct({"type": _TEXT, "message": _TEXT, "data": {}})}),
+        struct({"exception": _ERROR}),
+        struct({"error": _ERROR}),
         struct({"cancelled": {"const": True}}),
     ]
 }

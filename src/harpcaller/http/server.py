@@ -135,6 +135,7 @@ class HTTPServer:
         for connection in list(self.acceptor.connections.values()):
             connection.shutdown()
         await self.acceptor.drain(_DRAIN_SECONDS)
+        await asyncio.sleep(0)  # the protocols learn that their connections are closed
         for task in self.state.tasks:
             task.cancel()
         await asyncio.gather(*self.state.tasks, return_exceptions=True)
