@@ -236,11 +236,6 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         members = ", ".join(f"{name} = {json.dumps(str(path))}" for name, path in files if path is not None)
         return f"listen = {json.dumps(addresses)}", f"tls = {{{members}}}", 'access_file = "access.toml"'
 
-    @property
-    def http_at_start(self) -> object:
-        """What of the section `http` needs a restart after a change."""
-        return None if self.http is None else (self.http.listen, self.http.base_path, self.http.console)
-
     def describe_max_age(self) -> str:
         """Return what `max_age` means, for `--test`."""
         if self.max_age is None:

@@ -56,11 +56,11 @@ log = logging.getLogger(__name__)
 _NEEDING_RESTART = (
     "audit_file",
     "audit_file_bytes",
-    "http_at_start",
     "listen",
     "stream_directory",
     "request_memory",
 )  #: The settings that a reload does not change.
+_HTTP_NEEDING_RESTART = "http.listen", "http.base_path", "http.console"  #: The same if both files have the section.
 _OWN_DESCRIPTORS = 64  #: Descriptors of the program without those of its connections.
 
 
@@ -258,7 +258,7 @@ class _Reloader:
             try:
                 config = await asyncio.to_thread(load, before.file)
                 identities = Identities(config, self._clients.identities)
-                apply_http = self._http.prepare_reload(before, config) if self._http is not None else lambda: None
+                apply_http = self._http.prepare_reload(config) if self._http is not None else lambda: None
                 try:
                     configure_log(config, self._debug)
                     await self._dispatcher.reload(config)
@@ -279,7 +279,8 @@ class _Reloader:
                 self._dispatcher.metrics.record_reload(succeeded=True)
             log.info("reloaded")
             self._dispatcher.audit.report("reloaded", **_describe_program(config, self._dispatcher))
-            return report_restart_needed(self._at_start, config, _NEEDING_RESTART)
+            needing = ("http",) if None in (self._at_start.http, config.http) else _HTTP_NEEDING_RESTART
+            return report_restart_needed(self._at_start, config, (*_NEEDING_RESTART, *needing))
 
 
 async def _begin_metrics(store: Store) -> Metrics:

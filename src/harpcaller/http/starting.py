@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 from harp_daemon.memory_quota import MemoryQuota
 from harp_daemon.server_tls import ServerTLS
-from harp_daemon.settings import ConfigError
 from harp_daemon.sockets import Listener
 from harpcaller.access.client import Client
 from harpcaller.access.identities import Identities
@@ -54,7 +53,7 @@ class HTTPAPI:
         )
         self.service = HTTPService(acting_as, config, identities, memory, sessions, monitor, health, metrics)
         self._listeners: Sequence[Listener] = ()
-        tls = self._open_tls(config())
+        tls, self._files = self._open_tls(config()), _files_of(config())
         settings = self.service.settings
         routes = MonitoringRoutes(self.service).routes()
         routes += Console(settings.base_path).routes() if settings.console else []
@@ -76,16 +75,14 @@ class HTTPAPI:
         self._listeners = listeners
         self.server.serve(listeners)
 
-    def prepare_reload(self, before: Config, config: Config) -> Callable[[], None]:
+    def prepare_reload(self, config: Config) -> Callable[[], None]:
         """Check a new configuration; return a function that applies it. Raises `ConfigError`."""
-        tls = self._open_tls(config)
-        if before.http is not None and config.http is not None and _files_of(before.http) == _files_of(config.http):
-            tls = self.server.tls  # it reads changed files by itself
-        elif tls is None and any(address.tls for address in self.service.settings.listen):
-            raise ConfigError(f"{config.file}: http.certfile: expected a file until a restart, got none")
+        tls, files = self._open_tls(config), _files_of(config)
+        if tls is None or files == self._files:
+            return lambda: None  # the context in use reads changed files by itself
 
         def apply() -> None:
-            self.server.tls = tls
+            self.server.tls, self._files = tls, files
 
         return apply
 
@@ -121,5 +118,7 @@ def _host_of(address: str) -> str:
     return f"[{address}]" if ":" in address else address
 
 
-def _files_of(http: HTTPSettings) -> tuple[object, ...]:
+def _files_of(config: Config) -> tuple[object, ...]:
+    if (http := config.http) is None:
+        return ()
     return http.certfile, http.keyfile, http.tls_minimum, http.client_ca_file, http.crl_file
