@@ -7,6 +7,8 @@ import inspect
 import os
 import socket
 from collections.abc import AsyncIterator, Iterator
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +21,24 @@ from support.leftovers import find_leftover_tasks, find_leftovers, snapshot
 settings.register_profile("usual", deadline=None, derandomize=True, max_examples=50)
 settings.register_profile("search", deadline=None, max_examples=2000, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "usual"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the long tests on each of several workers, so that no worker has a long one when the others end."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers == 1:
+        return
+    files: dict[Path, list[pytest.Item]] = {}
+    others: list[pytest.Item] = []
+    for item in items:
+        is_long = item.path.parent.name in ("acceptance", "browser")
+        (files.setdefault(item.path, []) if is_long else others).append(item)
+    short = iter(others)
+    ordered: list[pytest.Item] = []
+    for worker in range(workers):  # each gets as many consecutive tests at first
+        long = [item for file in list(files.values())[worker::workers] for item in file]
+        ordered += [*long, *islice(short, max(0, len(items) // workers - len(long)))]
+    items[:] = [*ordered, *short]
 
 
 @pytest.fixture(autouse=True)

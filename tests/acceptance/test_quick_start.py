@@ -264,6 +264,7 @@ def test_quick_start_in_namespaces(quick_start: QuickStart, namespaces: Machines
     assert namespaces["dispatcher"].run("stat -c %U /var/lib/harpcaller") == "harpcaller\n"
 
 
+@pytest.mark.usefixtures("without_namespaces")
 @pytest.mark.timeout(600)
 def test_quick_start_on_loopback(quick_start: QuickStart, loopback: Machines) -> None:
     check(quick_start, loopback, follow(quick_start, loopback))

@@ -105,7 +105,7 @@ def _family(rng: random.Random) -> _Spec:
 
 
 def _stubborn(rng: random.Random) -> _Spec:
-    limit = rng.choice(({}, {"max_exec_time": 3}))
+    limit = rng.choice(({"timeout": 10}, {"max_exec_time": 3}))
     return "stubborn", [], {"endless": True, "limits": limit}
 
 
