@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from harpcaller.access.policy import Action
 from harpcaller.access.tokens import revoke_token
 from harpcaller.config import HTTPSettings
 from support.deadline import eventually
@@ -52,7 +53,7 @@ async def test_http_link_logs_in_once_and_logout_ends_the_session(tmp_path: Path
         again = await alice.post("/session", json={"link": secret_of(link)})
         assert (again.status_code, again.json()["code"]) == (401, "auth_error")
         me = (await alice.get("/me")).json()
-        assert (me["principal"], me["roles"], me["can"]) == ("login:alice", ["viewer"], ["read", "list"])
+        assert (me["principal"], me["roles"], me["can"]) == ("login:alice", ["viewer"], ["read", "list", "metrics"])
         assert me["session"]["expires"] == reply.json()["expires"]
         kept = alice.cookies["harp"]
         out = await alice.delete("/session")
@@ -144,9 +145,9 @@ async def test_http_roles_without_an_access_file_restrict(tmp_path: Path) -> Non
     async with running_api(tmp_path, rules=None) as api:
         job_id = await api.dispatcher.submit(call(host="nohost"), "test")
         wanted = {
-            "viewer": ["read", "list"],
-            "operator": ["call", "read", "cancel", "list", "manage"],
-            "admin": ["call", "read", "cancel", "list", "manage", "admin"],
+            "viewer": ["read", "list", "metrics"],
+            "operator": ["call", "read", "cancel", "list", "manage", "metrics"],
+            "admin": [*Action],
             "web": [],
         }
         for role, actions in wanted.items():

@@ -189,17 +189,17 @@ admin = []
 
 [[rule]]
 who = ["role:viewer"]
-allow = ["read", "list"]
+allow = ["read", "list", "metrics"]
 jobs = "any"
 
 [[rule]]
 who = ["role:operator"]
-allow = ["read", "list", "call", "cancel", "manage"]
+allow = ["read", "list", "metrics", "call", "cancel", "manage"]
 jobs = "any"
 
 [[rule]]
 who = ["role:admin"]
-allow = ["read", "list", "call", "cancel", "manage", "admin"]
+allow = ["read", "list", "metrics", "call", "cancel", "manage", "admin"]
 jobs = "any"
 """
 #: The policy of clients that need a role, without a file.

@@ -1,0 +1,118 @@
+"""Clients of the HTTP API that prove themselves by their connection: certificates, and users of Unix sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pwd
+import ssl
+from pathlib import Path
+
+import httpx
+
+from harpcaller.config import Address, HTTPSettings
+from support.certificates import make_client, server_files, write_revocations
+from support.http_api import RunningAPI, running_api
+
+RULES = """\
+[[rule]]
+who = ["cert:shop"]
+allow = ["list"]
+
+[[rule]]
+who = ["uid:*"]
+allow = ["list", "read"]
+jobs = "any"
+"""
+
+
+def settings_of(directory: Path) -> HTTPSettings:
+    """Return settings with a TLS listener that accepts certificates of the authority of the tests."""
+    write_revocations(directory)
+    return HTTPSettings(
+        listen=(Address("127.0.0.1", 0, tls=True),),
+        certfile=directory / "server.pem",
+        keyfile=directory / "server.key",
+        client_ca_file=directory / "ca.pem",
+        crl_file=directory / "crl.pem",
+    )
+
+
+def client_of(api: RunningAPI, certificate: tuple[Path, Path] | None, **headers: str) -> httpx.AsyncClient:
+    context = ssl.create_default_context(cafile=api.directory / "ca.pem")
+    if certificate is not None:
+        context.load_cert_chain(*certificate)
+    return httpx.AsyncClient(base_url=f"https://localhost:{api.port}/api/v1", verify=context, headers=headers)
+
+
+async def test_http_certificate_is_a_principal_and_no_page_can_use_it(tmp_path: Path) -> None:
+    server_files(tmp_path)
+    shop, other = make_client(tmp_path, "DNS:shop"), make_client(tmp_path, "DNS:other")
+    async with running_api(tmp_path, rules=RULES, http=settings_of(tmp_path)) as api:
+        async with client_of(api, shop) as client:
+            me = (await client.get("/me")).json()
+            assert (me["principal"], me["can"], me["session"]) == ("cert:shop", ["list"], None)
+            can = await client.post("/me/can", json={"action": "list"})
+            assert (can.status_code, can.json()["allowed"]) == (200, True)
+            for headers in ({"Origin": "https://evil.example"}, {"Sec-Fetch-Site": "cross-site"}):
+                foreign = await client.post("/me/can", json={"action": "list"}, headers=headers)
+                assert (foreign.status_code, foreign.json()["code"]) == (403, "cross_origin")
+            token = await client.get("/me", headers=api.headers_of("app", "web"))
+            assert token.json()["principal"] == "token:app", "a token is the stronger proof"
+            link = api.api.make_login_link("alice", (), None)
+            assert link.startswith(f"https://127.0.0.1:{api.port}/login#k=")
+            origin = {"Origin": f"https://localhost:{api.port}"}
+            login = await client.post("/session", json={"link": link.partition("#k=")[2]}, headers=origin)
+            assert login.headers["set-cookie"].startswith("__Host-harp=")
+            assert "Secure" in login.headers["set-cookie"]
+            assert (await client.get("/me")).json()["principal"] == "login:alice"
+        async with client_of(api, other) as client:
+            assert (await client.get("/me")).json()["can"] == []
+            assert (await client.get("/hosts")).status_code == 403
+        async with client_of(api, None) as client:
+            assert (await client.get("/me")).status_code == 401
+
+
+async def test_http_revoked_certificate_is_refused_on_an_open_connection(tmp_path: Path) -> None:
+    server_files(tmp_path)
+    shop = make_client(tmp_path, "DNS:shop")
+    async with (
+        running_api(tmp_path, rules=RULES, http=settings_of(tmp_path)) as api,
+        client_of(api, shop) as client,
+    ):
+        assert (await client.get("/me")).status_code == 200
+        write_revocations(tmp_path, shop[0])
+        tls = api.api.server.tls
+        assert tls is not None
+        async with asyncio.timeout(30):
+            while not tls.version:
+                _ = tls.context
+                await asyncio.sleep(0.05)
+        refused = await client.get("/me")
+        assert (refused.status_code, refused.json()["code"]) == (401, "auth_error")
+
+
+async def test_http_user_of_a_unix_socket_is_a_principal(tmp_path: Path) -> None:
+    http = HTTPSettings(listen=(Address(None, 0, tmp_path / "http"),))
+    name = pwd.getpwuid(os.geteuid()).pw_name
+    async with running_api(tmp_path, rules=RULES, http=http):
+        transport = httpx.AsyncHTTPTransport(uds=str(tmp_path / "http"))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost/api/v1") as client:
+            me = (await client.get("/me")).json()
+            assert (me["principal"], me["can"]) == (f"uid:{name}", ["read", "list"])
+            assert (
+                await client.post("/jobs", json={"host": "h", "procedure": "p", "arguments": []})
+            ).status_code == 403
+            wrong = await client.get("/me", headers={"Host": "evil.example"})
+            assert (wrong.status_code, wrong.json()["code"]) == (421, "wrong_host")
+
+
+async def test_http_proof_of_a_connection_gives_nothing_without_an_access_file(tmp_path: Path) -> None:
+    http = HTTPSettings(listen=(Address(None, 0, tmp_path / "http"),))
+    async with running_api(tmp_path, rules=None, http=http):
+        transport = httpx.AsyncHTTPTransport(uds=str(tmp_path / "http"))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost/api/v1") as client:
+            assert (await client.get("/me")).json()["can"] == []
+            call = {"host": "h", "procedure": "p", "arguments": []}
+            for reply in (await client.post("/jobs", json=call), await client.get("/jobs"), await client.get("/hosts")):
+                assert (reply.status_code, reply.json()["code"]) == (403, "access_denied")
