@@ -47,7 +47,8 @@ strict_modes: false   # this copy of the project may belong to another user than
 """
 
 HARPCALLER_TOML = """\
-listen = ["127.0.0.1:0"]
+listen = ["127.0.0.1:0", {calls}]
+http = {{listen = ["127.0.0.1:0"]}}
 stream_directory = {stream_directory}
 hosts_file = {hosts_file}
 ca_file = {ca_file}
@@ -108,7 +109,12 @@ def system(directory: Path) -> Iterator[tuple[int, int]]:
         host = {"hostname": "localhost", "address": "127.0.0.1", "port": harpd_port, "credentials": credentials}
         hosts.write_text(json.dumps(host) + "\n")
         hosts.chmod(0o600)
-        paths = {"stream_directory": directory / "jobs", "hosts_file": hosts, "ca_file": directory / "ca.pem"}
+        paths = {
+            "calls": f"unix:{directory / 'calls'}",
+            "stream_directory": directory / "jobs",
+            "hosts_file": hosts,
+            "ca_file": directory / "ca.pem",
+        }
         toml.write_text(HARPCALLER_TOML.format(**{key: json.dumps(str(path)) for key, path in paths.items()}))
         harpcallerd_port = running.enter_context(
             daemon(
@@ -144,8 +150,14 @@ def show_step(number: int, step: tour.Step, arguments: tour.System) -> None:
 
 
 INSTRUCTIONS = """
-Both daemons keep running. In another terminal, from this directory:
+Both daemons keep running, and have run some jobs. This link opens the console in a browser, once within 5 minutes:
 
+   {link}
+
+In another terminal, from this directory:
+
+   ./dev run harp --dispatcher=unix:{directory}/calls jobs
+   ./dev run harp --dispatcher=unix:{directory}/calls show state:bad
    ./dev run harp --dispatcher=localhost:{harpcallerd} call --wait localhost disk_usage /
    ./dev run harpcallerd --socket={directory}/control list --all
    ./dev run python
@@ -159,9 +171,29 @@ The logs are {directory}/harpd.log and {directory}/harpcallerd.log.
 Ctrl-C here stops both and removes the directory."""
 
 
+def submit_samples(harpcallerd_port: int) -> None:
+    """Run some jobs, of which two fail, so that lists have something to show."""
+    host = harp.HarpCaller("localhost", harpcallerd_port).localhost
+    jobs = [
+        host(queue={"nightly": "reports"}).disk_usage("/"),
+        host(queue=None, info={"ticket": 7}).count(5, 0),
+        host(info=None).divide(1, 0),
+        host.disk_usage("/no such directory"),
+    ]
+    for job in jobs:
+        job.result(wait=True)
+
+
+def login_link(directory: Path) -> str:
+    """Return a link that logs in to the console."""
+    command = ["harpcallerd", f"--socket={directory / 'control'}", "web-login"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
 def wait_for_interrupt(directory: Path, harpcallerd_port: int, harpd_port: int) -> None:
     """Print how to use the daemons, then wait for Ctrl-C or SIGTERM."""
-    fields = {"directory": directory, "user": USER, "password": PASSWORD}
+    submit_samples(harpcallerd_port)
+    fields = {"directory": directory, "user": USER, "password": PASSWORD, "link": login_link(directory)}
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: stopped.set())

@@ -61,11 +61,21 @@ def test_demo_with_keep_leaves_it_running(environment: dict[str, str]) -> None:
         try:
             assert demo.stdout is not None
             printed = "".join(iter(demo.stdout.readline, "Ctrl-C here stops both and removes the directory.\n"))
-            found = re.search(r"\./dev run (harp .*)", printed)
-            assert found is not None
-            command = shlex.split(found[1])
-            answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-            assert '"total"' in answer.stdout, answer.stderr
+            outputs = []
+            for found in re.findall(r"\./dev run (harp .*)", printed):
+                answer = subprocess.run(
+                    shlex.split(found), env=environment, capture_output=True, text=True, check=False
+                )
+                assert answer.returncode == 0, answer.stderr
+                outputs.append(answer.stdout)
+            jobs, page, result = outputs
+            assert jobs.count('"state": "returned"') >= 3
+            assert json.loads(page)["end"]["exception"]["type"] in ("ZeroDivisionError", "FileNotFoundError")
+            assert '"total"' in result
+            link = re.search(r"^ +(http://127\.0\.0\.1:\d+/login)#k=\S{40,}$", printed, re.MULTILINE)
+            assert link is not None
+            with urllib.request.urlopen(link[1], timeout=60) as response:
+                assert b"<html" in response.read()
             family = psutil.Process(demo.pid).children(recursive=True)
             assert len(family) >= 4
         finally:
