@@ -55,6 +55,18 @@ def document_for(jobs: list[str]) -> dict[str, Any]:
     return document
 
 
+async def test_http_examples_are_accepted(tmp_path: Path) -> None:
+    async with running_api(tmp_path) as api:
+        job = (await api.client.post("/jobs?wait=20", json={"host": "x", "procedure": "p", "arguments": []})).json()[
+            "job"
+        ]
+        for operation in OPERATIONS:
+            if operation.body is not None and operation.operation_id not in LASTING:
+                path = operation.path.replace("{job}", job)
+                reply = await api.client.request(operation.method, path, json=operation.body.example)
+                assert reply.status_code in operation.responses or operation.operation_id == "begin_session", reply.text
+
+
 async def test_http_operations_conform_to_their_schemas(tmp_path: Path) -> None:
     with scripted_harpd(tmp_path) as peer:
         async with running_api(tmp_path, host_line(peer.port)) as api:

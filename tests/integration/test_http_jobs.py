@@ -111,6 +111,27 @@ async def test_http_wait_ends_with_the_job_or_the_time(tmp_path: Path, peer: Pee
         assert again.json()["stop"]["state"] == "unknown"  # the host is a legacy one
 
 
+async def test_http_wait_with_a_tag_ends_with_its_change(tmp_path: Path, peer: Peer) -> None:
+    async with running_api(tmp_path, host_line(peer.port)) as api:
+        queue = {"name": {"q": 1}}
+        first = await running_job(api, queue=queue)
+        job_id = await submitted(api, "hang", queue=queue)
+        tag = (await api.client.get(f"/jobs/{job_id}")).headers["etag"]
+        assert tag == 'W/"queued.-.0"'
+        headers = {"If-None-Match": tag}
+        same = await api.client.get(f"/jobs/{job_id}?wait=0.2", headers=headers)
+        assert (same.status_code, same.headers["etag"]) == (304, tag)
+        waiting = asyncio.create_task(api.client.get(f"/jobs/{job_id}?wait=60", headers=headers))
+        while not api.api.service.waits:
+            await asyncio.sleep(0.01)
+        await api.client.post(f"/jobs/{first}/cancel")
+        started = await waiting
+        assert (started.json()["state"], started.headers["etag"]) == ("running", 'W/"running.-.1"')
+        unknown = await api.client.get(f"/jobs/{UNKNOWN}?wait=60", headers=headers)
+        assert unknown.status_code == 404
+        assert api.api.service.waits == 0
+
+
 async def test_http_result_is_the_returned_value_only(tmp_path: Path, peer: Peer) -> None:
     async with running_api(tmp_path, host_line(peer.port)) as api:
         job_id = await submitted(api, "echo", "x")

@@ -185,6 +185,23 @@ async def test_http_client_that_does_not_read_is_disconnected(tmp_path: Path, pe
             assert received < 12 * MIB
 
 
+async def test_http_long_responses_wait_for_memory(tmp_path: Path, peer: Peer) -> None:
+    async with running_api(tmp_path, host_line(peer.port), idle_timeout=2.0, reply_memory=MIB) as api:
+        call = {"host": "web01", "procedure": "echo", "arguments": ["x" * 12 * MIB]}
+        job = (await api.client.post("/jobs?wait=20&payloads=none", json=call)).json()["job"]
+        async with connected(api) as (reader, writer):
+            head = GET.replace(b"/openapi.json", f"/jobs/{job}/result".encode())
+            writer.write(head + api.authorization.encode() + b"\r\n")
+            await read_head(reader)  # and nothing else of it
+            second = asyncio.create_task(api.client.get(f"/jobs/{job}/result"))
+            async with asyncio.timeout(20):
+                while not api.api.service.streams.memory.is_short:
+                    await asyncio.sleep(0.01)
+            assert (await api.client.get("/jobs")).status_code == 200  # short responses need no share
+            assert len((await second).content) > 12 * MIB
+        assert not api.api.service.streams.memory.is_short
+
+
 BODY = b'{"host":"a","procedure":"b","arguments":[]}'
 SMUGGLED = b"0\r\n\r\n" + BODY
 #: Header lines and bodies of requests that two programs could divide differently.

@@ -31,6 +31,7 @@ from harpcaller.http.openapi import encode_document
 from harpcaller.http.operations import Answer, APIRequest, Operation
 from harpcaller.http.problems import MEDIA_TYPE, SECURITY_HEADERS, Problem, new_request_id, to_problem
 from harpcaller.http.service import HTTPService
+from harpcaller.reply_memory import ReplyShare
 
 log = logging.getLogger(__name__)
 
@@ -186,8 +187,7 @@ class _Endpoint:
         if operation.is_public:
             check_request_origin(request, self._service)
             client = await identify_connection(request, self._service)
-            response = await answer(self._service, operation, request, client)
-            await response(scope, receive, send)
+            await respond(self._service, operation, request, client, send)
             return
         proof = request.state.proof = await authenticate(request, self._service)
         if (connection := getattr(request.state, "connection", None)) is not None:
@@ -203,8 +203,7 @@ class _Endpoint:
 
         try:
             with self._service.watch(proof, on_void):
-                response = await answer(self._service, operation, request, proof.client)
-                await response(scope, receive, send)
+                await respond(self._service, operation, request, proof.client, send)
         except asyncio.CancelledError:
             if not getattr(request.state, "is_revoked", False):
                 raise
@@ -212,22 +211,44 @@ class _Endpoint:
             raise AuthError(proof.find_error() or "the right of this request was revoked") from None
 
 
-async def answer(service: HTTPService, operation: Operation, request: Request, client: Client) -> Response:
+async def respond(service: HTTPService, operation: Operation, request: Request, client: Client, send: Send) -> None:
+    """Send the response of an operation. Raises what its client or its handler has done wrong.
+
+    The memory of the body is reserved until the response is in the kernel's buffer; it may contain the body. A long
+    response to a GET, which has no body, needs a share of `reply_memory`: without one it is discarded, and built again.
+    """
+    reservation, share = Reservation(service.memory), ReplyShare(service.streams.memory)
+    try:
+        while True:
+            response = await answer(service, operation, request, client, reservation)
+            has_share = asyncio.Event()
+            size = len(getattr(response, "body", b""))
+            if operation.method != "GET" or share.reserve(size, has_share.set):
+                break
+            del response
+            await has_share.wait()
+        await response(request.scope, request.receive, send)
+        if (connection := getattr(request.state, "connection", None)) is not None:
+            await connection.drain()
+    finally:
+        share.release()
+        reservation.release()
+
+
+async def answer(
+    service: HTTPService, operation: Operation, request: Request, client: Client, reservation: Reservation
+) -> Response:
     """Return the response of an operation. Raises what its client or its handler has done wrong."""
     _check_accept(operation, request)
     query = parse_query(operation, request.scope["query_string"])
-    reservation = Reservation(service.memory)
-    try:
-        body = b"" if operation.body is None else await _read_body(service, operation, request, reservation)
-        if service.stopping.is_set():
-            raise Problem("stopping", "the dispatcher stops; try again later", retry_after=5)
-        acting = service.acting_as(client)
-        path = request.path_params
-        return await operation.handler(
-            APIRequest(request.state.request_id, service, request, client, acting, path, query, body)
-        )
-    finally:
-        reservation.release()
+    body = b"" if operation.body is None else await _read_body(service, operation, request, reservation)
+    if service.stopping.is_set():
+        raise Problem("stopping", "the dispatcher stops; try again later", retry_after=5)
+    acting = service.acting_as(client)
+    path = request.path_params
+    return await operation.handler(
+        APIRequest(request.state.request_id, service, request, client, acting, path, query, body)
+    )
 
 
 def parse_query(operation: Operation, query_string: bytes) -> Any:

@@ -178,6 +178,24 @@ async def wait_until_ended(request: APIRequest, job_id: str, seconds: float) -> 
             waiting.cancel()
 
 
+async def wait_until_changed(request: APIRequest, job_id: str, tag: str, seconds: float) -> None:
+    """Wait until a job has another tag, or the time is over."""
+    changed = asyncio.Event()
+
+    async def wait() -> None:
+        while etag_of(await request.acting.get_job(job_id)) == tag:
+            await changed.wait()
+            changed.clear()
+
+    end_watch = request.acting.watch_changes(job_id, changed.set)
+    waiting = asyncio.ensure_future(wait())
+    try:
+        await request.service.wait(request.http, waiting, seconds)
+    finally:
+        end_watch()
+        waiting.cancel()
+
+
 # Representations.
 
 
@@ -260,11 +278,14 @@ async def submit_many(request: APIRequest) -> Response:
 
 async def get_job(request: APIRequest) -> Response:
     """Answer with all of a job but its records."""
-    job_id = job_of(request)
-    await wait_until_ended(request, job_id, request.query.wait)
+    job_id, known, seconds = job_of(request), request.headers.get("if-none-match"), request.query.wait
+    if known is None:
+        await wait_until_ended(request, job_id, seconds)
+    elif seconds > 0:
+        await wait_until_changed(request, job_id, known, seconds)
     job, shown = await show_job(request, job_id, request.query.payloads)
     tag = etag_of(job)
-    if request.headers.get("if-none-match") == tag:
+    if known == tag:
         return Response(status_code=304, headers={"ETag": tag})
     return json_response(shown, headers={"ETag": tag})
 
@@ -389,6 +410,8 @@ OPERATIONS = (
         path="/jobs/{job}",
         operation_id="get_job",
         summary="Get a job",
+        description="With `wait`, the response comes when the job has ended; with `If-None-Match`, too, when its tag "
+        "is another one.",
         handler=get_job,
         query=JobQuery,
         headers={"If-None-Match": "an `ETag`: the response is 304 if it is still that of the job"},

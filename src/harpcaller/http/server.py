@@ -243,6 +243,10 @@ class HTTPConnection(HttpToolsProtocol):
         is_valid = self._tls_version == self._server.tls_version
         return None if is_valid else "the certificates that the dispatcher accepts have changed; connect again"
 
+    async def drain(self) -> None:
+        """Wait until most of the sent data is in the kernel's buffer, or the connection is closed."""
+        await self.flow.drain()
+
     # Connection.
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
