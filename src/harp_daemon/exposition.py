@@ -1,6 +1,7 @@
 """Metrics of a daemon, and their text for Prometheus. It needs the standard library only.
 
 A sample is one line. Lines are made by f-strings and not by a library, because a scrape with many hosts has thousands.
+Those of histograms are made when the text is, perhaps in another thread.
 Histograms are two list operations, so that each step of a job can be measured. They are not locked: one thread changes
 a histogram, and another one may read it meanwhile.
 
@@ -16,6 +17,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,15 +62,18 @@ class Histogram:
 
     def lines(self, name: str, labels: str = "") -> list[str]:
         """Return the samples of a metric; `labels` are those of `join_labels` without braces."""
-        within = f"{labels}," if labels else ""
+        head = f'{name}_bucket{{{labels},le="' if labels else f'{name}_bucket{{le="'
         braces = f"{{{labels}}}" if labels else ""
         totals = [*accumulate(self.counts)]
-        buckets = [
-            f'{name}_bucket{{{within}le="{float(bound)}"}} {total}'
-            for bound, total in zip(self.bounds, totals, strict=False)
-        ]
-        last = f'{name}_bucket{{{within}le="+Inf"}} {totals[-1]}'
-        return [*buckets, last, f"{name}_count{braces} {totals[-1]}", f"{name}_sum{braces} {float(self.sum)!r}"]
+        lines = [f"{head}{bound}{total}" for bound, total in zip(_bound_texts(self.bounds), totals, strict=True)]
+        lines.append(f"{name}_count{braces} {totals[-1]}")
+        lines.append(f"{name}_sum{braces} {float(self.sum)!r}")
+        return lines
+
+
+@cache
+def _bound_texts(bounds: tuple[float, ...]) -> list[str]:
+    return [*(f'{float(bound)}"}} ' for bound in bounds), '+Inf"} ']
 
 
 def escape(value: str) -> str:
@@ -103,13 +108,13 @@ def labelled(name: str, kind: str, help: str, labels: tuple[str, ...], values: M
 
 
 def histogram(name: str, help: str, found: Histogram) -> Family:
-    """Return a histogram without labels."""
-    return Family(name, "histogram", help, found.lines(name))
+    """Return a histogram without labels. Its lines are made when they are needed."""
+    return Family(name, "histogram", help, (line for each in (found,) for line in each.lines(name)))
 
 
 def histograms(name: str, help: str, label: str, found: Mapping[str, Histogram]) -> Family:
-    """Return a histogram with one label."""
-    lines = [line for key, one in sorted(found.items()) for line in one.lines(name, join_labels(**{label: key}))]
+    """Return a histogram with one label. Its lines are made when they are needed."""
+    lines = (line for key, one in sorted(found.items()) for line in one.lines(name, f'{label}="{escape(key)}"'))
     return Family(name, "histogram", help, lines)
 
 

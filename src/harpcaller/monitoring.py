@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from harp import __version__
 from harp.protocol.json_text import Raw
@@ -60,11 +61,14 @@ class MonitorSettings:
     gauges_age: float = _GAUGES_AGE  #: Seconds for which the numbers of jobs count.
 
 
-@dataclass(frozen=True, slots=True)
-class _Host:
-    name: str
-    is_up: bool | None
-    running: int
+class _Hosts(NamedTuple):
+    """What the loop knows of the hosts."""
+
+    names: list[str]
+    running: Counter[str]  # active calls
+    are_open: frozenset[str]
+    are_failing: frozenset[str]
+    certificate_ends: dict[str, float]
 
 
 class Monitor:
@@ -121,7 +125,7 @@ class Monitor:
     def _render(
         self,
         families: list[Family],
-        hosts: list[_Host],
+        hosts: _Hosts,
         gauges: StoreGauges | None,
         settings: MonitorSettings,
         openmetrics: bool,
@@ -318,27 +322,26 @@ class Monitor:
 
     # Hosts and files, in a thread.
 
-    def _list_hosts(self) -> list[_Host]:
-        running = Counter(job.host for job in self._dispatcher.list_active_jobs())
-        are_open, are_failing = self._dispatcher.list_host_states()
-        hosts = [host.hostname for host in self._dispatcher.registry.list_hosts()]
-        if self._dispatcher.connects is not None:
-            self._dispatcher.connects.forget_others(hosts)
-        return [
-            _Host(host, True if host in are_open else False if host in are_failing else None, running[host])
-            for host in hosts
-        ]
+    def _list_hosts(self) -> _Hosts:
+        """Copy what the thread needs."""
+        dispatcher = self._dispatcher
+        running = Counter(job.host for job in dispatcher.list_active_jobs())
+        names = [host.hostname for host in dispatcher.registry.list_hosts()]
+        ends: dict[str, float] = {}
+        if dispatcher.connects is not None:
+            dispatcher.connects.forget_others(names)
+            ends = dispatcher.connects.certificate_ends.copy()
+        return _Hosts(names, running, *dispatcher.list_host_states(), ends)
 
-    def _host_families(self, hosts: list[_Host], gauges: StoreGauges | None, settings: MonitorSettings) -> list[Family]:
-        states = Counter({"up": 0, "down": 0, "unknown": 0})
-        for host in hosts:
-            states["unknown" if host.is_up is None else "up" if host.is_up else "down"] += 1
-        shown = hosts if len(hosts) <= settings.max_hosts else []
-        labels = [f'{{host="{escape(host.name)}"}}' for host in shown]
-        named = [*zip(shown, labels, strict=True)]
+    def _host_families(self, hosts: _Hosts, gauges: StoreGauges | None, settings: MonitorSettings) -> list[Family]:
+        up = hosts.are_open.intersection(hosts.names)
+        down = hosts.are_failing.intersection(hosts.names) - up
+        states = {"up": len(up), "down": len(down), "unknown": len(hosts.names) - len(up) - len(down)}
+        shown = hosts.names if len(hosts.names) <= settings.max_hosts else []
+        named = [(name, f'{{host="{escape(name)}"}} ') for name in shown]
+        known = [(name, label) for name, label in named if name in up or name in down]
         queued = None if gauges is None else gauges.queued_of_hosts
-        connects = self._dispatcher.connects
-        ends = {} if connects is None else connects.certificate_ends
+        running, ends = hosts.running, hosts.certificate_ends
         expiry = "harp_host_certificate_expiry_timestamp_seconds"
         return [
             labelled("harp_hosts", "gauge", "Hosts.", ("state",), {(state,): count for state, count in states.items()}),
@@ -346,27 +349,25 @@ class Monitor:
                 "harp_host_up",
                 "gauge",
                 "Whether the host accepts starts; no sample: unknown.",
-                [f"harp_host_up{label} {int(host.is_up)}" for host, label in named if host.is_up is not None],
+                [f"harp_host_up{label}{int(name in up)}" for name, label in known],
             ),
             Family(
                 "harp_host_running",
                 "gauge",
                 "Active calls of the host.",
-                [f"harp_host_running{label} {host.running}" for host, label in named],
+                [f"harp_host_running{label}{running.get(name, 0)}" for name, label in named],
             ),
             Family(
                 "harp_host_queued",
                 "gauge",
                 "Queued jobs of the host.",
-                []
-                if queued is None
-                else [f"harp_host_queued{label} {queued.get(host.name, 0)}" for host, label in named],
+                [] if queued is None else [f"harp_host_queued{label}{queued.get(name, 0)}" for name, label in named],
             ),
             Family(
                 expiry,
                 "gauge",
                 "End of the certificate that the host has shown last, Unix time.",
-                [f"{expiry}{label} {end}" for host, label in named if (end := ends.get(host.name)) is not None],
+                [f"{expiry}{label}{ends[name]}" for name, label in named if name in ends],
             ),
         ]
 
