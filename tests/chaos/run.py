@@ -19,6 +19,7 @@ from chaos.direct_clients import DirectClients
 from chaos.faults import FaultInjector, History
 from chaos.final_read import read_all
 from chaos.killer import KillInjector
+from chaos.metrics import check_metrics
 from chaos.monitor import Monitor
 from chaos.observations import Observations
 from chaos.process_tracker import ProcessTracker, find_processes
@@ -139,6 +140,7 @@ class Run:
             await _first_failure(self._monitor.wait_until_idle(clients), {tracker, progress})
             clients.cancel()
             await read_all(self._system, self.observations)
+            await check_metrics(self._system, self.observations)
         finally:
             for task in tasks:
                 task.cancel()

@@ -20,6 +20,7 @@ from chaos.marks import SABOTAGE_FILE, VARIABLE
 from chaos.proxy import Proxy, reserve_port
 from chaos.service import Service
 from harp import aio
+from harpcaller.store.sqlite import FILE_NAME
 from support.certificates import server_files
 from support.harpcallerd import Harpcallerd
 from support.harpd import Harpd
@@ -153,6 +154,7 @@ class System:
     Attributes:
         hosts: the hosts by name.
         hosts_text: the contents of the hosts file.
+        port, http_port: the ports of the dispatcher for clients, and of its HTTP API.
     """
 
     def __init__(self, run: Path, seed: int, sabotage: str) -> None:
@@ -170,11 +172,13 @@ class System:
         for name in HOSTS:
             self._add_host(name, seed)
         self.port = self._port()
+        self.http_port = self._port()
         settings = {
             **_DISPATCHER,
             "listen": [f"127.0.0.1:{self.port}"],
             "ca_file": str(run / HOSTS[0] / "ca.pem"),
-            "stream_directory": str(run / "store" / "jobs"),
+            "http": {"listen": [f"127.0.0.1:{self.http_port}"]},
+            "stream_directory": str(self.store_file.parent),
         }
         self.files = Harpcallerd(run / "dispatcher", settings=settings)
         text = "".join(self._line(host) for host in self.hosts.values())
@@ -189,6 +193,11 @@ class System:
     def _port(self) -> int:
         self._reservations.append(reserve_port())
         return int(self._reservations[-1].getsockname()[1])
+
+    @property
+    def store_file(self) -> Path:
+        """The file of the dispatcher's store."""
+        return self.run / "store" / "jobs" / FILE_NAME
 
     @staticmethod
     def _line(host: Host) -> str:
