@@ -334,10 +334,16 @@ def test_statement_plan_does_not_scan_ended_jobs(database: sqlite3.Connection, n
         "identity",
         "staged_jobs",
         "calls_with_secrets",
+        "submission_times",
+        "sqlite_autoindex_queues_1",
+        "holding",
+        "others",
     )
+    # These count the entries of an index, of which many are on a page; the answers are kept for some time.
+    of_all = ("jobs_of_owner",) if name in ("count_states", "count_stored") else ()
     for step in plan:
         if step.startswith("SCAN"):
-            assert step.split()[-1] in of_few or "CONSTANT ROW" in step, plan
+            assert step.split()[-1] in (*of_few, *of_all) or "CONSTANT ROW" in step, plan
 
 
 @pytest.mark.parametrize("name", sorted(LISTS))

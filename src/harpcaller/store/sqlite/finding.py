@@ -215,7 +215,7 @@ _COLUMNS: Mapping[str, frozenset[str]] = {
 #: How much an entry costs if the conditions need its row, its procedure or its payloads, and how many are looked at.
 _ENTRY, _PROCEDURE, _ROW, _PAYLOADS = 1, 3, 4, 10
 
-ALL_JOBS = Range("jobs", (Entries("jobs"),))
+ALL_JOBS = Range("jobs", (Entries("jobs NOT INDEXED"),))
 NO_JOBS = Range("none", ())
 _NOT_RETURNED = "jobs.state IN ('raised', 'failed', 'cancelled')"  # the condition of the index, to the letter
 _INDEXES_OF_STATES = {

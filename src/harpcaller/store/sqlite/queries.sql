@@ -7,7 +7,7 @@ SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'jobs';
 
 -- name: submission_times
 -- The submission time of the last job, and the disorder of all.
-SELECT coalesce((SELECT submitted FROM jobs ORDER BY seq DESC LIMIT 1), 0), disorder FROM submission_times;
+SELECT coalesce((SELECT submitted FROM jobs WHERE seq = (SELECT max(seq) FROM jobs)), 0), disorder FROM submission_times;
 
 -- name: set_disorder
 UPDATE submission_times SET disorder = ?;

@@ -249,8 +249,8 @@ def count_open_of_hosts(db: sqlite3.Connection) -> dict[str, tuple[int, int]]:
     """Return for each host that has some, the number of its jobs that hold a slot, and of those that are queued."""
     with _snapshot(db):
         holding, queued = (
-            {decode_name(host): count for host, count in db.execute(QUERIES[f"count_{which}_of_hosts"])}
-            for which in ("holding", "queued")
+            {decode_name(host): count for host, count in db.execute(statement)}
+            for statement in (QUERIES["count_holding_of_hosts"], QUERIES["count_queued_of_hosts"])
         )
     return {host: (holding.get(host, 0), queued.get(host, 0)) for host in holding | queued}
 
