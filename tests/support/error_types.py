@@ -1,6 +1,6 @@
 """The error types with cause and cure, as the console shows them: from the tables of docs/protocol.md.
 
-`python tests/support/error_types.py` writes the console's module anew. A test compares the two.
+`python tests/support/error_types.py` writes the console's file anew. A test compares the two.
 """
 
 from __future__ import annotations
@@ -10,16 +10,10 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-MODULE = ROOT / "src" / "harpcaller" / "http" / "static" / "errors.mjs"
+FILE = ROOT / "src" / "harpcaller" / "http" / "static" / "errors.json"
 
 #: What a cause says about the table of harpd, which the console shows beside it.
 _REFERENCE = ". Also harpd's own, see below"
-_HEAD = """\
-// The error types: what causes each, and what to do. Written from the tables of docs/protocol.md by
-// tests/support/error_types.py; do not edit. A type of both daemons has two entries.
-
-export const ERRORS = {
-"""
 
 
 def read_error_types() -> dict[str, list[tuple[str, str]]]:
@@ -45,11 +39,11 @@ def _plain(text: str) -> str:
     return re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text).replace("`", "").strip()
 
 
-def make_module() -> str:
-    """Return the text of the console's module."""
-    lines = [f"  {name}: {json.dumps(entries)},\n" for name, entries in sorted(read_error_types().items())]
-    return _HEAD + "".join(lines) + "};\n"
+def make_file() -> str:
+    """Return the text of the console's file: {type: [[cause, cure], ...]}; a type of both daemons has two."""
+    lines = [f"{json.dumps(name)}: {json.dumps(entries)}" for name, entries in sorted(read_error_types().items())]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 if __name__ == "__main__":
-    MODULE.write_text(make_module())
+    FILE.write_text(make_file())

@@ -201,4 +201,4 @@ def test_console_explains_each_error_type_of_the_protocol() -> None:
     types = error_types.read_error_types()
     assert {"timeout", "host_lost", "call_died", "invalid_argument_list"} <= types.keys()
     assert all(cause and cure for entries in types.values() for cause, cure in entries)
-    assert error_types.MODULE.read_text() == error_types.make_module(), "run tests/support/error_types.py"
+    assert error_types.FILE.read_text() == error_types.make_file(), "run tests/support/error_types.py"

@@ -151,6 +151,7 @@ export const jobWords = {
     yes: "yes",
     no: "no",
     stderr: "Last lines of stderr",
+    emptyStderr: "It wrote nothing to stderr.",
     noStderr: "The host sent no stderr. It does with exit_info.stderr in harpd's configuration.",
     stop: "Stop",
     report: "Stop report",

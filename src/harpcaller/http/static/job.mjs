@@ -1,6 +1,5 @@
 // One job: what it is, why it is so, how its time was spent, its output as it comes, and how it ended.
 import { address, get, newKey, post, Problem, send, tellWatchers } from "./api.mjs";
-import { ERRORS } from "./errors.mjs";
 import { appendText, decodeString, indent, makeTree, members, visible } from "./json.mjs";
 import { jobWords as text } from "./job-words.mjs";
 import { useKeys } from "./keys.mjs";
@@ -314,10 +313,10 @@ function Timeline({ job, skew }) {
     <div class="timeline-body">
       <table>
         <caption class="hidden">${text.timeline.title}</caption>
-        <thead><tr><th scope="col">${text.timeline.phase}</th><th scope="col" class="bars"><label><input type="checkbox" checked=${isLog} onChange=${(event) => setLog(event.target.checked)} /> ${text.timeline.log}</label></th><th scope="col" class="num">${text.timeline.starts}</th><th scope="col" class="num">${text.timeline.length}</th><th scope="col" class="num">${text.timeline.share}</th></tr></thead>
+        <thead><tr><th scope="col">${text.timeline.phase}</th><th scope="col" class="phase-bar"><label><input type="checkbox" checked=${isLog} onChange=${(event) => setLog(event.target.checked)} /> ${text.timeline.log}</label></th><th scope="col" class="num">${text.timeline.starts}</th><th scope="col" class="num">${text.timeline.length}</th><th scope="col" class="num">${text.timeline.share}</th></tr></thead>
         <tbody>${rows.map((row) => html`<tr key=${row.name} data-phase=${row.name} data-seconds=${row.length}>
           <th scope="row">${text.timeline.phases[row.name] ?? row.name}</th>
-          <td class="bars"><span class=${"bar-fill phase-" + row.name + (row.isLive ? " is-live" : "")} style=${isLog ? { width: percent(logOf(row.length)) } : { marginLeft: percent((row.start ?? 0) / most * 0.99), width: percent(row.length / most) }}></span></td>
+          <td class="phase-bar"><span class=${"bar-fill phase-" + row.name + (row.isLive ? " is-live" : "")} style=${isLog ? { width: percent(logOf(row.length)) } : { marginLeft: percent((row.start ?? 0) / most * 0.99), width: percent(row.length / most) }}></span></td>
           <td class="num">${row.start === null ? "" : row.start ? "+" + duration(row.start) : "0"}</td>
           <td class="num">${duration(row.length)}</td>
           <td class="num">${row.start === null || AFTER.includes(row.name) ? "" : share(row.length / most)}</td>
@@ -369,7 +368,7 @@ const textOf = (value) => (typeof value === "string" ? value : JSON.stringify(va
 
 function Facts({ facts }) {
   const known = facts.filter(([, value]) => value !== null && value !== undefined && value !== "");
-  return known.length > 0 && html`<dl class="facts">${known.map(([name, value]) => html`<div key=${name}><dt>${name}</dt><dd>${typeof value === "string" || typeof value === "number" ? html`<${Text} value=${value} />` : value}</dd></div>`)}</dl>`;
+  return known.length > 0 && html`<dl class="pairs">${known.map(([name, value]) => html`<div key=${name}><dt>${name}</dt><dd>${typeof value === "string" || typeof value === "number" ? html`<${Text} value=${value} />` : value}</dd></div>`)}</dl>`;
 }
 
 // --- result --------------------------------------------------------------------------------------------------------
@@ -429,7 +428,7 @@ function Raised({ job, exception }) {
 /** Text of several lines from a host. */
 function Lines({ value, name }) {
   const element = useRef(null);
-  const lines = Array.isArray(value) ? value.join("\n") : String(value);
+  const lines = [value].flat().join("\n");
   useLayoutEffect(() => {
     element.current.replaceChildren();
     appendOutput(element.current, lines, "");
@@ -437,12 +436,19 @@ function Lines({ value, name }) {
   return html`<pre class="wrap lines" ref=${element} tabindex="0" aria-label=${name}></pre>`;
 }
 
+let errors = null; // the error types with cause and cure; read when a failed job is shown
+
 function Failed({ job, error, ask, allowed }) {
-  const entries = ERRORS[error.type] ?? [];
+  const [known, setKnown] = useState(null);
+  useEffect(() => {
+    errors ??= fetch(new URL("errors.json", import.meta.url)).then((response) => response.json());
+    errors.then(setKnown, () => (errors = null));
+  }, []);
+  const entries = known && Object.hasOwn(known, error.type) ? known[error.type] : [];
   const concernsHost = /host|network|certificate|protocol|calls|connections|auth|shutdown|procedure_loading|system_error|call_died/.test(error.type);
   return html`<h2 class="end-title"><${State} state="failed" /> <code><${Text} value=${error.type} /></code></h2>
     <p class="end-message"><${Text} value=${error.message} /></p>
-    ${entries.length ? entries.map(([cause, cure], i) => html`<dl class="facts causes" key=${i}><div><dt>${text.result.cause}</dt><dd>${cause}</dd></div><div><dt>${text.result.cure}</dt><dd>${cure}</dd></div></dl>`) : html`<p>${text.result.unknownType}</p>`}
+    ${entries.length ? entries.map(([cause, cure], i) => html`<dl class="pairs causes" key=${i}><div><dt>${text.result.cause}</dt><dd>${cause}</dd></div><div><dt>${text.result.cure}</dt><dd>${cure}</dd></div></dl>`) : known && html`<p>${text.result.unknownType}</p>`}
     <p class="next-steps">
       <${Button} disabled=${!!allowed.rerun} why=${allowed.rerun} onClick=${() => ask("rerun")}>${text.rerun}</${Button}>
       ${concernsHost && html` <a class="button" href=${link("/hosts/" + encodeURIComponent(job.host))}>${text.result.hostPage(visible(job.host))}</a>`}
@@ -463,6 +469,7 @@ function Process({ job }) {
   const { exit_info: exit, call, stop_report: report, stop_request: stop } = job;
   if (!exit && !call && !report && !stop) return html`<p class="dim">${ENDED.includes(job.state) ? text.process.neverRan : text.process.none}</p>`;
   const words = text.process;
+  const stderr = exit?.stderr && [exit.stderr].flat().join("\n");
   const time = (at) => at && html`<${Time} at=${at} />`;
   return html`
     ${exit && html`<${Facts} facts=${[
@@ -483,7 +490,7 @@ function Process({ job }) {
       [words.instance, call.instance && html`<code><${Text} value=${call.instance} /></code>`],
     ]} />`}
     ${(report || stop) && html`<${Stop} job=${job} report=${report} stop=${stop} />`}
-    ${exit && html`<h2>${words.stderr}</h2>${exit.stderr ? html`<${Lines} value=${exit.stderr} name=${words.stderr} />` : html`<p class="dim">${words.noStderr}</p>`}`}`;
+    ${exit && html`<h2>${words.stderr}</h2>${stderr === "" ? html`<p class="dim">${words.emptyStderr}</p>` : stderr ? html`<${Lines} value=${stderr} name=${words.stderr} />` : html`<p class="dim">${words.noStderr}</p>`}`}`;
 }
 
 const outage = ({ attempts, error }) => `(${attempts}) ${typeof error === "string" ? error : (error?.message ?? "")}`;

@@ -180,7 +180,7 @@ export function Output({ job, client, query, hash, change, openResult }) {
         <${Button} kind="quiet small" icon="down" aria-label=${text.next} title=${text.next} onClick=${() => seek(true)} />
         <label class="check"><input type="checkbox" checked=${isOnly} disabled=${!needle} onChange=${(event) => flip("only", event.target.checked)} /> ${text.only}</label>
       </form>
-      <span class="tools">
+      <span class="output-tools">
         ${!hasEnded && html`<${Button} kind=${"small" + (view.isFollowing ? " is-on" : "")} icon=${view.isFollowing ? "pause" : "play"} onClick=${pause} aria-pressed=${view.isFollowing ? "true" : "false"}>${view.isFollowing ? text.pause : text.follow}</${Button}>`}
         <${Button} kind=${"small" + (isWrapped ? " is-on" : "")} aria-pressed=${isWrapped ? "true" : "false"} onClick=${() => flip("wrap", !isWrapped)}>${text.wrap}</${Button}>
         <select aria-label=${text.times} title=${text.times} value=${times} onChange=${(event) => change({ times: event.target.value === "abs" ? "" : event.target.value })}>
