@@ -172,7 +172,7 @@ def test_hosts_and_queues_are_listed(system: System, shell: Shell) -> None:
     hosts = rpc.hosts().all()
     assert [host.name for host in hosts] == ["db01", "db02", "db03", "web01"]
     assert {host.port for host in hosts} == {system.harpd.port}
-    assert {host.state for host in hosts} == {"up"}
+    assert {(host.state, host.limit) for host in hosts} == {("up", 250)}
     first = rpc.hosts(limit=2)
     assert [host.name for host in first.all()] == ["db01", "db02"]
     assert [host.name for host in rpc.hosts(cursor=first.cursor).all()] == ["db03", "web01"]

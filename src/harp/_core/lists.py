@@ -65,6 +65,7 @@ class HostSummary:
     since: float | None  #: Since when it is down.
     running: int  #: The number of jobs that hold a slot on it.
     queued: int
+    limit: int | None  #: The maximum number of jobs that may hold a slot on it.
     error: str | None  #: Why the last start on it failed.
     _row: Mapping[str, Any] = field(repr=False, compare=False)
 
@@ -153,6 +154,7 @@ _HOST: _Layout = {
     "since": ("since", _TIME, None),
     "running": ("running", int, 0),
     "queued": ("queued", int, 0),
+    "limit": ("limit", (int, _NONE), None),
     "error": ("error", _TEXT, None),
 }
 _QUEUE: _Layout = {

@@ -106,7 +106,10 @@ _HOST_COLUMNS = (
     _Field(Column("HOST"), _text("name")),
     _Field(Column("STATE"), _state),
     _Field(Column("ADDRESS"), lambda host, now: Span(f"{host.address}:{host.port}")),
-    _Field(Column("RUNNING", right=True), _number("running")),
+    _Field(
+        Column("RUNNING", right=True),
+        lambda host, now: Span(f"{host.running}/{host.limit}" if host.limit is not None else f"{host.running}"),
+    ),
     _Field(Column("QUEUED", right=True), _number("queued")),
     _Field(Column("SINCE"), _time("since")),
     _Field(Column("ERROR", flexible=True), lambda host, now: Span(host.error or "", "bad")),

@@ -60,6 +60,7 @@ async def list_hosts(acting: ActingAs, request: protocol.ListHosts) -> protocol.
         host = known.host
         row = {"name": host.hostname, "address": host.address, "port": host.port, "state": known.reachability.value}
         row |= {"since": known.since, "running": known.running, "queued": known.queued, "error": known.error}
+        row["limit"] = known.limit
         rows.append(_encode(row))
     return protocol.HostsListed(_array(rows), _encode_cursor(page[-1]) if len(found) > len(page) else None)
 
@@ -67,14 +68,13 @@ async def list_hosts(acting: ActingAs, request: protocol.ListHosts) -> protocol.
 async def list_queues(acting: ActingAs, request: protocol.ListQueues) -> protocol.QueuesListed:
     """Return a page of the queues with a text in their name. Raises `InvalidCursor`, `AccessDenied`."""
     text = request.text.lower()
+    fits = lambda queue: text in _text(queue.name).lower()  # noqa: E731
     limit = request.limit or protocol.DEFAULT_LISTED
-    queues, following = await acting.find_queues(limit, request.cursor, wanted=request.text)
+    queues, following = await acting.find_queues(limit, request.cursor, request.text, fits)
     rows = []
     for queue in queues:
-        name = _text(queue.name)
-        if text in name.lower():
-            numbers = {"concurrency": queue.concurrency, "running": queue.running, "queued": queue.queued}
-            rows.append(_encode({"id": queue.id, "name": name, **numbers, "oldest_submit": queue.oldest}))
+        numbers = {"concurrency": queue.concurrency, "running": queue.running, "queued": queue.queued}
+        rows.append(_encode({"id": queue.id, "name": _text(queue.name), **numbers, "oldest_submit": queue.oldest}))
     return protocol.QueuesListed(_array(rows), following)
 
 
