@@ -106,6 +106,7 @@ class HTTPSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     client_ca_file: Path | None = None  #: PEM file with the authorities of clients' certificates.
     crl_file: Path | None = None  #: PEM file with the revocation lists of these authorities.
     hosts: tuple[str, ...] = ()  #: Names of this dispatcher that requests may have beside those of this machine.
+    users_file: Path | None = None  #: Users who log in by name and password.
     session_idle: Seconds = 43_200.0  #: Seconds without a request after which a session ends.
     session_age: Seconds = 604_800.0  #: Maximum seconds of a session.
     tls_minimum: str = DEFAULT_TLS_MINIMUM  #: Minimum TLS version of clients.

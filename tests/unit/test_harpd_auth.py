@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from harp_daemon.passwords import PasswordCache, matches
 from harpd.auth import AuthDB, inconfig, passfile
-from harpd.auth.passwords import PasswordCache, matches
 from support.deadline import wait_until
 
 #: Hashes of "secret" in the forms that Debian and Red Hat write.

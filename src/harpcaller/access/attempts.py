@@ -27,7 +27,16 @@ class FailedAttempts:
         self._failed[peer, name] = number + 1, now
         if len(self._failed) > _MAX_KEYS:
             del self._failed[next(iter(self._failed))]
+        return self._delay_after(number)
+
+    @staticmethod
+    def _delay_after(number: int) -> float:
         return min(_MAX_DELAY, _FIRST_DELAY * 2.0 ** min(number, 20))
+
+    def remaining(self, peer: str, name: str) -> float:
+        """Return the seconds until another attempt should be looked at, after those that have failed."""
+        number, last = self._failed.get((peer, name), (0, 0.0))
+        return 0.0 if number == 0 else last + self._delay_after(number - 1) - time.monotonic()
 
     def reset(self, peer: str, name: str) -> None:
         """Forget the failed attempts after one that has succeeded."""

@@ -1,7 +1,7 @@
 """The operations on logins: sessions of browsers, and who the client is.
 
-A login proves a name by a one-time link or by a token, and begins a session. The browser gets the session's cookie
-only: scripts cannot read it, and no other page's request has it.
+A login proves a name by a one-time link, a token or a password, and begins a session. The browser gets the session's
+cookie only: scripts cannot read it, and no other page's request has it.
 
 Spec: docs/http-api.md, Login.
 """
@@ -17,14 +17,16 @@ from harp import __version__
 from harp.protocol import schema
 from harp.protocol.schema import check, reject_unknown_keys, required_string
 from harp_daemon.sliced_json import decode_slices
+from harpcaller.access import AuthError
 from harpcaller.access.client import Client
 from harpcaller.access.policy import Action, Target
 from harpcaller.access.rules import TOKEN
+from harpcaller.access.users import User
 from harpcaller.http.authentication import cookie_name, cookie_of, is_secure
 from harpcaller.http.operations import Answer, APIRequest, Body, Operation, json_response
 from harpcaller.http.problems import Problem
 from harpcaller.http.proofs import Proof
-from harpcaller.http.sessions import Session
+from harpcaller.http.sessions import LOGIN, Session
 from harpcaller.model.ids import is_job_id
 from harpcaller.store import UnknownJob
 
@@ -37,16 +39,24 @@ async def begin_session(request: APIRequest) -> Response:
     if len(request.body) > _MAX_LOGIN:
         raise Problem("too_long", f"a login has at most {_MAX_LOGIN} bytes")
     members = schema.decode_object(request.body, decode_slices)
-    reject_unknown_keys(members, ("link", "token"))
-    check(len(members) == 1, 'expected one of "link" and "token"')
+    reject_unknown_keys(members, ("link", "token", "user", "password"))
+    is_password = members.keys() == {"user", "password"}
+    check(
+        is_password or members.keys() in ({"link"}, {"token"}), 'expected "link", or "token", or "user" and "password"'
+    )
     given: dict[str, Any] = {"agent": http.headers.get("user-agent", ""), "address": request.client.peer}
     if "token" in members:
         _, token = request.service.identities().of_token(request.client, required_string(members, "token"))
         principal, roles = TOKEN + token.name, token.roles
         secret, session = await sessions.begin(principal, token=token, **given)
+    elif is_password:
+        name, password = required_string(members, "user"), required_string(members, "password")
+        user = await _check_password(request, name, password)
+        principal, roles = LOGIN + name, user.roles
+        secret, session = await sessions.begin(principal, roles, user=user, **given)
     else:
         link = sessions.take_link(required_string(members, "link"))
-        principal, roles = f"login:{link.name}", link.roles
+        principal, roles = LOGIN + link.name, link.roles
         secret, session = await sessions.begin(principal, roles, seconds=link.seconds, **given)
     replaced = cookie_of(http, request.service)
     if replaced is not None and (before := sessions.find(replaced)) is not None:
@@ -56,6 +66,13 @@ async def begin_session(request: APIRequest) -> Response:
     response = json_response({"principal": principal, "expires": session.expires}, 201)
     _set_cookie(request, response, secret)
     return response
+
+
+async def _check_password(request: APIRequest, name: str, password: str) -> User:
+    users, peer = request.service.users, request.client.peer
+    if users is None:
+        raise AuthError("the name or the password is wrong", "a password, and http.users_file is not set")
+    return await users.check(peer if peer.startswith("uid:") else peer.rpartition(":")[0], name, password)
 
 
 async def end_session(request: APIRequest) -> Response:
@@ -204,20 +221,19 @@ OPERATIONS = (
         method="POST",
         path="/session",
         operation_id="begin_session",
-        summary="Log in by a one-time link or a token",
+        summary="Log in by a one-time link, a token or a password",
         handler=begin_session,
         is_public=True,
         body=Body(
             {
                 "type": "object",
-                "properties": {"link": {"type": "string"}, "token": {"type": "string"}},
+                "properties": {name: {"type": "string"} for name in ("link", "token", "user", "password")},
                 "additionalProperties": False,
-                "minProperties": 1,
-                "maxProperties": 1,
+                "oneOf": [{"required": ["link"]}, {"required": ["token"]}, {"required": ["user", "password"]}],
             },
             {"link": "2d6cZq0"},
         ),
-        problems=("auth_error", "cross_origin"),
+        problems=("auth_error", "cross_origin", "rate_limited"),
         responses={201: Answer("the session", _LOGIN, headers={"Set-Cookie": "the cookie of the session"})},
     ),
     Operation(

@@ -12,6 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 from harp_daemon.memory_quota import MemoryQuota
 from harpcaller.access.client import Client
 from harpcaller.access.identities import Identities
+from harpcaller.access.users import Users
 from harpcaller.acting import ActingAs
 from harpcaller.config import Config, HTTPSettings
 from harpcaller.health import Health
@@ -49,6 +50,7 @@ class HTTPService:
         self.identities = identities
         self.memory = memory
         self.sessions = sessions
+        self.users: Users | None = None  #: Those who log in by a password; None: nobody does.
         self.monitor = monitor  #: The source of the metrics; None: there are none.
         self.health = health  #: The checks of readiness; None: there are none.
         self.metrics = metrics  #: What is counted; None: nothing.

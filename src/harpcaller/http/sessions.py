@@ -24,9 +24,11 @@ from msgspec import Meta
 
 from harpcaller.access import AuthError
 from harpcaller.access.tokens import Name, Time, Token, TokenError, TokenStore, check_name, read_private, write_private
+from harpcaller.access.users import User, Users
 
 log = logging.getLogger(__name__)
 
+LOGIN = "login:"  #: The beginning of the principal of a session that no token began.
 LINK_SECONDS = 300.0  #: Seconds for which a one-time link is valid.
 _MAX_LINKS, _MAX_SESSIONS = 100, 1000  #: Beyond these numbers, the oldest ones end.
 _WRITE_USES_EVERY = 60.0  #: Seconds between two writes of the last uses.
@@ -57,6 +59,7 @@ class Session(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     roles: tuple[Name, ...] = ()  #: Those of the link; a session of a token has the present roles of the token.
     token: Name | None = None  #: The token by which it began, and with which it ends.
     token_sha256: Digest | None = None  #: Another token of the same name does not continue the session.
+    user_sha256: Digest | None = None  #: Of the line of the user by whose password it began, and with which it ends.
     agent: str = ""  #: What the browser calls itself.
     address: str = ""  #: The address at the login.
 
@@ -71,7 +74,7 @@ class Sessions:
     """The sessions of a dispatcher, and its one-time links.
 
     `idle` and `age` return the maximum seconds of a session without a request, and in all. `tokens` returns the tokens
-    in use; None: there are none. `wall` is the wall clock.
+    in use, `users` the users with passwords; None: there are none. `wall` is the wall clock.
     """
 
     def __init__(
@@ -81,9 +84,10 @@ class Sessions:
         age: Callable[[], float],
         tokens: Callable[[], TokenStore | None],
         wall: Callable[[], float] = time.time,
+        users: Callable[[], Users | None] = lambda: None,
     ) -> None:
         self.file = file
-        self._idle, self._age, self._tokens, self._wall = idle, age, tokens, wall
+        self._idle, self._age, self._tokens, self._users, self._wall = idle, age, tokens, users, wall
         self._links: dict[str, Link] = {}  # by digest, the oldest first
         self._sessions: dict[str, Session] = {}  # by digest, the oldest first
         self._lock = asyncio.Lock()
@@ -129,10 +133,11 @@ class Sessions:
         *,
         seconds: float | None = None,
         token: Token | None = None,
+        user: User | None = None,
         agent: str = "",
         address: str = "",
     ) -> tuple[str, Session]:
-        """Begin a session; return the secret for the cookie, and the session. It also ends with its token."""
+        """Begin a session; return the secret for the cookie, and the session. It also ends with its token or user."""
         secret, now = secrets.token_urlsafe(32), self._wall()
         session = Session(
             id=secrets.token_hex(8),
@@ -144,6 +149,7 @@ class Sessions:
             expires=now + min(seconds or self._age(), self._age()),
             token=None if token is None else token.name,
             token_sha256=None if token is None else token.sha256,
+            user_sha256=None if user is None else user.sha256,
             agent=agent[:_MAX_AGENT],
             address=address,
         )
@@ -164,11 +170,18 @@ class Sessions:
         return session
 
     def is_current(self, session: Session) -> bool:
-        """Return whether a session has not ended: by its age, without use, by a logout or with its token."""
+        """Return whether a session has not ended: by its age, without use, by a logout, or with its token or user."""
         present, now = self._sessions.get(session.sha256), self._wall()
         if present is None or now >= present.expires or now - present.seen >= self._idle():
             return False
+        if present.user_sha256 is not None and not self._has_user(present):
+            return False
         return present.token is None or self.get_token(present) is not None
+
+    def _has_user(self, session: Session) -> bool:
+        users = self._users()
+        user = None if users is None else users.get(session.principal.removeprefix(LOGIN))
+        return user is not None and user.sha256 == session.user_sha256
 
     def get_token(self, session: Session) -> Token | None:
         """Return the present token of a session; None: it has none, or it was revoked, or has expired."""

@@ -6,9 +6,12 @@ from collections.abc import Callable, Sequence
 
 from harp_daemon.memory_quota import MemoryQuota
 from harp_daemon.server_tls import ServerTLS
+from harp_daemon.settings import ConfigError
 from harp_daemon.sockets import Listener
 from harpcaller.access.client import Client
 from harpcaller.access.identities import Identities
+from harpcaller.access.tokens import TokenError
+from harpcaller.access.users import Users
 from harpcaller.acting import ActingAs
 from harpcaller.config import Config, HTTPSettings
 from harpcaller.health import Health
@@ -27,6 +30,17 @@ __all__ = ["HTTPAPI", "check", "listen"]
 def check(http: HTTPSettings, config: Config) -> None:
     """Check the files of the settings. Raises `ConfigError`."""
     open_tls(config, http)
+    _open_users(config)
+
+
+def _open_users(config: Config) -> Users | None:
+    """Return the users with passwords; None: there is no file of them. Raises `ConfigError`."""
+    if config.http is None or config.http.users_file is None:
+        return None
+    try:
+        return Users(config.http.users_file)
+    except TokenError as error:
+        raise ConfigError(f"{config.file}: http.users_file: {error}") from error
 
 
 class HTTPAPI:
@@ -50,8 +64,10 @@ class HTTPAPI:
             lambda: self.service.settings.session_idle,
             lambda: self.service.settings.session_age,
             lambda: identities().tokens,
+            users=lambda: self.service.users,
         )
         self.service = HTTPService(acting_as, config, identities, memory, sessions, monitor, health, metrics)
+        self.service.users = _open_users(config())
         self._listeners: Sequence[Listener] = ()
         tls, self._files = self._open_tls(config()), _files_of(config())
         settings = self.service.settings
@@ -77,12 +93,17 @@ class HTTPAPI:
 
     def prepare_reload(self, config: Config) -> Callable[[], None]:
         """Check a new configuration; return a function that applies it. Raises `ConfigError`."""
-        tls, files = self._open_tls(config), _files_of(config)
-        if tls is None or files == self._files:
-            return lambda: None  # the context in use reads changed files by itself
+        tls, files, users = self._open_tls(config), _files_of(config), _open_users(config)
+        # The context in use, and the users, read changed files by themselves.
+        keeps_tls = tls is None or files == self._files
+        before = self.service.users
+        if before is not None and users is not None and before.file == users.file:
+            users = before
 
         def apply() -> None:
-            self.server.tls, self._files = tls, files
+            self.service.users = users
+            if not keeps_tls:
+                self.server.tls, self._files = tls, files
 
         return apply
 

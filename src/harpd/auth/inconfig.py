@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from harp_daemon.passwords import CRYPT, PLAIN, PasswordCache
 from harpd.auth import AuthDB
-from harpd.auth.passwords import CRYPT, PLAIN, PasswordCache
 
 __all__ = ["ConfiguredUsers", "create"]
 

@@ -17,9 +17,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from harp_daemon.passwords import PasswordCache
 from harpd.auth import AuthDB
 from harpd.auth.files import Files
-from harpd.auth.passwords import PasswordCache
 
 __all__ = ["PasswordFile", "create"]
 
