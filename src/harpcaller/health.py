@@ -77,11 +77,11 @@ class Health:
             return Check("store", False, str(error))
         return Check("store", True, "")
 
-    async def notify_when_ready(self) -> None:
-        """Tell the service manager when the dispatcher is ready for the first time."""
+    async def notify_when_ready(self, patience: float = _PATIENCE) -> None:
+        """Tell the service manager when the dispatcher is ready for the first time, and after a while that it waits."""
         began_at, status = time.monotonic(), ""
         while failed := [check for check in await self.check() if not check.ok]:
-            if time.monotonic() - began_at > _PATIENCE:
+            if time.monotonic() - began_at > patience:
                 # Another run of `host_db_script` may take minutes; jobs are accepted meanwhile.
                 status = "; ".join(check.detail for check in failed)
                 notify_service_manager(f"EXTEND_TIMEOUT_USEC={int(_EXTENSION * 1e6)}\nSTATUS=not ready: {status}")

@@ -203,7 +203,7 @@ class Monitor:
             ),
             histograms(
                 "harp_http_request_seconds",
-                "Duration of HTTP requests that neither wait nor stream.",
+                "Until the response to an HTTP request begins; without those that wait for a job.",
                 "route",
                 metrics.http_seconds,
             ),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
 import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from harpcaller.config import HTTPSettings
@@ -109,3 +112,24 @@ async def test_writes_that_are_repeated_are_not_ready(tmp_path: Path) -> None:
             store.off = False
             await dispatcher.result(job)
         await store.close()
+
+
+async def test_service_manager_waits_for_a_slow_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.setblocking(False)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        script = tmp_path / "script"
+        script.write_text(f"#!/bin/sh\nuntil test -e {tmp_path}/go; do sleep 0.05; done\necho\n")
+        script.chmod(0o755)
+        async with running(tmp_path, hosts_file=None, host_db_script=script) as dispatcher:
+            waiting = asyncio.create_task(Health(dispatcher).notify_when_ready(patience=0.0))
+            loop = asyncio.get_running_loop()
+            async with asyncio.timeout(20):
+                first = await loop.sock_recv(manager, 1000)
+                assert first == b"EXTEND_TIMEOUT_USEC=30000000\nSTATUS=not ready: the hosts registry is not loaded yet"
+                (tmp_path / "go").touch()
+                while not (message := await loop.sock_recv(manager, 1000)).startswith(b"READY=1"):
+                    assert message == first
+                await waiting
+        assert message == b"READY=1\nSTATUS="
