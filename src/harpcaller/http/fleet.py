@@ -19,6 +19,7 @@ from starlette.responses import Response
 from harp.protocol.json_text import Envelope, Raw, loads
 from harpcaller.cursors import InvalidCursor
 from harpcaller.host_states import HostState
+from harpcaller.http.jobs import show_payload
 from harpcaller.http.operations import Answer, APIRequest, Operation, json_array, json_response
 from harpcaller.http.problems import Problem
 from harpcaller.model.lanes import queue_lane
@@ -30,6 +31,10 @@ _QUEUE_ID = re.compile(r"[0-9a-f]{32}", re.ASCII)
 _MAX_NAME = 4096  #: Maximum characters of a queue's name in a query.
 
 Text = Annotated[str, Meta(max_length=255, description="only those with this text in their name, in any case")]
+Form = Annotated[
+    Literal["raw", "text"],
+    Meta(description="how names of queues are shown: as JSON, or as a string that has the exact text"),
+]
 Limit = Annotated[int, Meta(ge=1, le=_MOST)]
 CursorText = Annotated[str, Meta(max_length=1000, description="`next` of the page before")]
 
@@ -50,6 +55,13 @@ class QueuesQuery(Struct, frozen=True, forbid_unknown_fields=True):
     ) = None
     limit: Limit = 100
     cursor: CursorText | None = None
+    payloads: Form = "raw"
+
+
+class QueueQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    """The parameters of `get_queue`."""
+
+    payloads: Form = "raw"
 
 
 class HostsQuery(Struct, frozen=True, forbid_unknown_fields=True):
@@ -73,7 +85,9 @@ async def list_queues(request: APIRequest) -> Response:
     else:
         fits, wanted = partial(_fits, query), " ".join(filter(None, (query.q, query.state)))
         queues, following = await request.acting.find_queues(query.limit, query.cursor, wanted, fits)
-    return json_response(Envelope(queues=json_array(map(_show_queue, queues)), next=following))
+    return json_response(
+        Envelope(queues=json_array([_show_queue(queue, query.payloads) for queue in queues]), next=following)
+    )
 
 
 def _fits(query: QueuesQuery, queue: QueueSummary) -> bool:
@@ -97,13 +111,13 @@ async def get_queue(request: APIRequest) -> Response:
     queue = await request.acting.get_queue(queue_id) if _QUEUE_ID.fullmatch(queue_id) else None
     if queue is None:
         raise Problem("not_found", "there is no such queue; one without queued and running jobs is forgotten")
-    return json_response(_show_queue(queue))
+    return json_response(_show_queue(queue, request.query.payloads))
 
 
-def _show_queue(queue: QueueSummary) -> Envelope:
+def _show_queue(queue: QueueSummary, form: str) -> Envelope:
     return Envelope(
         id=queue.id,
-        name=queue.name,
+        name=show_payload(queue.name, form),
         concurrency=queue.concurrency,
         running=queue.running,
         queued=queue.queued,
@@ -186,7 +200,7 @@ QUEUE = {
     "required": ["id", "name", "concurrency", "running", "queued", "oldest_submit"],
     "properties": {
         "id": {"type": "string", "pattern": "^[0-9a-f]{32}$"},
-        "name": {"type": "object"},
+        "name": {"type": ["object", "string"]},
         "concurrency": {"type": "integer"},
         "running": {"type": "integer", "description": "jobs that hold a slot"},
         "queued": {"type": "integer"},
@@ -246,6 +260,7 @@ OPERATIONS = (
         operation_id="get_queue",
         summary="Get a queue by its id",
         handler=get_queue,
+        query=QueueQuery,
         action="list",
         problems=("not_found",),
         responses={200: Answer("the queue", QUEUE)},

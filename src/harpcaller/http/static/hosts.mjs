@@ -27,7 +27,7 @@ export function HostsView({ query }) {
   return html`<div class="page">
     <div class="page-head"><h1>${words.views.hosts}</h1>
       <nav class="choose" aria-label=${text.filter}>${["", "up", "down", "unknown"].map((state) => html`<a key=${state} href=${link("/hosts", { q: filter.q, state })} aria-current=${chosen === state ? "true" : undefined}>${state ? text.states[state] : words.queues.all}</a>`)}</nav>
-      <form role="search" onSubmit=${(event) => { event.preventDefault(); navigate(link("/hosts", { state: chosen, q: event.target.elements[0].value.trim() })); }}>
+      <form onSubmit=${(event) => { event.preventDefault(); navigate(link("/hosts", { state: chosen, q: event.target.elements[0].value.trim() })); }}>
         <input type="search" aria-label=${text.find} placeholder=${text.find} defaultValue=${filter.q || ""} maxlength="200" /></form>
       <span class="grow" />
       ${sources.map((source) => html`<span key=${source.name} class="dim">${text.registry} <code title=${visible(source.name)}>${visible(source.source)}</code>${source.age !== null && source.age !== undefined ? html`, ${text.read(age(source.age))}` : ""}${source.rejected_lines ? html`, <span class="warn">${text.skipped(source.rejected_lines)}</span>` : ""}</span>`)}
@@ -65,7 +65,7 @@ export function HostView({ id }) {
     ${!host ? !error && html`<${Loading} />` : html`
       <div class="page-head"><h1>${visible(host.name)}</h1><${HostState} host=${host} /></div>
       ${host.error && html`<p class="strip bad"><${Icon} name="warning" />${visible(host.error)}</p>`}
-      <dl class="facts card">
+      <dl class="fact-list card">
         ${fact(text.columns.address, html`<code>${visible(host.address)}${host.port ? ":" + host.port : ""}</code>`)}
         ${fact(text.columns.running, html`<${Use} running=${host.running} limit=${host.limit} /> ${host.running > 0 && html`<a href=${jobs("running")}>${words.queues.show}</a>`}`)}
         ${fact(text.columns.waiting, html`${count(host.queued)} ${host.queued > 0 && html`<a href=${jobs("queued")}>${words.queues.show}</a>`}`)}

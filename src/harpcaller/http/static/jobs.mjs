@@ -161,7 +161,7 @@ function Facet({ name, values, query, names }) {
   const shown = all || name === "state" ? list : list.filter((entry, place) => place < SHOWN || chosen.includes(entry.value));
   const shape = (value) => (name === "state" ? html`<${State} state=${value} />` : html`<span class="value">${name === "queue" ? (value === "-" ? text.noQueue : visible(names.get(value) || value.slice(0, 8))) : visible(value)}</span>`);
   return html`<section class=${"facet facet-" + name} aria-label=${text.filters[name]}>
-    <h3>${text.filters[name]}</h3>
+    <h2>${text.filters[name]}</h2>
     <ul>${shown.map(({ value, count: number, more }) => {
       const set = chosen.includes(value);
       return html`<li key=${value} class=${set ? "set" : number ? "" : "none"}>
@@ -196,7 +196,7 @@ function TimeMenu({ query }) {
   const to = query.get("to");
   const label = from || to ? (!to && text.spans[from]) || text.range(shownTime(from), shownTime(to)) : text.anyTime;
   const set = (start, end) => link("/jobs", withValue(withValue(query, "from", start), "to", end));
-  return html`<${Menu} label=${text.timeMenu} text=${html`<span>${text.submittedIn} ${label}</span>`} kind=${from || to ? "set" : ""}>
+  return html`<${Menu} label=${text.timeMenu} text=${text.submittedIn + " " + label} kind=${from || to ? "set" : ""}>
     ${(close) => html`
       <a href=${set(null, null)} onClick=${close}>${text.anyTime}</a>
       ${TIMES.map((span) => html`<a key=${span} href=${set(span, null)} onClick=${close} aria-current=${from === span && !to ? "true" : undefined}>${text.spans[span]}</a>`)}
@@ -410,12 +410,13 @@ export function JobsView({ query, popped }) {
   // Counts have ids of queues only; names are in rows, and else in the list of queues.
   const unnamed = (counts?.queue || []).some(({ value }) => value && value !== "-" && !names.has(value));
   useEffect(() => {
-    if (unnamed) get("/queues", { limit: 500 }).then(({ queues }) => (queues.forEach((queue) => names.set(queue.id, queueName(queue))), redraw()), () => null);
+    if (unnamed) get("/queues", { limit: 500, payloads: "text" }).then(({ queues }) => (queues.forEach((queue) => names.set(queue.id, queueName(queue))), redraw()), () => null);
   }, [unnamed]);
   const sums = total(counts?.state, filter);
   const filtered = partsOf(query).length;
   const newer = list.stale ? text.listChanged : list.pending.size ? text.newer(count(list.pending.size), list.pending.size) : null;
   return html`<div class="jobs">
+    <h1 class="hidden">${text.title}</h1>
     <aside class="facets" aria-label=${text.filtersTitle}><${Facets} counts=${counts} query=${query} names=${names} /></aside>
     <div class="jobs-main">
       <div class="tools" role="group" aria-label=${text.tools}>

@@ -27,13 +27,15 @@ export function listKeys() {
   return [...titles].filter(([, keys]) => keys.length);
 }
 
+// A control that has the focus takes Enter itself, and an open menu takes all keys.
+const ownKey = (event) => event.target.closest(".menu-list") || (event.key === "Enter" && event.target.closest("a, button"));
 const inField = (target) => target.isContentEditable || /^(INPUT|TEXTAREA|SELECT)$/.test(target.nodeName);
 
 addEventListener("keydown", (event) => {
   if (event.defaultPrevented || event.altKey || event.isComposing) return;
   const command = event.ctrlKey || event.metaKey;
   const single = !command && event.key !== "Escape";
-  if (single && (setting("keys") === "off" || inField(event.target) || document.querySelector("dialog[open]"))) return;
+  if (single && (setting("keys") === "off" || inField(event.target) || ownKey(event) || document.querySelector("dialog[open]"))) return;
   const key = (command ? "ctrl+" : "") + (event.key.length === 1 && command ? event.key.toLowerCase() : event.key);
   const spelled = prefix ? prefix + " " + key : key;
   clearTimeout(prefixTimer);

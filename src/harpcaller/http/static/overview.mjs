@@ -36,7 +36,7 @@ function Bars({ stats, step }) {
       })}
     </svg>
     <div class="scale dim" aria-hidden="true"><${Time} at=${stats.buckets[0]?.at} /><span>${words.now}</span></div>
-    <table class="hidden"><caption>${text.barsLabel}</caption><tbody>${stats.buckets.filter((bucket) => SERIES.some((name) => bucket[name])).map((bucket) => html`<tr key=${bucket.at}><td><a href=${jobs(bucket)} tabindex="-1">${said(bucket)}</a></td></tr>`)}</tbody></table>
+    <div class="hidden"><table><caption>${text.barsLabel}</caption><tbody>${stats.buckets.filter((bucket) => SERIES.some((name) => bucket[name])).map((bucket) => html`<tr key=${bucket.at}><td><a href=${jobs(bucket)} tabindex="-1">${said(bucket)}</a></td></tr>`)}</tbody></table></div>
   </div>`;
 }
 
@@ -72,8 +72,8 @@ export function OverviewView({ query, me }) {
         get("/jobs/counts", { by: "end_type,procedure,host,state", state: "bad", ended_from: from }),
         get("/jobs/counts", { by: "state", state: "ended", holds_slot: 1 }),
         get("/jobs/stats", { from, step }),
-        optional(get("/hosts")),
-        optional(get("/queues")),
+        optional(get("/hosts", { limit: 500 })),
+        optional(get("/queues", { limit: 500, payloads: "text" })),
         get("/jobs", { state: "bad", limit: 8, payloads: "text" }),
       ]);
       if (asking.span !== mine) return;

@@ -22,7 +22,7 @@ function QueueState({ queue }) {
 }
 
 export function QueuesView({ query }) {
-  const filter = { q: query.get("q"), state: query.get("state"), limit: 200 };
+  const filter = { q: query.get("q"), state: query.get("state"), limit: 200, payloads: "text" };
   const { data, error, ask, soon, more } = useAnswer("/queues", filter, "queues");
   const now = useNow();
   useEffect(() => setTitle(words.views.queues), []);
@@ -31,7 +31,7 @@ export function QueuesView({ query }) {
   return html`<div class="page">
     <div class="page-head"><h1>${words.views.queues}</h1>
       <nav class="choose" aria-label=${text.filter}>${["", "busy", "full", "idle"].map((state) => html`<a key=${state} href=${link("/queues", { q: filter.q, state })} aria-current=${(filter.state || "") === state ? "true" : undefined}>${state ? text.states[state] : text.all}</a>`)}</nav>
-      <form role="search" onSubmit=${(event) => { event.preventDefault(); navigate(link("/queues", { state: filter.state, q: event.target.elements[0].value.trim() })); }}>
+      <form onSubmit=${(event) => { event.preventDefault(); navigate(link("/queues", { state: filter.state, q: event.target.elements[0].value.trim() })); }}>
         <input type="search" aria-label=${text.find} placeholder=${text.find} defaultValue=${filter.q || ""} maxlength="200" /></form>
     </div>
     ${error && html`<${Fault} error=${error} retry=${ask} />`}
@@ -52,7 +52,7 @@ export function QueuesView({ query }) {
 }
 
 export function QueueView({ id }) {
-  const { data: queue, error, ask, soon } = useAnswer("/queues/" + encodeURIComponent(id));
+  const { data: queue, error, ask, soon } = useAnswer("/queues/" + encodeURIComponent(id), { payloads: "text" });
   const now = useNow();
   useEffect(() => setTitle(queue ? queueName(queue) : words.views.queues), [queue?.name]);
   useLive("counts", "", { counts: soon, refresh: soon });
@@ -61,7 +61,7 @@ export function QueueView({ id }) {
     ${error && html`<${Fault} error=${error} retry=${error.status === 404 ? undefined : ask} />`}
     ${!queue ? !error && html`<${Loading} />` : html`
       <div class="page-head"><h1 class="mono">${queueName(queue)}</h1><${QueueState} queue=${queue} /></div>
-      <dl class="facts card">
+      <dl class="fact-list card">
         <dt>${text.columns.running}</dt><dd><${Use} running=${queue.running} limit=${limitOf(queue)} /> ${queue.running > 0 && html`<a href=${link("/jobs", { queue: id, state: "running" })}>${text.show}</a>`}</dd>
         <dt>${text.columns.waiting}</dt><dd>${count(queue.queued)} ${queue.queued > 0 && html`<a href=${link("/jobs", { queue: id, state: "queued" })}>${text.show}</a>`}</dd>
         <dt>${text.columns.oldest}</dt><dd>${queue.oldest_submit ? html`${duration(now - queue.oldest_submit)} <span class="dim">(<${Time} at=${queue.oldest_submit} />)</span>` : "-"}</dd>

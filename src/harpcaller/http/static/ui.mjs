@@ -312,7 +312,7 @@ export function Menu({ label, icon, text, children, kind = "", list = "" }) {
     items[(items.indexOf(document.activeElement) + step + items.length) % items.length]?.focus();
   }
   const left = (event) => event.relatedTarget && !panel.current?.contains(event.relatedTarget) && event.relatedTarget !== button.current && setOpen(false);
-  return html`<button ref=${button} type="button" class=${"button " + kind} aria-expanded=${open ? "true" : "false"} aria-label=${label} title=${label} onClick=${() => setOpen(!open)}>
+  return html`<button ref=${button} type="button" class=${"button " + kind} aria-expanded=${open ? "true" : "false"} aria-label=${typeof text === "string" && text ? undefined : label} title=${label} onClick=${() => setOpen(!open)}>
       ${icon && html`<${Icon} name=${icon} />`}${text}${text && html`<${Icon} name="down" size=${10} />`}
     </button>
     ${open && html`<div ref=${panel} popover="manual" class=${"menu-list " + list} onKeyDown=${keys} onFocusOut=${left}>${children(close)}</div>`}`;

@@ -140,7 +140,7 @@ export const words = {
     noHosts: "The dispatcher knows no hosts yet. Add one to the hosts registry.",
     nothing: "No job fits this filter",
     nothingYet: "Nothing found so far",
-    withoutPart: (part) => ["Without ", part, ": "],
+    withoutPart: (part) => ["Without ", part, ":"],
     thereAre: (shown, number) => shown + (number === 1 ? " job" : " jobs"),
     noSinglePart: "No single part excludes all: remove several.",
     noPart: "Without it there are no jobs either.",

@@ -1,0 +1,434 @@
+"""The console's lists in a real browser: log in, jobs with filters and live rows, queues, hosts, sessions."""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import urlsplit
+
+import pytest
+from playwright.sync_api import Locator, Page, expect
+
+from support.browser import Pages, Site, eventually, find_axe_violations
+
+UNKNOWN_JOB = "0199e9c1-0000-7000-8000-000000000000"
+
+
+@pytest.fixture(scope="module")
+def filled(site: Site) -> Site:
+    """The system with jobs in several states."""
+    for number in range(30):
+        site.submit("echo", number)
+    site.finish("fail", "no such table: orders")
+    site.finish("nothing")
+    site.submit("sleep", 600, queue={"name": {"service": "nginx"}, "concurrency": 1})
+    site.submit("sleep", 600, queue={"name": {"service": "nginx"}, "concurrency": 1})
+    site.finish("echo", "<img src=x onerror=alert(1)>\u202e\u2028 and </script>")
+    return site
+
+
+def rows(page: Page) -> Locator:
+    return page.locator("tr[data-job]")
+
+
+def row(page: Page, job: str) -> Locator:
+    return page.locator(f'tr[data-job="{job}"]')
+
+
+def job_ids(page: Page) -> list[str]:
+    return [str(job) for job in rows(page).evaluate_all("(rows) => rows.map((row) => row.dataset.job)")]
+
+
+def facet(page: Page, name: str, value: str) -> Locator:
+    return page.locator(f".facets .facet-{name} li").filter(has=page.get_by_text(value, exact=True)).locator("a").first
+
+
+# --- the way in ---------------------------------------------------------------------------------------------------
+
+
+def test_login_link_works_once_and_leaves_the_address(visitor_pages: Pages, site: Site) -> None:
+    link = site.login_link().removeprefix(site.url)
+    page = visitor_pages.open(link)
+    expect(page.get_by_role("heading", name="What needs attention")).to_be_visible()
+    assert urlsplit(page.url).path == "/"
+    assert "k=" not in page.url
+    visitor_pages.allow("401")
+    other = visitor_pages.open(link)
+    expect(other.get_by_role("alert")).to_contain_text("A link works once")
+    assert "k=" not in other.url
+
+
+def test_login_leads_to_the_page_that_was_asked_for(visitor_pages: Pages, site: Site) -> None:
+    visitor_pages.allow("401")
+    page = visitor_pages.open("/jobs?state=failed")
+    expect(page.get_by_label("Token")).to_be_visible()
+    expect(page.get_by_role("navigation")).to_have_count(0)
+    page.get_by_label("Token").fill("harp_" + "0" * 43)
+    page.get_by_role("button", name="Log in").click()
+    expect(page.get_by_role("alert")).to_contain_text("did not work")
+    secret = urlsplit(site.login_link()).fragment.partition("=")[2]
+    page.context.request.post(
+        site.url + "/api/v1/session",
+        data={"link": secret},
+        headers={"Sec-Fetch-Site": "same-origin", "Origin": site.url},
+    )
+    page.reload()
+    expect(page.locator(".chip")).to_contain_text("failed")
+
+
+def test_logout_in_one_tab_shows_the_login_in_others(visitor_pages: Pages, site: Site) -> None:
+    context = visitor_pages.context()
+    first, second = context.new_page(), context.new_page()
+    visitor_pages.allow("401")
+    first.goto(site.login_link())
+    expect(first.get_by_role("navigation").first).to_be_visible()
+    second.goto(site.url + "/jobs")
+    expect(second.get_by_role("navigation").first).to_be_visible()
+    first.get_by_role("button", name="Account and settings").click()
+    first.get_by_role("button", name="Log out").click()
+    expect(first.get_by_label("Token")).to_be_visible()
+    expect(second.get_by_label("Token")).to_be_visible()
+    assert "echo" not in second.inner_text("body")
+
+
+# --- the list of jobs ---------------------------------------------------------------------------------------------
+
+
+def test_job_appears_within_a_second_and_changes_in_place(pages: Pages, filled: Site) -> None:
+    page = pages.open("/jobs")
+    expect(page.locator(".live-live")).to_be_visible()
+    job = filled.submit("sleep", 600)
+    expect(row(page, job)).to_be_visible(timeout=2_000)
+    expect(row(page, job)).to_contain_text("running")
+    place = job_ids(page).index(job)
+    filled.system.rpc.job(job).cancel()
+    expect(row(page, job)).to_contain_text("cancelled")
+    assert job_ids(page).index(job) == place
+
+
+def test_count_is_a_filter_and_an_address(pages: Pages, filled: Site) -> None:
+    page = pages.open("/jobs")
+    facet(page, "state", "raised").click()
+    expect(page).to_have_url(re.compile(r"/jobs\?state=raised$"))
+    expect(rows(page).first).to_contain_text("ValueError")
+    shown = job_ids(page)
+    expect(page.locator(".sum")).to_have_text(f"{len(shown)} job" + ("s" if len(shown) > 1 else ""))
+    page.reload()
+    expect(rows(page)).to_have_count(len(shown))
+    assert job_ids(page) == shown
+    facet(page, "state", "failed").click(modifiers=["Control"])
+    expect(page).to_have_url(re.compile(r"state=raised,failed$"))
+    expect(rows(page).filter(has_text="no_such_procedure")).to_have_count(1)
+    facet(page, "procedure", "nothing").click()
+    expect(page).to_have_url(re.compile(r"procedure=nothing"))
+    expect(rows(page)).to_have_count(1)
+    page.get_by_role("link", name="Remove State").click()
+    expect(page).to_have_url(re.compile(r"/jobs\?procedure=nothing$"))
+
+
+def test_back_restores_rows_and_place(pages: Pages, filled: Site) -> None:
+    page = pages.open("/jobs", viewport={"width": 1280, "height": 500})
+    expect(rows(page).nth(12)).to_be_visible()
+    page.locator(".list").evaluate("(list) => { list.scrollTop = 300; }")
+    target = job_ids(page)[14]
+    row(page, target).get_by_role("link").click()
+    expect(page).to_have_url(re.compile(target))
+    page.go_back()
+    expect(row(page, target)).to_be_visible()
+    assert page.locator(".list").evaluate("(list) => list.scrollTop") == 300
+    page.go_forward()
+    expect(page).to_have_url(re.compile(target))
+
+
+def test_newer_jobs_wait_while_the_reader_is_down_the_list(pages: Pages, filled: Site) -> None:
+    page = pages.open("/jobs", viewport={"width": 1280, "height": 500})
+    expect(page.locator(".live-live")).to_be_visible()
+    expect(rows(page).nth(12)).to_be_visible()
+    page.locator(".list").evaluate("(list) => { list.scrollTop = 300; }")
+    seen = rows(page).nth(14)
+    target = seen.get_attribute("data-job") or ""
+    before = row(page, target).bounding_box()
+    new = [filled.submit("echo", "newer") for _ in range(3)]
+    pill = page.get_by_role("button", name="3 newer jobs")
+    expect(pill).to_be_visible()
+    assert row(page, target).bounding_box() == before
+    pill.click()
+    expect(row(page, new[-1])).to_be_visible()
+    assert set(new) <= set(job_ids(page)[:3])
+
+
+def test_row_of_the_keys_stays_through_many_changes(pages: Pages, filled: Site) -> None:
+    page = pages.open("/jobs")
+    expect(page.locator(".live-live")).to_be_visible()
+    page.keyboard.press("j")
+    page.keyboard.press("j")
+    at = page.locator("tr.at")
+    expect(at).to_have_count(1)
+    job = at.get_attribute("data-job")
+    for number in range(40):
+        filled.submit("echo", number)
+    last = filled.finish("echo", "last")
+    expect(page.get_by_role("button", name=re.compile("newer jobs"))).to_be_visible()
+    assert row(page, last).count() == 0
+    assert at.get_attribute("data-job") == job
+    assert page.evaluate("document.activeElement.closest('tr').dataset.job") == job
+
+
+@pytest.mark.parametrize(
+    ("sought", "found"),
+    [("procedure:fail", "ValueError"), ("no such table", "ValueError"), ("end_type:no_such_procedure", "nothing")],
+)
+def test_search_finds_by_words_and_keys(pages: Pages, filled: Site, sought: str, found: str) -> None:
+    page = pages.open("/")
+    expect(page.get_by_role("searchbox", name="Search jobs")).to_be_visible()
+    page.keyboard.press("/")
+    page.keyboard.type(sought)
+    page.keyboard.press("Enter")
+    expect(rows(page)).to_have_count(1)
+    expect(rows(page)).to_contain_text(found)
+
+
+def test_search_by_id_opens_the_job_and_by_its_part_finds_it(pages: Pages, filled: Site) -> None:
+    job = filled.finish("echo", "sought")
+    page = pages.open("/jobs")
+    field = page.get_by_role("searchbox", name="Search jobs")
+    field.fill(job[:13])
+    field.press("Enter")
+    expect(row(page, job)).to_be_visible()
+    field.fill(job)
+    field.press("Enter")
+    expect(page).to_have_url(re.compile(f"/jobs/{job}$"))
+
+
+def test_empty_result_names_the_part_that_excludes_all(pages: Pages, filled: Site) -> None:
+    page = pages.open("/jobs?state=raised&host=web99")
+    expect(page.get_by_role("heading", name="No job fits this filter")).to_be_visible()
+    without = page.locator(".empty p").filter(has_text="Host web99")
+    expect(without).to_contain_text(re.compile(r"Without Host web99: \d+ jobs?"))
+    without.get_by_role("link").click()
+    expect(page).to_have_url(re.compile(r"/jobs\?state=raised$"))
+    expect(rows(page).first).to_contain_text("raised")
+
+
+def test_unknown_filter_is_named(pages: Pages, filled: Site) -> None:
+    pages.allow("400")
+    page = pages.open("/jobs?stat=failed")
+    expect(page.get_by_role("alert")).to_contain_text("stat")
+    page.locator(".list").get_by_role("link", name="Clear all filters").click()
+    expect(rows(page).first).to_be_visible()
+
+
+def test_text_of_jobs_is_never_markup(pages: Pages, filled: Site) -> None:
+    page = pages.open("/jobs?arguments=onerror")
+    expect(rows(page)).to_have_count(1)
+    expect(rows(page)).to_contain_text("<img src=x onerror=alert(1)>")
+    assert page.locator(".list img").count() == 0
+    assert "\u202e" not in rows(page).inner_text()
+
+
+def test_row_menu_copies_and_filters(pages: Pages, filled: Site) -> None:
+    page = pages.open("/jobs?procedure=fail")
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    expect(rows(page).first).to_be_visible()
+    job = job_ids(page)[0]
+    page.keyboard.press("j")
+    expect(page.locator("tr.at a").first).to_be_focused()
+    page.keyboard.press("m")
+    page.get_by_role("button", name="Copy curl").click()
+    expect(page.locator(".notice")).to_contain_text("Copied")
+    assert f"/api/v1/jobs/{job}" in page.evaluate("navigator.clipboard.readText()")
+    page.keyboard.press("y")
+    eventually(page, lambda: page.evaluate("navigator.clipboard.readText()") == f"{filled.url}/jobs/{job}")
+    page.keyboard.press("m")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    expect(page).to_have_url(re.compile(r"procedure=fail&host=web01$"))
+
+
+def test_columns_and_theme_are_remembered(pages: Pages, filled: Site) -> None:
+    page = pages.open("/jobs")
+    page.get_by_role("button", name="Columns").click()
+    page.get_by_role("checkbox", name="Owner").check()
+    expect(page.get_by_role("columnheader", name="Owner")).to_be_visible()
+    page.keyboard.press("Escape")
+    page.get_by_role("button", name="Account and settings").click()
+    page.locator(".choice").filter(has_text="Theme").get_by_text("dark").click()
+    page.reload()
+    expect(page.get_by_role("columnheader", name="Owner")).to_be_visible()
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+
+
+def test_palette_and_key_help_work_by_keys_alone(pages: Pages, filled: Site) -> None:
+    page = pages.open("/jobs")
+    expect(rows(page).first).to_be_visible()
+    page.keyboard.press("Control+k")
+    page.get_by_role("combobox", name="Go to or do").fill("hosts")
+    page.keyboard.press("Enter")
+    expect(page).to_have_url(re.compile("/hosts$"))
+    page.keyboard.press("g")
+    page.keyboard.press("j")
+    expect(page).to_have_url(re.compile("/jobs$"))
+    page.keyboard.press("?")
+    expect(page.get_by_role("dialog", name="Keys")).to_contain_text("next row")
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("dialog")).to_have_count(0)
+
+
+def test_single_keys_can_be_switched_off(pages: Pages, filled: Site) -> None:
+    page = pages.open("/jobs")
+    expect(rows(page).first).to_be_visible()
+    page.evaluate("localStorage.setItem('harp.keys', 'off')")
+    page.reload()
+    expect(rows(page).first).to_be_visible()
+    page.keyboard.press("?")
+    page.keyboard.press("j")
+    expect(page.locator("tr.at")).to_have_count(0)
+    expect(page.get_by_role("dialog")).to_have_count(0)
+
+
+# --- other views ----------------------------------------------------------------------------------------------------
+
+
+def test_overview_leads_to_the_jobs_that_it_counts(pages: Pages, filled: Site) -> None:
+    page = pages.open("/")
+    link = page.locator(".wrong a").filter(has_text="failed or raised")
+    expect(link).to_be_visible()
+    link.click()
+    expect(rows(page).filter(has_text="ValueError").first).to_be_visible()
+    assert "state=bad" in page.url
+
+
+def test_queue_shows_its_use_and_leads_to_its_jobs(pages: Pages, filled: Site) -> None:
+    page = pages.open("/queues")
+    queue = page.locator("tbody tr").filter(has_text='{"service": "nginx"}')
+    expect(queue).to_contain_text("1 / 1")
+    expect(queue).to_contain_text("full")
+    queue.get_by_role("link", name="1", exact=True).click()
+    expect(rows(page)).to_have_count(1)
+    expect(rows(page)).to_contain_text("queued")
+    page.go_back()
+    page.get_by_role("link", name='{"service": "nginx"}').click()
+    expect(page.get_by_role("heading", name='{"service": "nginx"}')).to_be_visible()
+
+
+def test_host_shows_its_state_and_leads_to_its_jobs(pages: Pages, filled: Site) -> None:
+    page = pages.open("/hosts")
+    host = page.locator("tbody tr").filter(has_text="web01")
+    expect(host).to_contain_text("up")
+    host.get_by_role("link", name="web01").click()
+    expect(page.get_by_role("heading", name="web01")).to_be_visible()
+    page.get_by_role("link", name="Failed or raised").click()
+    expect(rows(page).filter(has_text="ValueError").first).to_be_visible()
+
+
+def test_session_can_be_ended_from_the_list(pages: Pages, site: Site) -> None:
+    other = site.log_in("--as", "guest")
+    page = pages.open("/sessions")
+    guest = page.locator("tbody tr").filter(has_text="guest")
+    expect(guest).to_have_count(1)
+    guest.get_by_role("button", name="End").click()
+    expect(guest).to_have_count(0)
+    with pytest.raises(Exception, match="401"):
+        site.get("/me", other)
+
+
+def test_unknown_address_says_so(pages: Pages, site: Site) -> None:
+    pages.allow("404")
+    page = pages.open("/queues/" + "0" * 32)
+    expect(page.get_by_role("alert")).to_contain_text("no such queue")
+    page.goto(site.url + "/hosts/nohost")
+    expect(page.get_by_role("alert")).to_contain_text("no such host")
+
+
+# --- streams --------------------------------------------------------------------------------------------------------
+
+
+def test_seven_tabs_all_load_and_the_later_ones_ask(pages: Pages, filled: Site) -> None:
+    context = pages.context()
+    tabs = [context.new_page() for _ in range(7)]
+    for tab in tabs:
+        tab.goto(filled.url + "/jobs")
+        expect(rows(tab).first).to_be_visible()
+    live = eventually(tabs[0], lambda: _settled(tabs), "the state of all tabs")
+    assert live == 4
+    tabs[0].close()
+    job = filled.finish("echo", "for all tabs")
+    for tab in tabs[1:]:
+        expect(row(tab, job)).to_be_visible()
+
+
+def _settled(tabs: list[Page]) -> int:
+    counts = [tab.locator(".live-live").count() + 10 * tab.locator(".live-polling").count() for tab in tabs]
+    return counts.count(1) if 0 not in counts else 0
+
+
+def test_paused_page_holds_still_and_catches_up(pages: Pages, filled: Site) -> None:
+    page = pages.open("/jobs")
+    expect(page.locator(".live-live")).to_be_visible()
+    page.keyboard.press(".")
+    expect(page.locator(".live-paused")).to_be_visible()
+    job = filled.finish("echo", "while paused")
+    page.wait_for_timeout(600)
+    assert row(page, job).count() == 0
+    page.keyboard.press(".")
+    expect(row(page, job)).to_be_visible()
+
+
+# --- for everyone -----------------------------------------------------------------------------------------------------
+
+VIEWS = ["/", "/jobs", "/jobs?host=web99", "/queues", "/hosts", "/hosts/web01", "/sessions", "/audit"]
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_views_have_no_axe_violation(pages: Pages, filled: Site, theme: str) -> None:
+    pages.allow("404")  # the system has no audit file
+    context = pages.context(color_scheme=theme)
+    page = context.new_page()
+    found = []
+    for path in VIEWS:
+        page.goto(filled.url + path)
+        expect(page.locator(".loading")).to_have_count(0)
+        expect(page.locator(".page, .jobs").first).to_be_visible()
+        page.wait_for_timeout(400)  # what is drawn late is examined, too
+        found += [f"{path}: {violation}" for violation in find_axe_violations(page)]
+    page.goto(filled.url + "/jobs")
+    expect(rows(page).first).to_be_visible()
+    page.keyboard.press("?")
+    expect(page.get_by_role("dialog")).to_be_visible()
+    found += find_axe_violations(page)
+    assert found == []
+
+
+def test_narrow_views_fit_and_have_no_axe_violation(pages: Pages, filled: Site) -> None:
+    pages.allow("404")
+    page = pages.context(viewport={"width": 320, "height": 640}, has_touch=True).new_page()
+    found = []
+    for path in VIEWS:
+        page.goto(filled.url + path)
+        expect(page.locator(".loading")).to_have_count(0)
+        expect(page.locator(".page, .jobs").first).to_be_visible()
+        width = page.evaluate(
+            "Math.max(document.documentElement.scrollWidth, document.querySelector('main').scrollWidth)"
+        )
+        assert width <= 320, path
+        found += [f"{path}: {violation}" for violation in find_axe_violations(page)]
+    assert found == []
+    page.goto(filled.url + "/jobs")
+    page.get_by_role("button", name="Filters").click()
+    page.get_by_role("dialog", name="Filters").get_by_role("link", name=re.compile("^raised")).first.click()
+    expect(page).to_have_url(re.compile("state=raised"))
+
+
+def test_login_page_has_no_axe_violation(visitor_pages: Pages, site: Site) -> None:
+    visitor_pages.allow("401")
+    page = visitor_pages.open("/jobs")
+    expect(page.get_by_label("Token")).to_be_visible()
+    assert find_axe_violations(page) == []
+
+
+def test_views_work_with_reduced_motion_and_forced_colours(pages: Pages, filled: Site) -> None:
+    page = pages.context(reduced_motion="reduce", forced_colors="active").new_page()
+    page.goto(filled.url + "/jobs")
+    expect(rows(page).first).to_be_visible()
+    running = page.evaluate("document.getAnimations().filter((one) => one.effect.getTiming().duration > 0).length")
+    assert running == 0
+    assert find_axe_violations(page, "color-contrast") == []
