@@ -5,11 +5,11 @@ import { words } from "./words.mjs";
 
 const text = words.login;
 
-/** Log in with the link's secret (in the fragment, which browsers do not send) or with a token. `done` follows. */
+/** Log in with the link's secret (in the fragment, which browsers do not send), a token, or name and password. `done` follows. */
 export function LoginView({ done }) {
   const [busy, setBusy] = useState(false);
   const [fault, setFault] = useState(null);
-  const field = useRef(null);
+  const field = useRef(null), name = useRef(null);
   const [secret] = useState(() => new URLSearchParams(location.hash.slice(1)).get("k"));
 
   async function logIn(credentials) {
@@ -32,16 +32,18 @@ export function LoginView({ done }) {
   }, []);
   function submit(event) {
     event.preventDefault();
-    const token = field.current.value.trim();
-    if (token) logIn({ token });
+    const user = name.current.value.trim(), password = field.current.value;
+    if (password) logIn(user ? { user, password } : { token: password.trim() });
   }
   return html`<main class="login">
     <form onSubmit=${submit}>
       <h1><svg class="logo" viewBox="0 0 32 32" width="36" height="36" aria-hidden="true"><rect width="32" height="32" rx="7" /><path d="M9 6v20M23 6v20M9 16h14M16 9v3M16 20v3" /></svg>HARP</h1>
       <p>${busy && secret ? text.link : text.lead}</p>
       ${fault && html`<p class="form-fault" role="alert"><${Icon} name="warning" /><span>${fault}</span></p>`}
+      <label for="name">${text.name}</label>
+      <input ref=${name} id="name" autocomplete="username" autocapitalize="none" spellcheck="false" disabled=${busy} />
       <label for="token">${text.token}</label>
-      <input ref=${field} id="token" type="password" autocomplete="off" spellcheck="false" required disabled=${busy} />
+      <input ref=${field} id="token" type="password" autocomplete="current-password" spellcheck="false" required disabled=${busy} />
       <button class="button primary" disabled=${busy}>${text.submit}</button>
       <p class="dim">${text.how}</p>
       <pre><code>harpcallerd web-login</code></pre>

@@ -65,11 +65,12 @@ export const words = {
   login: {
     title: "Log in",
     link: "Logging in with the link",
-    token: "Token",
+    name: "Name (only with a password)",
+    token: "Token or password",
     submit: "Log in",
-    lead: "Open a login link, or paste a token.",
+    lead: "Open a login link, paste a token, or enter name and password.",
     how: "On the dispatcher's machine this command prints a link for one login:",
-    refused: "That did not work. A link works once and for five minutes; a token must be valid.",
+    refused: "That did not work. A link works once and for five minutes; a token or a password must be right.",
     tooMany: (seconds) => `Too many attempts. Try again in ${seconds} s.`,
   },
   jobs: {

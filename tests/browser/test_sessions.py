@@ -1,4 +1,4 @@
-"""What pages of other sites can do with the browser of a person who is logged in: nothing.
+"""Sessions of browsers: logins, and what pages of other sites can do with them, which is nothing.
 
 The foreign pages are on another port of the dispatcher's own address, where the browser sends the cookie, too, and on
 another name. Another name of the dispatcher's address stands for a page that has rebound its name.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import subprocess
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +17,9 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import BrowserContext, expect
 
-from support.browser import Pages, Site, eventually
+from support.browser import Pages, Site, eventually, find_axe_violations
+
+DISPATCHER = {"http": {"users_file": "users"}}
 
 _CALL = json.dumps({"host": "web01", "procedure": "echo", "arguments": ["foreign"]})
 
@@ -82,6 +85,25 @@ def context(visitor_pages: Pages, site: Site) -> BrowserContext:
     [cookie] = context.cookies()
     assert (cookie.get("name"), cookie.get("sameSite"), cookie.get("httpOnly")) == ("harp", "Strict", True)
     return context
+
+
+def test_person_logs_in_by_name_and_password(site: Site, visitor_pages: Pages) -> None:
+    hashing = ["openssl", "passwd", "-6", "open sesame"]
+    hashed = subprocess.run(hashing, check=True, capture_output=True, text=True).stdout.strip()
+    users = site.directory / "users"
+    users.touch(0o600)
+    users.write_text(f"alice:{hashed}:viewer\n")
+    visitor_pages.allow("401")  # of the first request, and of the wrong password
+    page = visitor_pages.open("/jobs")
+    page.get_by_label("Name").fill("alice")
+    page.get_by_label("password").last.fill("friend")
+    page.get_by_role("button", name="Log in").click()
+    expect(page.get_by_role("alert")).to_be_visible()
+    assert find_axe_violations(page) == []
+    page.get_by_label("password").last.fill("open sesame")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("navigation").first).to_be_visible()
+    assert page.url.endswith("/jobs")
 
 
 def refusals(site: Site) -> list[str]:
