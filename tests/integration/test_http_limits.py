@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 
-from harpcaller.config import HTTPSettings
+from harpcaller.config import Address, HTTPSettings
 from harpcaller.http import server
+from support.certificates import server_files
 from support.dispatcher import host_line
 from support.http_api import RunningAPI, running_api
 from support.peers import Peer
@@ -114,6 +117,31 @@ async def test_http_silent_and_slow_clients_are_closed(tmp_path: Path, monkeypat
             assert status(await read_head(reader)) == 201
             async with asyncio.timeout(20):
                 await reader.read()  # ends when the connection was idle for too long
+
+
+async def test_http_silent_tls_clients_are_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "HEAD_SECONDS", 0.5)
+    files = server_files(tmp_path)
+    http = HTTPSettings(
+        listen=(Address("127.0.0.1", 0, tls=True),), certfile=files.certfile, keyfile=files.keyfile, connections=3
+    )
+    async with running_api(tmp_path, http=http) as api:
+        assert await api.send(b"") == b""  # no handshake
+        context = ssl.create_default_context(cafile=files.ca_file)
+        reader, writer = await asyncio.open_connection("127.0.0.1", api.port, ssl=context)
+        async with asyncio.timeout(20):
+            assert await reader.read() == b""  # no request
+        writer.close()
+        # A client in the middle of its handshake gives way to others, and to the end of the server.
+        silent = [await asyncio.open_connection("127.0.0.1", api.port) for _ in range(6)]
+        async with httpx.AsyncClient(verify=context) as client:
+            reply = await client.get(f"https://127.0.0.1:{api.port}/api/v1/openapi.json")
+            assert reply.status_code == 200
+        monkeypatch.setattr(server, "HEAD_SECONDS", 60)
+        silent += [await asyncio.open_connection("127.0.0.1", api.port) for _ in range(3)]
+        await asyncio.sleep(0.1)
+    for _, writer in silent:
+        writer.close()
 
 
 async def test_http_bodies_have_limits(tmp_path: Path) -> None:

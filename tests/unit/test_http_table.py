@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import subprocess
@@ -9,6 +10,8 @@ import sys
 from pathlib import Path
 
 from openapi_spec_validator import validate
+from uvicorn.protocols.http import httptools_impl
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from harp.protocol.dispatcher import Call
 from harpcaller.http.app import OPERATIONS
@@ -67,3 +70,18 @@ def test_http_missing_package_is_a_config_error(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert f"{file}: http: expected the packages of the extra web, got no package uvicorn" in done.stderr + done.stdout
     assert "pip install 'harpcaller[web]'" in done.stderr + done.stdout
+
+
+def test_http_uvicorn_has_the_names_that_the_server_uses() -> None:
+    """They are not documented: another version of uvicorn may lack one, or may not call it."""
+    of_parser = ("on_message_begin", "on_url", "on_header", "on_headers_complete", "on_body", "on_message_complete")
+    methods = ("connection_made", "connection_lost", "data_received", "pause_writing", "resume_writing", "shutdown")
+    assert all(
+        callable(HttpToolsProtocol.__dict__.get(name))
+        for name in (*of_parser, *methods, "_unset_keepalive_if_required")
+    )
+    source = inspect.getsource(httptools_impl)
+    for attribute in ("pipeline", "cycle", "flow", "parser", "headers", "url", "access_log", "transport"):
+        assert f"self.{attribute}" in source
+    for attribute in ("response_complete", "response_started", "keep_alive", "disconnected", "message_event"):
+        assert f"self.{attribute}" in inspect.getsource(httptools_impl.RequestResponseCycle)

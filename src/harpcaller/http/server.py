@@ -132,12 +132,15 @@ class HTTPServer:
     async def aclose(self) -> None:
         """Stop accepting connections, and wait a limited time for the requests in progress."""
         self.acceptor.close_listeners()
-        for connection in list(self.acceptor.connections.values()):
-            connection.shutdown()
+        for task, connection in self.acceptor.connections.items():
+            if connection.is_established:
+                connection.shutdown()
+            else:
+                task.cancel()  # its handshake
         await self.acceptor.drain(_DRAIN_SECONDS)
         await asyncio.sleep(0)  # the protocols learn that their connections are closed
-        for task in self.state.tasks:
-            task.cancel()
+        for request in self.state.tasks:
+            request.cancel()
         await asyncio.gather(*self.state.tasks, return_exceptions=True)
         self.timers.close()
 
@@ -225,14 +228,19 @@ class HTTPConnection(HttpToolsProtocol):
     async def run(self) -> None:
         """Serve the connection until it is closed."""
         try:
-            handshake = HEAD_SECONDS if self._context is not None else None
-            await self.loop.connect_accepted_socket(
-                lambda: self, self._accepted, ssl=self._context, ssl_handshake_timeout=handshake
-            )
+            seconds = {} if self._context is None else {"ssl_handshake_timeout": HEAD_SECONDS}
+            if self._context is not None:
+                seconds["ssl_shutdown_timeout"] = _LINGER_SECONDS
+            await self.loop.connect_accepted_socket(lambda: self, self._accepted, ssl=self._context, **seconds)
         except (OSError, ssl.SSLError) as error:
             log.info("TLS handshake failed", extra={"peer": self.peer.peer, "reason": str(error)})
             return
         await self.closed
+
+    @property
+    def is_established(self) -> bool:
+        """Whether the client can send requests: a handshake, if there is one, has ended."""
+        return self._plain is not None
 
     def confirm(self) -> None:
         """Note that the client has sent a valid request: the connection gives way to no other one."""
