@@ -32,6 +32,9 @@ class SharedAnswers:
     def __init__(self) -> None:
         self._answers: dict[Hashable, _Answer] = {}
 
+    def __len__(self) -> int:
+        return len(self._answers)
+
     async def get(self, question: Hashable, compute: Callable[[], Awaitable[T]]) -> T:
         """Return the answer to a question; `compute` is called if there is none. An error is not kept."""
         now = time.monotonic()

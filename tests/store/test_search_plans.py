@@ -143,7 +143,10 @@ def check_plans(database: sqlite3.Connection, name: str, wanted: JobFilter, look
 )
 def test_the_index_with_the_least_cost_is_read(parts: list[str], counts: dict[str, int], chosen: str) -> None:
     wanted = JobFilter(**{key: value for name in parts for key, value in PARTS[name].items()})
-    cost_of = lambda looked_at: cost(looked_at, conditions_of(wanted, looked_at.entries[0].has_calls))  # noqa: E731
+
+    def cost_of(looked_at: Range) -> int:
+        return cost(looked_at, conditions_of(wanted, looked_at.entries[0].has_calls))
+
     found, limit = choose(ranges_of(wanted), cost_of, lambda each, most: min(most, counts[each.name]), EXAMINED)
     assert found.name == chosen
     assert limit == EXAMINED // cost_of(found)

@@ -14,7 +14,19 @@ from hypothesis import strategies as st
 from harp.protocol.json_text import Raw
 from harp_daemon.settings import ConfigError
 from harpcaller.access.client import LOCAL_ADMINISTRATOR, Client
-from harpcaller.access.policy import ALLOW_ALL, Action, Decision, Limits, Policy, Rate, Target, load, names_of, parse
+from harpcaller.access.policy import (
+    ALLOW_ALL,
+    Action,
+    Decision,
+    Limits,
+    Policy,
+    Rate,
+    Scope,
+    Target,
+    load,
+    names_of,
+    parse,
+)
 from harpcaller.access.rules import Examined
 from harpcaller.access.rules_file import CHECK_KEYS, KEYS
 from support import access
@@ -377,3 +389,58 @@ def test_file_that_ends_within_a_line_is_refused() -> None:
 def test_missing_file_is_a_config_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"access\.toml: No such file or directory"):
         load(tmp_path / "access.toml")
+
+
+# Which jobs a client may list
+
+
+LISTERS = [
+    Client(("token:a", "anonymous@l"), "l", "", authenticated=True),
+    Client(("token:b",), "l", "", authenticated=True),
+    LOCAL_ADMINISTRATOR,
+]
+RULE_PARTS = st.tuples(
+    st.sampled_from(['who = ["*"]', 'who = ["token:a"]', 'who = ["anonymous@*"]']),
+    st.sampled_from(['allow = ["list"]', 'allow = ["read", "list"]', 'deny = ["list"]', 'allow = ["read"]']),
+    st.sampled_from(["", 'jobs = "any"']),
+    st.sampled_from(["", 'hosts = ["*"]', 'hosts = ["web*"]']),
+    st.sampled_from(["", 'procedures = ["x", "*"]', 'procedures = ["x"]']),
+    st.sampled_from(["", "", 'queues = ["none"]', 'arguments = {"*" = {}}']),
+).filter(lambda parts: "deny" not in parts[1] or not (parts[2] or "arguments" in parts[5]))
+LISTED = [
+    Target(host, procedure, Raw(arguments), queue, owner)
+    for host in ("web1", "db1")
+    for procedure in ("x", "y")
+    for arguments in (b"{}", b'{"a":1,"a":2}')
+    for queue in (None, Raw(b"{}"))
+    for owner in ("", "token:a", "token:b", "anonymous@l")
+]
+
+
+@given(rules=st.lists(RULE_PARTS, max_size=4))
+def test_scope_of_a_list_is_what_the_decisions_allow(rules: list[tuple[str, ...]]) -> None:
+    found = policy("".join("[[rule]]\n" + "\n".join(parts) + "\n" for parts in rules))
+    for client in LISTERS:
+        scope = found.find_scope(client, Action.LIST)
+        for job in LISTED:
+            is_allowed = found.decide(client, Action.LIST, job).allowed
+            is_in_scope = scope.owners is None or job.owner in scope.owners
+            assert is_in_scope or not is_allowed, (client, job)
+            assert not scope.is_exact or is_in_scope is is_allowed, (client, job)
+
+
+@pytest.mark.parametrize(
+    ("text", "owners", "is_exact"),
+    [
+        ("", (), True),
+        (rule('jobs = "any"', allow='["list"]'), None, True),
+        (rule('jobs = "any"\nhosts = ["*"]', allow='["list"]'), None, True),
+        (rule("", allow='["list"]'), LISTERS[0].principals, True),
+        (rule('hosts = ["web*"]', allow='["list"]'), LISTERS[0].principals, False),
+        (rule('jobs = "any"\nhosts = ["web*"]', allow='["list"]'), None, False),
+    ],
+)
+def test_scope_of_a_list_is_exact_if_only_owners_decide(
+    text: str, owners: tuple[str, ...] | None, is_exact: bool
+) -> None:
+    assert policy(text).find_scope(LISTERS[0], Action.LIST) == Scope(owners, is_exact)

@@ -139,7 +139,9 @@ def parse_words(text: str) -> list[tuple[str | None, str]]:
         key, value, stray = match.groups()
         if stray is not None:
             raise InvalidFilter("q", f"expected a second quotation mark after {text[match.start() :][:20]!r}")
-        if key is not None and key not in _PARTS and not _looks_like_key(key):
+        if key is None and value[:-1] in _PARTS and value.endswith(":"):
+            key, value = value[:-1], ""
+        elif key is not None and key not in _PARTS and not _looks_like_key(key):
             key, value = None, match[0]
         words.append((key, value))
     return words
@@ -163,7 +165,7 @@ def _with_text(found: JobFilter, words: list[str]) -> JobFilter:
     if len(text) > MAX_VALUES:
         raise InvalidFilter("q", f"expected at most {MAX_VALUES} words, got {len(text)}")
     fields = {name: getattr(found, name) for name in JobFilter.__struct_fields__}
-    return JobFilter(**fields | {"id_start": id_start, "text": tuple(dict.fromkeys(text))})
+    return JobFilter(**fields | {"id_start": id_start, "text": tuple(sorted(set(text)))})
 
 
 def _is_id_start(text: str) -> bool:

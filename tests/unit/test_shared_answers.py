@@ -1,0 +1,56 @@
+"""Answers that many ask for: computed once, kept for a while, and errors not at all."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from harpcaller.shared_answers import SharedAnswers
+
+
+async def test_an_answer_is_computed_once_for_all_who_ask() -> None:
+    answers, asked, may_answer = SharedAnswers(), 0, asyncio.Event()
+
+    async def compute() -> int:
+        nonlocal asked
+        asked += 1
+        await may_answer.wait()
+        return asked
+
+    waiting = [asyncio.ensure_future(answers.get("question", compute)) for _ in range(5)]
+    cancelled = asyncio.ensure_future(answers.get("question", compute))
+    await asyncio.sleep(0)
+    cancelled.cancel()
+    may_answer.set()
+    assert await asyncio.gather(*waiting) == [1] * 5
+    assert await answers.get("question", compute) == 1, "it is kept for a second"
+    assert await answers.get("another", compute) == 2
+
+
+async def test_an_error_is_raised_to_all_and_not_kept() -> None:
+    answers, errors = SharedAnswers(), [ValueError("first"), None]
+
+    async def compute() -> str:
+        if (error := errors.pop(0)) is not None:
+            raise error
+        return "second"
+
+    waiting = [asyncio.ensure_future(answers.get(1, compute)) for _ in range(2)]
+    for each in waiting:
+        with pytest.raises(ValueError, match="first"):
+            await each
+    assert await answers.get(1, compute) == "second"
+
+
+async def test_the_number_of_answers_is_limited() -> None:
+    answers, computed = SharedAnswers(), 0
+
+    async def compute() -> None:
+        nonlocal computed
+        computed += 1
+
+    for question in range(3000):
+        await answers.get(question, compute)
+    assert len(answers) <= 1000
+    assert computed == 3000
