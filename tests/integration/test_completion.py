@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -18,6 +19,13 @@ from support.peers import Peer, PeerConnection
 from support.terminal import Terminal
 
 PROGRAM = "import sys; from harp.cli import main; sys.exit(main())"
+COMPLETE = """
+import json, sys
+from harp.cli import main
+for words in json.loads(sys.argv[2]):
+    main(["complete-line", sys.argv[1], "--", *words])
+    print("--")
+"""
 
 ACCESS = """
 [[rule]]
@@ -52,12 +60,19 @@ class Shop:
             "LC_ALL": "C.UTF-8",
         }
 
-    def complete(self, *words: str, shell: str = "zsh", **more: str) -> list[str]:
-        command = [str(self.directory / "harp"), "complete-line", shell, "--", *words]
+    def complete(self, *lines: str, shell: str = "zsh", **more: str) -> list[list[str]]:
+        """Return the completions of each line, which ends at the cursor; all of one process."""
+        words = [line.split(" ") for line in lines]
+        command = [sys.executable, "-c", COMPLETE, shell, json.dumps(words)]
         environment = {**self.environment, **more}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
         assert done.stderr == ""
-        return done.stdout.splitlines()
+        return [part.splitlines() for part in done.stdout.split("--\n")[:-1]]
+
+    def complete_words(self, *lines: str) -> dict[str, list[str]]:
+        """Return the completions of each line, without the descriptions."""
+        found = self.complete(*lines)
+        return {line: [each.partition("\t")[0] for each in part] for line, part in zip(lines, found, strict=True)}
 
 
 @pytest.fixture(scope="module")
@@ -76,44 +91,49 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
         yield Shop(dispatcher, job.id(), program.parent)
 
 
-def words_of(lines: list[str]) -> list[str]:
-    return [line.partition("\t")[0] for line in lines]
-
-
 def test_commands_options_and_values_are_completed(shop: Shop) -> None:
-    assert words_of(shop.complete("co")) == ["completion"]
-    assert words_of(shop.complete("completion", "")) == ["bash", "zsh", "fish"]
-    assert words_of(shop.complete("jobs", "--form")) == ["--format"]
-    assert words_of(shop.complete("jobs", "--format", "")) == ["table", "json", "lines"]
-    assert words_of(shop.complete("jobs", "--columns", "job,st")) == ["job,state", "job,started", "job,stop"]
-    assert words_of(shop.complete("jobs", "--count", "o")) == ["owner"]
-    assert words_of(shop.complete("--ca-file", "")) == [":files"]
-    assert words_of(shop.complete("--dispatcher", "x", "stat")) == ["status"]
-    assert shop.complete("nonsense", "") == []
-    assert shop.complete("completion", "bash", "") == []
-    (help,) = shop.complete("why")
+    expected = {
+        "co": ["completion"],
+        "completion ": ["bash", "zsh", "fish"],
+        "completion bash ": [],
+        "jobs --form": ["--format"],
+        "jobs --format ": ["table", "json", "lines"],
+        "jobs --columns job,st": ["job,state", "job,started", "job,stop"],
+        "jobs --count o": ["owner"],
+        "--ca-file ": [":files"],
+        "--dispatcher x stat": ["status"],
+        "nonsense ": [],
+    }
+    assert shop.complete_words(*expected) == expected
+    ((help,),) = shop.complete("why")
     assert help.startswith("why\texplain in one sentence")
 
 
 def test_jobs_and_hosts_are_completed_from_the_dispatcher(shop: Shop) -> None:
-    (found,) = shop.complete("why", "")
+    expected = {
+        f"cancel --wait {shop.job[:10]}": [shop.job],
+        f"show {shop.job[:3]}": [shop.job],
+        "why ffffffff-ffff": [],
+        "call web": ["web01", "web02"],
+        "call --wait d": ["db01"],
+        "call web01 ": [],  # procedures are not known
+        "hosts ": ["db01", "web01", "web02"],
+    }
+    assert shop.complete_words(*expected) == expected
+    ((found,),) = shop.complete("why ")
     assert found.startswith(f"{shop.job}\tfailed backup on web01, ")
-    assert words_of(shop.complete("cancel", "--wait", shop.job[:10])) == [shop.job]
-    assert words_of(shop.complete("show", shop.job[:3])) == [shop.job]
-    assert shop.complete("why", "ffffffff-ffff") == []
-    assert words_of(shop.complete("call", "web")) == ["web01", "web02"]
-    assert words_of(shop.complete("call", "--wait", "d")) == ["db01"]
-    assert shop.complete("call", "web01", "") == []  # procedures are not known
-    assert words_of(shop.complete("hosts", "")) == ["db01", "web01", "web02"]
 
 
 def test_filters_are_completed(shop: Shop) -> None:
-    assert words_of(shop.complete("jobs", "sta")) == ["state:", "started_from:", "started_to:"]
-    assert words_of(shop.complete("jobs", "backup", "state:fa")) == ["state:failed"]
-    assert words_of(shop.complete("jobs", "state:queued,fa")) == ["state:queued,failed"]
-    assert words_of(shop.complete("jobs", "host:db")) == ["host:db01"]
-    assert shop.complete("jobs", "procedure:") == ["procedure:backup\t1 jobs"]
-    assert shop.complete("jobs", "state:fa", shell="bash") == ["failed"]  # bash replaces what is after the colon
+    expected = {
+        "jobs sta": ["state:", "started_from:", "started_to:"],
+        "jobs backup state:fa": ["state:failed"],
+        "jobs state:queued,fa": ["state:queued,failed"],
+        "jobs host:db": ["host:db01"],
+        "jobs procedure:": ["procedure:backup"],
+    }
+    assert shop.complete_words(*expected) == expected
+    assert shop.complete("jobs state:fa", shell="bash") == [["failed"]]  # bash replaces what is after the colon
 
 
 def test_contexts_are_completed(shop: Shop) -> None:
@@ -121,10 +141,10 @@ def test_contexts_are_completed(shop: Shop) -> None:
     file.parent.mkdir(parents=True)
     file.write_text('[contexts.prod]\ndispatcher = "h"\n[contexts.test]\ndispatcher = "h"\n')
     try:
-        found = shop.complete("--context", "p")
+        found = shop.complete_words("--context p")
     finally:
         shutil.rmtree(file.parent)
-    assert words_of(found) == ["prod"]
+    assert found == {"--context p": ["prod"]}
 
 
 def test_silent_dispatcher_is_not_waited_for(shop: Shop) -> None:
@@ -133,10 +153,10 @@ def test_silent_dispatcher_is_not_waited_for(shop: Shop) -> None:
         conn.until_closed()
 
     with Peer(silent) as peer:
-        assert shop.complete("why", "", HARP_DISPATCHER=f"{peer.host}:{peer.port}") == []
+        assert shop.complete("why ", HARP_DISPATCHER=f"{peer.host}:{peer.port}") == [[]]
         assert peer.connections[0].closed.wait(60)
-    assert shop.complete("why", "", HARP_DISPATCHER="127.0.0.1:1") == []
-    assert shop.complete("why", "", HARP_DISPATCHER="") == []
+    assert shop.complete("why ", "call ", HARP_DISPATCHER="127.0.0.1:1") == [[], []]
+    assert shop.complete("why ", "jobs host:", HARP_DISPATCHER="") == [[], []]
 
 
 STARTS = {

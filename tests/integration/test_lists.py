@@ -20,6 +20,7 @@ from harp import aio
 from harp.cli import Exit
 from support.blocking import LoopThread
 from support.harpcallerd import Harpcallerd
+from support.peers import Peer, PeerConnection
 from support.shells import Shell, shell_of
 from support.system import System, running
 from support.terminal import Terminal
@@ -314,6 +315,27 @@ def test_command_jobs_on_a_terminal_has_colours_and_a_hint(system: System) -> No
     with on_terminal(system, "jobs", "procedure:backup", NO_COLOR="1") as terminal:
         terminal.read_all()
         assert not re.search(r"\x1b\[[0-9;]*3[0-9]", terminal.printed)
+
+
+def test_long_search_shows_progress_and_what_was_found(system: System) -> None:
+    job = run(system, "jobs", "host:db02").stdout
+
+    def never_ending(conn: PeerConnection) -> None:
+        request = conn.expect()
+        if "submit_many" in request:  # the question whether it supports keep-alive
+            conn.reply({"harpcaller": 1, "job_ids": []})
+        elif request.get("cursor") == "third":
+            conn.until_closed()
+        else:
+            first = "cursor" not in request
+            page = {"jobs": [json.loads(job)] if first else [], "next": "second" if first else "third"}
+            conn.reply({**page, "examined": 10_000, "searched_to": 1.0})
+
+    with Peer(always=never_ending) as peer:
+        with on_terminal(system, "jobs", "raised", HARP_DISPATCHER=f"{peer.host}:{peer.port}") as terminal:
+            terminal.read_until("searched 20000 jobs, back to 1970-01-01; Ctrl-C shows what was found")
+            assert terminal.interrupt() == Exit.INTERRUPTED
+    assert "OSError" in terminal.text.rpartition("what was found")[2]
 
 
 def test_command_jobs_without_rich_prints_the_same_text(system: System) -> None:

@@ -239,6 +239,8 @@ class ListBase(Generic[T]):
         #: The cursor with which a list continues after the pages that were requested; None: at its beginning, or its
         #: end.
         self.cursor: str | None = request.cursor
+        #: Called after each page.
+        self._on_page: Callable[[], None] = lambda: None
         #: The number of jobs that the dispatcher has examined for this list, and the submission of the last one.
         self.examined = 0
         self.searched_to: float | None = None
@@ -288,3 +290,4 @@ class ListBase(Generic[T]):
         if isinstance(reply, JobsListed):
             self.examined += reply.examined
             self.searched_to = reply.searched_to
+        self._on_page()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -9,6 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from harp._core.lists import HostSummary, JobSummary, QueueSummary
+from harp._net.sync import ListIterator
 from harp._terminal.tables import (
     MIN_FLEXIBLE,
     OF_STATE,
@@ -153,13 +155,38 @@ def list_jobs(caller: HarpCaller, options: Namespace) -> None:
         screen.print_json((job._row for job in jobs), chosen == "json")
         return
     found: list[JobSummary] = []
+    progress = _Progress(jobs)
+    if screen.can_redraw and sys.stderr.isatty():
+        jobs._on_page = progress.show
     try:
-        found.extend(jobs)
+        found += iter(jobs)
     finally:  # also after Ctrl-C in a long search
+        progress.clear()
         if found:
             screen.print(_job_table(found, options.columns, screen.width))
     if screen.is_terminal:
         screen.print([[Span(_hint(found, filter, jobs.cursor is not None), "dim")]])
+
+
+class _Progress:
+    """How far a search has come that is not at its end, on a line of stderr that is written over."""
+
+    def __init__(self, jobs: ListIterator[JobSummary]) -> None:
+        self._jobs = jobs
+        self._is_shown = False
+
+    def show(self) -> None:
+        """Show it after a page."""
+        if self._jobs.cursor is not None:
+            at = format_time(self._jobs.searched_to, time.time())
+            text = f"searched {self._jobs.examined} jobs, back to {at}; Ctrl-C shows what was found"
+            print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
+            self._is_shown = True
+
+    def clear(self) -> None:
+        """Clear the line."""
+        if self._is_shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def _hint(found: Sequence[JobSummary], filter: str, is_cut: bool) -> str:
