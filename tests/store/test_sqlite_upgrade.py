@@ -12,6 +12,7 @@ import pytest
 
 from harp.protocol.ends import Cancelled, Failed, Raised, Returned
 from harp.protocol.json_text import Raw
+from harpcaller.model.job_filters import BAD, JobFilter, Span
 from harpcaller.model.jobs import ENDED, NO_METADATA, Job, JobMetadata, Records, State, StopState
 from harpcaller.model.lanes import canonical
 from harpcaller.store import QueueStatus
@@ -129,6 +130,42 @@ async def test_upgrade_makes_old_jobs_appear_in_every_list(store: Store) -> None
         assert await listed(ended=True, newest_first=True, **of) == found[::-1]
 
 
+async def test_upgrade_makes_old_jobs_appear_in_every_search(store: Store) -> None:
+    found = (await store.find_jobs(JobFilter(), newest_first=False)).summaries
+    assert {int(each.id[-12:]): (each.end_type, each.end_message) for each in found if each.end_type} == {
+        2: ("Trouble\ud800", "line\nline"),
+        3: ("timeout", "max_exec_time: 3 s are over"),
+        4: ("unknown_host", "no such host"),
+    }
+
+    async def searched(**parts: Any) -> list[int]:
+        return [int(each.id[-12:]) for each in (await store.find_jobs(JobFilter(**parts))).summaries]
+
+    assert await searched(states=BAD) == [4, 3, 2]
+    assert await searched(states=BAD, end_types=("timeout",)) == [3]
+    assert await searched(text=("OVER",)) == [3]
+    assert await searched(submitted=Span(100.0, 101.0)) == [
+        number(job) for _, job in reversed(await store.list_jobs(ended=True)) if 100.0 <= job.submitted < 101.0
+    ]
+    counts = await store.count_jobs(JobFilter(), ["state", "procedure"])
+    assert counts.exact
+    assert sum(each.count for each in counts.by["state"]) == sum(each.count for each in counts.by["procedure"]) == 12
+
+
+async def test_upgrade_measures_how_far_the_clock_was_set_back(tmp_path: Path) -> None:
+    write_version(11, tmp_path)
+    with closing(sqlite3.connect(tmp_path / FILE_NAME)) as connection:
+        connection.execute("UPDATE jobs SET submitted = 5000 WHERE seq = 4")
+        connection.commit()
+    store = await open_store(tmp_path)
+    found = (await store.find_jobs(JobFilter(submitted=Span(None, 4000.0)))).summaries
+    assert [int(each.id[-12:]) for each in found] == [*range(12, 4, -1), 3, 2, 1]
+    await store.add_job(new_job(id=job_id(99)), 10.0)
+    found = (await store.find_jobs(JobFilter(submitted=Span(5.0, 20.0)))).summaries
+    assert [each.id for each in found] == [job_id(99)]
+    await store.close()
+
+
 async def test_upgrade_gives_old_records_the_start_of_their_job(store: Store) -> None:
     lines = [b'"line 0"', b'"line 1"', b'"line 2"', b'{"b":1.10,"a":"\\ud800"}']
     assert await store.read_records(job_id(1), 0, 10**6) == records(lines, made=100.75)
@@ -202,8 +239,8 @@ async def test_upgraded_schema_equals_a_new_schema(tmp_path: Path, store: Store)
 
 @pytest.mark.parametrize(
     ("version", "written"),
-    [(2, 3), (3, 0), (4, len(METADATA)), (5, 1 + 5)],
-    ids=["2: the running ones", "3: none", "4: their metadata", "5: their ends and a queue"],
+    [(2, 3), (3, 0), (4, len(METADATA)), (5, 1 + 5), (12, 3 + 1)],
+    ids=["2: the running ones", "3: none", "4: their metadata", "5: their ends and a queue", "12: three errors"],
 )
 def test_upgrade_writes_no_old_job_again(tmp_path: Path, version: int, written: int) -> None:
     write_version(version - 1, tmp_path)
