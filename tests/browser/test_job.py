@@ -412,6 +412,34 @@ def test_restart_of_the_dispatcher_leaves_no_gap(browser: Browser, tmp_path: Pat
         assert numbers == list(range(numbers[0], 31))
 
 
+def test_hidden_tab_releases_its_stream(site: Site, pages: Pages, tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    append(path, "line 0")
+    job = site.submit("tail", str(path))
+    context = pages.context()
+    page = context.new_page()
+    opened: list[str] = []
+    ended: list[str] = []
+    context.on("request", lambda request: opened.append(request.url) if "follow=1" in request.url else None)
+    context.on("requestfailed", lambda request: ended.append(request.url) if "follow=1" in request.url else None)
+    page.clock.install()
+    page.goto(f"{site.url}/jobs/{job}")
+    expect(row(page, 0)).to_be_in_viewport()
+    assert (len(opened), len(ended)) == (1, 0)
+    hide = """(hidden) => {
+        Object.defineProperty(document, "hidden", { configurable: true, get: () => hidden });
+        document.dispatchEvent(new Event("visibilitychange"));
+    }"""
+    page.evaluate(hide, True)
+    page.clock.fast_forward(11_000)
+    eventually(page, lambda: ended, "the end of the stream")
+    append(path, "line 1")
+    page.evaluate(hide, False)
+    expect(row(page, 1)).to_be_in_viewport()
+    assert len(opened) == 2
+    append(path, "end")
+
+
 # Keyboard, sizes, accessibility.
 
 

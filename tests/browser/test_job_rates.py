@@ -23,7 +23,7 @@ PROCEDURES = (
 def paced(rate, seconds):
     begin, number = time.monotonic(), 0
     while number < rate * seconds:
-        due = int((time.monotonic() - begin) * rate)
+        due = min(rate * seconds, int((time.monotonic() - begin) * rate))
         while number < due:
             yield {"number": number, "text": "a record of usual length"}
             number += 1

@@ -81,7 +81,7 @@ function useJob(id) {
   }, [id, turn]);
   useEffect(() => () => client.current.close(), []);
   const isOver = job && ENDED.includes(job.state) && job.stop !== "pending" && !job.holds_slot;
-  useLive(isOver ? "" : "jobs", "q=" + id, {
+  useLive(!job || isOver ? "" : "jobs", "q=" + id, {
     jobs({ rows }) {
       const { current: now } = known;
       const row = rows.find((row) => row.job === id);
@@ -148,7 +148,8 @@ export function JobView({ id, query, hash }) {
     r: [() => job && !allowed.rerun && setDialog("rerun"), text.rerun],
   });
 
-  if (!job && error) {
+  // The right to read it may also end while it is shown.
+  if (error && (!job || error.status === 404)) {
     if (error.status === 404)
       return html`<div class="page"><div class="empty"><h1>${text.unknown}</h1><p>${text.unknownDetail}</p><p><code>${id}</code></p><p><a class="button" href=${link("/jobs")}>${text.toJobs}</a></p></div></div>`;
     return html`<div class="page"><${Fault} error=${error} retry=${retry} /></div>`;

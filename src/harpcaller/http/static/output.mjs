@@ -6,6 +6,7 @@ import { jobWords } from "./job-words.mjs";
 import { LogWindow, size } from "./log.mjs";
 import { link } from "./router.mjs";
 import { Button, copy, Dialog, html, Icon, Menu, notify, setting, useEffect, useLayoutEffect, useRef, useSettings, useState } from "./ui.mjs";
+import { words } from "./words.mjs";
 
 const text = jobWords.output;
 const ENDED = ["returned", "raised", "failed", "cancelled"];
@@ -82,7 +83,7 @@ export function Output({ job, client, query, hash, change, openResult }) {
     log.current.formatTime = makeFormat(times, job.time.start ?? job.time.submit);
     shell.current.classList.toggle("is-wrapped", isWrapped);
     log.current.redraw();
-  }, [times, zone, isWrapped]);
+  }, [times, zone, isWrapped, job.time.start]);
 
   useEffect(() => {
     setFound(null);
@@ -227,7 +228,7 @@ function Whole({ whole: { number, text: value }, close }) {
     }
   }, [value]);
   return html`<${Dialog} title=${text.whole(number)} close=${close} kind="wide">
-    <p><span class="dim">${size(value.length)}</span> <${Button} kind="small" icon="copy" onClick=${() => copy(value)}>${"Copy"}</${Button}></p>
+    <p><span class="dim">${size(value.length)}</span> <${Button} kind="small" icon="copy" onClick=${() => copy(value)}>${words.copy}</${Button}></p>
     <pre class="wrap whole" ref=${element} tabindex="0" aria-label=${text.whole(number)}></pre>
   </${Dialog}>`;
 }
