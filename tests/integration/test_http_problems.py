@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 from harpcaller.config import HTTPSettings
+from harpcaller.http.problems import CODES
 from support.dispatcher import host_line, until
 from support.http_api import running_api
 from support.peers import Peer
@@ -92,7 +93,12 @@ async def test_http_invalid_bodies_are_problems(tmp_path: Path) -> None:
 
 async def test_http_wrong_paths_and_methods_are_problems(tmp_path: Path) -> None:
     async with running_api(tmp_path, http=HTTPSettings(console=False, base_path="/harp")) as api:
-        assert is_problem(await api.client.get("/nothing"), 404, "not_found")
+        reply = await api.client.get("/nothing")
+        assert is_problem(reply, 404, "not_found")
+        assert reply.json()["type"] == "/harp/docs/errors#not_found"
+        page = await api.client.get(f"http://127.0.0.1:{api.port}{reply.json()['type']}", headers={"Authorization": ""})
+        assert page.headers["content-type"] == "text/html; charset=utf-8"
+        assert all(f'id="{code}"' in page.text for code in CODES)
         assert is_problem(await api.client.get(f"http://127.0.0.1:{api.port}/api/v1/jobs"), 404, "not_found")
         for job in (UNKNOWN, "x", UNKNOWN.upper(), "x" * 2000, "%00", "../x%2f"):
             reply = await api.client.get(f"/jobs/{job}/end")

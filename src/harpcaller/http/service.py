@@ -57,6 +57,7 @@ class HTTPService:
         self.waits = 0  #: Number of requests that wait for a job.
         self.stopping = asyncio.Event()  #: Set when the server closes: waits and streams end.
         self._settings = config().http or HTTPSettings()
+        self.base_path = self._settings.base_path  #: It is that of the start until a restart.
         self.streams = Streams(lambda: self.settings, lambda: config().reply_memory, self.stopping)
         self._proofs: dict[object, tuple[Proof, Callable[[], object]]] = {}  # of the requests in progress
         self._check: asyncio.TimerHandle | None = None
