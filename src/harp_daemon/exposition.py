@@ -141,8 +141,9 @@ def read_process() -> list[Family]:
     """Return the metrics of this process and its garbage collector, with the usual names. May take milliseconds."""
     families = []
     with suppress(OSError, ValueError, IndexError):
-        # The name of the program, in parentheses, may have any character.
-        fields = Path("/proc/self/stat").read_text("ascii", "replace").rpartition(") ")[2].split()
+        # The name of the program, in parentheses, may have any character. Bytes, because a process without rights may
+        # be unable to load a codec.
+        fields = Path("/proc/self/stat").read_bytes().rpartition(b") ")[2].split()
         virtual, resident = int(fields[20]), int(fields[21]) * _PAGE
         usage = resource.getrusage(resource.RUSAGE_SELF)
         started = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + int(fields[19]) / _TICKS

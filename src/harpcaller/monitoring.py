@@ -96,7 +96,8 @@ class Monitor:
         self._measurements = dispatcher.store.measurements or dispatcher.store.measure()
         self._log_events = logs.count_events()
         self._began_at = time.time()
-        self._gauges: tuple[float, StoreGauges | None] = float("-inf"), None
+        # The last ones, when they were read, and of which queues.
+        self._gauges: tuple[float, Sequence[str], StoreGauges | None] = float("-inf"), (), None
         self._certificate_ends: tuple[float, dict[tuple[str, ...], float]] = float("-inf"), {}
         self._scrapes: dict[bool, asyncio.Task[bytes]] = {}
 
@@ -136,16 +137,16 @@ class Monitor:
         return render([*families, *read_process()], openmetrics)
 
     async def _read_gauges(self, settings: MonitorSettings) -> StoreGauges | None:
-        read_at, gauges = self._gauges
+        read_at, queues_read, gauges = self._gauges
         now = time.monotonic()
-        if now - read_at >= settings.gauges_age:
+        if now - read_at >= settings.gauges_age or queues_read != settings.queues:
             queues = [Raw(queue.encode()) for queue in settings.queues]
             stuck_before = time.time() - _STUCK_AFTER
             try:
                 gauges = await self._dispatcher.store.read_gauges(stuck_before, queues, _MAX_QUEUED_OF_HOSTS)
             except StorageError:
                 gauges = None  # it is counted as an error of the store
-            self._gauges = now, gauges
+            self._gauges = now, settings.queues, gauges
         return gauges
 
     # The families, in the order of docs/monitoring.md.
@@ -240,8 +241,7 @@ class Monitor:
     def _queue_families(self, gauges: StoreGauges | None, settings: MonitorSettings) -> list[Family]:
         jobs: dict[tuple[str, ...], float] = {}
         if gauges is not None:
-            # The settings may have changed after the read.
-            for queue, (queued, held) in zip(settings.queues, gauges.of_queues, strict=False):
+            for queue, (queued, held) in zip(settings.queues, gauges.of_queues, strict=True):
                 jobs[queue, "queued"], jobs[queue, "running"] = queued, held
         count, full = (None, None) if gauges is None else (gauges.queues, gauges.full_queues)
         return [

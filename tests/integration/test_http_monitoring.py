@@ -59,6 +59,9 @@ async def test_metrics_without_anonymous_need_the_right(tmp_path: Path) -> None:
             (await api.client.get(f"{root}/metrics", headers=headers)).status_code for headers in (scraper, viewer, {})
         ]
         assert statuses == [200, 403, 401]
+        text = (await api.client.get(f"{root}/metrics", headers=scraper)).text
+        assert 'harp_access_denied_total{action="metrics"} 1\n' in text
+        assert 'harp_auth_failures_total{api="http"} 1\n' in text
         assert (await api.client.get(f"{root}/healthz")).status_code == 200
 
 

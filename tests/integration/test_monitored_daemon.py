@@ -24,7 +24,8 @@ HTTP = {"http": {"listen": ["127.0.0.1:0"]}}
 def dispatcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harpcallerd]:
     directory = tmp_path_factory.mktemp("d")
     with scripted_harpd(directory) as host:
-        with Harpcallerd(directory, {"web01": host.port}, settings={"resumable_calls": False, **HTTP}) as running:
+        settings = {"resumable_calls": False, "audit_file": str(directory / "audit"), **HTTP}
+        with Harpcallerd(directory, {"web01": host.port}, settings=settings) as running:
             yield running
 
 
@@ -65,6 +66,8 @@ def test_running_daemon_counts_jobs_requests_and_connections(dispatcher: Harpcal
     assert after["harp_connections", "http"] >= 1
     assert after["harp_connections_limit", "http"] == 1000
     assert more("harp_log_messages_total", "info") > 0
+    assert more("harp_audit_entries_total") > 0
+    assert after["harp_audit_write_errors_total",] == 0
     assert after["harp_loop_lag_seconds_count",] > 0
     assert after["harp_request_memory_limit_bytes",] == 256 * 1024 * 1024
 
