@@ -16,7 +16,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Mapping, Sequence, Set
+from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Iterator, Mapping, Sequence, Set
 from functools import partial
 from types import MappingProxyType
 from typing import Any, NoReturn
@@ -637,10 +637,23 @@ class ActingAs:
 
         `wanted` is what the client asks for, for the audit file.
         """
-        of_names = None if names is None else frozenset(names)
-        hosts = [host for host in self.list_hosts() if of_names is None or host.hostname in of_names]
+        self.require_ever(Action.LIST)
+        if names is None:
+            hosts = self.list_hosts()
+        else:
+            found = filter(None, map(self._dispatcher.registry.find_host, dict.fromkeys(names)))
+            hosts = [host for host in found if self._may_list_host(host.hostname)]
         await self._record_list("hosts", wanted)
         return await self._dispatcher.describe_hosts(sorted(hosts, key=lambda host: host.hostname))
+
+    def find_host_names(self, text: str = "", after: str = "") -> Iterator[str]:
+        """Yield the names behind `after` of hosts that the client may list and that have a text, in their order."""
+        self.require_ever(Action.LIST)
+        names = (host.hostname for host in self._dispatcher.registry.list_hosts())
+        return filter(self._may_list_host, sorted(name for name in names if name > after and text in name.lower()))
+
+    def _may_list_host(self, name: str) -> bool:
+        return self._is_allowed(Action.LIST, Target(host=name))
 
     def describe_registry(self) -> dict[str, Any]:
         """Return the state of the sources of hosts, see `HostsRegistry.describe`."""

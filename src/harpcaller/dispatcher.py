@@ -655,7 +655,8 @@ class Dispatcher:
         runner = self._runner
         limit, capabilities = self.config.max_calls_per_host, runner.context.capabilities
         states = describe_hosts(hosts, counts, runner.runs.values(), runner.starts, capabilities, limit, self._wall())
-        return [replace(state, source=self.registry.source_of(state.host.hostname)) for state in states]
+        sources = self.registry.sources_of(host.hostname for host in hosts)
+        return [replace(state, source=sources[state.host.hostname]) for state in states]
 
     async def prune(self, min_age: float | None = None, trust_clock: bool = False) -> int:
         """Delete old jobs as `Pruner.prune` does; return how many. Raises `PruneRefused`."""

@@ -29,10 +29,13 @@ def test_own_host_is_accepted(host: str) -> None:
     check_host([host], {"harp.example.net"}, "192.0.2.7")
 
 
+def test_client_without_a_host_is_no_browser() -> None:
+    check_host([], set(), None)
+
+
 @pytest.mark.parametrize(
     "hosts",
     [
-        [],
         [""],
         ["evil.example"],
         ["localhost.evil.example"],

@@ -17,7 +17,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -173,6 +173,11 @@ class HostsRegistry:
     def source_of(self, hostname: str) -> str:
         """Return the setting that a host in the registry comes from."""
         return "hosts_file" if hostname in self._hosts_of_file() else "host_db_script"
+
+    def sources_of(self, hostnames: Iterable[str]) -> dict[str, str]:
+        """Return `source_of` for each of these hosts."""
+        of_file = self._hosts_of_file()
+        return {name: "hosts_file" if name in of_file else "host_db_script" for name in hostnames}
 
     def describe(self) -> dict[str, Any]:
         """Return the number of hosts and, for each source, its age in seconds and its last error. No credentials."""

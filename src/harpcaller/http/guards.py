@@ -32,11 +32,13 @@ class CrossOrigin(Exception):
 
 
 def check_host(values: Collection[str], names: Collection[str], local_address: str | None) -> None:
-    """Check the values of `Host`. Raises `WrongHost`.
+    """Check the values of `Host`. Raises `WrongHost`. A client without it is no browser: health checks often have none.
 
     `names` are those of the dispatcher beside the local ones; `local_address` is the address that the connection
     arrived at. The port does not matter: it may be that of a tunnel.
     """
+    if not values:
+        return
     match = _HOST.fullmatch(next(iter(values))) if len(values) == 1 else None
     if match is None:
         raise WrongHost("Host: expected one name of this dispatcher, got another number of them, or another form")
