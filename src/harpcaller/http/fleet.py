@@ -157,24 +157,24 @@ async def get_host(request: APIRequest) -> Response:
 def show_host(state: HostState) -> dict[str, Any]:
     """Return the object `Host`. It has no payload, so that many are encoded fast."""
     error = state.last_error
-    return dict(
-        name=state.host.hostname,
-        address=state.host.address,
-        port=state.host.port,
-        state=str(state.reachability),
-        since=state.since,
-        checked=state.checked,
-        contact=state.contact,
-        running=state.running,
-        queued=state.queued,
-        limit=state.limit,
-        outages=state.outages,
-        error=state.error,
-        last_error=None if error is None else {"at": error[0], "text": error[1]},
-        next_attempt=state.next_attempt,
-        daemon=None if state.daemon is None else dict(state.daemon),
-        source=state.source,
-    )
+    return {
+        "name": state.host.hostname,
+        "address": state.host.address,
+        "port": state.host.port,
+        "state": str(state.reachability),
+        "since": state.since,
+        "checked": state.checked,
+        "contact": state.contact,
+        "running": state.running,
+        "queued": state.queued,
+        "limit": state.limit,
+        "outages": state.outages,
+        "error": state.error,
+        "last_error": None if error is None else {"at": error[0], "text": error[1]},
+        "next_attempt": state.next_attempt,
+        "daemon": None if state.daemon is None else dict(state.daemon),
+        "source": state.source,
+    }
 
 
 def _show_registry(described: dict[str, Any]) -> dict[str, Any]:
