@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 
 import harp
-from bench import harp_client
+from bench import harp_client, http
 from bench.harp_client import connect_queue
 from bench.load import SETTINGS, Figures, Missing, Ready, jobs, quantiles, together
 from bench.neighbours import neighbours
@@ -314,4 +314,5 @@ FUNCTIONS: dict[str, Callable[..., Figures]] = {
     "store": _store,
     "soak": _soak,
     "neighbours": neighbours,
+    **http.FUNCTIONS,
 }

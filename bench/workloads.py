@@ -17,6 +17,8 @@ class Sizes:
     records: int = 100_000
     slow_records: int = 200
     followers: int = 10_000  # idle ones
+    viewers: int = 300  # clients of the HTTP API that follow events
+    streams: int = 1_000  # idle ones of the HTTP API
     stored: int = 1_000_000  # ended jobs of the full store
     queries: int = 1_000  # of each kind, on the full store
     hosts: int = 200  # simulated ones
@@ -220,6 +222,48 @@ _SCALE = (
     ),
 )
 
+_HTTP = (
+    Workload(
+        "http-get",
+        lambda sizes: {"seconds": sizes.seconds},
+        (
+            Row("http-get", "GET of a job, 4 clients, kept connections", "requests/s"),
+            Row("http-get-lines", "The same, compared with the client protocol", "x/s", "lines"),
+            Row("http-get-floor", "The same, compared with a bare answer of the server", "x/s", "floor"),
+        ),
+    ),
+    Workload(
+        "http-follow",
+        lambda sizes: {"records": sizes.records},
+        (
+            Row("http-follow", "Stored records over HTTP, one reader", "records/s"),
+            Row("http-follow-lines", "The same, compared with the client protocol", "x/s", "lines"),
+            Row("http-follow-many", "Stored records over HTTP, 100 followers of one job", "records/s", "many"),
+        ),
+        deadline=600,
+    ),
+    Workload(
+        "http-events",
+        lambda sizes: {"viewers": sizes.viewers, "records": sizes.slow_records},
+        (
+            Row("http-event-cpu", "CPU of the dispatcher for an event, 300 browsers, 20 events/s each", "us", "cpu"),
+            Row("http-event-p99", "The same, from the record to the browser: p99", "ms", "p99"),
+        ),
+    ),
+    Workload(
+        "http-idle",
+        lambda sizes: {"streams": sizes.streams},
+        (Row("http-idle-memory", "Memory of the dispatcher for an idle stream over HTTP", "kB", "memory"),),
+        once=True,
+    ),
+    Workload(
+        "http-viewers",
+        lambda sizes: {"viewers": sizes.viewers, "clients": 4, "count": sizes.jobs},
+        (Row("http-viewers", "Jobs beside 300 viewers of a live list, compared with none", "x/s", "ratio"),),
+        deadline=300,
+    ),
+)
+
 #: Peers that misbehave, see `bench.neighbours`.
 _NEIGHBOURS = {
     "spin": "calls that use the processor all the time",
@@ -254,6 +298,7 @@ _ALL = (
     Part("direct", "Direct calls over TLS, without a dispatcher", _DIRECT),
     Part("jobs", "Jobs: submitted, run, results collected", _JOBS, stored=True),
     Part("stream", "Records from a procedure to its follower", _STREAM, stored=True),
+    Part("http", "The HTTP API: requests, records, events, viewers", _HTTP, large=True),
     Part(
         "neighbours",
         "Jobs and calls while a peer misbehaves, compared with quiet periods",

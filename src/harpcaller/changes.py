@@ -4,7 +4,8 @@ Theory of operation. The feed numbers the committed changes and keeps, for each 
 number of its latest change: a reader that knows the state at a number reads the jobs that changed after it again. The
 numbers start anew with each dispatcher, so a reader also names the `boot` that it has its number from.
 
-A `Subscription` delivers the rows of jobs to one reader, at most four times a second. All subscriptions share one read
+A `Subscription` delivers the rows of jobs to one reader, at most four times a second; less often, if the events to all
+readers are long, so that they cost the jobs little. All subscriptions share one read
 of the store; subscriptions of the same client rights and the same filter share the text. A reader that does not read
 loses the events that wait for it, and gets a reset: then it asks for its list again. It delays nobody.
 """
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 
 _MAX_JOBS = 10_000  #: Number of jobs whose latest change is kept; each needs about 200 bytes.
 _INTERVAL = 0.25  #: Minimum seconds between two events about jobs.
+_LONG_INTERVAL = 2.0  #: The same while many readers follow many changes.
+_BYTES_PER_SECOND = 16e6  #: Bytes of events to all readers from which the interval becomes longer.
 _DELAY = 0.02  #: Seconds from a change to its event, so that changes that come together are one event.
 _PAGE = 500  #: Maximum number of jobs in one read of the store, and in one step of the event loop.
 _MAX_ROWS = 200  #: Maximum number of rows, and of ids, in an event.
@@ -206,6 +209,7 @@ class LiveJobs:
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
         self._last_at = float("-inf")
+        self._interval = _INTERVAL
 
     # Readers.
 
@@ -290,7 +294,7 @@ class LiveJobs:
         """Deliver soon."""
         if self._timer is None and self._task is None:
             loop = asyncio.get_running_loop()
-            self._timer = loop.call_at(max(loop.time() + _DELAY, self._last_at + _INTERVAL), self._begin)
+            self._timer = loop.call_at(max(loop.time() + _DELAY, self._last_at + self._interval), self._begin)
 
     def _begin(self) -> None:
         self._timer = None
@@ -341,14 +345,17 @@ class LiveJobs:
             for group in groups.values():
                 await self._add_page(group, page, summaries, encoded)
                 await asyncio.sleep(0)
+        size = 0
         for group in groups.values():
             event = group.make_event(until)
+            size += 0 if event is None else len(event.data) * len(group.members)
             for subscription in group.members:
                 # It may have got a reset meanwhile: then its reader asks for everything again.
                 if subscription in self._subscriptions and subscription.known == group.known:
                     subscription.known = until.number
                     if event is not None:
                         subscription.add(event)
+        self._interval = min(max(_INTERVAL, size / _BYTES_PER_SECOND), _LONG_INTERVAL)
 
     async def _add_page(
         self,

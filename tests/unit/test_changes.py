@@ -164,6 +164,24 @@ async def test_changes_come_at_most_four_times_a_second() -> None:
     assert all(later - earlier >= 0.24 for earlier, later in pairwise(times))
 
 
+async def test_long_events_to_many_readers_come_less_often() -> None:
+    jobs = Jobs()
+    readers = [Reader(jobs) for _ in range(400)]
+    times = []
+    for _ in range(2):
+        jobs.put(*(replace(summary(str(each)), arguments_preview="x" * 1000) for each in range(100)))
+        assert len((await readers[0].data())["rows"]) == 100
+        times.append(asyncio.get_running_loop().time())
+    assert times[1] - times[0] > 1.9
+    for reader in readers[1:]:
+        reader.subscription.close()
+    for _ in range(2):  # the first one still comes late
+        jobs.put(summary("a"))
+        await readers[0].event()
+        times.append(asyncio.get_running_loop().time())
+    assert times[3] - times[2] < 1.5
+
+
 async def test_a_reader_gets_what_it_may_see_and_what_fits() -> None:
     jobs = Jobs()
     running = Reader(jobs, jobs.view(states={State.RUNNING}, hidden={"secret"}))
