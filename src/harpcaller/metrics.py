@@ -148,7 +148,9 @@ class Metrics:
             histogram.observe(max(0.0, change.at - started))
 
     def _histogram_of(self, procedure: str, exists: bool) -> Histogram:
-        if not exists or len(self.run_seconds) > _MAX_PROCEDURES or len(procedure) > _MAX_NAME:
+        is_full = len(self.run_seconds) > _MAX_PROCEDURES
+        # Two names that differ in what cannot be encoded would become one: a scraper refuses a text with both.
+        if not exists or is_full or len(procedure) > _MAX_NAME or not procedure.isprintable():
             return self.run_seconds[OTHER]
         return self.run_seconds.setdefault(procedure, Histogram(*_RUN_BOUNDS))
 

@@ -18,13 +18,14 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 from harp.protocol.ends import Returned
 from harpcaller.dispatcher import Dispatcher
-from harpcaller.metrics import OTHER, PHASES, Metrics
+from harpcaller.metrics import END_TYPES, OTHER, PHASES, Metrics
 from harpcaller.model.changes import Change, ChangeKind
 from harpcaller.model.jobs import Job, State
 from harpcaller.monitoring import Limits, Monitor, MonitorSettings
 from harpcaller.store import StorageError
 from support.deadline import eventually
 from support.dispatcher import call, host_line, raw, result, running, until
+from support.error_types import read_error_types
 from support.scripted import scripted_harpd
 
 DOCS = Path(__file__).parents[2] / "docs/monitoring.md"
@@ -175,13 +176,21 @@ async def test_labels_stay_few_after_many_invented_names(tmp_path: Path) -> None
 
 def test_procedures_that_a_host_has_run_are_bounded() -> None:
     metrics = Metrics()
+    odd = ["x" * 101, "a\ud800", "a\ud801", "a\nb", "a\0"]
     for number in range(1000):
-        name = f"procedure{number}" if number else "x" * 101
+        name = f"procedure{number}" if number >= len(odd) else odd[number]
         job = Job(str(number), State.RUNNING, "h", name, raw([]), 1, 1, None, raw(None), 1.0, 2.0, None, None, 0)
         metrics.observe_changes([Change(ChangeKind.STARTED, job.id, number, 2.0, job)])
         metrics.observe_changes([Change(ChangeKind.ENDED, job.id, number, 3.0, end=Returned(raw(1)))])
     assert len(metrics.run_seconds) == 201
     assert metrics.run_seconds[OTHER].count == 800
+    assert metrics.run_seconds.keys().isdisjoint(odd)
+
+
+def test_each_documented_type_of_an_end_has_its_own_label() -> None:
+    refusals = {"invalid_jobid", "invalid_filter", "invalid_cursor", "request_id_reused"}
+    of_the_client = {"stop_failed", "stop_unknown"}
+    assert read_error_types().keys() - refusals - of_the_client == END_TYPES
 
 
 async def test_more_hosts_than_the_limit_have_no_label(tmp_path: Path) -> None:
