@@ -99,7 +99,8 @@ _ADVICE_FOR_REFUSALS: dict[type[HarpException], str] = {
     AuthenticationFailed: "--token-file, HARP_TOKEN or the context must have a valid token; on the dispatcher, "
     "`harpcallerd token list` prints names and ends, `harpcallerd token add NAME` makes one",
     AccessDenied: "on the dispatcher, `harpcallerd access test` explains the decision, `harpcallerd access who` prints "
-    "who is allowed; without an access file, lists need a token of the role viewer, operator or admin",
+    "who is allowed; without an access file, lists need a token: `harpcallerd token add NAME --role=viewer`, or root "
+    "on a Unix socket of `listen`",
     RateLimited: "the limits of this client are in the access file of the dispatcher: `harpcallerd access explain`",
 }
 

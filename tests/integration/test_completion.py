@@ -165,7 +165,7 @@ STARTS = {
         ["-f", "-i"],
         "PS1='> '; autoload -U compinit; compinit -u -D; eval \"$(harp completion zsh)\"; echo rea''dy\n",
     ),
-    "fish": (["--no-config", "-i"], "harp completion fish | source; echo rea''dy\n"),
+    "fish": (["-i"], "harp completion fish | source; echo rea''dy\n"),
 }
 
 
