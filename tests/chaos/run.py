@@ -25,6 +25,7 @@ from chaos.observations import Observations
 from chaos.process_tracker import ProcessTracker, find_processes
 from chaos.schedule import schedule
 from chaos.system import HOSTS, System
+from chaos.viewers import Viewers
 
 #: Seconds between two lines of progress.
 _PROGRESS = 10.0
@@ -73,6 +74,7 @@ class Run:
         self._bystanders = Bystanders()
         self._clients = Clients(self._system, self.observations, self._tracker, plan.seed)
         self._direct_clients = DirectClients(self._system, self.observations, plan.seed)
+        self._viewers = Viewers(self._system, self.observations, plan.seed)
         self._begin = time.monotonic()
 
     @property
@@ -121,6 +123,7 @@ class Run:
         tracker = asyncio.create_task(self._tracker.run())
         monitor = asyncio.create_task(self._monitor.run())
         progress = asyncio.create_task(self._progress())
+        viewers = asyncio.create_task(self._viewers.run())
         clients = asyncio.create_task(self._run_clients())
         if plan.kills:
             killer = KillInjector(self._system, self._tracker, self.history, self.observations, self._bystanders)
@@ -129,7 +132,7 @@ class Run:
             faults = schedule(plan.seed, plan.seconds, HOSTS)
             faults_task = asyncio.create_task(self._injector.run(faults, loop.time()))
             duration = asyncio.create_task(asyncio.sleep(plan.seconds))
-        tasks = {tracker, monitor, progress, clients, faults_task, duration}
+        tasks = {tracker, monitor, progress, viewers, clients, faults_task, duration}
         try:
             await _first_failure(duration, tasks - {duration})
             self._clients.stop()
@@ -137,9 +140,11 @@ class Run:
             await _first_failure(faults_task, tasks - {faults_task})
             await self._injector.undo_all()
             monitor.cancel()
-            await _first_failure(self._monitor.wait_until_idle(clients), {tracker, progress})
+            await _first_failure(self._monitor.wait_until_idle(clients), {tracker, progress, viewers})
             clients.cancel()
             await read_all(self._system, self.observations)
+            await self._viewers.check_last_events()
+            viewers.cancel()
             await check_metrics(self._system, self.observations)
         finally:
             for task in tasks:
@@ -190,6 +195,7 @@ class Run:
             print(line)
         for line in report.counts(self.observations, self.history):
             print(line)
+        print(f"viewers: {self._viewers.walks} lists, {self._viewers.events} events")
         if self._bystanders.reused:
             print(f"bystanders: {self._bystanders.reused} got the pid of a process that had died")
         for line in report.violations(self.observations, self.history, plan.directory):

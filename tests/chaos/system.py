@@ -20,6 +20,7 @@ from chaos.marks import SABOTAGE_FILE, VARIABLE
 from chaos.proxy import Proxy, reserve_port
 from chaos.service import Service
 from harp import aio
+from harpcaller.access.tokens import add_token
 from harpcaller.store.sqlite import FILE_NAME
 from support.certificates import server_files
 from support.harpcallerd import Harpcallerd
@@ -155,6 +156,7 @@ class System:
         hosts: the hosts by name.
         hosts_text: the contents of the hosts file.
         port, http_port: the ports of the dispatcher for clients, and of its HTTP API.
+        viewer_token: the token of a client that may list all jobs.
     """
 
     def __init__(self, run: Path, seed: int, sabotage: str) -> None:
@@ -173,10 +175,12 @@ class System:
             self._add_host(name, seed)
         self.port = self._port()
         self.http_port = self._port()
+        self.viewer_token, _ = add_token(run / "tokens", "viewer", ["viewer"])
         settings = {
             **_DISPATCHER,
             "listen": [f"127.0.0.1:{self.port}"],
             "ca_file": str(run / HOSTS[0] / "ca.pem"),
+            "tokens_file": str(run / "tokens"),
             "http": {"listen": [f"127.0.0.1:{self.http_port}"]},
             "stream_directory": str(self.store_file.parent),
         }

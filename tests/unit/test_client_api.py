@@ -7,7 +7,7 @@ import inspect
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, assert_type
 
@@ -299,13 +299,13 @@ def test_attribute_returns_object_without_call() -> None:
     assert harp.RemoteProcedure(rpc, server, name).procedure() == name
 
 
-def check_types_of_lists(rpc: harp.HarpCaller, arpc: aio.AsyncHarpCaller) -> None:
+async def check_types_of_lists(rpc: harp.HarpCaller, arpc: aio.AsyncHarpCaller) -> None:
     """Let the type checker look at the items of lists; nothing calls this."""
     assert_type(next(rpc.jobs()), harp.JobSummary)
     assert_type(rpc.hosts().all(), list[harp.HostSummary])
     assert_type([queue.name for queue in rpc.queues()], list[str])
     assert_type(rpc.count_jobs(), harp.JobCounts)
-    assert_type(arpc.jobs().all(), Coroutine[Any, Any, list[harp.JobSummary]])
+    assert_type(await arpc.jobs().all(), list[harp.JobSummary])
 
 
 def test_attributes_have_static_types() -> None:
