@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Browser, Locator, Page, expect
 
-from support.browser import Pages, Site, eventually, find_axe_violations
+from support.browser import Pages, Site, eventually, find_axe_violations, running_site
 
-UNKNOWN_JOB = "0199e9c1-0000-7000-8000-000000000000"
+PROCEDURES = """
+import time
+from harpd.proc import procedure
+
+@procedure
+def echo(*values):
+    return list(values)
+
+@procedure
+def fail(text):
+    raise ValueError(text)
+
+@procedure(timeout=600)
+def sleep(seconds):
+    time.sleep(seconds)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -273,6 +289,30 @@ def test_palette_and_key_help_work_by_keys_alone(pages: Pages, filled: Site) -> 
     expect(page.get_by_role("dialog")).to_have_count(0)
 
 
+def test_keys_alone_lead_from_the_link_to_a_job(visitor_pages: Pages, filled: Site) -> None:
+    visitor_pages.allow("401")
+    page = visitor_pages.context().new_page()
+    page.goto(filled.login_link())
+    expect(page.get_by_role("heading", name="What needs attention")).to_be_visible()
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("link", name="Skip to the content")).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.locator("#content")).to_be_focused()
+    page.keyboard.press("/")
+    page.keyboard.type("state:raised")
+    page.keyboard.press("Enter")
+    expect(rows(page).first).to_contain_text("ValueError")
+    page.keyboard.press("Tab")  # out of the field, where keys are text
+    page.keyboard.press("j")
+    expect(page.locator("tr.at .row-link")).to_be_focused()
+    job = page.locator("tr.at").get_attribute("data-job") or ""
+    page.keyboard.press("Enter")
+    expect(page).to_have_url(re.compile(job))
+    page.keyboard.press("u")
+    expect(row(page, job)).to_be_visible()
+    assert "raised" in page.url
+
+
 def test_single_keys_can_be_switched_off(pages: Pages, filled: Site) -> None:
     page = pages.open("/jobs")
     expect(rows(page).first).to_be_visible()
@@ -371,6 +411,64 @@ def test_paused_page_holds_still_and_catches_up(pages: Pages, filled: Site) -> N
     assert row(page, job).count() == 0
     page.keyboard.press(".")
     expect(row(page, job)).to_be_visible()
+
+
+def test_hidden_tab_lets_go_of_its_stream(pages: Pages, filled: Site) -> None:
+    page = pages.context().new_page()
+    page.clock.install()
+    page.goto(filled.url + "/jobs")
+    expect(page.locator(".live-live")).to_be_visible()
+    held = "navigator.locks.query().then(({held}) => held.length)"
+    assert page.evaluate(held) == 1
+    show = """(hidden) => {
+        Object.defineProperty(document, "hidden", {value: hidden, configurable: true});
+        document.dispatchEvent(new Event("visibilitychange"));
+    }"""
+    page.evaluate(show, True)
+    assert page.evaluate(held) == 1
+    page.clock.fast_forward(10_000)
+    eventually(page, lambda: page.evaluate(held) == 0, "the end of the stream")
+    job = filled.finish("echo", "while hidden")
+    page.evaluate(show, False)
+    expect(row(page, job)).to_be_visible()
+    assert page.evaluate(held) == 1
+
+
+def test_restart_below_a_base_path_shows_a_banner_and_catches_up(browser: Browser, tmp_path: Path) -> None:
+    with running_site(tmp_path, PROCEDURES, dispatcher={"http": {"base_path": "/harp"}}) as site:
+        with Pages(browser, site) as pages:
+            pages.allow("Failed to load resource|net::ERR")
+            page = pages.context().new_page()
+            page.goto(site.login_link())
+            expect(page.get_by_role("heading", name="What needs attention")).to_be_visible()
+            page.get_by_role("link", name="Jobs", exact=True).click()
+            expect(page).to_have_url(re.compile("/harp/jobs$"))
+            expect(page.locator(".live-live")).to_be_visible()
+            first = site.finish("echo", 1)
+            expect(row(page, first)).to_contain_text("returned")
+            site.system.dispatcher.kill()
+            expect(page.locator(".banner")).to_contain_text("does not answer since")
+            expect(row(page, first)).to_be_visible()
+            site.system.dispatcher.start()
+            second = site.finish("echo", 2)
+            expect(row(page, second)).to_contain_text("returned")
+            expect(page.locator(".live-live")).to_be_visible()
+            expect(page.locator(".banner")).to_have_count(0)
+
+
+def test_dispatcher_that_stops_answers_a_view_without_a_stream(browser: Browser, tmp_path: Path) -> None:
+    with running_site(tmp_path, PROCEDURES) as site:
+        with Pages(browser, site, site.log_in()) as pages:
+            pages.allow("Failed to load resource|net::ERR")
+            page = pages.open("/sessions")
+            expect(page.get_by_text("this one")).to_be_visible()
+            page.wait_for_timeout(1_500)  # the other views are loaded after a second
+            site.system.dispatcher.kill()
+            page.get_by_role("link", name="Audit").click()
+            expect(page.locator(".banner")).to_be_visible()
+            site.system.dispatcher.start()
+            expect(page.locator(".banner")).to_have_count(0)
+            expect(page.get_by_role("heading", name="The dispatcher keeps no audit file")).to_be_visible()
 
 
 # --- for everyone -----------------------------------------------------------------------------------------------------

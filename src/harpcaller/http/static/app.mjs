@@ -53,12 +53,15 @@ function useView(name, component) {
   return entry;
 }
 
+/** Load the other views when there is time: they open at once then, also while the dispatcher is away. */
+const loadViews = () => Object.values(VIEWS).forEach((view) => Object.values(view).forEach(([name]) => import("./" + name).catch(() => null)));
+
 function View({ place, me }) {
   const [, first, second] = place.path.split("/");
   const view = VIEWS[first]?.[second ? "one" : "list"];
   if (place.path === "/keys") return html`<${LoadedView} key="keys" view=${VIEWS[""].list} query=${place.query} me=${me} />`;
   if (!view || place.path.split("/").length > 3) return html`<${NotFound} />`;
-  return html`<${LoadedView} key=${view[0] + (second || "")} view=${view} query=${place.query} popped=${place.popped} hash=${place.hash} id=${second && decodeURIComponent(second)} me=${me} />`;
+  return html`<${LoadedView} key=${view[0] + (second || "")} view=${view} query=${place.query} returned=${place.returned} hash=${place.hash} id=${second && decodeURIComponent(second)} me=${me} />`;
 }
 
 function LoadedView({ view, ...rest }) {
@@ -66,7 +69,7 @@ function LoadedView({ view, ...rest }) {
   const [fault, reset] = useErrorBoundary();
   if (error || fault)
     return html`<div class="page"><${Empty} title=${text.broken}>
-      <p>${error ? text.newVersion : text.brokenDetail}</p>
+      <p>${error ? text.notLoaded : text.brokenDetail}</p>
       ${fault && html`<pre class="wrap"><code>${String(fault.stack || fault)}</code></pre>`}
       <p><button class="button primary" onClick=${() => location.reload()}>${text.reload}</button></p>
     </${Empty}></div>`;
@@ -144,6 +147,7 @@ function Frame({ me, logOut, restarted }) {
     "ctrl+k": [() => open("palette"), words.palette.open],
     "?": [() => open("keys"), words.palette.help],
   }, 0);
+  useEffect(() => void setTimeout(loadViews, 1_000), []);
   useEffect(() => {
     if (place.path === "/keys") setOver("keys");
   }, [place.path]);

@@ -6,7 +6,7 @@ import { useKeys } from "./keys.mjs";
 import { useLive } from "./live.mjs";
 import { appendOutput, size } from "./log.mjs";
 import { Output } from "./output.mjs";
-import { link, navigate } from "./router.mjs";
+import { link, listAddress, navigate } from "./router.mjs";
 import { Button, copy, CopyMenu, Dialog, duration, Fault, html, Icon, Loading, notify, setTitle, State, Time, useEffect, useLayoutEffect, useMemo, useNow, useRef, useState, workerAddress } from "./ui.mjs";
 import { words } from "./words.mjs";
 
@@ -143,7 +143,7 @@ export function JobView({ id, query, hash }) {
   const allowed = job ? rights(job) : {};
   useKeys(words.views.jobs, {
     ...Object.fromEntries(TABS.map((name, i) => [String(i + 1), [() => open(name), text.output.keys.tab(text.tabs[name])]])),
-    u: [() => (history.length > 1 && document.referrer ? history.back() : navigate(link("/jobs"))), text.output.keys.back],
+    u: [() => (history.length > 1 && document.referrer ? history.back() : navigate(listAddress())), text.output.keys.back],
     c: [() => job && !allowed.cancel && setDialog("cancel"), text.cancel],
     r: [() => job && !allowed.rerun && setDialog("rerun"), text.rerun],
   });
@@ -151,7 +151,7 @@ export function JobView({ id, query, hash }) {
   // The right to read it may also end while it is shown.
   if (error && (!job || error.status === 404)) {
     if (error.status === 404)
-      return html`<div class="page"><div class="empty"><h1>${text.unknown}</h1><p>${text.unknownDetail}</p><p><code>${id}</code></p><p><a class="button" href=${link("/jobs")}>${text.toJobs}</a></p></div></div>`;
+      return html`<div class="page"><div class="empty"><h1>${text.unknown}</h1><p>${text.unknownDetail}</p><p><code>${id}</code></p><p><a class="button" href=${listAddress()}>${text.toJobs}</a></p></div></div>`;
     return html`<div class="page"><${Fault} error=${error} retry=${retry} /></div>`;
   }
   if (!job) return html`<div class="page"><${Loading} /></div>`;
@@ -209,7 +209,7 @@ function Header({ job, allowed, skew, ask }) {
   };
   return html`<header class="job-head">
     <div class="job-title">
-      <a class="job-back" href=${link("/jobs")}><${Icon} name="left" size=${12} />${words.views.jobs}</a>
+      <a class="job-back" href=${listAddress()}><${Icon} name="left" size=${12} />${words.views.jobs}</a>
       <h1><span class="job-call"><${Text} value=${job.procedure + signature(job)} /></span> <span class="dim">${text.on}</span> <a href=${link("/hosts/" + encodeURIComponent(job.host))}><${Text} value=${job.host} /></a></h1>
       <span class="job-state" data-state=${job.state}><${State} state=${job.state} /> <span class="dim">${spent}</span></span>
       <span class="job-actions" role="group" aria-label=${text.actions}>

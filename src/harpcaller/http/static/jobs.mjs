@@ -314,7 +314,7 @@ function total(byState, filter) {
 
 // --- the view -------------------------------------------------------------------------------------------------------------
 
-export function JobsView({ query, popped }) {
+export function JobsView({ query, returned }) {
   useSettings();
   const [, redraw] = useReducer((number) => number + 1, 0);
   const [counts, setCounts] = useState(null);
@@ -322,7 +322,7 @@ export function JobsView({ query, popped }) {
   const body = useRef(null);
   const filter = normal(query);
   const key = filter.toString() + (query.get("order") === "oldest" ? "&order=oldest" : "");
-  const list = useMemo(() => listOf(key, new URLSearchParams(key), popped), [key]);
+  const list = useMemo(() => listOf(key, new URLSearchParams(key), returned), [key]);
   const names = useMemo(() => new Map(), []);
   for (const row of list.rows.slice(0, 200)) if (row.queue) names.set(row.queue.id, queueName(row.queue));
 

@@ -14,17 +14,24 @@ export function link(path, params) {
   return BASE + path + (text ? "?" + text : "");
 }
 
-let popped = false;
+let returned = false;          // whether the reader came back: by the browser's buttons, or from a job to its list
+let before = location.pathname.slice(BASE.length);
+let list = before === "/jobs" ? location.search : "";  // the query of the latest list of jobs
+
+/** Return the address of the list of jobs as the reader left it. */
+export const listAddress = () => BASE + "/jobs" + list;
 
 function current() {
   const { pathname, search, hash } = location;
   const path = pathname.startsWith(BASE) ? pathname.slice(BASE.length) || "/" : pathname;
-  return { path, query: new URLSearchParams(search), hash, key: pathname + search, popped };
+  return { path, query: new URLSearchParams(search), hash, key: pathname + search, returned };
 }
 
 const listeners = new Set();
 const announce = () => {
   const place = current();
+  if (place.path === "/jobs") list = location.search;
+  before = place.path;
   for (const listener of [...listeners]) listener(place);
 };
 
@@ -32,12 +39,15 @@ const announce = () => {
 export function navigate(href, { replace = false } = {}) {
   const target = new URL(href, location.href);
   const same = target.href === location.href;
-  popped = false;
+  returned = before.startsWith("/jobs/") && target.href.endsWith(listAddress());
   history[replace || same ? "replaceState" : "pushState"](null, "", target);
   announce();
 }
 
-/** Return `{path, query, hash, key, popped}` of the present address (`popped`: by back or forward); the component is drawn again when it changes. */
+/**
+ * Return `{path, query, hash, key, returned}` of the present address (`returned`: the reader was there before); the
+ * component is drawn again when it changes.
+ */
 export function useRoute() {
   const [place, setPlace] = useState(current);
   useEffect(() => {
@@ -51,7 +61,7 @@ export function useRoute() {
 const OUTSIDE = /^\/(api|static|docs|metrics|healthz|readyz)(\/|$)/;
 
 addEventListener("popstate", () => {
-  popped = true;
+  returned = true;
   announce();
 });
 // Links are plain anchors, so that the middle button, "copy link" and new tabs work; only a plain click stays here.

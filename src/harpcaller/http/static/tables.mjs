@@ -1,5 +1,5 @@
 // What the views with plain tables share: asking, asking again, and their heads.
-import { get } from "./api.mjs";
+import { get, watchRequests } from "./api.mjs";
 import { useEffect, useRef, useState } from "./ui.mjs";
 
 const AGAIN_AFTER = 2_000;
@@ -36,6 +36,10 @@ export function useAnswer(path, params, field) {
       now.key = null;
     };
   }, [key]);
+  // An answer that the dispatcher did not give is asked for again when it is back.
+  const latest = useRef(null);
+  latest.current = () => state.error && ask();
+  useEffect(() => watchRequests(({ back }) => back && latest.current()), []);
   async function more() {
     try {
       const second = await get(path, { ...params, cursor: state.data.next });

@@ -43,6 +43,7 @@ export const words = {
     broken: "This view stopped by an error",
     brokenDetail: "Reload the page. If it happens again, report the text below.",
     reload: "Reload",
+    notLoaded: "The view cannot be loaded: the dispatcher does not answer, or it has another version of this page.",
     newVersion: "The dispatcher has another version of this page now.",
   },
   live: {
