@@ -56,6 +56,11 @@ def test_phases_of_a_job_add_up_to_its_duration() -> None:
     assert sum(filter(None, found.values())) == 3.0, "from submission to end"
 
 
+def test_phases_are_found_beside_half_a_character() -> None:
+    found = phases(101.5, 103.0, metadata({**EXIT_INFO, "stderr": ["\ud800"]}))
+    assert found == phases(101.5, 103.0, metadata(EXIT_INFO))
+
+
 def test_phases_of_an_unfinished_job_are_none() -> None:
     assert phases(None, None) == NOTHING
     assert phases(102.0, None) == {**NOTHING, "wait": 2.0}
