@@ -14,6 +14,8 @@ have passed on, for each process that they create, and at their end. The `proces
 /proc which of the marked processes live. A process certainly lived from its first mark to the last check that found it.
 Only certain facts count as violations: a slow machine makes the checks rarer, never wrong.
 
+`viewers` walk through lists of jobs and read events all the time, and compare what they see.
+
 `monitor` looks for jobs that are still called running long after their process died. Clients check stop reports as
 soon as they receive them. At the end all faults are undone and everything ends. Then `final_read` requests everything
 again, and `checks` compares marks with ends, records with what followers received, and processes with limits.
