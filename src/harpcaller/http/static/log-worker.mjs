@@ -9,6 +9,7 @@ const MOST_KEPT = 65536; // characters of one record; the rest is counted only
 const MOST_SENT = 4200; // characters of one record that a row of the view has
 const MOST_MATCHES = 1000000;
 const TICK = 80; // milliseconds between two messages to the page
+const LATE = 20000; // milliseconds after which a page is asked for again
 const PREFIX = /^\{"packet":(\d+),"time":([^,]+),"data":/;
 
 let base = ""; // the address of the job's records
@@ -234,7 +235,8 @@ async function load(first, last) {
   const limit = isMatches ? 200 : page + PAGE - since;
   let problem = null;
   try {
-    const response = await request(`since=${since}&limit=${limit}&bytes=1048576&timed=1${filter}`, mine.controller.signal);
+    const signal = AbortSignal.any([mine.controller.signal, AbortSignal.timeout(LATE)]);
+    const response = await request(`since=${since}&limit=${limit}&bytes=1048576&timed=1${filter}`, signal);
     let read = 0;
     let size = 0;
     await readLines(response, MOST_KEPT + 100, (line, length) => {
