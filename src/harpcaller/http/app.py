@@ -32,7 +32,7 @@ from harpcaller.http.guards import check_host
 from harpcaller.http.openapi import encode_document
 from harpcaller.http.operations import Answer, APIRequest, Operation
 from harpcaller.http.problems import MEDIA_TYPE, SECURITY_HEADERS, Problem, new_request_id, to_problem
-from harpcaller.http.service import HTTPService
+from harpcaller.http.service import HTTPService, wait_disconnected
 from harpcaller.reply_memory import ReplyShare
 
 log = logging.getLogger(__name__)
@@ -101,6 +101,13 @@ class HTTPApp:
         """Answer a request, also with a problem if that fails."""
         if scope["type"] != "http":
             return
+        try:
+            await self._answer(scope, receive, send)
+        except asyncio.CancelledError:
+            if not self.service.stopping.is_set():
+                raise
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         began_at = time.monotonic()
         request_id = new_request_id()
         state = scope["state"]
@@ -124,11 +131,8 @@ class HTTPApp:
                 await self.router(scope, receive, send_with_headers)
         except ClientDisconnect:
             pass
-        except asyncio.CancelledError:
-            if not self.service.stopping.is_set():
-                raise
         except Exception as error:
-            problem = await _settle(error, self.service, scope)
+            problem = await _settle(error, self.service, Request(scope, receive))
             fields = {"request": request_id, "client": scope["state"]["client"].peer, "code": problem.code}
             if problem.status >= 500:
                 is_internal = problem.code == "internal_error"
@@ -164,17 +168,21 @@ async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
     raise Problem("not_found", "there is nothing at this path; see /api/v1/openapi.json")
 
 
-async def _settle(error: Exception, service: HTTPService, scope: Scope) -> Problem:
+async def _settle(error: Exception, service: HTTPService, request: Request) -> Problem:
     """Return the problem of an error, after its entry in the audit file, and the delay of a wrong token."""
     if isinstance(error, AuthError):
         if service.metrics is not None:
             service.metrics.auth_failures[("http",)] += 1
-        service.acting_as(scope["state"]["client"]).record_unauthenticated(error)
+        service.acting_as(request.state.client).record_unauthenticated(error)
     if isinstance(error, Refusal) and error.recorded is not None:
         await asyncio.wait([error.recorded])
         error.recorded.exception()  # it is refused all the same
     if isinstance(error, AuthError) and error.delay:
-        await asyncio.sleep(error.delay)
+        disconnect = asyncio.ensure_future(wait_disconnected(request))
+        try:
+            await asyncio.wait([disconnect], timeout=error.delay)
+        finally:
+            disconnect.cancel()
     return to_problem(error)
 
 

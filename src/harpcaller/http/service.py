@@ -102,7 +102,7 @@ class HTTPService:
         """
         if self.waits >= self.settings.waits:
             raise Problem("too_many_requests", f"{self.waits} requests wait; the limit is http.waits", retry_after=1)
-        disconnect = asyncio.ensure_future(_wait_disconnected(request))
+        disconnect = asyncio.ensure_future(wait_disconnected(request))
         stopping = asyncio.ensure_future(self.stopping.wait())
         self.waits += 1
         request.state.waits = True
@@ -120,6 +120,7 @@ class HTTPService:
         return None
 
 
-async def _wait_disconnected(request: Request) -> None:
+async def wait_disconnected(request: Request) -> None:
+    """Wait until the client has disconnected, or its response is complete. Its body is discarded."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
