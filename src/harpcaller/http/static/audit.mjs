@@ -28,7 +28,7 @@ export function AuditView({ query }) {
       ${chain && html`<span class=${"tag " + (chain.ok ? "good" : "bad")}><${Icon} name=${chain.ok ? "ok" : "warning"} size=${12} />${chain.ok ? text.whole : text.broken}</span>${chain.problem && html`<span class="bad">${visible(chain.problem)}</span>`}${chain.head && html`<code class="dim" title=${visible(chain.head)}>${visible(chain.head).slice(0, 12)}</code>`}`}
       <span class="grow" /><${Button} onClick=${ask}>${text.renew}</${Button}>
     </div>
-    <form class="filter-row" onSubmit=${submit} key=${JSON.stringify(filter)}>
+    ${error?.status !== 404 && html`<form class="filter-row" onSubmit=${submit} key=${JSON.stringify(filter)}>
       <label>${text.fields.principal}<input type="text" name="principal" defaultValue=${filter.principal || ""} maxlength="200" /></label>
       <label>${text.fields.action}<input type="text" name="action" defaultValue=${filter.action || ""} maxlength="50" /></label>
       <label>${text.fields.decision}<select name="decision"><option value="">${text.any}</option>${["allowed", "denied", "failed"].map((value) => html`<option key=${value} value=${value} selected=${filter.decision === value}>${text.decisions[value]}</option>`)}</select></label>
@@ -36,7 +36,7 @@ export function AuditView({ query }) {
       <label>${text.fields.job}<input type="text" name="job" defaultValue=${filter.job || ""} maxlength="36" /></label>
       <label>${text.fields.from}<select name="from"><option value="">${words.jobs.anyTime}</option>${["-1h", "-1d", "-7d"].map((value) => html`<option key=${value} value=${value} selected=${filter.from === value}>${words.jobs.spans[value]}</option>`)}</select></label>
       <button class="button primary">${text.filter}</button>${chosen && html`<a href=${link("/audit")}>${words.jobs.clear}</a>`}
-    </form>
+    </form>`}
     ${error && (error.status === 404 ? html`<${Empty} title=${text.noFile}><p>${text.noFileDetail}</p><pre><code>${text.example}</code></pre></${Empty}>` : html`<${Fault} error=${error} retry=${ask} />`)}
     ${!data ? !error && html`<${Loading} />` : data.entries.length === 0 && !data.next
       ? html`<${Empty} title=${chosen ? text.nothing : text.none}><p>${chosen ? html`<a href=${link("/audit")}>${words.jobs.clear}</a>` : text.noneDetail}</p></${Empty}>`

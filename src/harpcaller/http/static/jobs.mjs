@@ -296,7 +296,7 @@ function Nothing({ query, list, names }) {
   }, [normal(query).toString()]);
   if (!parts.length)
     return html`<${Empty} title=${text.noJobs}><p>${host === "" ? text.noHosts : text.noJobsDetail}</p>${host !== "" && html`<pre><code>harp call --wait ${host || "HOST"} PROCEDURE</code></pre>`}</${Empty}>`;
-  if (list.next) return html`<${Empty} title=${text.nothingYet}><p>${text.searchedTo(html`<${Time} at=${list.searchedTo} />`)}</p><${Button} kind="primary" onClick=${() => list.more()}>${text.goOn}</${Button}></${Empty}>`;
+  if (list.next) return html`<${Empty} title=${text.nothingYet}><p>${(list.oldestFirst ? text.searchedUpTo : text.searchedTo)(html`<${Time} at=${list.searchedTo} />`)}</p><${Button} kind="primary" onClick=${() => list.more()}>${text.goOn}</${Button}></${Empty}>`;
   const helpful = (without || []).filter(([, , number]) => number.count);
   return html`<${Empty} title=${text.nothing}>
     ${helpful.map(([name, shown, number]) => html`<p key=${name}>${text.withoutPart(html`<b>${text.filters[name] || name} ${visible(shown)}</b>`)} <a href=${link("/jobs", withValue(query, name, null))}>${text.thereAre(number.more ? text.moreThan(count(number.count)) : count(number.count), number.count)}</a></p>`)}
@@ -441,7 +441,7 @@ export function JobsView({ query, returned }) {
         ${list.rows.length >= HELD ? html`<span class="warn">${text.held(count(HELD))}</span>`
           : list.next === null ? html`<span class="dim">${text.all}</span>`
           : list.loading ? html`<span class="dim">${words.loading}…</span>`
-          : html`<span class="dim">${text.searchedTo(html`<${Time} at=${list.searchedTo} />`)}</span>${list.short && html`<${Button} kind="small" onClick=${() => list.more()}>${text.goOn}</${Button}>`}`}
+          : html`<span class="dim">${(list.oldestFirst ? text.searchedUpTo : text.searchedTo)(html`<${Time} at=${list.searchedTo} />`)}</span>${list.short && html`<${Button} kind="small" onClick=${() => list.more()}>${text.goOn}</${Button}>`}`}
         <span class="grow" />
         <span class="dim wide-only">${text.keyHint}</span>
       </footer>`}

@@ -133,6 +133,7 @@ export const words = {
     held: (number) => `The page holds ${number} rows. Narrow the filter to see others.`,
     all: "That is all.",
     searchedTo: (time) => ["Searched back to ", time, ". "],
+    searchedUpTo: (time) => ["Searched up to ", time, ". "],
     goOn: "Go on searching",
     newer: (shown, number) => `${shown} newer ${number === 1 ? "job" : "jobs"}`,
     listChanged: "The list has changed: show it anew",
