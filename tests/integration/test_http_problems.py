@@ -142,7 +142,12 @@ async def test_http_jobs_in_the_wrong_state_are_problems(tmp_path: Path, peer: P
         waiting = asyncio.create_task(api.client.get(f"/jobs/{job}?wait=60"))
         while not api.api.service.waits:
             await asyncio.sleep(0.01)
-        assert is_problem(await api.client.get(f"/jobs/{job}?wait=1"), 429, "too_many_requests", "http.waits")
+        for path in ("", "/end", "/result"):
+            assert is_problem(await api.client.get(f"/jobs/{job}{path}?wait=1"), 429, "too_many_requests", "http.waits")
+        for path, body in (("/jobs?wait=1", CALL), (f"/jobs/{job}/cancel", {"wait": 1})):  # they have no effect
+            assert is_problem(await api.client.post(path, json=body), 429, "too_many_requests", "http.waits")
+        assert len((await api.client.get("/jobs?state=open")).json()["jobs"]) == 1
+        assert len((await api.client.get("/jobs")).json()["jobs"]) == 1
         await until(api.dispatcher, job, lambda found: found.started is not None, "a started job")
         await api.client.post(f"/jobs/{job}/cancel")
         assert (await waiting).json()["state"] == "cancelled"

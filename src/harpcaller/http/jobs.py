@@ -34,13 +34,14 @@ from harp.protocol.schema import (
 )
 from harp_daemon.event_loop import LONG_LINE, run_in_turn
 from harp_daemon.sliced_json import decode_slices
+from harpcaller.access import AccessDenied
 from harpcaller.access.policy import Action
 from harpcaller.http.operations import Answer, APIRequest, Body, Operation, json_response, reference
 from harpcaller.http.problems import Problem
 from harpcaller.job_rows import encode_row
 from harpcaller.model.ids import is_job_id
 from harpcaller.model.jobs import Job
-from harpcaller.store import UnknownJob
+from harpcaller.store import StorageError, UnknownJob
 
 T = TypeVar("T")
 
@@ -249,6 +250,7 @@ def address_of(request: APIRequest, job_id: str) -> str:
 async def submit_job(request: APIRequest) -> Response:
     """Store a job, and perhaps wait for its end."""
     received_at = asyncio.get_running_loop().time()
+    request.service.check_waits(request.query.wait)
     request_id = request_id_of(request)
     call = with_request_id(await decode_body(request, decoder_of(Call)), request_id)
     job_id = await request.acting.submit(call, received_at)
@@ -261,7 +263,7 @@ async def show_submitted(request: APIRequest, job_id: str, wait: float = 0.0) ->
     try:
         await wait_until_ended(request, job_id, wait)
         _, shown = await show_job(request, job_id, request.query.payloads)
-    except UnknownJob:  # the client may submit the job, but not read it
+    except (UnknownJob, AccessDenied, StorageError):  # the job is stored, but cannot be shown
         shown = Envelope(job=job_id)
     return json_response(shown, 201, headers)
 
@@ -279,6 +281,7 @@ async def submit_many(request: APIRequest) -> Response:
 async def get_job(request: APIRequest) -> Response:
     """Answer with all of a job but its records."""
     job_id, known, seconds = job_of(request), request.headers.get("if-none-match"), request.query.wait
+    request.service.check_waits(seconds)
     if known is None:
         await wait_until_ended(request, job_id, seconds)
     elif seconds > 0:
@@ -293,6 +296,7 @@ async def get_job(request: APIRequest) -> Response:
 async def get_end(request: APIRequest) -> Response:
     """Answer with the end of a job."""
     job_id = job_of(request)
+    request.service.check_waits(request.query.wait)
     await wait_until_ended(request, job_id, request.query.wait)
     end = (await request.acting.get_job(job_id)).end
     if end is None:
@@ -303,6 +307,7 @@ async def get_end(request: APIRequest) -> Response:
 async def get_result(request: APIRequest) -> Response:
     """Answer with the value that a job has returned, and nothing else."""
     job_id = job_of(request)
+    request.service.check_waits(request.query.wait)
     await wait_until_ended(request, job_id, request.query.wait)
     end = (await request.acting.get_job(job_id)).end
     if end is None:
@@ -319,6 +324,7 @@ async def cancel_job(request: APIRequest) -> Response:
     """Cancel a job, and perhaps wait for the outcome of its stop."""
     job_id = job_of(request)
     seconds = (await decode_body(request, decoder_of(Cancellation))).wait
+    request.service.check_waits(seconds)
     await request.acting.require_on_job(Action.CANCEL, job_id)
     cancelled = await request.acting.cancel(job_id)
     if not cancelled:

@@ -95,13 +95,17 @@ class HTTPService:
         if self._check is not None:
             self._check.cancel()
 
+    def check_waits(self, seconds: float) -> None:
+        """Raise `Problem` if no further request may wait, and this one wants to."""
+        if seconds > 0 and self.waits >= self.settings.waits:
+            raise Problem("too_many_requests", f"{self.waits} requests wait; the limit is http.waits", retry_after=1)
+
     async def wait(self, request: Request, waiting: asyncio.Future[T], seconds: float) -> T | None:
         """Wait for a future; return its result, or None if it is not done after some seconds.
 
-        Raises what the future raises, and `ClientDisconnect`. The caller cancels the future.
+        Raises what the future raises, and `ClientDisconnect`. The caller cancels the future, and calls `check_waits`
+        before a request that has an effect.
         """
-        if self.waits >= self.settings.waits:
-            raise Problem("too_many_requests", f"{self.waits} requests wait; the limit is http.waits", retry_after=1)
         disconnect = asyncio.ensure_future(wait_disconnected(request))
         stopping = asyncio.ensure_future(self.stopping.wait())
         self.waits += 1
