@@ -21,6 +21,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from harp.protocol.json_text import Envelope, Raw, dumps
+from harpcaller.job_rows import dump_row
 from harpcaller.model.changes import Change
 from harpcaller.model.jobs import JobSummary
 
@@ -385,7 +386,7 @@ class LiveJobs:
                 key = view.encode, job_id, rights
                 row = encoded.get(key)
                 if row is None:
-                    row = encoded[key] = dumps(view.encode(summary, rights))
+                    row = encoded[key] = dump_row(view.encode(summary, rights))
                 group.rows.append(row)
 
 

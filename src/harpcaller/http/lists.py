@@ -11,11 +11,11 @@ import msgspec
 from msgspec import Meta, Struct
 from starlette.responses import Response
 
-from harp.protocol.json_text import Envelope, Raw, dumps
+from harp.protocol.json_text import Envelope, Raw
 from harpcaller.http.jobs import show_payload
 from harpcaller.http.operations import Answer, APIRequest, Operation, json_response, reference
 from harpcaller.http.problems import Problem
-from harpcaller.job_rows import encode_row
+from harpcaller.job_rows import dump_row, encode_row
 from harpcaller.model.job_filters import JobFilter, parse_filter, parse_time
 from harpcaller.model.jobs import JobCounts, JobSummary
 
@@ -126,7 +126,7 @@ async def list_jobs(request: APIRequest) -> Response:
 
 
 def _array(rows: list[Envelope]) -> Raw:
-    return Raw(b"[%b]" % b",".join(map(dumps, rows)))
+    return Raw(b"[%b]" % b",".join(map(dump_row, rows)))
 
 
 async def count_jobs(request: APIRequest) -> Response:
