@@ -291,19 +291,25 @@ def http_idle(streams: int) -> Figures:
 
 
 def http_viewers(viewers: int, clients: int, count: int) -> Figures:
-    """Return the rate of jobs beside viewers of a live list, as the ``ratio`` to the rate without them."""
-    with _running("http-viewers") as api:
+    """Return what viewers of a live list cost jobs.
 
-        def rate() -> float:
-            return jobs(partial(connect_queue, port=api.dispatcher.port), clients, count)["rate"]
+    ``ratio``: the rate of jobs beside them to the rate without them; ``cpu``: the same of the dispatcher's CPU.
+    """
+    with _running("http-viewers") as api:
+        process = psutil.Process(api.dispatcher.pid)
+
+        def rate() -> tuple[float, float]:
+            before = sum(process.cpu_times()[:2])
+            found = jobs(partial(connect_queue, port=api.dispatcher.port), clients, count)["rate"]
+            return found, sum(process.cpu_times()[:2]) - before
 
         rate()
-        without = rate()
+        without, cpu = rate()
         drain = [sys.executable, "-P", "-m", "bench.http_viewers", str(api.port), api.token, str(viewers)]
         ready = api.dispatcher.directory / "viewers"
         with program([*drain, str(ready)], api.dispatcher.directory / "viewers.log", ready=ready.exists):
-            beside = rate()
-    return {"ratio": beside / without}
+            beside, more_cpu = rate()
+    return {"ratio": beside / without, "cpu": more_cpu / cpu}
 
 
 FUNCTIONS: dict[str, Callable[..., Figures]] = {

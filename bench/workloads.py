@@ -259,7 +259,10 @@ _HTTP = (
     Workload(
         "http-viewers",
         lambda sizes: {"viewers": sizes.viewers, "clients": 4, "count": sizes.jobs},
-        (Row("http-viewers", "Jobs beside 300 viewers of a live list, compared with none", "x/s", "ratio"),),
+        (
+            Row("http-viewers", "Jobs beside 300 viewers of a live list, compared with none", "x/s", "ratio"),
+            Row("http-viewers-cpu", "CPU of the dispatcher for these jobs, compared with none", "x", "cpu"),
+        ),
         deadline=300,
     ),
 )

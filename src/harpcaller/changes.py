@@ -4,10 +4,10 @@ Theory of operation. The feed numbers the committed changes and keeps, for each 
 number of its latest change: a reader that knows the state at a number reads the jobs that changed after it again. The
 numbers start anew with each dispatcher, so a reader also names the `boot` that it has its number from.
 
-A `Subscription` delivers the rows of jobs to one reader, at most four times a second; less often, if the events to all
-readers are long, so that they cost the jobs little. All subscriptions share one read
-of the store; subscriptions of the same client rights and the same filter share the text. A reader that does not read
-loses the events that wait for it, and gets a reset: then it asks for its list again. It delays nobody.
+A `Subscription` delivers the rows of jobs to one reader, at most four times a second; less often, if that would take
+too much time from the jobs. All subscriptions share one read of the store; subscriptions of the same client rights and
+the same filter share the text. A reader that does not read loses the events that wait for it, and gets a reset: then it
+asks for its list again. It delays nobody.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ log = logging.getLogger(__name__)
 _MAX_JOBS = 10_000  #: Number of jobs whose latest change is kept; each needs about 200 bytes.
 _INTERVAL = 0.25  #: Minimum seconds between two events about jobs.
 _LONG_INTERVAL = 2.0  #: The same while many readers follow many changes.
-_BYTES_PER_SECOND = 16e6  #: Bytes of events to all readers from which the interval becomes longer.
+_SHARE = 0.04  #: Share of the processor that events may take before the interval becomes longer.
+#: Approximate costs in seconds: of a row that is read and encoded, of an event that is sent, and of each of its bytes.
+_ROW_COST, _EVENT_COST, _BYTE_COST = 60e-6, 60e-6, 2e-9
 _DELAY = 0.02  #: Seconds from a change to its event, so that changes that come together are one event.
 _PAGE = 500  #: Maximum number of jobs in one read of the store, and in one step of the event loop.
 _MAX_ROWS = 200  #: Maximum number of rows, and of ids, in an event.
@@ -339,6 +341,7 @@ class LiveJobs:
             return
         changed = self.changes.changed_since(min(group.known for group in groups.values())) or []
         needs_subjects = not all(group.view.sees_all for group in groups.values())
+        cost = 0.0
         for start in range(0, len(changed), _PAGE):
             page = changed[start : start + _PAGE]
             summaries = {each.id: each for each in await self._read([job_id for job_id, _ in page], needs_subjects)}
@@ -346,17 +349,18 @@ class LiveJobs:
             for group in groups.values():
                 await self._add_page(group, page, summaries, encoded)
                 await asyncio.sleep(0)
-        size = 0
+            cost += len(encoded) * _ROW_COST
         for group in groups.values():
             event = group.make_event(until)
-            size += 0 if event is None else len(event.data) * len(group.members)
+            if event is not None:
+                cost += len(group.members) * (_EVENT_COST + len(event.data) * _BYTE_COST)
             for subscription in group.members:
                 # It may have got a reset meanwhile: then its reader asks for everything again.
                 if subscription in self._subscriptions and subscription.known == group.known:
                     subscription.known = until.number
                     if event is not None:
                         subscription.add(event)
-        self._interval = min(max(_INTERVAL, size / _BYTES_PER_SECOND), _LONG_INTERVAL)
+        self._interval = min(max(_INTERVAL, cost / _SHARE), _LONG_INTERVAL)
 
     async def _add_page(
         self,
