@@ -9,21 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Locator, Page, expect
+from playwright.sync_api import Browser, expect
 
-from harp.protocol.ends import Failed, Returned
+from harp.protocol.ends import Failed
 from harp.protocol.json_text import Raw, dumps
-from harpcaller.model.jobs import JobMetadata, Records, StopState
+from harpcaller.model.jobs import JobMetadata, StopState
 from harpcaller.store.sqlite import Store
 from support.browser import PROCEDURES, Pages, Site, eventually, find_axe_violations, running_site
+from support.job_page import append, row, state, visible_numbers
 from support.jobs import new_id, new_job
 
 HARPD = {"exit_info": {"stderr": True, "traceback": True}}
 NAMES = ("web01", "web02")
 
-LONG, LONG_RECORDS = new_id(), 2_000_000
 STUCK = new_id()
-_STEP = 20_000
 _REPORT = {
     "processes": [
         {"pid": 100, "command": "harpd: backup", "signals": ["SIGTERM"], "ended": "SIGTERM"},
@@ -40,16 +39,8 @@ _REPORT = {
 
 
 async def seed(store: Store) -> None:
-    """Add a job with 2,000,000 records, of which every 100,000th has a needle; and one whose process survives."""
+    """Add a job whose process survives its stop."""
     now = time.time() - 60
-    await store.add_job(new_job(id=LONG, procedure="stream"), now)
-    await store.claim_jobs(now, 1, 10)
-    for first in range(0, LONG_RECORDS, _STEP):
-        values = [Raw(b'{"n": %d}' % number) for number in range(first, first + _STEP)]
-        if first % 100_000 == 0:
-            values[7] = Raw(b'{"n": %d, "text": "a Needle"}' % (first + 7))
-        await store.append_records(LONG, first, Records(tuple(values), (now,) * _STEP))
-    await store.finish_job(LONG, Returned(Raw(b"2000000")), now + 9)
     await store.add_job(new_job("gone", id=STUCK, procedure="backup", arguments=Raw(b'["orders"]')), now)
     await store.claim_jobs(now, 1, 10)
     report = JobMetadata(
@@ -57,33 +48,6 @@ async def seed(store: Store) -> None:
     )
     end = Failed("timeout", "no message for 600 s")
     await store.finish_job(STUCK, end, now + 9, stop=StopState.FAILED, keep_slot=True, metadata=report)
-
-
-def row(page: Page, number: int) -> Locator:
-    return page.locator(f'.log-row[data-number="{number}"]:not([data-loading])')
-
-
-def state(page: Page) -> Locator:
-    return page.locator(".job-state")
-
-
-def visible_numbers(page: Page) -> list[int]:
-    """Return the numbers of the rows that are in the window, from its top."""
-    numbers: list[int] = page.evaluate(
-        """() => {
-            const { top, bottom } = document.querySelector(".log-layer").getBoundingClientRect();
-            const isSeen = (box) => box.bottom > top + 1 && box.top < bottom - 1;
-            return [...document.querySelectorAll(".log-row")]
-                .filter((row) => isSeen(row.getBoundingClientRect()))
-                .map((row) => Number(row.dataset.number));
-        }"""
-    )
-    return numbers
-
-
-def append(path: Path, *lines: str) -> None:
-    with path.open("a") as file:
-        file.write("".join(f"{line}\n" for line in lines))
 
 
 # The state of the job.
@@ -254,51 +218,6 @@ def test_output_follows_and_only_the_user_thaws_it(site: Site, pages: Pages, tmp
     assert visible_numbers(page) == before
     page.keyboard.press("G")
     expect(row(page, 599)).to_be_in_viewport()
-
-
-def test_long_stream_opens_at_the_linked_record(site: Site, pages: Pages) -> None:
-    context = pages.context()
-    page = context.new_page()
-    asked: list[str] = []
-    context.on("request", lambda request: asked.append(request.url) if "/records?" in request.url else None)
-    page.goto(f"{site.url}/jobs/{LONG}#r1500000-1500002")
-    expect(row(page, 1_500_000)).to_be_in_viewport()
-    expect(row(page, 1_500_000)).to_contain_text('{"n": 1500000}')
-    expect(page.locator(".log-row.selected")).to_have_count(3)
-    assert len(asked) <= 3, asked  # a page of records, or two
-    expect(page.locator(".tab-count")).to_have_text("2,000,000")
-    assert page.evaluate("document.querySelectorAll('*').length") < 1500
-
-    page.get_by_role("button", name="Top", exact=True).click()
-    expect(row(page, 0)).to_be_in_viewport()
-    page.get_by_role("button", name="End", exact=True).click()
-    expect(row(page, LONG_RECORDS - 1)).to_be_in_viewport()
-    page.evaluate("(log => log.scrollTop = log.scrollHeight / 4)(document.querySelector('.log'))")
-    eventually(page, lambda: 490_000 < visible_numbers(page)[0] < 510_000, "a quarter of the way")
-    expect(row(page, visible_numbers(page)[5])).to_contain_text(f'{{"n": {visible_numbers(page)[5]}}}')
-    page.locator(".log-layer").focus()
-    first = visible_numbers(page)[0]
-    page.keyboard.press("PageDown")
-    eventually(page, lambda: first < visible_numbers(page)[0] < first + 100, "the next screen")
-    page.keyboard.press("PageUp")
-    eventually(page, lambda: abs(visible_numbers(page)[0] - first) <= 4, "the screen before")
-
-
-def test_find_counts_all_matches_of_the_stream(site: Site, pages: Pages) -> None:
-    page = pages.open(f"/jobs/{LONG}?tab=output&find=needle")
-    expect(page.locator(".find-count")).to_have_text("20")
-    page.locator(".log-layer").focus()
-    page.keyboard.press("n")
-    expect(page.locator(".find-count")).to_have_text("1 of 20")
-    expect(row(page, 7)).to_be_in_viewport()
-    expect(row(page, 7).locator("mark")).to_have_text("Needle")
-    page.keyboard.press("N")
-    expect(page.locator(".find-count")).to_have_text("20 of 20")
-    expect(row(page, 1_900_007)).to_be_in_viewport()
-    page.get_by_label("Matches only").check()
-    expect(row(page, 7)).to_be_in_viewport()
-    expect(row(page, 100_007)).to_be_in_viewport()
-    expect(page.locator(".log-row")).to_have_count(20)
 
 
 def test_find_counts_new_matches_while_the_job_runs(site: Site, pages: Pages, tmp_path: Path) -> None:
@@ -472,6 +391,7 @@ def test_job_page_has_no_accessibility_violations(site: Site, pages: Pages, them
     empty = site.finish("echo")
     raised = site.finish("fail", "no")
     failed = site.finish("missing")
+    counted = site.finish("count", 10)
     rules = ["color-contrast"] if theme == "dark" else []  # a theme changes nothing else
     page = pages.open(f"/jobs/{running}", color_scheme=theme)
     expect(row(page, 100)).to_be_in_viewport()
@@ -486,7 +406,7 @@ def test_job_page_has_no_accessibility_violations(site: Site, pages: Pages, them
         ("failed", failed, "What to do"),
         ("process", f"{STUCK}?tab=process", "pg_dump"),
         ("arguments", f"{STUCK}?tab=arguments", "orders"),
-        ("search", f"{LONG}?tab=output&find=needle&only=1&wrap=1", "Needle"),
+        ("search", f"{counted}?tab=output&find=orders_7&only=1&wrap=1", "orders_7"),
     ):
         page.goto(f"{site.url}/jobs/{place}")
         expect(page.locator("#panel")).to_contain_text(text)
