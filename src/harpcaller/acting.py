@@ -538,7 +538,7 @@ class ActingAs:
         scope = self._policy.find_scope(self._client, Action.LIST)
         if scope.is_exact:
             return scope.owners, None, None
-        return scope.owners, self._may_list, (self._client.principals, self._client.roles, id(self._policy))
+        return scope.owners, self._may_list, (self._client.principals, self._client.roles, self._policy)
 
     # Changes of jobs.
 

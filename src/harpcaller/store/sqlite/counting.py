@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from msgspec.structs import replace
@@ -12,7 +13,8 @@ from msgspec.structs import replace
 from harpcaller.model.job_filters import BAD, JobFilter, Span
 from harpcaller.model.jobs import Bucket, JobCounts, JobStatistics, State, ValueCount
 from harpcaller.store.sqlite.file import QUERIES
-from harpcaller.store.sqlite.rows import decode_name, encode_name
+from harpcaller.store.sqlite.finding import conditions_of
+from harpcaller.store.sqlite.rows import decode_name
 from harpcaller.store.sqlite.searches import (
     EXAMINED,
     Permits,
@@ -153,21 +155,25 @@ def job_statistics(
     count = max(0, -int(-(until - since) // step))
     if count > MAX_BUCKETS:
         raise ValueError(f"expected at most {MAX_BUCKETS} steps, got {count}")
-    span = Span(since, until)
     numbers: list[Counter[str]] = [Counter() for _ in range(count)]
     is_complete = True
     with snapshot(db):
         for column, what in (("submitted", "'submitted'"), ("ended", "state")):
             bucket = f"CAST(({column} - {float(since)!r}) / {float(step)!r} AS INTEGER) || ' ' || {what}"
-            if permits is not None:
+            counted: Mapping[str, int]
+            if permits is not None or owners is not None:
+                span = Span(since, until)
                 wanted = JobFilter(submitted=span) if column == "submitted" else JobFilter(ended=span)
-                seqs, place = find_permitted(
-                    db, Walk(db, wanted, owners, True, None, EXAMINED), EXAMINED, permits, subject_bytes
-                )
-                is_complete = is_complete and place is None
-                counted = count_values_of(db, seqs, bucket)
+                if permits is None:
+                    counted = _count_own(db, wanted, bucket, owners or ())
+                else:
+                    walk = Walk(db, wanted, owners, True, None, EXAMINED)
+                    seqs, place = find_permitted(db, walk, EXAMINED, permits, subject_bytes)
+                    is_complete = is_complete and place is None
+                    counted = count_values_of(db, seqs, bucket)
             else:
-                counted = _count_times(db, column, bucket, span, owners)
+                times = [since + index * step for index in range(count)] + [until]
+                counted = _count_submitted(db, times) if column == "submitted" else _count_ended(db, times)
             for key, jobs in counted.items():
                 index, _, name = key.partition(" ")
                 if name == "submitted" or not states or name in states:
@@ -176,18 +182,28 @@ def job_statistics(
     return JobStatistics(step, buckets, is_complete)
 
 
-def _count_times(
-    db: sqlite3.Connection, column: str, bucket: str, span: Span, owners: Sequence[str] | None
-) -> dict[str, int]:
-    """Return how many jobs with a time in a span have each value of `bucket`."""
-    low, high = find_bounds(db, JobFilter(submitted=span) if column == "submitted" else JobFilter(ended=span))
-    values: list[Any] = [span.since, span.until, low, high]
-    source, condition = "jobs", f"{column} >= ? AND {column} < ? AND seq BETWEEN ? AND ?"
-    if owners is not None:
-        source += " INDEXED BY jobs_of_owner"
-        condition += f" AND owner IN ({', '.join('?' * len(owners))})"
-        values += map(encode_name, owners)
-    elif column == "ended":
-        source += " INDEXED BY jobs_ended"
-        condition += " AND ended IS NOT NULL"
-    return dict(db.execute(f"SELECT {bucket}, count(*) FROM {source} WHERE {condition} GROUP BY 1", values))
+def _count_own(db: sqlite3.Connection, wanted: JobFilter, bucket: str, owners: Sequence[str]) -> dict[str, int]:
+    """Return how many jobs of some owners have each value of `bucket`."""
+    conditions = conditions_of(wanted, owners=owners)
+    source = f"jobs INDEXED BY jobs_of_owner WHERE {conditions}"
+    return dict(db.execute(f"SELECT {bucket}, count(*) FROM {source} GROUP BY 1", conditions.values))
+
+
+def _count_submitted(db: sqlite3.Connection, times: Sequence[float]) -> dict[str, int]:
+    """Return how many jobs were submitted between each two times, by their index."""
+    counted = {}
+    for index, (since, until) in enumerate(pairwise(times)):
+        low, high = find_bounds(db, JobFilter(submitted=Span(since, until)))
+        values = {"since": since, "until": until, "low": low, "high": high}
+        [(counted[f"{index} submitted"],)] = db.execute(QUERIES["count_submitted"], values)
+    return counted
+
+
+def _count_ended(db: sqlite3.Connection, times: Sequence[float]) -> dict[str, int]:
+    """Return how many jobs ended in each state between each two times, by their index."""
+    counted = {}
+    for index, (since, until) in enumerate(pairwise(times)):
+        [numbers] = db.execute(QUERIES["count_ended"], {"since": since, "until": until})
+        for state, number in zip(("returned", "raised", "failed", "cancelled"), numbers, strict=True):
+            counted[f"{index} {state}"] = number
+    return counted

@@ -25,6 +25,7 @@ QUERIES = dict(part.split("\n", 1) for part in _PARTS)  #: The statements of que
 MIGRATIONS = dict(sorted((int(file.name[:-4]), file.read_text("utf-8")) for file in (_FOLDER / "migrations").iterdir()))
 MAX_INTEGER = 2**63 - 1  #: The largest integer of SQLite.
 FILE_NAME = "harpcaller.sqlite"  #: The name of the file in the store's directory.
+_READER_CACHE_KIB = 8192  # Of the pages of each connection that reads.
 _APPLICATION_ID = b"HARP"
 _APPLICATION_ID_AT = slice(68, 72)  # in SQLite's header
 _LOG_FORMAT_AT, _LOG_FORMAT = 18, 2  # of a file with a write-ahead log
@@ -123,6 +124,8 @@ def connect(path: Path, *, query_only: bool = False) -> sqlite3.Connection:
         # Some builds overwrite deleted data, which would make pruning as costly as writing the data again.
         connection.execute("PRAGMA secure_delete = OFF")
         connection.execute(f"PRAGMA query_only = {query_only:d}")
+        if query_only:  # a search reads some thousand rows of different pages
+            connection.execute(f"PRAGMA cache_size = -{_READER_CACHE_KIB}")
     except BaseException:
         connection.close()
         raise

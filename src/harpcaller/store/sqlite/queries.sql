@@ -194,6 +194,15 @@ SELECT state, jobs FROM others WHERE jobs > 0
 UNION ALL
 SELECT 'returned', (SELECT count(*) FROM jobs) - (SELECT sum(jobs) FROM others);
 
+-- name: count_submitted
+SELECT count(*) FROM jobs WHERE seq BETWEEN :low AND :high AND submitted >= :since AND submitted < :until;
+
+-- name: count_ended
+-- In the order of the index, so that nothing is sorted.
+SELECT count(*) FILTER (WHERE state = 'returned'), count(*) FILTER (WHERE state = 'raised'),
+    count(*) FILTER (WHERE state = 'failed'), count(*) FILTER (WHERE state = 'cancelled')
+FROM jobs INDEXED BY jobs_ended WHERE ended IS NOT NULL AND ended >= :since AND ended < :until;
+
 -- name: bounds
 SELECT (SELECT min(seq) FROM jobs), (SELECT max(seq) FROM jobs), disorder FROM submission_times;
 
