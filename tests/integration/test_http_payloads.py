@@ -99,6 +99,7 @@ def test_http_payloads_are_unchanged(tmp_path: Path) -> None:
         @given(VALUES)
         @example("[" * 998 + "]" * 998)
         @example('"%s"' % ("x" * 1024 * 1024))
+        @example('"x%s"' % ("\U0001f600" * 70_000))
         def check(value: str) -> None:
             runner.run(check_identity(api, value))
 

@@ -48,6 +48,7 @@ T = TypeVar("T")
 MAX_WAIT = 60  #: Maximum seconds that a request waits for a job.
 _MAX_PREVIEW = 200  #: Maximum length of `end_message` in characters.
 _MAX_END = 256 * 1024  #: Bytes of an end above which the job has only its address.
+_STEP = 64 * 1024  #: Characters of a payload that are encoded in one step of the event loop.
 _KEY = re.compile(r"[!-~]{1,255}", re.ASCII)
 
 Payloads = Annotated[
@@ -205,6 +206,17 @@ def show_payload(payload: Raw, form: str) -> Raw:
     return dumps(payload.decode()) if form == "text" else payload
 
 
+async def show_long_payload(payload: Raw, form: str) -> Raw:
+    """Return what `show_payload` does, in short steps of the event loop."""
+    if form != "text" or len(payload) <= _STEP:
+        return show_payload(payload, form)
+    text, pieces = payload.decode(), []
+    for at in range(0, len(text), _STEP):
+        pieces.append(dumps(text[at : at + _STEP])[1:-1])
+        await asyncio.sleep(0)
+    return Raw(b'"%b"' % b"".join(pieces))
+
+
 def etag_of(job: Job) -> str:
     """Return the tag of a job, which changes with its state, its stop and its slot."""
     return f'W/"{job.state.value}.{job.stop.value if job.stop else "-"}.{int(job.holds_slot)}"'
@@ -231,9 +243,9 @@ async def show_job(request: APIRequest, job_id: str, form: str) -> tuple[Job, En
     shown["end_message"] = None if error is None else error.message[:_MAX_PREVIEW]
     shown.update({name: row[name] for name in ("unreachable_since", "run", "rerun_of", "can")})
     if form != "none":
-        shown["arguments"] = show_payload(job.arguments, form)
-        shown["info"] = show_payload(job.info, form)
-        shown["end"] = None if end is None or is_omitted else show_payload(end, form)
+        shown["arguments"] = await show_long_payload(job.arguments, form)
+        shown["info"] = await show_long_payload(job.info, form)
+        shown["end"] = None if end is None or is_omitted else await show_long_payload(end, form)
     shown["end_omitted"] = {"bytes": len(end), "href": f"{base}/end"} if end is not None and is_omitted else None
     shown["links"] = {name: f"{base}/{name}" for name in ("end", "result", "records")} | {"self": base}
     return job, shown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -21,6 +22,7 @@ from harpcaller.model.jobs import JobCounts, JobSummary
 
 FACETS = ("state", "host", "procedure", "queue", "owner", "end_type")
 _MAX_BUCKETS = 1500
+_STEP = 50  #: Rows that are encoded in one step of the event loop.
 
 
 class JobFilterQuery(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename={"from_": "from"}):
@@ -109,8 +111,12 @@ async def list_jobs(request: APIRequest) -> Response:
     query: ListQuery = request.query
     wanted = query.parse(time.time())
     page = await request.acting.find_jobs(wanted, query.order == "newest", query.limit, query.cursor)
+    rows: list[Raw] = []
+    for at in range(0, len(page.summaries), _STEP):
+        rows += [dump_row(show_row(request, summary, query.payloads)) for summary in page.summaries[at : at + _STEP]]
+        await asyncio.sleep(0)
     body = Envelope(
-        jobs=_array([show_row(request, summary, query.payloads) for summary in page.summaries]),
+        jobs=Raw(b"[%b]" % b",".join(rows)),
         next=page.next,
         complete=page.complete,
         examined=page.examined,
@@ -123,10 +129,6 @@ async def list_jobs(request: APIRequest) -> Response:
         address = f"{request.http.url.path}?{urlencode({**given, 'cursor': page.next})}"
         headers["Link"] = f'<{address}>; rel="next"'
     return json_response(body, headers=headers)
-
-
-def _array(rows: list[Envelope]) -> Raw:
-    return Raw(b"[%b]" % b",".join(map(dump_row, rows)))
 
 
 async def count_jobs(request: APIRequest) -> Response:
