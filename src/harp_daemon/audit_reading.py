@@ -27,7 +27,7 @@ from harp_daemon.audit_file import (
     read_lines,
 )
 
-_MAX_PAGE = 1024 * 1024  #: Bytes that one page reads; reading them takes about 20 ms.
+_MAX_PAGE = 1024 * 1024  #: Bytes that one page reads; a thread needs about 50 ms for them.
 _BLOCK = 64 * 1024  #: Bytes that are read at once.
 
 

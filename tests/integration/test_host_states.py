@@ -1,0 +1,70 @@
+"""What the dispatcher knows about a host with resumable calls: contact, an outage, and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from pathlib import Path
+
+from harpcaller.dispatcher import Dispatcher
+from harpcaller.host_states import HostState, Reachability
+from support.dispatcher import call, host_line, running
+from support.peers import PeerConnection
+from support.resumable_host import acknowledged, acknowledgement, call_list, lost, playing, started
+
+
+async def reached(dispatcher: Dispatcher, wanted: Reachability) -> HostState:
+    """Wait until the host is in a state."""
+    async with asyncio.timeout(30):
+        while (state := await state_of(dispatcher)).reachability is not wanted:
+            await asyncio.sleep(0.02)
+    return state
+
+
+async def state_of(dispatcher: Dispatcher) -> HostState:
+    [state] = await dispatcher.describe_hosts(dispatcher.registry.list_hosts())
+    return state
+
+
+async def test_host_with_an_outage_is_down_until_its_call_is_attached_again(tmp_path: Path) -> None:
+    cut, go_on, end = threading.Event(), threading.Event(), threading.Event()
+
+    def begin(conn: PeerConnection) -> None:
+        started(conn)
+        cut.wait(30)
+        conn.reset()
+
+    def resume(conn: PeerConnection) -> None:
+        if not go_on.is_set():
+            conn.reset()
+            return
+        if "calls" in conn.expect():
+            conn.reply({"harp": 1, "calls": [], "instance": "w1"})
+        else:
+            conn.reply(acknowledgement())
+            end.wait(30)
+
+    with playing(tmp_path, call_list(), begin, always=resume) as peer:
+        async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
+            assert (await state_of(dispatcher)).reachability is Reachability.UNKNOWN
+            began_at = time.time()
+            job_id = await dispatcher.submit(call(), "test")
+            await acknowledged(dispatcher, job_id)
+            up = await reached(dispatcher, Reachability.UP)
+            assert up.contact is not None
+            assert up.contact >= began_at - 1
+            assert (up.error, up.since, up.outages, up.last_error) == (None, None, 0, None)
+            assert up.daemon is not None
+            assert (up.daemon["keeps_calls"], up.daemon["instance"]) == (True, "w1")
+            cut.set()
+            await lost(dispatcher, job_id)
+            down = await state_of(dispatcher)
+            assert (down.reachability, down.outages) == (Reachability.DOWN, 1)
+            assert down.error
+            assert down.since is not None
+            assert began_at - 1 <= down.since <= time.time()
+            go_on.set()
+            again = await reached(dispatcher, Reachability.UP)
+            assert (again.outages, again.error, again.last_error is not None) == (0, None, True)
+            end.set()
