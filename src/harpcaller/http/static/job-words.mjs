@@ -72,6 +72,7 @@ export const jobWords = {
       authenticate: "authenticate",
       fork: "start the process",
       run: "run",
+      unmeasured: "not measured",
       other: "transfer and store records",
       store_end: "store the end",
       deliver: "deliver the end",

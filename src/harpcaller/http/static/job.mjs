@@ -281,12 +281,16 @@ export function readPhases(job, now) {
     }
   }
   const total = (hasEnded ? end : Math.max(now, submit)) - submit;
-  if (!hasEnded) {
+  const rest = total - at;
+  if (hasEnded && rest > 0.001) {
+    // An end without exit info: nobody has measured what was between.
+    const place = rows.findIndex((row) => AFTER.includes(row.name));
+    rows.splice(place < 0 ? rows.length : place, 0, { name: start === null ? "wait" : "unmeasured", start: at, length: rest });
+  } else if (!hasEnded) {
     const name = start === null ? "wait" : "run";
-    const rest = Math.max(0, total - at);
     const row = rows.find((row) => row.name === name);
-    if (row) row.length += rest;
-    else rows.push({ name, start: at, length: rest });
+    if (row) row.length += Math.max(0, rest);
+    else rows.push({ name, start: at, length: Math.max(0, rest) });
     rows.find((row) => row.name === name).isLive = true;
   }
   return { rows, total };
