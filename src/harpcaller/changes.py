@@ -375,8 +375,9 @@ class LiveJobs:
         for job_id, number in page:
             if number <= group.known:
                 break
-            if (summary := summaries.get(job_id)) is None:  # deleted
-                group.add_left(job_id if view.sees_all else None)
+            if (summary := summaries.get(job_id)) is None:  # deleted: who might see it cannot be decided any more
+                if view.sees_all:
+                    group.add_left(job_id)
             elif (rights := view.rights(summary)) is not None:
                 seen[job_id] = summary, rights
         fitting = await view.select([summary for summary, _ in seen.values()]) if seen else frozenset()
@@ -405,9 +406,9 @@ class _Group:
         self.left: list[str] = []
         self.more = 0  # number of further changes
 
-    def add_left(self, job_id: str | None) -> None:
-        """Add a job that does not fit any more; None: it may not be named."""
-        if job_id is not None and len(self.left) < _MAX_ROWS:
+    def add_left(self, job_id: str) -> None:
+        """Add a job that does not fit any more."""
+        if len(self.left) < _MAX_ROWS:
             self.left.append(job_id)
         else:
             self.more += 1

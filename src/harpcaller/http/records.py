@@ -675,7 +675,8 @@ async def resume_records(request: APIRequest) -> Response:
     body = loads(request.body)
     jobs = body.get("jobs") if isinstance(body, dict) else None
     if not isinstance(jobs, dict) or len(body) != 1:
-        raise Problem("invalid_request", "expected an object with the member jobs only", 422, [("/jobs", "expected")])
+        reason = "expected an object: the number of the next record of each job"
+        raise Problem("invalid_request", f"jobs: {reason}, and no other member", 422, [("/jobs", reason)])
     for job_id, since in jobs.items():
         if since is not None and (type(since) is not int or not 0 <= since < 2**63):
             pointer = f"/jobs/{job_id[:40]}"
