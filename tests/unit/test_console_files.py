@@ -75,8 +75,8 @@ FRAME = {"theme.js", *imports_of("app.mjs"), "vendor/preact.mjs", "vendor/hooks.
 VIEWS = set(re.findall(r'"([\w-]+\.mjs)", "\w+View"', (STATIC / "app.mjs").read_text()))
 
 
-def test_frame_and_login_load_at_most_32_kilobytes() -> None:
-    assert size(FRAME) <= 32_000
+def test_frame_and_login_load_at_most_30_kilobytes() -> None:
+    assert size(FRAME) <= 30_000
 
 
 @pytest.mark.parametrize("view", sorted(VIEWS))
@@ -86,7 +86,7 @@ def test_view_with_frame_and_worker_loads_at_most_60_kilobytes(view: str) -> Non
 
 
 def test_all_scripts_and_styles_stay_within_their_budget() -> None:
-    assert size(name for name in SENT if name.endswith(("js",))) <= 82_000
+    assert size(name for name in SENT if name.endswith(("js",))) <= 80_000
     assert size(name for name in SENT if name.endswith(".css")) <= 12_000
 
 
