@@ -95,10 +95,13 @@ class ChangeFeed:
 
     def record(self, changes: Sequence[Change]) -> None:
         """Give numbers to committed changes."""
+        self.touch([change.job_id for change in changes])
+
+    def touch(self, job_ids: Sequence[str]) -> None:
+        """Give numbers to changes of these jobs, which need not be stored: such as an outage of a host."""
         numbers, number = self._numbers, self.number
-        for change in changes:
+        for job_id in job_ids:
             number += 1
-            job_id = change.job_id
             if job_id in numbers:
                 numbers.move_to_end(job_id)
             numbers[job_id] = number

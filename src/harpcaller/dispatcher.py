@@ -175,6 +175,7 @@ class Dispatcher:
             wall=self._wall,
             secret_keys=self._secret_keys,
             audit=self.audit,
+            on_outage=lambda job_id: self.changes.touch([job_id]),
             metrics=self.metrics,
         )
         self._report_config(self.config, frozenset())

@@ -347,6 +347,34 @@ async def test_reattach_acknowledges_the_records_again(tmp_path: Path) -> None:
             assert records == [(number, number) for number in range(3)]
 
 
+async def test_outage_is_a_change_of_the_job_when_it_begins_and_ends(tmp_path: Path) -> None:
+    back = threading.Event()
+
+    def begin(conn: PeerConnection) -> None:
+        started(conn)
+        conn.reset()
+
+    def refusing(conn: PeerConnection) -> None:
+        assert back.wait(30)
+        conn.reset()
+
+    def again(conn: PeerConnection) -> None:
+        attached(conn)
+        ends(conn, EXIT_INFO, {"result": 1})
+
+    with playing(tmp_path, call_list(), begin, refusing, call_list(), again) as peer:
+        async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
+            changes = dispatcher.changes  # nothing else is recorded without an API that shows changes
+            job_id = await dispatcher.submit(call(), "test")
+            await lost(dispatcher, job_id)
+            assert changes.changed_since(0) == [(job_id, 1)]
+            [summary] = await dispatcher.get_summaries([job_id])
+            assert summary.unreachable_since is not None
+            back.set()
+            await settled(dispatcher, job_id)
+            assert changes.changed_since(0) == [(job_id, 2)]
+
+
 async def test_outage_lasts_until_the_host_has_stopped_the_call(tmp_path: Path) -> None:
     """The host's `kill_grace` is longer than `host_timeout`: the slot stays until its processes must have ended."""
 

@@ -128,6 +128,7 @@ class RunContext:
     audit: Audit = field(default_factory=Audit)
     metrics: Metrics | None = None  # None: nothing is counted
     addresses: ClientAddresses = field(default_factory=ClientAddresses)
+    on_outage: Callable[[str], object] = lambda job_id: None  # called when an outage of a job's host begins or ends
     openings: set[asyncio.Task[Any]] = field(default_factory=set)  #: The tasks that open connections.
     _start_encoders: dict[tuple[Host, HostSupport], StartEncoder] = field(default_factory=dict, init=False)
 

@@ -447,6 +447,7 @@ class Run:
                 self._job_started_at = time.monotonic() - terms.elapsed
                 log.info("outage ended", extra={**self._log_fields, "attempts": self.outage.attempts})
                 self.outage = None
+                self._context.on_outage(self.job.id)
             if self._records.count and not self._records.closed:
                 # The host may not have received the last acknowledgements; a call with a full spool waits for them.
                 conn.send_command(harpd.Ack(self._records.count))
@@ -638,6 +639,7 @@ class Run:
             received_at = self._conn.last_received_at if self._conn is not None else now
             self.outage = Outage.started_ago(now - received_at, self._context.wall())
             log.warning("outage began", extra={**self._log_fields, "reason": error})
+            self._context.on_outage(self.job.id)
             self._starts.on_contact_lost(self.job, error, self._created_at)
             if self._host is not None:
                 self._context.capabilities.invalidate(self._host)
