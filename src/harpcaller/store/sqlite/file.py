@@ -124,7 +124,7 @@ def connect(path: Path, *, query_only: bool = False) -> sqlite3.Connection:
         # Some builds overwrite deleted data, which would make pruning as costly as writing the data again.
         connection.execute("PRAGMA secure_delete = OFF")
         connection.execute(f"PRAGMA query_only = {query_only:d}")
-        if query_only:  # a search reads 10,000 rows of different pages
+        if query_only:  # a search reads rows of many pages
             connection.execute(f"PRAGMA cache_size = -{_READER_CACHE_KIB}")
     except BaseException:
         connection.close()

@@ -213,7 +213,7 @@ _COLUMNS: Mapping[str, frozenset[str]] = {
     _ID_INDEX: frozenset({"seq", "id"}),
 }
 #: How much an entry costs if the conditions need its row, its procedure or its payloads, and how many are looked at.
-_ENTRY, _PROCEDURE, _ROW, _PAYLOADS = 1, 3, 4, 10
+_ENTRY, _PROCEDURE, _ROW, _PAYLOADS = 1, 3, 6, 15
 
 ALL_JOBS = Range("jobs", (Entries("jobs NOT INDEXED"),))
 NO_JOBS = Range("none", ())
