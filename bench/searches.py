@@ -127,7 +127,7 @@ def measure(run: Callable[[], object], seconds: float) -> dict[str, float]:
         run()
         times.append(1e3 * (time.perf_counter() - began))
         cpu.append(1e3 * (time.thread_time() - cpu_began))
-    found = {}
+    found: dict[str, float] = {}
     for name, values in (("", times), ("cpu_", cpu)):
         values.sort()
         found |= {f"{name}ms": values[len(values) // 2], f"{name}p99": values[int(0.99 * len(values))]}
