@@ -319,7 +319,7 @@ def control(dispatcher: Harpcallerd, data: bytes) -> list[Any]:
 
 COMMANDS = (
     "status, stop, reload, reopen-logs, list, info, cancel, release-slot, queue-list, queue-cancel, hosts-list, "
-    "hosts-refresh, token-add, token-list, token-revoke"
+    "hosts-refresh, token-add, token-list, token-revoke, web-login"
 )
 
 
