@@ -16,7 +16,15 @@ from harpcaller.http.schemas import SCHEMAS, UUID
 
 #: The problems that every operation with a body, and every operation, may have.
 _OF_BODY = ("too_long", "unsupported_media_type")
-_OF_ALL = ("invalid_request", "auth_error", "not_acceptable", "too_many_requests", "internal_error", "storage_error")
+_OF_ALL = (
+    "invalid_request",
+    "auth_error",
+    "not_acceptable",
+    "url_too_long",
+    "too_many_requests",
+    "internal_error",
+    "storage_error",
+)
 _STATUSES_OF_BODY = (422,)  #: Of `invalid_request`, if the body is JSON, but not what is expected.
 _VARIABLE = re.compile(r"\{(\w+)\}")
 _PATH_SCHEMAS = {"job": UUID}
