@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import secrets
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence, Set
@@ -27,6 +28,7 @@ from harpcaller.model.jobs import JobSummary
 
 log = logging.getLogger(__name__)
 
+_POSITION = re.compile(r"([0-9a-f]{1,16})-(\d{1,19})", re.ASCII)
 _MAX_JOBS = 10_000  #: Number of jobs whose latest change is kept; each needs about 200 bytes.
 _INTERVAL = 0.25  #: Minimum seconds between two events about jobs.
 _LONG_INTERVAL = 2.0  #: The same while many readers follow many changes.
@@ -60,9 +62,8 @@ class Position(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> Position | None:
         """Return the position with this text; None if it is not one."""
-        boot, hyphen, number = text.partition("-")
-        is_number = number.isascii() and number.isdigit() and len(number) < 20
-        return cls(boot, int(number)) if hyphen and is_number else None
+        found = _POSITION.fullmatch(text)
+        return None if found is None else cls(found[1], int(found[2]))
 
 
 class Event:

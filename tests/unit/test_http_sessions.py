@@ -164,3 +164,14 @@ async def test_session_lasts_without_its_file(tmp_path: Path, caplog: pytest.Log
     assert store.find(secret) is not None
     await store.aclose()
     assert store.file.exists()
+
+
+async def test_one_client_ends_no_sessions_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harpcaller.http.sessions._MAX_SESSIONS", 10)
+    monkeypatch.setattr("harpcaller.http.sessions._MAX_OF_PRINCIPAL", 3)
+    sessions = opened(tmp_path)
+    victim, _ = await sessions.begin("login:victim")
+    for _ in range(12):
+        await sessions.begin("login:attacker")
+    assert sessions.find(victim) is not None
+    assert len(sessions.list()) == 4

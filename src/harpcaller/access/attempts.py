@@ -7,9 +7,19 @@ from __future__ import annotations
 
 import time
 
+from harp_daemon.acceptor import network
+from harpcaller.access.client import Client
+
 _FIRST_DELAY, _MAX_DELAY = 0.1, 30.0  # seconds
 _FORGET_AFTER = 600.0  # seconds
 _MAX_KEYS = 10_000
+
+
+def peer_of(client: Client) -> str:
+    """Return whose attempts count together: a user, an IPv4 address, or an IPv6 network, which one attacker has."""
+    if client.peer.startswith("uid:"):
+        return client.peer
+    return network(client.peer.rpartition(":")[0].strip("[]"))
 
 
 class FailedAttempts:

@@ -20,7 +20,7 @@ from harp_daemon.settings import ConfigError
 from harp_daemon.sockets import Listener
 from harpcaller.access import AuthError
 from harpcaller.access.accounts import Accounts
-from harpcaller.access.attempts import FailedAttempts
+from harpcaller.access.attempts import FailedAttempts, peer_of
 from harpcaller.access.client import Client
 from harpcaller.access.tokens import Token, TokenError, TokenStore, parse_token, read_tokens
 from harpcaller.config import Config
@@ -100,7 +100,7 @@ class Identities:
                 "it on the way; use an address of listen that begins with tls:, and a new token",
                 token=name,
             )
-        peer = client.peer if client.peer.startswith("uid:") else client.peer.rpartition(":")[0]
+        peer = peer_of(client)
         if token is None:
             delay = self._attempts.record_failure(peer, name)
             reason = "no such token, or its secret is wrong, or it has expired" if digest else "it is not a token"

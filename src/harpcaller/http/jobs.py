@@ -181,21 +181,29 @@ async def wait_until_ended(request: APIRequest, job_id: str, seconds: float) -> 
 
 
 async def wait_until_changed(request: APIRequest, job_id: str, tag: str, seconds: float) -> None:
-    """Wait until a job has another tag, or the time is over."""
+    """Wait until a job has another tag, or the time is over. Raises `UnknownJob` if the right to it is revoked."""
     changed = asyncio.Event()
 
     async def wait() -> None:
         while etag_of(await request.acting.get_job(job_id)) == tag:
             await changed.wait()
             changed.clear()
+            request.renew_rights()
+
+    def check_rights() -> None:
+        if not request.acting.is_current:
+            changed.set()
 
     end_watch = request.acting.watch_changes(job_id, changed.set)
+    end_rights_watch = request.acting.watch_changes(None, check_rights)
     waiting = asyncio.ensure_future(wait())
     try:
         await request.service.wait(request.http, waiting, seconds)
     finally:
         end_watch()
+        end_rights_watch()
         waiting.cancel()
+        request.renew_rights()
 
 
 # Representations.
@@ -348,6 +356,8 @@ async def cancel_job(request: APIRequest) -> Response:
             details = await request.service.wait(request.http, waiting, seconds)
         finally:
             waiting.cancel()
+        request.renew_rights()
+        await request.acting.require_on_job(Action.CANCEL, job_id)
         if details is not None and details.job.stop is not None:
             stop = Envelope(state=details.job.stop.value, stop_report=details.metadata.stop_report)
     return json_response(Envelope(cancelled=cancelled, stop=stop))

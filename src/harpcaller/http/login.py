@@ -18,11 +18,13 @@ from harp.protocol import schema
 from harp.protocol.schema import check, reject_unknown_keys, required_string
 from harp_daemon.sliced_json import decode_slices
 from harpcaller.access import AuthError
+from harpcaller.access.attempts import peer_of
 from harpcaller.access.client import Client
 from harpcaller.access.policy import Action, Target
 from harpcaller.access.rules import TOKEN
 from harpcaller.access.users import User
 from harpcaller.http.authentication import cookie_name, cookie_of, is_secure
+from harpcaller.http.jobs import decode_body
 from harpcaller.http.operations import Answer, APIRequest, Body, Operation, json_response
 from harpcaller.http.problems import Problem
 from harpcaller.http.proofs import Proof
@@ -69,10 +71,10 @@ async def begin_session(request: APIRequest) -> Response:
 
 
 async def _check_password(request: APIRequest, name: str, password: str) -> User:
-    users, peer = request.service.users, request.client.peer
+    users = request.service.users
     if users is None:
         raise AuthError("the name or the password is wrong", "a password, and http.users_file is not set")
-    return await users.check(peer if peer.startswith("uid:") else peer.rpartition(":")[0], name, password)
+    return await users.check(peer_of(request.client), name, password)
 
 
 async def end_session(request: APIRequest) -> Response:
@@ -161,7 +163,7 @@ async def get_me(request: APIRequest) -> Response:
 
 async def ask_me(request: APIRequest) -> Response:
     """Answer whether the client may do something, and which rule decides."""
-    members = schema.decode_object(request.body, decode_slices)
+    members = await decode_body(request, lambda body: schema.decode_object(body, decode_slices))
     reject_unknown_keys(members, ("action", "host", "procedure", "queue", "arguments", "job"))
     name = required_string(members, "action")
     check(name in [*Action], f"action: expected one of {', '.join(Action)}, got {name[:100]!r}")

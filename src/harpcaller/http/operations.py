@@ -45,6 +45,11 @@ class APIRequest:
         """The headers of the request."""
         return self.http.headers
 
+    def renew_rights(self) -> None:
+        """Decide by the rules that are in use now, after a wait."""
+        if not self.acting.is_current:
+            self.acting = self.service.acting_as(self.client)
+
 
 Handler: TypeAlias = Callable[[APIRequest], Awaitable[Response]]
 

@@ -37,6 +37,7 @@ JSON_LINES, EVENTS, TEXT = "application/jsonl", "text/event-stream", "text/plain
 
 _MAX_SEARCHED = 64 * 1024 * 1024  #: Maximum bytes of records that one request looks through.
 _MAX_JOBS = 100  #: Maximum number of jobs in one response.
+_MAX_NUMBERS = 16 * 1024  #: Maximum bytes of the body with the numbers of the next records.
 _RETRY = b"retry: 1000\n\n"  #: Milliseconds until a browser connects again.
 
 _PAGE_RECORDS, _PAGE_BYTES = 1000, 1024 * 1024  #: Limits of a response that does not follow.
@@ -672,6 +673,8 @@ async def follow_records(request: APIRequest) -> Response:
 
 async def resume_records(request: APIRequest) -> Response:
     """Answer with the records of several jobs, each from a number on."""
+    if len(request.body) > _MAX_NUMBERS:
+        raise Problem("too_long", f"the numbers of {_MAX_JOBS} jobs have at most {_MAX_NUMBERS} bytes")
     body = loads(request.body)
     jobs = body.get("jobs") if isinstance(body, dict) else None
     if not isinstance(jobs, dict) or len(body) != 1:

@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 LOGIN = "login:"  #: The beginning of the principal of a session that no token began.
 LINK_SECONDS = 300.0  #: Seconds for which a one-time link is valid.
 _MAX_LINKS, _MAX_SESSIONS = 100, 1000  #: Beyond these numbers, the oldest ones end.
+_MAX_OF_PRINCIPAL = 50  #: The same for each principal, so that one client does not end the sessions of others.
 _WRITE_USES_EVERY = 60.0  #: Seconds between two writes of the last uses.
 _MAX_AGENT = 200  #: Maximum characters of the name of a browser.
 _MAX_SECRET = 100  #: Longer texts are no secret of ours.
@@ -155,8 +156,10 @@ class Sessions:
         )
         self._sessions[session.sha256] = session
         self._remove_ended()
-        while len(self._sessions) > _MAX_SESSIONS:
-            del self._sessions[min(self._sessions.values(), key=lambda each: each.seen).sha256]
+        own = [each for each in self._sessions.values() if each.principal == principal]
+        for excess, most in (own, _MAX_OF_PRINCIPAL), (list(self._sessions.values()), _MAX_SESSIONS):
+            for ended in sorted(excess, key=lambda each: each.seen)[: max(0, len(excess) - most)]:
+                self._sessions.pop(ended.sha256, None)
         await self._write()
         return secret, session
 

@@ -32,13 +32,15 @@ MAX_TEXT = 1000  #: Maximum length of a value that is searched for in a text, in
 _MAX_NAME = 255
 _RELATIVE = re.compile(r"-(\d{1,9})([smhd])", re.ASCII)
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_MAX_SUGGESTIONS = 20  #: Maximum number of unknown keys that are compared with the known ones, which takes long.
 _LATEST = 253402300800.0  # the year 10000
 _ID_CHARACTERS = re.compile(r"[0-9a-f-]{8,36}", re.ASCII)
 _QUEUE_ID = re.compile(r"[0-9a-f]{32}|-", re.ASCII)
 _PLAIN = re.compile(r'[^\s",:]+')  # a value that needs no quotes
 #: A word of a search: a key, and characters without spaces or texts in quotes.
 _WORD = re.compile(r'(?:([a-z_]+):)?((?:"(?:[^"\\]|\\.)*"|[^\s"])+)|(\S)')
-_PART = re.compile(r'"(?:[^"\\]|\\.)*"|[^",]+|,|"')
+#: A part of values: a text in quotes, another one, a comma, or all from a quotation mark without a second one on.
+_PART = re.compile(r'"(?:[^"\\]|\\.)*"|[^",]+|,|"(?s:.*)')
 
 
 class InvalidFilter(ValueError):
@@ -135,14 +137,18 @@ def parse_search(text: str, now: float) -> JobFilter:
 def parse_words(text: str) -> list[tuple[str | None, str]]:
     """Return the words of a search text with their keys; None: a word without a key."""
     words: list[tuple[str | None, str]] = []
+    unknown: set[str] = set()
     for match in _WORD.finditer(text):
         key, value, stray = match.groups()
         if stray is not None:
             raise InvalidFilter("q", f"expected a second quotation mark after {text[match.start() :][:20]!r}")
         if key is None and value[:-1] in _PARTS and value.endswith(":"):
             key, value = value[:-1], ""
-        elif key is not None and key not in _PARTS and not _looks_like_key(key):
-            key, value = None, match[0]
+        elif key is not None and key not in _PARTS:
+            is_compared = key not in unknown and len(unknown) < _MAX_SUGGESTIONS
+            if not (is_compared and _looks_like_key(key)):
+                unknown.add(key)
+                key, value = None, match[0]
         words.append((key, value))
     return words
 
