@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 
 from harpcaller.access.attempts import peer_of
 from harpcaller.access.client import Client
+from harpcaller.model.jobs import State
 from support.deadline import eventually
 from support.dispatcher import host_line
 from support.http_api import RULES, RunningAPI, running_api
@@ -57,8 +57,7 @@ async def test_http_wait_for_another_tag_ends_with_the_right_to_the_job(tmp_path
             call = {"host": "web01", "procedure": "p", "arguments": []}
             bob = api.headers_of("bob", "none")
             job = (await api.client.post("/jobs", json=call, headers=bob)).json()["job"]
-            is_running = partial(has_state, api, job, "running")
-            await eventually(is_running)
+            await eventually(lambda: is_running(api, job))
             tag = (await api.client.get(f"/jobs/{job}", headers=bob)).headers["etag"]
             waiting = asyncio.create_task(
                 api.client.get(f"/jobs/{job}?wait=60", headers=bob | {"If-None-Match": tag}, timeout=90)
@@ -72,8 +71,9 @@ async def test_http_wait_for_another_tag_ends_with_the_right_to_the_job(tmp_path
             assert (reply.status_code, reply.json()["code"]) == (404, "invalid_jobid")
 
 
-async def has_state(api: RunningAPI, job: str, state: str) -> bool:
-    return bool((await api.client.get(f"/jobs/{job}")).json()["state"] == state)
+def is_running(api: RunningAPI, job_id: str) -> bool:
+    job = api.dispatcher.get_active_job(job_id)
+    return job is not None and job.state is State.RUNNING
 
 
 @pytest.mark.parametrize(
@@ -95,3 +95,16 @@ async def test_http_event_lines_are_json_whatever_the_last_event_id_is(tmp_path:
         headers = {"Accept": "application/jsonl", "Last-Event-ID": 'a","event":"x"b-3'}
         async with api.client.stream("GET", "/events", headers=headers) as reply:
             assert reply.status_code == 400
+
+
+async def test_http_deep_names_of_queues_are_no_internal_error(tmp_path: Path) -> None:
+    async with running_api(tmp_path) as api:
+        for start, end in ('{"":', "}"), ("[", "]"):
+            for depth in 320, 500, 680, 900, 980:
+                name = '{"":' + start * depth + "1" + end * depth + "}"
+                call = '{"host":"nohost","procedure":"p","arguments":[],"queue":{"name":' + name + "}}"
+                reply = await api.client.post("/jobs", content=call, headers=JSON)
+                assert reply.status_code in (201, 400, 422), (depth, reply.text)
+                reply = await api.client.get("/queues", params={"name": name})
+                assert reply.status_code in (200, 400, 414), (depth, reply.text)
+        assert (await api.client.get("/jobs")).status_code == 200

@@ -21,7 +21,7 @@ _EXACT = Context(prec=MAX_PREC, Emax=MAX_EMAX, Emin=MIN_EMIN)
 
 
 class _Number(str):
-    """The canonical text of a number."""
+    """The canonical text of a number, or another text that is written as it is."""
 
 
 def _canonical_number(text: str) -> _Number:
@@ -43,14 +43,28 @@ def canonical(text: bytes) -> str:
 
 
 def _write_canonical(value: Any) -> str:
-    if isinstance(value, _Number):
-        return str(value)
-    if isinstance(value, dict):
-        members = (f"{json.dumps(key)}:{_write_canonical(value[key])}" for key in sorted(value))
-        return "{" + ",".join(members) + "}"
-    if isinstance(value, list):
-        return "[" + ",".join(map(_write_canonical, value)) + "]"
-    return json.dumps(value)
+    pieces: list[str] = []
+    rest = [value]  # what is written next is the last one; without recursion, for names that are nested deeply
+    while rest:
+        value = rest.pop()
+        if isinstance(value, _Number):
+            pieces.append(value)
+        elif isinstance(value, dict):
+            members = [[_Number(json.dumps(key) + ":"), value[key]] for key in sorted(value)]
+            rest += _enclose("{", members, "}")
+        elif isinstance(value, list):
+            rest += _enclose("[", [[item] for item in value], "]")
+        else:
+            pieces.append(json.dumps(value))
+    return "".join(pieces)
+
+
+def _enclose(start: str, parts: list[list[Any]], end: str) -> list[Any]:
+    """Return parts with commas between them, and their enclosing characters, the last one first."""
+    written = [_Number(start)]
+    for index, part in enumerate(parts):
+        written += [_Number(","), *part] if index else part
+    return [_Number(end), *reversed(written)]
 
 
 def queue_lane(name: Raw) -> str:
