@@ -108,3 +108,10 @@ async def test_http_deep_names_of_queues_are_no_internal_error(tmp_path: Path) -
                 reply = await api.client.get("/queues", params={"name": name})
                 assert reply.status_code in (200, 400, 414), (depth, reply.text)
         assert (await api.client.get("/jobs")).status_code == 200
+
+
+async def test_http_stranger_holds_no_memory_with_the_body_of_a_login(tmp_path: Path) -> None:
+    head = b"POST /api/v1/session HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    async with running_api(tmp_path) as api:
+        for more in (b"Content-Length: 1000000\r\n\r\n{", b"Transfer-Encoding: chunked\r\n\r\n2000\r\n" + b" " * 8192):
+            assert b"413" in (await api.send(head + more)).split(b"\r\n")[0]

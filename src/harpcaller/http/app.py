@@ -327,10 +327,11 @@ def _check_accept(operation: Operation, request: Request) -> None:
 async def _read_body(service: HTTPService, operation: Operation, request: Request, reservation: Reservation) -> bytes:
     """Return the body of a request. Raises `Problem`; a body over the limit is refused before it is read."""
     assert operation.body is not None
-    limit = service.config().request_line
-    too_long = Problem(
-        "too_long", f"the body is longer than request_line, which is {limit} bytes", headers={"Connection": "close"}
-    )
+    most, limit = operation.body.most, service.config().request_line
+    detail = f"the body is longer than request_line, which is {limit} bytes"
+    if most is not None and most < limit:
+        limit, detail = most, f"the body of this request has at most {most} bytes"
+    too_long = Problem("too_long", detail, headers={"Connection": "close"})
     length = request.headers.get("content-length")
     if length is not None and int(length) > limit:
         raise too_long

@@ -38,8 +38,6 @@ _MAX_LOGIN = 4096  #: Maximum bytes of the body of a login.
 async def begin_session(request: APIRequest) -> Response:
     """Answer a login with the cookie of a session."""
     sessions, http = request.service.sessions, request.http
-    if len(request.body) > _MAX_LOGIN:
-        raise Problem("too_long", f"a login has at most {_MAX_LOGIN} bytes")
     members = schema.decode_object(request.body, decode_slices)
     reject_unknown_keys(members, ("link", "token", "user", "password"))
     is_password = members.keys() == {"user", "password"}
@@ -234,6 +232,7 @@ OPERATIONS = (
                 "oneOf": [{"required": ["link"]}, {"required": ["token"]}, {"required": ["user", "password"]}],
             },
             {"link": "2d6cZq0"},
+            most=_MAX_LOGIN,
         ),
         problems=("auth_error", "cross_origin", "rate_limited"),
         responses={201: Answer("the session", _LOGIN, headers={"Set-Cookie": "the cookie of the session"})},

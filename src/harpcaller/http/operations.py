@@ -61,6 +61,7 @@ class Body:
     schema: Mapping[str, Any]
     example: Any
     required: bool = True
+    most: int | None = None  #: Maximum bytes, which are refused before they are read; None: `request_line`.
 
 
 @dataclass(frozen=True, slots=True)
