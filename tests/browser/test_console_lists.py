@@ -203,6 +203,21 @@ def test_search_finds_by_words_and_keys(pages: Pages, filled: Site, sought: str,
     expect(rows(page)).to_contain_text(found)
 
 
+def test_keys_of_a_search_are_filters_that_counts_show(pages: Pages, filled: Site) -> None:
+    page = pages.open("/jobs")
+    field = page.get_by_role("searchbox", name="Search jobs")
+    field.fill('no state:bad procedure:fail "such table"')
+    field.press("Enter")
+    expect(page).to_have_url(re.compile(r"\?q=no\+%22such\+table%22&state=bad&procedure=fail$"))
+    expect(rows(page)).to_have_count(1)
+    expect(page.locator(".facet-state li.set")).to_have_text([re.compile("raised"), re.compile("failed")])
+    expect(page.get_by_text("1 job", exact=True)).to_be_visible()
+    expect(field).to_have_value('no "such table"')
+    field.fill("state:raised state:failed owner:token:web")
+    field.press("Enter")
+    expect(page).to_have_url(re.compile(r"\?q=state:raised\+state:failed\+owner:token:web$"))
+
+
 def test_search_by_id_opens_the_job_and_by_its_part_finds_it(pages: Pages, filled: Site) -> None:
     job = filled.finish("echo", "sought")
     page = pages.open("/jobs")
@@ -302,12 +317,13 @@ def test_keys_alone_lead_from_the_link_to_a_job(visitor_pages: Pages, filled: Si
     page.keyboard.type("state:raised")
     page.keyboard.press("Enter")
     expect(rows(page).first).to_contain_text("ValueError")
-    page.keyboard.press("Tab")  # out of the field, where keys are text
+    expect(page.locator("#content")).to_be_focused()  # not the field, where keys are text
     page.keyboard.press("j")
     expect(page.locator("tr.at .row-link")).to_be_focused()
     job = page.locator("tr.at").get_attribute("data-job") or ""
     page.keyboard.press("Enter")
     expect(page).to_have_url(re.compile(job))
+    expect(page.get_by_role("tablist")).to_be_visible()  # the keys of the job are there
     page.keyboard.press("u")
     expect(row(page, job)).to_be_visible()
     assert "raised" in page.url

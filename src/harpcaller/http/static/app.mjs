@@ -2,6 +2,7 @@
 // it exports one component, which gets `{query, id, me}`: the query of the address, the part after the view's name,
 // and the answer of GET /me. `ui.mjs` has what views are made of.
 import { del, get, Problem, tellWatchers, watchRequests } from "./api.mjs";
+import { searched } from "./filters.mjs";
 import { useKeys } from "./keys.mjs";
 import { togglePause, useLiveStatus } from "./live.mjs";
 import { LoginView } from "./login.mjs";
@@ -105,13 +106,16 @@ function Account({ me, logOut, help }) {
 
 function Search({ query }) {
   const field = useRef(null);
-  useEffect(() => void (field.current.value = query.get("q") || ""), [query.get("q")]);
+  useEffect(() => void (field.current.value = query.get("q") || ""), [query.toString()]);
   useKeys(text.everywhere, { "/": [() => field.current.select(), text.search] }, 0);
   function submit(event) {
     event.preventDefault();
     const sought = field.current.value.trim();
     if (/^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/.test(sought)) navigate(link("/jobs/" + sought));
-    else navigate(link("/jobs", { q: sought }));
+    else {
+      navigate(link("/jobs", searched(sought)));
+      document.getElementById("content").focus();   // the keys of the list work at once
+    }
   }
   return html`<form class="search" role="search" onSubmit=${submit}>
     <${Icon} name="search" />

@@ -15,6 +15,21 @@ export function normal(query) {
   return result;
 }
 
+/**
+ * Return the filter of a search text. A word `KEY:VALUE` becomes the parameter, so that counts and chips show it; beside
+ * the text, both would count. What has quotation marks, is there twice, or is no filter stays text for the dispatcher.
+ */
+export function searched(text) {
+  const words = text.match(/(?:"[^"]*"?|[^\s"])+/g) || [];
+  const keys = words.map((word) => /^([a-z_]+):[^\s":\\]+$/.exec(word)?.[1]);
+  const moves = (key) => FILTERS.includes(key) && !["q", "info", "arguments"].includes(key) && words.filter((word) => word.startsWith(key + ":")).length === 1;
+  const query = new URLSearchParams();
+  const rest = words.filter((word, place) => !moves(keys[place]));
+  if (rest.length) query.set("q", rest.join(" "));
+  words.forEach((word, place) => moves(keys[place]) && query.set(keys[place], word.slice(keys[place].length + 1)));
+  return query;
+}
+
 /** Return the values of one parameter, states of a group one by one. */
 export function valuesOf(query, name) {
   const values = (query.get(name) || "").split(",").filter(Boolean);
