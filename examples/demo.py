@@ -48,6 +48,7 @@ strict_modes: false   # this copy of the project may belong to another user than
 
 HARPCALLER_TOML = """\
 listen = ["127.0.0.1:0", {calls}]
+tokens_file = {tokens_file}
 http = {{listen = ["127.0.0.1:0"]}}
 stream_directory = {stream_directory}
 hosts_file = {hosts_file}
@@ -113,6 +114,7 @@ def system(directory: Path) -> Iterator[tuple[int, int]]:
             "calls": f"unix:{directory / 'calls'}",
             "stream_directory": directory / "jobs",
             "hosts_file": hosts,
+            "tokens_file": directory / "tokens",
             "ca_file": directory / "ca.pem",
         }
         toml.write_text(HARPCALLER_TOML.format(**{key: json.dumps(str(path)) for key, path in paths.items()}))
@@ -154,12 +156,18 @@ Both daemons keep running, and have run some jobs. This link opens the console i
 
    {link}
 
+Another link: ./dev run harpcallerd --socket={directory}/control web-login
+
 In another terminal, from this directory:
 
    ./dev run harp --dispatcher=unix:{directory}/calls jobs
    ./dev run harp --dispatcher=unix:{directory}/calls show state:bad
    ./dev run harp --dispatcher=localhost:{harpcallerd} call --wait localhost disk_usage /
    ./dev run harpcallerd --socket={directory}/control list --all
+   TOKEN=$(./dev run harpcallerd --socket={directory}/control token add web --role=operator)
+   curl -H "Authorization: Bearer $TOKEN" {http}/api/v1/jobs
+   curl -H "Authorization: Bearer $TOKEN" -H "Content-Type: application/json" \\
+        -d '{{"host": "localhost", "procedure": "count", "arguments": [3]}}' '{http}/api/v1/jobs?wait=10'
    ./dev run python
    >>> import harp
    >>> rpc = harp.HarpCaller("localhost", {harpcallerd})
@@ -193,7 +201,9 @@ def login_link(directory: Path) -> str:
 def wait_for_interrupt(directory: Path, harpcallerd_port: int, harpd_port: int) -> None:
     """Print how to use the daemons, then wait for Ctrl-C or SIGTERM."""
     submit_samples(harpcallerd_port)
-    fields = {"directory": directory, "user": USER, "password": PASSWORD, "link": login_link(directory)}
+    link = login_link(directory)
+    http = link.partition("/login")[0]
+    fields = {"directory": directory, "user": USER, "password": PASSWORD, "link": link, "http": http}
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: stopped.set())
