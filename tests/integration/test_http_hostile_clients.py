@@ -115,3 +115,22 @@ async def test_http_stranger_holds_no_memory_with_the_body_of_a_login(tmp_path: 
     async with running_api(tmp_path) as api:
         for more in (b"Content-Length: 1000000\r\n\r\n{", b"Transfer-Encoding: chunked\r\n\r\n2000\r\n" + b" " * 8192):
             assert b"413" in (await api.send(head + more)).split(b"\r\n")[0]
+
+
+async def test_http_client_of_one_host_learns_nothing_of_the_others(tmp_path: Path) -> None:
+    only = '[[rule]]\nwho = ["token:guest"]\nallow = ["list"]\nhosts = ["web01"]\n'
+    rules = RULES.partition("\n\n")[0] + "\n" + only
+    async with running_api(tmp_path, host_line(1, "web01"), host_line(1, "web02"), rules=rules) as api:
+        found = (await api.client.get("/hosts", headers=api.headers_of("guest", "none"))).json()
+        assert [host["name"] for host in found["hosts"]] == ["web01"]
+        assert found["registry"] == {}
+        assert (await api.client.get("/hosts")).json()["registry"]["count"] == 2
+
+
+async def test_http_wrong_token_for_readiness_is_refused(tmp_path: Path) -> None:
+    async with running_api(tmp_path) as api:
+        assert api.api.service.health is not None
+        api.api.service.health.is_stopping = True
+        ready = f"http://127.0.0.1:{api.port}/readyz"
+        assert (await api.client.get(ready, headers={"Authorization": "Bearer harp_x_y"})).status_code == 401
+        assert (await api.client.get(ready)).status_code == 503

@@ -18,6 +18,7 @@ from msgspec import Meta, Struct
 from starlette.responses import Response
 
 from harp.protocol.json_text import Envelope, Raw, loads
+from harpcaller.access.policy import Action, Target
 from harpcaller.cursors import InvalidCursor
 from harpcaller.host_states import HostState
 from harpcaller.http.jobs import show_payload
@@ -142,7 +143,8 @@ async def list_hosts(request: APIRequest) -> Response:
     last = shown[-1].host.hostname if len(shown) == query.limit else looked_at[-1] if looked_at else ""
     has_more = (looked_at and last != looked_at[-1]) or next(names, None) is not None
     following = _encode_cursor(last) if has_more else None
-    registry = _show_registry(acting.describe_registry())
+    may_list_all = acting.decide(Action.LIST, Target()).allowed
+    registry = _show_registry(acting.describe_registry()) if may_list_all else {}
     return json_response(Envelope(hosts=[show_host(state) for state in shown], next=following, registry=registry))
 
 

@@ -54,6 +54,10 @@ class MonitoringRoutes:
     async def _may_see_details(self, request: Request) -> bool:
         try:
             await self._require(request)
+        except AuthError:
+            if "authorization" in request.headers:
+                raise  # after the delay of a wrong token
+            return False
         except Refusal:
             return False
         return True
