@@ -134,6 +134,9 @@ def test_stop_report_shows_survivors_and_slot_is_released(site: Site, pages: Pag
 def test_timeline_adds_up_to_the_time_taken(site: Site, pages: Pages, cookie: str, kind: str) -> None:
     job = site.finish("count", 3) if kind == "measured" else STUCK
     page = pages.open(f"/jobs/{job}")
+    labels = page.locator(".phase span")
+    expect(labels.first).to_be_attached()
+    assert labels.evaluate_all("all => all.every((label) => label.scrollWidth <= label.clientWidth)")  # none is cut
     page.locator(".timeline summary").click()
     found: dict[str, float] = page.evaluate(
         """() => Object.fromEntries([...document.querySelectorAll(".timeline tr[data-seconds]")]

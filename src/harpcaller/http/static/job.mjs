@@ -313,7 +313,7 @@ function Timeline({ job, skew }) {
     <summary>
       <span class="hidden">${text.timeline.summary(spoken)}</span>
       <span class="band" aria-hidden="true">${inside.map((row) => html`<span key=${row.name} class=${"phase phase-" + row.name + (row.isLive ? " is-live" : "")} style=${{ flexGrow: Math.max(row.length / most, 0.002) }} title=${`${text.timeline.phases[row.name]}: ${duration(row.length)}`}>
-        <span>${row.name.replace("_", " ")} ${duration(row.length)}</span></span>`)}</span>
+        <span>${row.name.replace("_", " ")} ${duration(row.length).replaceAll(" ", "\u00a0")}</span></span>`)}</span>
     </summary>
     <div class="timeline-body">
       <table>
