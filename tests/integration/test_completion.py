@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -81,7 +82,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
     (directory / "access.toml").write_text(ACCESS)
     program = directory / "bin" / "harp"
     program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{PROGRAM}" "$@"\n')
+    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -c "{PROGRAM}" "$@"\n')
     program.chmod(0o755)
     settings = {"access_file": str(directory / "access.toml"), "start_within": 0}
     hosts = dict.fromkeys(("web01", "web02", "db01", *HOSTILE), 1)
