@@ -69,6 +69,7 @@ def test_wrong_access_file_stops_start_and_check(dispatcher: Harpcallerd, rules:
 
 
 def test_wrong_change_keeps_the_rules_in_use(dispatcher: Harpcallerd, rules: Path) -> None:
+    dispatcher.set_hosts({"web01": 1})  # a new file without hosts may be incomplete: `status` would say so
     with dispatcher:
         rules.write_text(WRONG)
 

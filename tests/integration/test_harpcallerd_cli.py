@@ -62,6 +62,7 @@ def start_arguments(dispatcher: Harpcallerd, *options: str) -> tuple[str, ...]:
 
 
 def test_status_reports_running_and_stopped(dispatcher: Harpcallerd) -> None:
+    dispatcher.set_hosts({"web01": 1})  # a new file without hosts may be incomplete: `status` would say so
     stopped = dispatcher.control("status")
     assert (stopped.returncode, stopped.stdout, stopped.stderr) == (1, "harpcallerd is stopped\n", "")
     with dispatcher:
@@ -420,6 +421,7 @@ def test_socket_option_before_or_after_the_command(dispatcher: Harpcallerd) -> N
     ],
 )
 def test_options_before_or_after_the_command(dispatcher: Harpcallerd, line: str) -> None:
+    dispatcher.set_hosts({"web01": 1})
     with dispatcher:
         done = dispatcher.control(*line.split())
     assert (done.returncode, done.stdout, done.stderr) == (0, "harpcallerd is running\n", "")
