@@ -34,7 +34,7 @@ from harp_daemon.sockets import Listener, ListenError, listen_unix
 from harpcaller.access.identities import Identities
 from harpcaller.access.source import PolicySource
 from harpcaller.acting import ActingAs
-from harpcaller.api.client_server import ClientServer, listen
+from harpcaller.api.client_server import ClientServer
 from harpcaller.api.control_server import MAX_CONTROL_CONNECTIONS, ControlServer
 from harpcaller.audit import Audit, report_missing_ends
 from harpcaller.config import Config, file_errors, load
@@ -43,6 +43,7 @@ from harpcaller.health import Health
 from harpcaller.hosts.registry import read_hosts_file, run_hosts_script
 from harpcaller.hosts.script import ScriptFailed
 from harpcaller.hosts.tls import HostTLS
+from harpcaller.listening import listen
 from harpcaller.metrics import Metrics
 from harpcaller.monitoring import Limits, Monitor, MonitorSettings
 from harpcaller.secret_arguments import read_key_file
@@ -163,9 +164,9 @@ async def run(
         async with AsyncExitStack() as stack:
             control = stack.enter_context(closing(_open_control(socket)))
             identities = Identities(config)
-            listeners = listen(config)
+            listeners = listen(config, "listen", config.listen)
             starting = None if config.http is None else _import_http(config)
-            http_listeners = [] if starting is None else starting.listen(config, config.http)
+            http_listeners = [] if config.http is None else listen(config, "http.listen", config.http.listen)
             for listener in (*listeners, *http_listeners):
                 stack.callback(listener.close)
             with file_errors(config, "stream_directory"):

@@ -103,7 +103,7 @@ def namespaces(
 
 @pytest.fixture
 def without_namespaces(directory: Path) -> None:
-    """Skip a test whose page is followed in namespaces: the quick start itself covers the other machines."""
+    """Skip a test whose page is followed in namespaces."""
     (directory / "probe").mkdir()
     if not missing_for_namespaces(directory / "probe"):
         pytest.skip("the page is followed in namespaces")

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from harpcaller.access.identities import Identities
-from harpcaller.api.client_server import ClientServer, listen
+from harpcaller.api.client_server import ClientServer
 from harpcaller.config import Address
+from harpcaller.listening import listen
 from harpcaller.store.sqlite import Store, open_store
 from support.dispatcher import host_line, running
 from support.scripted import scripted_harpd
@@ -57,7 +58,7 @@ async def service(directory: Path, verb: str, sound: int = 0, *hosts: str) -> As
         faulty: Any = Faulty(store, verb, sound)
         async with running(directory, *hosts, store=faulty, listen=(Address("127.0.0.1", 0),)) as dispatcher:
             async with aclosing(ClientServer(dispatcher, Identities(dispatcher.config))) as server:
-                (listener,) = listeners = listen(dispatcher.config)
+                (listener,) = listeners = listen(dispatcher.config, "listen", dispatcher.config.listen)
                 server.serve(listeners)
                 yield int(listener.fields["port"])
     finally:

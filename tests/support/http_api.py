@@ -20,7 +20,8 @@ from harpcaller.acting import ActingAs
 from harpcaller.config import Address, HTTPSettings
 from harpcaller.dispatcher import Dispatcher
 from harpcaller.health import Health
-from harpcaller.http.starting import HTTPAPI, listen
+from harpcaller.http.starting import HTTPAPI
+from harpcaller.listening import listen
 from harpcaller.metrics import Metrics
 from harpcaller.monitoring import Monitor, MonitorSettings
 from support.dispatcher import running
@@ -97,7 +98,7 @@ async def running_api(
         monitor = Monitor(dispatcher, metrics, settings=lambda: shown)
         of_api = partial(ActingAs, dispatcher), lambda: dispatcher.config, lambda: identities, memory
         api = HTTPAPI(*of_api, monitor, Health(dispatcher), metrics)
-        listeners = listen(dispatcher.config, http)
+        listeners = listen(dispatcher.config, "http.listen", http.listen)
         path = listeners[0].path
         port = 0 if path is not None else listeners[0].socket.getsockname()[1]
         transport = None if path is None else httpx.AsyncHTTPTransport(uds=str(path))

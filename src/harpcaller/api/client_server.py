@@ -22,8 +22,7 @@ from harp.protocol.ends import End
 from harp.protocol.json_text import Envelope
 from harp.protocol.schema import ProtocolError
 from harp_daemon.event_loop import LONG_LINE, run_in_turn
-from harp_daemon.settings import ConfigError
-from harp_daemon.sockets import Listener, ListenError, listen_tcp, listen_unix
+from harp_daemon.sockets import Listener
 from harpcaller.access import AccessDenied, AuthError, RateLimited, Refusal
 from harpcaller.access.client import Client
 from harpcaller.access.identities import Identities, anonymous, certified
@@ -33,7 +32,6 @@ from harpcaller.api import listing
 from harpcaller.api.connection import UNSENT_BYTES, ClientDisconnected, Connection, Server
 from harpcaller.api.fast_decoder import decode_request
 from harpcaller.api.tls_connection import TLSConnection
-from harpcaller.config import Config
 from harpcaller.cursors import InvalidCursor
 from harpcaller.dispatcher import Dispatcher
 from harpcaller.model.job_filters import InvalidFilter
@@ -47,22 +45,6 @@ log = logging.getLogger(__name__)
 _CHECK_EVERY, _WRITE_USES_EVERY = 0.25, 60.0
 _CERTIFICATES_CHANGED = "the certificates that the dispatcher accepts have changed; connect again"
 _MAX_MESSAGE = 1000  #: Maximum length of an error message in characters: it may quote the client's data.
-
-
-def listen(config: Config) -> list[Listener]:
-    """Open the addresses of `listen`, each once, or none: raises `ConfigError` if an address cannot be opened."""
-    opened: list[Listener] = []
-    for entry in dict.fromkeys(config.listen):
-        try:
-            if entry.path is None:
-                opened += listen_tcp(entry.host, entry.port, str(entry))
-            else:
-                opened.append(listen_unix(entry.path, 0o660, str(entry)))  # for its owner and its group
-        except ListenError as error:
-            for listener in opened:
-                listener.close()
-            raise ConfigError(f"{config.file}: listen: cannot listen on {entry}: {error}") from error
-    return opened
 
 
 class ClientServer(Server):

@@ -32,8 +32,7 @@ from uvicorn.server import ServerState
 
 from harp_daemon.acceptor import Acceptor
 from harp_daemon.server_tls import ServerTLS
-from harp_daemon.settings import ConfigError
-from harp_daemon.sockets import Listener, ListenError, listen_tcp, listen_unix
+from harp_daemon.sockets import Listener
 from harp_daemon.timer_wheel import Timer, TimerWheel
 from harpcaller.access.client import Client
 from harpcaller.access.identities import anonymous, certified
@@ -54,22 +53,6 @@ _LINGER_SECONDS = 2.0  #: Seconds for a refused client to read the response and 
 _DRAIN_SECONDS = 5.0  #: Seconds for which a closing server waits for requests in progress.
 _UNSENT_BYTES = 64 * 1024  #: Maximum unsent bytes in the kernel's buffer for a client.
 _SERVER = (b"server", b"harpcallerd")
-
-
-def listen(config: Config, http: HTTPSettings) -> list[Listener]:
-    """Open the addresses of `http.listen`, all or none. Raises `ConfigError`."""
-    opened: list[Listener] = []
-    for entry in dict.fromkeys(http.listen):
-        try:
-            if entry.path is None:
-                opened += listen_tcp(entry.host, entry.port, str(entry))
-            else:
-                opened.append(listen_unix(entry.path, 0o660, str(entry)))  # for its owner and its group
-        except ListenError as error:
-            for listener in opened:
-                listener.close()
-            raise ConfigError(f"{config.file}: http.listen: cannot listen on {entry}: {error}") from error
-    return opened
 
 
 def open_tls(config: Config, http: HTTPSettings) -> ServerTLS | None:

@@ -21,13 +21,13 @@ from harpcaller.http import error_page
 from harpcaller.http.app import HTTPApp
 from harpcaller.http.console import Console
 from harpcaller.http.monitoring import MonitoringRoutes
-from harpcaller.http.server import HTTPServer, listen, open_tls
+from harpcaller.http.server import HTTPServer, open_tls
 from harpcaller.http.service import HTTPService
 from harpcaller.http.sessions import Sessions
 from harpcaller.metrics import Metrics
 from harpcaller.monitoring import Monitor
 
-__all__ = ["HTTPAPI", "check", "listen"]
+__all__ = ["HTTPAPI", "check"]
 
 
 def check(http: HTTPSettings, config: Config) -> None:
