@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from harp import aio
 from harp.cli import Exit
 from support.blocking import LoopThread
 from support.harpcallerd import Harpcallerd
-from support.peers import Peer, PeerConnection
+from support.peers import DEADLINE, Peer, PeerConnection
 from support.shells import Shell, shell_of
 from support.system import System, running
 from support.terminal import Terminal
@@ -319,12 +320,14 @@ def test_command_jobs_on_a_terminal_has_colours_and_a_hint(system: System) -> No
 
 def test_long_search_shows_progress_and_what_was_found(system: System) -> None:
     job = run(system, "jobs", "host:db02").stdout
+    third_asked = threading.Event()  # interrupted between connecting and asking, the program asks nothing
 
     def never_ending(conn: PeerConnection) -> None:
         request = conn.expect()
         if "submit_many" in request:  # the question whether it supports keep-alive
             conn.reply({"harpcaller": 1, "job_ids": []})
         elif request.get("cursor") == "third":
+            third_asked.set()
             conn.until_closed()
         else:
             first = "cursor" not in request
@@ -334,6 +337,7 @@ def test_long_search_shows_progress_and_what_was_found(system: System) -> None:
     with Peer(always=never_ending) as peer:
         with on_terminal(system, "jobs", "raised", HARP_DISPATCHER=f"{peer.host}:{peer.port}") as terminal:
             terminal.read_until("searched 20000 jobs, back to 1970-01-01; Ctrl-C shows what was found")
+            assert third_asked.wait(DEADLINE)
             assert terminal.interrupt() == Exit.INTERRUPTED
     assert "OSError" in terminal.text.rpartition("what was found")[2]
 
