@@ -26,7 +26,16 @@ from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Error, Page, Request, sync_playwright
+from playwright.sync_api import (
+    Browser,
+    BrowserContext,
+    ConsoleMessage,
+    Error,
+    Page,
+    Playwright,
+    Request,
+    sync_playwright,
+)
 
 from harpcaller.store.sqlite import Store, open_store
 from support.system import System, running
@@ -95,9 +104,10 @@ def tail(path):
 """
 
 
-def find_chromium() -> str | None:
-    """Return the path of the system's Chromium, or None."""
-    return shutil.which("chromium") or shutil.which("chromium-browser")
+def find_chromium(playwright: Playwright) -> str | None:
+    """Return the path of the system's Chromium, else of the build that `./dev test` installs on Ubuntu, or None."""
+    own = playwright.chromium.executable_path
+    return shutil.which("chromium") or (own if os.access(own, os.X_OK) else None)
 
 
 @dataclass(frozen=True)
@@ -184,12 +194,12 @@ async def _seed(directory: Path, seed: Callable[[Store], Awaitable[None]]) -> No
 
 @contextmanager
 def running_browser() -> Iterator[Browser]:
-    """Run the system's Chromium; skip the test if there is none."""
-    program = find_chromium()
-    if program is None:
-        pytest.skip("Chromium is not installed (Debian: apt-get install --no-install-recommends chromium)")
+    """Run Chromium; skip the test if there is none."""
     options = ["--disable-dev-shm-usage"] + (["--no-sandbox"] if os.geteuid() == 0 else [])
     with sync_playwright() as playwright:
+        program = find_chromium(playwright)
+        if program is None:
+            pytest.skip("Chromium is not installed (Debian: apt-get install --no-install-recommends chromium)")
         browser = playwright.chromium.launch(executable_path=program, args=options)
         try:
             yield browser
