@@ -17,7 +17,7 @@ import pytest
 
 from chaos.disturbances import rewrite_in_pieces
 from chaos.kills import kills
-from chaos.proxy import Mode
+from chaos.proxy import Mode, Proxy
 from chaos.schedule import Kind, schedule
 
 TESTS = Path(__file__).parents[1]
@@ -137,6 +137,29 @@ def test_chaos_schedule_of_ten_minutes_has_all_kinds(seed: int) -> None:
     assert len(faults) >= 250
     assert {fault.kind for fault in faults} == {*Kind, *Mode} - {Mode.PASS}
     assert all(fault.seconds <= 32 for fault in faults)
+
+
+async def test_chaos_proxy_of_overlapping_faults_listens_once() -> None:
+    async def accepts() -> bool:
+        try:
+            _, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
+        except ConnectionRefusedError:
+            return False
+        writer.close()
+        await writer.wait_closed()
+        return True
+
+    proxy = Proxy(1, "seed")  # nothing listens on its target
+    try:
+        await proxy.set(Mode.REFUSE)
+        assert not await accepts()
+        await asyncio.gather(proxy.set(Mode.PASS), proxy.set(Mode.STALLED))
+        assert await accepts()
+        await asyncio.gather(proxy.set(Mode.REFUSE), proxy.set(Mode.PASS), proxy.set(Mode.REFUSE))
+        assert not await accepts()
+    finally:
+        await proxy.set(Mode.PASS)
+        await proxy.close()
 
 
 @pytest.mark.parametrize("choice", [number / 20 for number in range(20)])

@@ -74,22 +74,25 @@ class Proxy:
         self.port: int = self._reservation.getsockname()[1]
         self.mode = Mode.PASS
         self._server: asyncio.Server | None = None
+        self._listening = asyncio.Lock()
         self._connections: set[_ProxiedConnection] = set()
         self._flowing = asyncio.Event()
         self._flowing.set()
 
     async def start(self) -> None:
-        """Start to listen."""
-        if self._server is None:
-            self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port, backlog=512)
+        """Listen, unless the mode is to refuse connections. Modes may be set at the same time: the last one counts."""
+        async with self._listening:
+            if self.mode is Mode.REFUSE:
+                self._stop_listening()
+            elif self._server is None:
+                self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port, backlog=512)
 
     async def set(self, mode: Mode) -> None:
         """Set the mode of all present and new connections."""
         self.mode = mode
-        if mode is Mode.REFUSE:
-            self._stop_listening()
-        else:
-            await self.start()
+        await self.start()
+        if self.mode is not mode:  # a later call has replaced it
+            return
         if mode is Mode.STALLED:
             self._flowing.clear()
         else:

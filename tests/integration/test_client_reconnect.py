@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -21,7 +20,17 @@ from harp import aio
 from harp.cli import Exit
 from support.deadline import eventually, wait_until
 from support.legacy import LegacyDispatcher, server
-from support.peers import Peer, PeerConnection, Script, answering, line_of, reserved_port, resetting, single_bytes
+from support.peers import (
+    Peer,
+    PeerConnection,
+    Script,
+    answering,
+    line_of,
+    reserved_port,
+    resetting,
+    single_bytes,
+    unless_closed,
+)
 from support.shells import Shell, shell_of
 
 JOB = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
@@ -420,18 +429,13 @@ def test_follow_continues_after_keyboard_interrupt() -> None:
         signal.signal(signal.SIGALRM, previous)
 
 
-def tearing_unless_closed(conn: PeerConnection) -> None:
-    with suppress(AssertionError):  # the signal may end the client before it sends its request
-        tearing_at_once(conn)
-
-
 @pytest.mark.parametrize("command", ["follow", "result"])
 def test_control_c_ends_the_wait(command: str) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HARP_")}
     # A process in the background of a shell ignores this signal, and the tests may be one.
     ctrl_c = "signal.signal(signal.SIGINT, signal.default_int_handler)"
     program = f"import signal, sys; from harp.cli import main; {ctrl_c}; sys.exit(main())"
-    with Peer(always=tearing_unless_closed) as peer:
+    with Peer(always=unless_closed(tearing_at_once)) as peer:  # the signal may come before a request
         with subprocess.Popen(
             [sys.executable, "-c", program, "--dispatcher", f"{peer.host}:{peer.port}", command, JOB], env=environment
         ) as child:

@@ -15,7 +15,7 @@ import pytest
 
 import harp
 from support.harpcallerd import Harpcallerd
-from support.peers import Peer, PeerConnection, answering, keeping, silent
+from support.peers import Peer, PeerConnection, answering, keeping, silent, unless_closed
 from support.scripted import scripted_harpd
 from support.shells import Shell, shell_of
 
@@ -216,7 +216,7 @@ def test_wait_with_timeout_ends_in_an_outage(shell: Shell) -> None:
     """The dispatcher closes, refuses, and sends a part of a reply; the time ends in a pause or an attempt."""
     refused = {"error": {"type": "too_many_connections", "message": "m"}}
     for script in (answering(), answering(refused), answering(b'{"result": ')):
-        with Peer(always=script) as peer, taking_at_most(LONG):
+        with Peer(always=unless_closed(script)) as peer, taking_at_most(LONG):
             assert shell.caller(peer).job(JOB).get(timeout=SHORT) is harp.CALL_NOT_FINISHED
 
 

@@ -63,9 +63,9 @@ class GatedHost:
         request = conn.expect()
         with self._lock:
             self.begun_calls.append(request["arguments"])
+            conn.reply(ACKNOWLEDGED)  # a test that waits for the call may then stop the dispatcher
             self.running += 1
             self.max_running = max(self.max_running, self.running)
-        conn.reply(ACKNOWLEDGED)
         assert self._released.acquire(timeout=60)
         with self._lock:
             self.running -= 1
@@ -549,5 +549,5 @@ async def test_job_below_the_disk_reserve_is_refused(tmp_path: Path) -> None:
             gated.release(1)
             assert await dispatcher.result(job_id) == Returned(b"[]")
             await dispatcher.reload(config)
-            assert await dispatcher.submit(call(), "test")
             gated.release(1)
+            assert await dispatcher.result(await dispatcher.submit(call(), "test")) == Returned(b"[]")

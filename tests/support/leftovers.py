@@ -24,10 +24,13 @@ DEADLINE = 10.0
 
 #: Every process that the tests start inherits this variable, so it is found even when its parent has died.
 COOKIE_VARIABLE = "HARP_TESTS"
-_COOKIE = (COOKIE_VARIABLE, str(uuid.uuid4()))
-os.environ.update([_COOKIE])
+os.environ[COOKIE_VARIABLE] = str(uuid.uuid4())
+_COOKIE_ENTRY = f"{COOKIE_VARIABLE}={os.environ[COOKIE_VARIABLE]}".encode()
 
 _PROC = Path("/proc")
+
+#: Processes without the cookie: pid, and when it started. They do not get it later, and reading it takes long.
+_strangers: set[tuple[int, int]] = set()
 
 
 @dataclass(frozen=True)
@@ -73,13 +76,23 @@ def _processes() -> Iterator[Process]:
                 stat = (_PROC / name / "stat").read_bytes()
                 command, _, rest = stat.partition(b"(")[2].rpartition(b")")
                 fields = rest.split()
-                parent = int(fields[1])
-                environment = (_PROC / name / "environ").read_bytes().split(b"\0")
-                if parent == own or "=".join(_COOKIE).encode() in environment:
+                parent, started = int(fields[1]), int(fields[19])
+                if parent == own or _has_cookie(int(name), started):
                     line = (_PROC / name / "cmdline").read_bytes().replace(b"\0", b" ") or command
                     state = fields[0].decode()
                     text = f"process {name} ({state}) of {parent}: {line.decode(errors='replace')[:200]}"
-                    yield Process(int(name), int(fields[19]), parent, text)
+                    yield Process(int(name), started, parent, text)
+
+
+def _has_cookie(pid: int, started: int) -> bool:
+    """Return whether a process has inherited the cookie. Raises OSError if it has ended or is another user's."""
+    if (pid, started) in _strangers:
+        return False
+    environment = (_PROC / str(pid) / "environ").read_bytes()
+    found = _COOKIE_ENTRY in environment.split(b"\0")
+    if environment and not found:  # it is empty while a process executes another program
+        _strangers.add((pid, started))
+    return found
 
 
 def new_since(before: Snapshot, after: Snapshot) -> list[str]:

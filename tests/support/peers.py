@@ -34,6 +34,10 @@ DEADLINE = 30.0
 ANY: Any = object()
 
 
+class ClosedWithoutRequest(AssertionError):
+    """The client has closed a connection before it sent anything."""
+
+
 def line_of(message: object) -> bytes:
     """Return a message's line; bytes stay unchanged."""
     return message if isinstance(message, bytes) else json.dumps(message).encode() + b"\n"
@@ -74,7 +78,8 @@ class PeerConnection:
                 data = b""
             if not data:
                 self.closed.set()
-                raise AssertionError(f"expected a line, the client closed after {self._rest!r}")
+                kind = AssertionError if self._rest or self.received else ClosedWithoutRequest
+                raise kind(f"expected a line, the client closed after {self._rest!r}")
             self._rest += data
         line, self._rest = self._rest.split(b"\n", 1)
         self.received.append(line)
@@ -141,6 +146,16 @@ def keeping(*answers: Iterable[object]) -> Script:
         conn.until_closed()
 
     return script
+
+
+def unless_closed(script: Script) -> Script:
+    """Return a script for a client that may close at any time, also before it sends its request."""
+
+    def tolerant(conn: PeerConnection) -> None:
+        with suppress(ClosedWithoutRequest):
+            script(conn)
+
+    return tolerant
 
 
 def silent(conn: PeerConnection) -> None:
