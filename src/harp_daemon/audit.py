@@ -3,9 +3,11 @@
 `harp_daemon.audit_file` has the format, `harp_daemon.audit_reading` finds changes, `harp_daemon.audit_commands` are
 the commands.
 
-Theory of operation. A thread writes: all entries that are recorded while it waits for the disk are its next group, with
-one wait. `AuditLog` belongs to an asyncio loop. `DirectAuditLog`, for a loop without futures, writes immediately, so
-that a process that is killed loses nothing, and only the wait for the disk is in a thread.
+Theory of operation. All entries that are recorded during one wait for the disk are the next group, with one wait.
+`AuditLog` belongs to an asyncio loop. A group is written by its own thread, or by another thread that is about to
+write what the entries describe: the store's. So a job needs no wakeup for its entries. `DirectAuditLog`, for a loop
+without futures, writes immediately, so that a process that is killed loses nothing. Only the wait for the disk is in a
+thread, soon after.
 
 While the file has a `problem`, for example a full disk, entries of new jobs are refused. Entries with `must` cannot be
 refused, because what they describe has happened: they are written into the room that was allocated for them. If even
@@ -22,11 +24,12 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
+from operator import itemgetter
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from harp_daemon.audit_file import AuditError, AuditFile
 
@@ -38,6 +41,7 @@ T = TypeVar("T")
 
 DEFAULT_MAX_BYTES = 100 * 1024 * 1024  #: The default size from which on a file is rotated.
 _REPORT_DELAY = 0.01  #: Seconds until an entry is written that nobody waits for: each wakeup of the thread costs time.
+_SYNC_DELAY = 0.05  #: Seconds during which a `DirectAuditLog` collects entries for one wait for the disk.
 _RETRY_INTERVAL = 1.0  #: Seconds between two attempts to write, or to allocate room.
 _MAX_WAITING = 20_000  #: Maximum number of entries with `must` in memory while they cannot be written.
 _WINDOW, _MAX_SINGLE = 60.0, 10  #: Seconds of a window, and the entries of a key in it before the shared one.
@@ -45,10 +49,22 @@ _MAX_KEYS = 1000  #: Maximum number of keys in a window; all others share one fo
 _OF_FIRST = frozenset({"time", "peer"})  #: Fields that a shared entry has of the first one; ports of a peer differ.
 
 
-class _Entry(NamedTuple):
-    fields: dict[str, Any]
-    must: bool
-    future: asyncio.Future[None] | None
+class Recorded:
+    """An entry that was recorded; `must` as in `AuditLog.record`."""
+
+    __slots__ = ("error", "fields", "future", "is_done", "must")
+
+    def __init__(self, fields: dict[str, Any], must: bool, future: asyncio.Future[None] | None = None) -> None:
+        self.fields = fields
+        self.must = must
+        self.future = future  #: Is done when the entry is; None: nobody waits.
+        self.is_done = False  #: Whether it is on stable storage, or has an error.
+        self.error: AuditError | None = None  #: Why it is not.
+
+    def set_done(self, error: AuditError | None = None) -> None:
+        """Set the outcome, apart from that of the future."""
+        self.error = error
+        self.is_done = True
 
 
 class _Repetitions:
@@ -114,14 +130,17 @@ class AuditLog:
         self._file = AuditFile(path, max_bytes)
         self._loop = asyncio.get_running_loop()
         self._repetitions = _Repetitions()
-        self._next: list[_Entry] = []
-        self._waiting = _Waiting[_Entry]()  # with `must`, while they cannot be written
-        self._queue: SimpleQueue[list[_Entry] | None] = SimpleQueue()
-        self._flush_is_due = self._flush_is_planned = False
+        self._window: asyncio.TimerHandle | None = None
+        self._recorded: deque[Recorded] = deque()  # not written yet
+        self._is_awaited = False  # whether there is an entry among them that is written before a commit
+        self._waiting = _Waiting[dict[str, Any]]()  # with `must`, while they cannot be written
+        self._wakeups: SimpleQueue[bool] = SimpleQueue()  # of the thread; true: the log ends
+        self._wakeup_is_due = self._wakeup_is_planned = False
         self._closed = False
         self._problem_logged: str | None = None
         self._unsynced = False  # whether written entries are not on stable storage yet
         self.entries = self.write_errors = 0  #: Number of written entries, and of failed writes.
+        self._writing = threading.Lock()  # held by the thread that writes
         self._thread = threading.Thread(target=self._run, name="audit-writer", daemon=True)
         self._thread.start()
 
@@ -140,29 +159,60 @@ class AuditLog:
         None is omitted. The entry has a digest of ``arguments``, which are bytes.
         """
         future: asyncio.Future[None] = self._loop.create_future()
-        fields = {"time": time.time(), "action": action, "decision": decision, **fields}
-        if repeats is not None and not self._repetitions.admit((action, decision, repeats), fields, time.monotonic()):
+        entry = Recorded({"time": time.time(), "action": action, "decision": decision, **fields}, must, future)
+        if self._admit(entry, repeats):
+            self._add(entry)
+        elif entry.error is None:
             future.set_result(None)
-        elif self._closed or not (must or self._file.has_room):
-            future.set_exception(AuditError(self.problem or f"{self.path}: it is closed"))
         else:
-            self._add([_Entry(fields, must, future)])
+            future.set_exception(entry.error)
+        return future
+
+    def record_before_commit(self, fields: dict[str, Any], *, repeats: Hashable = None, must: bool = False) -> Recorded:
+        """Record an entry as `record` does, for the next `write_before_commit`, which must follow, or `settle`.
+
+        `fields` are ``time``, ``action``, ``decision`` and others.
+        """
+        entry = Recorded(fields, must)
+        if self._admit(entry, repeats):
+            self._recorded.append(entry)
+            self._is_awaited = True  # after the entry: a thread that writes now may have found none
+        return entry
+
+    def write_before_commit(self) -> None:
+        """Write all recorded entries, if some were recorded for this. Another thread than the loop's may call it.
+
+        They are then on stable storage, or have an error.
+        """
+        with self._writing:  # until a group that is being written is
+            if self._is_awaited:
+                self._write_recorded(sync=True)
+                if self._is_busy:
+                    self._wakeups.put(False)  # the thread tries again
+
+    def settle(self) -> asyncio.Future[None]:
+        """Return a future that is done when all recorded entries are written, or have an error."""
+        future: asyncio.Future[None] = self._loop.create_future()
+        if self._closed:
+            future.set_result(None)
+        else:
+            self._add(Recorded({}, False, future))
         return future
 
     def record_all(self, entries: Sequence[dict[str, Any]]) -> asyncio.Future[None]:
         """Record entries with ``action`` and other fields, together, as `record` with `must`."""
         future: asyncio.Future[None] = self._loop.create_future()
         now = time.time()
-        added = [_Entry({"time": now, **fields}, True, None) for fields in entries]
-        self._add([*added[:-1], added[-1]._replace(future=future)])
+        *others, last = ({"time": now, **fields} for fields in entries)
+        self._add(*(Recorded(fields, True) for fields in others), Recorded(last, True, future))
         return future
 
     def report(self, action: str, **fields: Any) -> None:
         """Record an entry about something that has happened. It is written with others, at the latest after 10 ms."""
-        self._next.append(_Entry({"time": time.time(), "action": action, **fields}, True, None))
-        if not self._flush_is_planned:
-            self._flush_is_planned = True
-            self._loop.call_later(_REPORT_DELAY, self._flush)
+        self._recorded.append(Recorded({"time": time.time(), "action": action, **fields}, True))
+        if not self._wakeup_is_planned:
+            self._wakeup_is_planned = True
+            self._loop.call_later(_REPORT_DELAY, self._on_report_delay)
 
     def read_recent(self) -> list[dict[str, Any]]:
         """Return the entries of the last 8 MiB. May block. Raises OSError."""
@@ -171,92 +221,112 @@ class AuditLog:
     def reopen(self) -> None:
         """Continue in another file if the file was renamed. Otherwise that happens within a second."""
         self._file.reopen()
-        self._queue.put([])
+        self._wakeups.put(False)
 
     async def close(self) -> None:
         """Write all entries and close the file."""
         if not self._closed:
             self._closed = True
-            self._add([_Entry(fields, True, None) for fields in self._repetitions.end_window(float("inf"))])
-            self._flush()
-            self._queue.put(None)
+            if self._window is not None:
+                self._window.cancel()
+            self._end_window(float("inf"))
+            self._wakeups.put(True)
             await asyncio.to_thread(self._thread.join)
 
-    def _add(self, entries: Sequence[_Entry]) -> None:
-        if entries and not self._flush_is_due:
-            self._flush_is_due = True
-            self._loop.call_soon(self._flush)
-        self._next += entries
+    def _admit(self, entry: Recorded, repeats: Hashable) -> bool:
+        """Return whether an entry is to be written; otherwise its outcome is set."""
+        fields = entry.fields
+        if repeats is not None:
+            if self._window is None:
+                self._window = self._loop.call_later(_WINDOW, self._on_window_end)
+            if not self._repetitions.admit((fields["action"], fields["decision"], repeats), fields, time.monotonic()):
+                entry.set_done()
+                return False
+        if self._closed or not (entry.must or self._file.has_room):
+            entry.set_done(AuditError(self.problem or f"{self.path}: it is closed"))
+            return False
+        return True
 
-    def _flush(self) -> None:
-        self._flush_is_due = self._flush_is_planned = False
-        if self._next:
-            self._queue.put(self._next)
-            self._next = []
+    def _on_window_end(self) -> None:
+        self._window = None
+        self._end_window(time.monotonic())
+
+    def _end_window(self, now: float) -> None:
+        self._add(*(Recorded(fields, True) for fields in self._repetitions.end_window(now)))
+
+    def _add(self, *entries: Recorded) -> None:
+        self._recorded += entries
+        if entries and not self._wakeup_is_due:
+            self._wakeup_is_due = True
+            self._loop.call_soon(self._wake)
+
+    def _on_report_delay(self) -> None:
+        self._wakeup_is_planned = False
+        self._wake()
+
+    def _wake(self) -> None:
+        self._wakeup_is_due = False
+        if self._recorded:
+            self._wakeups.put(False)
 
     # The thread.
 
     def _run(self) -> None:
         ended = False
         while not ended:
-            group, ended = self._next_group()
-            error = None
-            try:
-                if group or self._waiting or self._file.problem or self._unsynced:
-                    self._write_group(group)
-            except AuditError as failure:
-                error = failure
-                self.write_errors += 1
-            self._log_problem()
-            futures = [entry.future for entry in group if entry.future is not None]
-            if futures:
-                with suppress(RuntimeError):  # the loop is closed
-                    self._loop.call_soon_threadsafe(_resolve, futures, error)
-        with suppress(AuditError):
-            self._file.sync()
-        self._file.close()
+            with suppress(Empty):  # it is time for another attempt
+                ended = self._wakeups.get(timeout=_RETRY_INTERVAL if self._is_busy else None)
+            with self._writing:
+                if self._recorded or self._is_busy:
+                    self._write_recorded(sync=not self._recorded)
+        with self._writing:
+            with suppress(AuditError):
+                self._file.sync()
+            self._file.close()
 
-    def _next_group(self) -> tuple[list[_Entry], bool]:
-        """Wait for entries; return all that were recorded, and whether the log ends."""
-        group: list[_Entry] = []
+    @property
+    def _is_busy(self) -> bool:
+        """Whether something is to be done although nothing is recorded."""
+        return bool(self._waiting) or self._unsynced or self._file.problem is not None
+
+    # With the lock.
+
+    def _write_recorded(self, sync: bool) -> None:
+        """Write all recorded entries. Nobody waits for reports: they are synchronized with others, or soon."""
+        sync = sync or self._is_awaited
+        self._is_awaited = False
+        group = [self._recorded.popleft() for _ in range(len(self._recorded))]
+        futures = [entry.future for entry in group if entry.future is not None]
+        error = None
         try:
-            busy = bool(self._waiting) or self._file.problem is not None or self._unsynced
-            entries = self._queue.get(timeout=_RETRY_INTERVAL if busy else _WINDOW)
-            while entries is not None:
-                group += entries
-                entries = self._queue.get_nowait()
-        except Empty:
-            # Counts are changed by the loop only, so the loop ends the window, too.
-            with suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._end_window)
-            return group, False
-        return group, True
+            self._write_group(group, sync or bool(futures))
+        except AuditError as failure:
+            error = failure
+            self.write_errors += 1
+        self._log_problem()
+        for entry in group:
+            entry.set_done(error)
+        if futures:
+            with suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(_resolve, futures, error)
 
-    def _end_window(self) -> None:
-        self._add([_Entry(fields, True, None) for fields in self._repetitions.end_window(time.monotonic())])
-
-    def _write_group(self, group: Sequence[_Entry]) -> None:
+    def _write_group(self, group: Sequence[Recorded], sync: bool) -> None:
         self._file.check_room()
-        self._waiting.add(entry for entry in group if entry.must)
-        others = [entry.fields for entry in group if not entry.must]
-        if others and not self._file.has_room:
-            if self._waiting:
-                self._write([entry.fields for entry in self._waiting])
-            raise AuditError(self._file.problem or f"{self.path}: no room")
-        entries = [*(entry.fields for entry in self._waiting), *others]
-        entries.sort(key=lambda fields: float(fields["time"]))
-        # Nobody waits for reports: they are synchronized with the next group, or soon.
-        self._write(entries, sync=not group or any(entry.future is not None for entry in group))
-
-    def _write(self, entries: Sequence[Mapping[str, Any]], sync: bool = True) -> None:
+        has_room = self._file.has_room
+        self._waiting.add(entry.fields for entry in group if entry.must)
+        others = [entry.fields for entry in group if not entry.must and entry.fields]
+        entries = [*self._waiting, *(others if has_room else ())]
         if entries:
+            entries.sort(key=itemgetter("time"))
             self._file.append([*self._waiting.describe_discarded(), *entries])
             self._unsynced = True
             self.entries += len(entries)
-        self._waiting.clear()
+            self._waiting.clear()
         if sync:
             self._file.sync()
             self._unsynced = False
+        if others and not has_room:
+            raise AuditError(self._file.problem or f"{self.path}: no room")
 
     def _log_problem(self) -> None:
         problem = self._file.problem
@@ -292,7 +362,7 @@ class DirectAuditLog:
         self._waiting = _Waiting[dict[str, Any]]()
         self._timer_is_set = False
         self._written = threading.Event()
-        self._closed = False
+        self._closing = threading.Event()
         self._thread = threading.Thread(target=self._sync_repeatedly, name="audit-sync", daemon=True)
         self._thread.start()
 
@@ -333,7 +403,7 @@ class DirectAuditLog:
         """Write all entries and close the file."""
         self._waiting.add(self._repetitions.end_window(float("inf")))
         self._write_waiting()
-        self._closed = True
+        self._closing.set()
         self._written.set()
         self._thread.join()
         self._file.close()
@@ -360,8 +430,9 @@ class DirectAuditLog:
             self._written.set()
 
     def _sync_repeatedly(self) -> None:
-        while not self._closed:
+        while not self._closing.is_set():
             self._written.wait()
+            self._closing.wait(_SYNC_DELAY)
             self._written.clear()
             with suppress(AuditError):
                 self._file.sync()

@@ -25,7 +25,7 @@ import stat
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from datetime import datetime
 from functools import lru_cache
 from hashlib import blake2b, sha256
@@ -45,6 +45,7 @@ _KEEP_SIZE = 1  # of fallocate(2): the size of the file stays as it is
 _RECENT = 8 * 1024 * 1024  #: The last bytes of a file, for `AuditFile.read_recent`.
 _FOLLOW_INTERVAL = 1.0  #: Seconds between two checks whether the file was renamed.
 _LINES_TRIED = 5  #: Lines at the start of a file of which one has to be an entry.
+_MAX_HEAD = 128  #: Longer than any head, in bytes.
 _FRAGMENT_SHOWN = 1000  #: Maximum bytes of an incomplete line that the entry about it repeats.
 
 _encode = json.JSONEncoder(separators=(",", ":"), default=str).encode  # to ASCII
@@ -116,11 +117,14 @@ def _key_file(path: Path) -> Path:
 def read_head(path: Path) -> Position | None:
     """Return the position in the head of an audit file; None if it has none. Raises OSError."""
     try:
-        text = head_file(path).read_text("ascii", "replace")
+        return _parse_head(head_file(path).read_bytes())
     except FileNotFoundError:
         return None
-    found = re.fullmatch(r"(\d{1,18}) ([0-9a-f]{64})\n", text)
-    return None if found is None else Position(int(found[1]), found[2])
+
+
+def _parse_head(text: bytes) -> Position | None:
+    found = re.fullmatch(rb"(\d{1,18}) ([0-9a-f]{64})\n", text)
+    return None if found is None else Position(int(found[1]), found[2].decode())
 
 
 def format_time(seconds: float) -> str:
@@ -191,6 +195,19 @@ def read_lines(path: Path) -> Iterator[Line]:
                 yield Line(name, number, text.rstrip(b"\n"), text.endswith(b"\n"))
 
 
+class _Exclusion:
+    """The exclusion of other processes that write the same file. Threads of one process share it."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def __enter__(self) -> None:
+        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+
+    def __exit__(self, *_: object) -> None:
+        fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+
+
 class AuditFile:
     """The writer of an audit file. It rotates the file before it has more than `max_bytes`. Raises `AuditError`.
 
@@ -203,6 +220,7 @@ class AuditFile:
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._shared = shared
+        self._exclusion: AbstractContextManager[None] = nullcontext()
         self._follow_at = 0.0  # monotonic time
         self._descriptor = self._head = -1
         self._position = NO_ENTRY
@@ -217,6 +235,7 @@ class AuditFile:
             self._open()
             if shared:
                 fcntl.flock(self._head, fcntl.LOCK_UN)
+                self._exclusion = _Exclusion(self._head)
         except OSError as error:
             self.close()
             raise AuditError(f"{error.filename or path}: {error.strerror}") from error
@@ -235,13 +254,11 @@ class AuditFile:
 
     def append(self, entries: Sequence[Mapping[str, Any]]) -> None:
         """Write entries with ``time``, ``action`` and so on. After an error none is written; raises `AuditError`."""
-        with self._lock, self._process_lock():
+        with self._lock, self._exclusion:
             now = time.monotonic()
             if self._shared or now >= self._follow_at:
                 self._follow_at = now + _FOLLOW_INTERVAL
                 self._follow_rename()
-            if self._shared:
-                self._follow_others()
             if self._size >= self._max_bytes and self.problem is None:  # another file would need room
                 self.rotate()
             if entries:
@@ -260,8 +277,8 @@ class AuditFile:
             finally:
                 if self._shared:
                     os.close(descriptor)
-            with self._process_lock():
-                stored = read_head(self.path) if self._shared else None
+            with self._lock, self._exclusion:
+                stored = _parse_head(os.pread(self._head, _MAX_HEAD, 0)) if self._shared else None
                 if stored is None or stored.entry < position.entry:
                     os.pwrite(self._head, f"{position.entry} {position.hash}\n".encode(), 0)
         except OSError as error:
@@ -319,18 +336,6 @@ class AuditFile:
 
     # Internals.
 
-    @contextmanager
-    def _process_lock(self) -> Iterator[None]:
-        """Exclude the other processes that write a shared file."""
-        if not self._shared:
-            yield
-            return
-        fcntl.flock(self._head, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(self._head, fcntl.LOCK_UN)
-
     def _follow_others(self) -> None:
         """Continue after the lines that other processes have written to a shared file."""
         size = self._size
@@ -346,6 +351,8 @@ class AuditFile:
         """Open the file, find the position to continue at, and write what was found."""
         head = read_head(self.path)
         self._descriptor = _open_private(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+        status = os.fstat(self._descriptor)
+        self._identity = status.st_dev, status.st_ino
         text, fragment = self._read_end()
         if fragment:
             os.ftruncate(self._descriptor, self._size)
@@ -382,17 +389,16 @@ class AuditFile:
         return text, tail[complete:]
 
     def _follow_rename(self) -> None:
-        """Begin another file if the file was renamed or removed, as by logrotate."""
-        try:
+        """Begin another file if the file was renamed or removed, as by logrotate; of a shared one, follow others."""
+        with suppress(OSError):
             status = os.stat(self.path, follow_symlinks=False)
-            own = os.fstat(self._descriptor)
-            if (status.st_dev, status.st_ino) == (own.st_dev, own.st_ino):
+            if (status.st_dev, status.st_ino) == self._identity:
                 if not self._shared:
                     self._size = min(self._size, status.st_size)  # it was truncated: the numbers show it
+                elif status.st_size != self._size:
+                    self._follow_others()
                 return
-        except OSError:
-            own = os.fstat(self._descriptor)
-        name = None
+        own, name = os.fstat(self._descriptor), None
         with suppress(OSError):
             for file in self.path.parent.glob(f"{self.path.name}[.-]*"):
                 if os.stat(file).st_ino == own.st_ino:
@@ -413,7 +419,9 @@ class AuditFile:
         os.close(old)
         _sync_directory(self.path.parent)
         self._size = self._allocated = 0
-        if os.fstat(opened).st_size:  # another process has started it
+        status = os.fstat(opened)
+        self._identity = status.st_dev, status.st_ino
+        if status.st_size:  # another process has started it
             self._follow_others()
         self.check_room()
         if not self._size:

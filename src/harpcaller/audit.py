@@ -6,11 +6,12 @@ Without `audit_file`, nothing is recorded, and each future is done. Spec: docs/a
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from harp.protocol.ends import End, Failed, Raised
-from harp_daemon.audit import AuditError, AuditLog
+from harp_daemon.audit import AuditError, AuditLog, Recorded
 from harp_daemon.audit_file import parse_time
 from harpcaller.access.client import Client
 from harpcaller.model.jobs import Job, NewJob, Subject, state_of
@@ -34,13 +35,22 @@ class Audit:
 
     # Requests. Each future is done when the entry is on stable storage, or has an `AuditError`.
 
-    def record_call(self, client: Client, decision: str, rule: int | None, job: NewJob) -> asyncio.Future[None] | None:
-        """Record a call, before its job is stored. Refused ones of a client without proof are bounded."""
+    def record_call(self, client: Client, decision: str, rule: int | None, job: NewJob) -> Recorded | None:
+        """Record a call; the commit that stores its job writes the entry before. Refused ones of a client are bounded.
+
+        None: there is no audit file.
+        """
         if self.log is None:
             return None
-        repeats = None if decision == ALLOWED else _source(client)
-        fields = _describe_call(client, rule, job)
-        return self.log.record("call", decision, must=decision == ALLOWED, repeats=repeats, **fields)
+        is_allowed = decision == ALLOWED
+        fields = {"time": time.time(), "action": "call", "decision": decision, **_describe_call(client, rule, job)}
+        repeats = None if is_allowed else _source(client)
+        return self.log.record_before_commit(fields, must=is_allowed, repeats=repeats)
+
+    def settle(self) -> asyncio.Future[None]:
+        """Return a future that is done when all recorded entries are written, or have an error."""
+        assert self.log is not None
+        return self.log.settle()
 
     async def record_calls(self, client: Client, rules: Sequence[int | None], jobs: Sequence[NewJob]) -> None:
         """Record allowed calls, before their jobs are stored. Raises `StorageError`."""

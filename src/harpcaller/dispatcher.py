@@ -33,6 +33,7 @@ from harp.protocol.dispatcher import Call
 from harp.protocol.ends import Cancelled, End
 from harp.protocol.json_text import Raw, dumps
 from harp.protocol.schema import ProtocolError, encode_object
+from harp_daemon.audit import Recorded
 from harp_daemon.timer_wheel import TimerWheel
 from harpcaller.access.client import Client
 from harpcaller.access.enforcement import SUBJECT_BYTES, Access, Admission, Wait, may
@@ -181,6 +182,8 @@ class Dispatcher:
         self._report_config(self.config, frozenset())
         if self.config.http is not None:
             self.store.observe(self.changes.record)
+        if self.audit.log is not None:
+            self.store.call_before_commits(self.audit.log.write_before_commit)
         await self._group.__aenter__()
         recovered = await runner.recover()
         self._maintenance = [
@@ -259,7 +262,7 @@ class Dispatcher:
         client: str,
         received_at: float | None = None,
         admission: Admission = _ADMITTED,
-        record: Callable[[NewJob], asyncio.Future[None] | None] = lambda job: None,
+        record: Callable[[NewJob], Recorded | None] = lambda job: None,
         on_limit: Callable[[LimitReached, asyncio.Future[str]], None] | None = None,
         on_repeated: Callable[[], object] = lambda: None,
     ) -> asyncio.Future[str]:
@@ -268,7 +271,7 @@ class Dispatcher:
         An unknown host is accepted; the job then ends as ``unknown_host``. Limits are lowered to the configured limits.
         A call with the request id of a stored job is that job; raises `RequestIDReused` if the call differs. `client`
         is the client's address, for the log; `received_at` is the monotonic time of the request, or None.
-        `record` returns the future of its audit entry, which the id waits for. Raises `LimitReached` for too many
+        `record` returns its audit entry, which the id waits for. Raises `LimitReached` for too many
         queued jobs; with `on_limit`, that function gets the error and sets the future. `on_repeated` is called if the
         call has been submitted before.
         """
@@ -282,8 +285,8 @@ class Dispatcher:
         write_started_at = time.monotonic()
 
         def on_stored(stored: asyncio.Future[str]) -> None:
-            if recorded is not None and not recorded.done():
-                recorded.add_done_callback(lambda _: on_stored(stored))
+            if recorded is not None and not recorded.is_done:  # the store has not begun a transaction
+                self.audit.settle().add_done_callback(partial(on_settled, stored))
                 return
             if (error := stored.exception()) is not None:
                 self.audit.report("end", job=job.id, end="not_stored", error=str(error))
@@ -308,10 +311,16 @@ class Dispatcher:
                 log.info("job submitted again", extra={**repeated, "client": client})
             if admission.end is not None and stored.result() == job.id:
                 self.audit.report_end(job.id, None, admission.end, "dispatcher")
-            if not job_id.done() and recorded is not None and (failure := recorded.exception()) is not None:
-                job_id.set_exception(StorageError(f"the audit file cannot be written: {failure}"))
-            elif not job_id.done():
+            if job_id.done():
+                return
+            if recorded is not None and recorded.error is not None:
+                job_id.set_exception(StorageError(f"the audit file cannot be written: {recorded.error}"))
+            else:
                 job_id.set_result(stored.result())
+
+        def on_settled(stored: asyncio.Future[str], settled: asyncio.Future[None]) -> None:
+            settled.exception()  # it is the one of `recorded`, too
+            on_stored(stored)
 
         self._runner.request_claim()  # before `add_job`, so that both share a commit
         asyncio.ensure_future(self.store.add_job(job, self._wall())).add_done_callback(on_stored)

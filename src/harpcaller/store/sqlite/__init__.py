@@ -188,6 +188,13 @@ class Store:
         """
         return self._writer.observe(observer)
 
+    def call_before_commits(self, function: Callable[[], object]) -> None:
+        """Call a function in the writing thread before each later transaction. It must raise nothing.
+
+        What was done in the loop before a verb was called is done before the transaction of this verb.
+        """
+        self._writer.before_commit = function
+
     def add_job(self, job: NewJob, now: float) -> asyncio.Future[str]:
         """Store a queued job as `Writes.add_job` does."""
         is_limited = job.max_queued is not None and job.owner in self._staged_owners  # those jobs are not counted yet

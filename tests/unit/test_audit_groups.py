@@ -1,0 +1,110 @@
+"""Entries of calls: the thread that stores the jobs writes them before its commit, all of a group at once."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harp_daemon import audit_file
+from harp_daemon.audit import AuditError, AuditLog
+from harp_daemon.audit_reading import verify
+
+
+def with_log(path: Path, scenario: Callable[[AuditLog], Awaitable[None]]) -> None:
+    """Run a scenario with an audit log, then close it; its chain must hold."""
+
+    async def run() -> None:
+        log = AuditLog(path)
+        try:
+            await scenario(log)
+        finally:
+            await log.close()
+
+    asyncio.run(run())
+    assert verify(path).problems == []
+
+
+def call(job: str) -> dict[str, Any]:
+    return {"time": time.time(), "action": "call", "decision": "allowed", "job": job, "arguments": b"[]"}
+
+
+def written(path: Path) -> list[str]:
+    """Return the jobs of the entries in the file."""
+    return [entry["job"] for line in path.read_text().splitlines() if "job" in (entry := json.loads(line))]
+
+
+def test_audit_calls_are_written_before_their_commit(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+
+    async def scenario(log: AuditLog) -> None:
+        entries = [log.record_before_commit(call(job), must=True) for job in "ab"]
+        log.report("end", job="c")
+        assert (written(path), [entry.is_done for entry in entries]) == ([], [False, False])
+        await asyncio.to_thread(log.write_before_commit)
+        assert (written(path), [entry.is_done for entry in entries]) == (["a", "b", "c"], [True, True])
+        head = audit_file.read_head(path)
+        assert head is not None
+        assert head.entry == log.entries + 1  # and the first one, about the file
+        assert [entry.error for entry in entries] == [None, None]
+
+    with_log(path, scenario)
+
+
+def test_audit_reports_alone_do_not_delay_a_commit(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+
+    async def scenario(log: AuditLog) -> None:
+        log.report("end", job="a")
+        log.write_before_commit()
+        assert written(path) == []
+
+    with_log(path, scenario)
+    assert written(path) == ["a"]
+
+
+def test_audit_call_without_commit_is_written_by_settle(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+
+    async def scenario(log: AuditLog) -> None:
+        entry = log.record_before_commit(call("a"), must=True)
+        await log.settle()
+        assert entry.is_done
+        assert written(path) == ["a"]
+
+    with_log(path, scenario)
+
+
+def test_audit_call_that_cannot_be_written_follows_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit_file, "_FOLLOW_INTERVAL", 0.0)
+    path = tmp_path / "audit.jsonl"
+
+    async def scenario(log: AuditLog) -> None:
+        path.rename(tmp_path / "audit.jsonl.1")
+        path.mkdir()  # so that no file can be begun
+        entry = log.record_before_commit(call("a"), must=True)
+        await asyncio.to_thread(log.write_before_commit)
+        assert isinstance(entry.error, AuditError)
+        path.rmdir()
+        await log.record("end", None, must=True, job="b")
+        assert written(path) == ["a", "b"]
+
+    with_log(path, scenario)
+
+
+def test_audit_call_after_close_has_an_error(tmp_path: Path) -> None:
+    async def run() -> None:
+        log = AuditLog(tmp_path / "audit.jsonl")
+        await log.close()
+        entry = log.record_before_commit(call("a"), must=True)
+        assert entry.is_done
+        assert isinstance(entry.error, AuditError)
+        await log.settle()
+        log.write_before_commit()
+
+    asyncio.run(run())
