@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SETTLE_SECONDS = 1.0  #: Seconds for which a changed file must be unchanged before it is used.
+_CHECK_INTERVAL = 0.05  #: Seconds within which `value` does not look for another change: each job needs it often.
 _MAX_WAIT = 10.0  #: Maximum seconds that `settle` waits for a file that changes repeatedly.
 
 
@@ -68,12 +69,14 @@ class WatchedFile(Generic[T]):
         assert first is not None
         self._identity, self._value = (self._newest[0], first) if in_use is None else (None, in_use)
         self._pending_since = time.monotonic()
+        self._check_at = 0.0  # monotonic time
         self.is_settled = self._has_settled()  #: Whether the file had not just changed at the last check.
 
     @property
     def value(self) -> T:
-        """The contents to use, after a check for a change."""
-        self._check(force=False)
+        """The contents to use. A change is found within `_CHECK_INTERVAL`."""
+        if time.monotonic() >= self._check_at:
+            self._check(force=False)
         return self._value
 
     @property
@@ -84,7 +87,8 @@ class WatchedFile(Generic[T]):
     @property
     def newest_value(self) -> T:
         """The current contents, even if the file has just changed; `value` if they are invalid or were refused."""
-        value = self.value
+        self._check(force=False)
+        value = self._value
         if self.is_settled:
             return value
         identity = _identify_if_exists(self._files)
@@ -110,6 +114,7 @@ class WatchedFile(Generic[T]):
             self.error = f"it has changed again and again for {_MAX_WAIT:g} s"
 
     def _check(self, force: bool) -> None:
+        self._check_at = time.monotonic() + _CHECK_INTERVAL
         identity = _identify_if_exists(self._files)
         if identity != self._pending:
             self._pending, self._pending_since = identity, time.monotonic()
@@ -143,10 +148,11 @@ class WatchedFile(Generic[T]):
 
 
 def _identify(files: Iterable[Path]) -> _Identities:
-    return tuple(
+    found = [
         _Identity(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
         for status in map(os.stat, files)
-    )
+    ]
+    return tuple(found)
 
 
 def _identify_if_exists(files: Iterable[Path]) -> _Identities | None:
