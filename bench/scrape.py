@@ -53,7 +53,6 @@ async def measure(directory: Path, hosts: int, jobs: int) -> None:
             Call(names[number % hosts], "work", Raw(b"[]"), queue=queue, start_within=3600) for number in range(jobs)
         ]
         await dispatcher.submit_many(calls, "bench")
-        assert dispatcher.connects is not None
         dispatcher.connects.certificate_ends |= dict.fromkeys(names, time.time() + _YEAR)
         monitor = Monitor(dispatcher, metrics, settings=lambda: MonitorSettings(hosts, gauges_age=0.0))
         await monitor.scrape()

@@ -132,7 +132,7 @@ class Dispatcher:
         self._wall = wall
         self._notifier = Notifier()
         self.access = Access(config)  #: The policy; `harpcaller.acting` enforces it.
-        self.connects = None if metrics is None else HostConnects()  #: What is counted of connections to hosts.
+        self.connects = HostConnects()  #: What connections to hosts have shown.
         self._tls = HostTLS(config, lambda: self.registry.list_hosts(), self.connects)
         self._secret_keys = read_key_file(config)
         self._runner = Runner(lambda: self.registry.is_ready, wall())
@@ -664,7 +664,8 @@ class Dispatcher:
         counts = await self._answers.get("open jobs of hosts", self.store.count_open_of_hosts)
         runner = self._runner
         limit, capabilities = self.config.max_calls_per_host, runner.context.capabilities
-        states = describe_hosts(hosts, counts, runner.runs.values(), runner.starts, capabilities, limit, self._wall())
+        known = runner.starts, capabilities, self.connects
+        states = describe_hosts(hosts, counts, runner.runs.values(), *known, limit, self._wall())
         sources = self.registry.sources_of(host.hostname for host in hosts)
         return [replace(state, source=sources[state.host.hostname]) for state in states]
 

@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import Any
 
 from harpcaller.hosts.capabilities import HostCapabilities
+from harpcaller.hosts.connects import HostConnects
 from harpcaller.hosts.registry import Host
 from harpcaller.runs.host_starts import HostStarts
 from harpcaller.runs.run import Run
@@ -41,7 +42,9 @@ class HostState:
     error: str | None  #: Why it is down.
     last_error: tuple[float, str] | None  #: The latest failure since the start of the dispatcher, and its time.
     next_attempt: float | None  #: When a failing host is tried again.
-    daemon: Mapping[str, Any] | None  #: What its harpd supports; None: unknown.
+    daemon: Mapping[str, Any] | None  #: What its harpd supports, and its version; None: unknown.
+    round_trip: float | None  #: Seconds from the latest heartbeat to its reply; None: none was sent yet.
+    certificate_end: float | None  #: When the latest accepted certificate ends, Unix time; None: no connection yet.
     source: str | None = None  #: The file or script that it is from.
 
 
@@ -51,6 +54,7 @@ def describe_hosts(
     runs: Iterable[Run],
     starts: HostStarts,
     capabilities: HostCapabilities,
+    connects: HostConnects,
     limit: int,
     now: float,
 ) -> list[HostState]:
@@ -58,10 +62,9 @@ def describe_hosts(
     of_host: dict[str, list[Run]] = {}
     for run in runs:
         of_host.setdefault(run.job.host, []).append(run)
+    known = starts, capabilities, connects
     return [
-        _describe(
-            host, counts.get(host.hostname, (0, 0)), of_host.get(host.hostname, []), starts, capabilities, limit, now
-        )
+        _describe(host, counts.get(host.hostname, (0, 0)), of_host.get(host.hostname, []), *known, limit, now)
         for host in hosts
     ]
 
@@ -72,6 +75,7 @@ def _describe(
     runs: Sequence[Run],
     starts: HostStarts,
     capabilities: HostCapabilities,
+    connects: HostConnects,
     limit: int,
     now: float,
 ) -> HostState:
@@ -104,4 +108,6 @@ def _describe(
         last_error=failure,
         next_attempt=None if described is None else described["next"],
         daemon=None if supported is None else supported.describe(),
+        round_trip=connects.round_trips.get(name),
+        certificate_end=connects.certificate_ends.get(name),
     )

@@ -69,6 +69,7 @@ class _Hosts(NamedTuple):
     are_open: frozenset[str]
     are_failing: frozenset[str]
     certificate_ends: dict[str, float]
+    round_trips: dict[str, float]
 
 
 class Monitor:
@@ -253,9 +254,8 @@ class Monitor:
     def _registry_families(self) -> list[Family]:
         registry, connects = self._dispatcher.registry, self._dispatcher.connects
         refreshes = {(outcome,): number for outcome, number in registry.refreshes.items()}
-        outcomes = {} if connects is None else connects.outcomes
         return [
-            labelled("harp_host_connects_total", "counter", "Connections to hosts.", ("outcome",), outcomes),
+            labelled("harp_host_connects_total", "counter", "Connections to hosts.", ("outcome",), connects.outcomes),
             gauge(
                 "harp_hosts_refresh_timestamp_seconds",
                 "Last successful run of host_db_script, Unix time.",
@@ -327,11 +327,10 @@ class Monitor:
         dispatcher = self._dispatcher
         running = Counter(job.host for job in dispatcher.list_active_jobs())
         names = [host.hostname for host in dispatcher.registry.list_hosts()]
-        ends: dict[str, float] = {}
-        if dispatcher.connects is not None:
-            dispatcher.connects.forget_others(names)
-            ends = dispatcher.connects.certificate_ends.copy()
-        return _Hosts(names, running, *dispatcher.list_host_states(), ends)
+        connects = dispatcher.connects
+        connects.forget_others(names)
+        known = connects.certificate_ends.copy(), connects.round_trips.copy()
+        return _Hosts(names, running, *dispatcher.list_host_states(), *known)
 
     def _host_families(self, hosts: _Hosts, gauges: StoreGauges | None, settings: MonitorSettings) -> list[Family]:
         up = hosts.are_open.intersection(hosts.names)
@@ -341,7 +340,7 @@ class Monitor:
         named = [(name, f'{{host="{escape(name)}"}} ') for name in shown]
         known = [(name, label) for name, label in named if name in up or name in down]
         queued = None if gauges is None else gauges.queued_of_hosts
-        running, ends = hosts.running, hosts.certificate_ends
+        running, ends, trips = hosts.running, hosts.certificate_ends, hosts.round_trips
         expiry = "harp_host_certificate_expiry_timestamp_seconds"
         return [
             labelled("harp_hosts", "gauge", "Hosts.", ("state",), {(state,): count for state, count in states.items()}),
@@ -368,6 +367,12 @@ class Monitor:
                 "gauge",
                 "End of the certificate that the host has shown last, Unix time.",
                 [f"{expiry}{label}{ends[name]}" for name, label in named if name in ends],
+            ),
+            Family(
+                "harp_host_rtt_seconds",
+                "gauge",
+                "From the latest heartbeat for a call of the host to its reply.",
+                [f"harp_host_rtt_seconds{label}{trips[name]}" for name, label in named if name in trips],
             ),
         ]
 

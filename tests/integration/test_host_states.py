@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
 from pathlib import Path
+
+from cryptography.x509 import load_pem_x509_certificate
 
 from harpcaller.dispatcher import Dispatcher
 from harpcaller.host_states import HostState, Reachability
@@ -68,3 +71,39 @@ async def test_host_with_an_outage_is_down_until_its_call_is_attached_again(tmp_
             again = await reached(dispatcher, Reachability.UP)
             assert (again.outages, again.error, again.last_error is not None) == (0, None, True)
             end.set()
+
+
+async def test_host_shows_its_certificate_round_trip_and_version(tmp_path: Path) -> None:
+    """Each is from the latest connection; nothing is shown that no connection has told."""
+
+    def listed(conn: PeerConnection) -> None:
+        conn.expect()
+        conn.reply({"harp": 1, "calls": [], "instance": "w1", "version": "4.5"})
+
+    def begin(conn: PeerConnection) -> None:
+        started(conn, disconnect_timeout=1.0)
+        while True:
+            if "heartbeat" in json.loads(conn.line()):
+                time.sleep(0.02)
+                conn.reply({"heartbeat": 1.0})
+                answered.set()
+                return conn.until_closed()
+
+    answered = threading.Event()
+    with playing(tmp_path, listed, begin) as peer:
+        async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
+            before = await state_of(dispatcher)
+            assert (before.daemon, before.round_trip, before.certificate_end) == (None, None, None)
+            job_id = await dispatcher.submit(call(), "test")
+            await acknowledged(dispatcher, job_id)
+            state = await state_of(dispatcher)
+            assert state.daemon is not None
+            assert state.daemon["version"] == "4.5"
+            certificate = load_pem_x509_certificate((tmp_path / "server.pem").read_bytes())
+            assert state.certificate_end == certificate.not_valid_after_utc.timestamp()
+            async with asyncio.timeout(30):
+                while (found := (await state_of(dispatcher)).round_trip) is None:
+                    await asyncio.sleep(0.02)
+            assert answered.is_set()
+            assert 0.02 <= found < 30
+            await dispatcher.cancel(job_id)

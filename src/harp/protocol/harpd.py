@@ -370,12 +370,16 @@ def _decode_ids(members: JSONObject, key: str) -> Any:
 
 
 class CallList(WireObject):
-    """The owner's resumable calls, and the instance id of the supervisor that starts new calls."""
+    """The owner's resumable calls, and the instance id of the supervisor that starts new calls.
+
+    `version` is that of the harpd, if it sends it.
+    """
 
     calls: Annotated[Sequence[str], Kind(_are_ids, "an array of UUIDs in lower case", decode=_decode_ids)]
     instance: _Text
     keep_alive: Seconds | None = None
     features: Annotated[Sequence[str] | None, Kind(_are_texts, "an array of strings")] = None  # that harpd supports
+    version: Annotated[_Text | None, Null.REJECTED] = None
 
 
 Message: TypeAlias = (

@@ -41,11 +41,17 @@ class HostSupport(NamedTuple):
     keep_alive: bool = False
     caller: bool = False  # a start may say for whom it is
     secrets: bool = False  # a start may say which values of its arguments are secret
+    version: str | None = None  # of the harpd; None: it does not send it
 
     def describe(self) -> dict[str, Any]:
         """Return what lists of hosts show."""
         features = [name for name in ("keep_alive", "caller", "secrets") if getattr(self, name)]
-        return {"keeps_calls": self.instance is not None, "instance": self.instance, "features": features}
+        return {
+            "keeps_calls": self.instance is not None,
+            "instance": self.instance,
+            "features": features,
+            "version": self.version,
+        }
 
 
 LEGACY = HostSupport()
@@ -108,9 +114,11 @@ class HostCapabilities:
             # A current harpd sends this reply if the request arrived too slowly; a second request may succeed.
             reply = await self._request_call_list(host, tls, config)
         match reply:
-            case CallList(calls, instance, keep_alive, features):
+            case CallList(calls, instance, keep_alive, features, version):
                 announced = features or ()
-                support = HostSupport(instance, keep_alive is not None, CALLER in announced, SECRETS in announced)
+                support = HostSupport(
+                    instance, keep_alive is not None, CALLER in announced, SECRETS in announced, version
+                )
                 self._cached[host] = support
                 self._on_call_list(host, calls)
                 return support

@@ -97,6 +97,7 @@ async def _open_connection(
         if tls.connects is not None:
             certificate = transport.get_extra_info("ssl_object").getpeercert(binary_form=True) or b""
             tls.connects.record_open(host.hostname, certificate)
+            conn.on_round_trip = partial(tls.connects.record_round_trip, host.hostname)
         return conn
     assert chain_error is not None  # otherwise a context was accepted or another error was raised
     raise tls.chain_refused(chain_error)

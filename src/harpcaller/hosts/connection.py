@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice, takewhile
 from operator import methodcaller
@@ -97,6 +97,8 @@ class HarpdConnection(asyncio.Protocol):
         self._last_command = b""  # of a finished request; not sent yet
         self._command_timer: Timer | None = None
         self._peer_time = 0.0  # the latest time of the host, which the next heartbeat echoes
+        self._heartbeat_sent_at: float | None = None  # monotonic time of a heartbeat without a reply
+        self.on_round_trip: Callable[[float], None] | None = None  #: Is called with the seconds to a heartbeat's reply.
         self._reused_unanswered = False
         self._acknowledgement: tuple[bytes, Message] | None = None  # of the last call; most calls receive the same line
         self.is_paused = False  #: Whether the receiver has paused reading.
@@ -383,6 +385,9 @@ class HarpdConnection(asyncio.Protocol):
         else:
             if isinstance(message, Heartbeat):
                 self._peer_time = message.time
+                if self._heartbeat_sent_at is not None and self.on_round_trip is not None:
+                    self.on_round_trip(self.last_received_at - self._heartbeat_sent_at)
+                self._heartbeat_sent_at = None
             self._receiver.on_message(message)
 
     def _end(self, error: Exception | None) -> None:
@@ -412,6 +417,7 @@ class HarpdConnection(asyncio.Protocol):
         if self._heartbeat_timer is not None:
             self._heartbeat_timer.cancel()
             self._heartbeat_timer = None
+        self._heartbeat_sent_at = None
 
     def _send_heartbeat(self) -> None:
         silent_since = max(self.last_received_at, self._reading_since)
@@ -420,6 +426,8 @@ class HarpdConnection(asyncio.Protocol):
             self._transport.abort()
             return
         self.send_command(Heartbeat(self._peer_time))
+        if self._heartbeat_sent_at is None:
+            self._heartbeat_sent_at = time.monotonic()
         self._heartbeat_timer = self._timers.call_later(self._heartbeat_interval, self._send_heartbeat)
 
 

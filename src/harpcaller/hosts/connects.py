@@ -1,4 +1,4 @@
-"""What is counted of connections to hosts: their outcomes, and when the certificates of hosts end."""
+"""What connections to hosts have shown: their outcomes, the certificates of hosts, and how fast hosts reply."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ class HostConnects:
     def __init__(self) -> None:
         self.outcomes: Counter[tuple[str, ...]] = Counter({(outcome,): 0 for outcome in OUTCOMES})
         self.certificate_ends: dict[str, float] = {}  #: By host, the end of its last accepted certificate, Unix time.
+        self.round_trips: dict[str, float] = {}  #: By host, seconds from its last heartbeat to the reply.
 
     def record_open(self, host: str, certificate: bytes) -> None:
         """Record a connection, with the certificate of its host."""
@@ -24,11 +25,17 @@ class HostConnects:
         if end is not None:
             self.certificate_ends[host] = end
 
+    def record_round_trip(self, host: str, seconds: float) -> None:
+        """Record how long the reply to a heartbeat took."""
+        self.round_trips[host] = seconds
+
     def record_failure(self, outcome: str) -> None:
         """Record a connection that could not be opened."""
         self.outcomes[(outcome if outcome in OUTCOMES else "network_error",)] += 1
 
     def forget_others(self, hosts: Iterable[str]) -> None:
-        """Forget the certificates of hosts that are not among these."""
-        for host in self.certificate_ends.keys() - set(hosts):
-            del self.certificate_ends[host]
+        """Forget what is known of hosts that are not among these."""
+        known = set(hosts)
+        for values in (self.certificate_ends, self.round_trips):
+            for host in values.keys() - known:
+                del values[host]

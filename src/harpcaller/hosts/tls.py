@@ -45,7 +45,7 @@ class HostTLS:
         list_hosts: Callable[[], Iterable[Host]] = lambda: (),
         connects: HostConnects | None = None,
     ) -> None:
-        self.connects = connects  #: What is counted; None: nothing.
+        self.connects = connects  #: What connections have shown; None: it is not kept.
         self._verify_hostname = config.verify_hostname
         self._verify = config.verify
         self._list_hosts = list_hosts

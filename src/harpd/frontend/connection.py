@@ -36,6 +36,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from harp import __version__
 from harp.protocol import harpd as messages
 from harp.protocol.ends import Failed
 from harp.protocol.harpd import AnyRequest, Attach, ListCalls, Request, encode_message
@@ -485,7 +486,7 @@ class Connection(asyncio.Protocol):
         log.debug("calls listed", extra=self._log_fields(request))
         calls = await self._context.links.client.list_calls(request.owner)
         keep_alive = self.limits.keep_alive_timeout if request.keep_alive else None
-        self.write(encode_message(replace(calls, keep_alive=keep_alive, features=_FEATURES)))
+        self.write(encode_message(replace(calls, keep_alive=keep_alive, features=_FEATURES, version=__version__)))
         if request.keep_alive:
             self.next_request(self._pop_early_data())
         else:
