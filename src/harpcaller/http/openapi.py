@@ -44,6 +44,7 @@ def openapi_document(operations: Sequence[Operation], base_path: str = "") -> di
             "description": "Jobs of a dispatcher over HTTP. See docs/http-api.md.",
             "license": {"name": "MIT", "identifier": "MIT"},
         },
+        "externalDocs": {"description": "The operations, for people.", "url": f"{base_path}/docs"},
         "servers": [{"url": f"{base_path}/api/v1"}],
         "paths": paths,
         "components": {
@@ -157,13 +158,12 @@ def render_tables(operations: Sequence[Operation]) -> str:
             parts.append(f"\n```json\n{json.dumps(one.body.example)}\n```\n")
         parts.append("\n| status | meaning |\n|---|---|\n")
         parts += [f"| {status} | {answer.meaning} |\n" for status, answer in one.responses.items()]
-        parts += [
-            f"| {status} | {', '.join(f'`{code}`' for code in codes)} |\n" for status, codes in _own_problems(one)
-        ]
+        parts += [f"| {status} | {', '.join(f'`{code}`' for code in codes)} |\n" for status, codes in own_problems(one)]
     return "".join(parts)
 
 
-def _own_problems(operation: Operation) -> Iterator[tuple[int, list[str]]]:
+def own_problems(operation: Operation) -> Iterator[tuple[int, list[str]]]:
+    """Yield the problems of an operation that not every operation may have: status and codes."""
     for status, codes in problems_of(operation).items():
         if own := [code for code in codes if code in operation.problems]:
             yield status, own

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from starlette.routing import Route
-
 from harp_daemon.memory_quota import MemoryQuota
 from harp_daemon.server_tls import ServerTLS
 from harp_daemon.settings import ConfigError
@@ -17,9 +15,9 @@ from harpcaller.access.users import Users
 from harpcaller.acting import ActingAs
 from harpcaller.config import Config, HTTPSettings
 from harpcaller.health import Health
-from harpcaller.http import error_page
-from harpcaller.http.app import HTTPApp
+from harpcaller.http.app import OPERATIONS, HTTPApp
 from harpcaller.http.console import Console
+from harpcaller.http.docs_pages import DocsPages
 from harpcaller.http.monitoring import MonitoringRoutes
 from harpcaller.http.server import HTTPServer, open_tls
 from harpcaller.http.service import HTTPService
@@ -75,7 +73,7 @@ class HTTPAPI:
         tls, self._files = self._open_tls(config()), _files_of(config())
         settings = self.service.settings
         routes = MonitoringRoutes(self.service).routes()
-        routes.append(Route(error_page.PATH, error_page.send_page, methods=["GET"]))
+        routes += DocsPages(self.service, OPERATIONS).routes()
         routes += Console(settings.base_path).routes() if settings.console else []
         self.server = HTTPServer(
             HTTPApp(self.service, routes=routes), lambda: self.service.settings, lambda: config().idle_timeout, tls
