@@ -65,7 +65,7 @@ def _running(name: str) -> Iterator[_API]:
     token, _ = add_token(directory / "tokens", "bench", ["admin"])
     port = free_port()
     limits = dict.fromkeys(("connections", "connections_per_peer", "streams", "streams_per_client"), _MANY)
-    http = {"listen": [f"127.0.0.1:{port}"], **limits}
+    http = {"listen": [f"127.0.0.1:{port}"], "requests_per_client": 1_000_000, **limits}
     settings = {
         "ca_file": SETTINGS["ca_file"],
         "log_level": "info",

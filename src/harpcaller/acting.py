@@ -31,7 +31,7 @@ from harpcaller.access.client import LOCAL_ADMINISTRATOR, Client
 from harpcaller.access.enforcement import Admission, Wait, may
 from harpcaller.access.policy import ALLOW_ALL, Action, Decision, Rate, Target
 from harpcaller.audit import ALLOWED, DENIED
-from harpcaller.changes import Position, Subscription, View
+from harpcaller.changes import ChangeFeed, Position, Subscription, View
 from harpcaller.dispatcher import Dispatcher
 from harpcaller.host_states import HostState
 from harpcaller.hosts.registry import Host, HostChange
@@ -551,6 +551,27 @@ class ActingAs:
     def position(self) -> Position:
         """The position in the change feed after the last change."""
         return self._dispatcher.changes.position
+
+    @property
+    def event_ids(self) -> ChangeFeed:
+        """The feed, which makes ids of events from positions, and reads them."""
+        return self._dispatcher.changes
+
+    def tag_list(self, question: str) -> str | None:
+        """Return a text that differs for another question, and after each change of a job or of the client's rights.
+
+        None: the client may not list all jobs, so that it must not learn whether others change. Raises `AccessDenied`
+        if it may list no jobs.
+        """
+        self.require_ever(Action.LIST)
+        if self._find_general_rights() is None:
+            return None
+        client = self._client
+        return self._dispatcher.changes.sign(repr((self._policy.sha256, client.principals, client.roles, question)))
+
+    async def record_unchanged_list(self, wanted: str) -> None:
+        """Record that the client has asked for a list of jobs which it has already."""
+        await self._record_list("jobs", wanted)
 
     def watch_jobs(
         self,

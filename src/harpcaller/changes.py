@@ -8,11 +8,15 @@ A `Subscription` delivers the rows of jobs to one reader, at most four times a s
 too much time from the jobs. All subscriptions share one read of the store; subscriptions of the same client rights and
 the same filter share the text. A reader that does not read loses the events that wait for it, and gets a reset: then it
 asks for its list again. It delays nobody.
+
+The numbers tell how many jobs change, also to a client that may list a few of them. So a position leaves the process
+encrypted, as the id of an event, and `ChangeFeed.sign` makes tags of lists that show nothing of it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hmac
 import logging
 import re
 import secrets
@@ -22,13 +26,14 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from harp.protocol.json_text import Envelope, Raw, dumps
+from harpcaller.cursors import Cursors, InvalidCursor
 from harpcaller.job_rows import dump_row
 from harpcaller.model.changes import Change
 from harpcaller.model.jobs import JobSummary
 
 log = logging.getLogger(__name__)
 
-_POSITION = re.compile(r"([0-9a-f]{1,16})-(\d{1,19})", re.ASCII)
+_EVENT_ID = re.compile(r"([0-9a-f]{1,16})-([A-Za-z0-9_-]{1,100})", re.ASCII)
 _MAX_JOBS = 10_000  #: Number of jobs whose latest change is kept; each needs about 200 bytes.
 _INTERVAL = 0.25  #: Minimum seconds between two events about jobs.
 _LONG_INTERVAL = 2.0  #: The same while many readers follow many changes.
@@ -56,15 +61,6 @@ class Position(NamedTuple):
     boot: str
     number: int
 
-    def __str__(self) -> str:
-        return f"{self.boot}-{self.number}"
-
-    @classmethod
-    def parse(cls, text: str) -> Position | None:
-        """Return the position with this text; None if it is not one."""
-        found = _POSITION.fullmatch(text)
-        return None if found is None else cls(found[1], int(found[2]))
-
 
 class Event:
     """An event for readers: its name, its data as JSON, and the position up to which they then know all."""
@@ -77,10 +73,10 @@ class Event:
         self.position = position
         self._text: tuple[object, bytes] | None = None  # the last one
 
-    def encode(self, encoder: Callable[[Event], bytes]) -> bytes:
-        """Return the text of the event. Readers of the same kind share it."""
+    def encode(self, encoder: Callable[[Event, str], bytes], event_id_of: Callable[[Position], str]) -> bytes:
+        """Return the text of the event with its id. Readers of the same kind share it."""
         if self._text is None or self._text[0] is not encoder:
-            self._text = encoder, encoder(self)
+            self._text = encoder, encoder(self, event_id_of(self.position))
         return self._text[1]
 
 
@@ -90,6 +86,8 @@ class ChangeFeed:
     def __init__(self) -> None:
         self.boot = secrets.token_hex(4)  #: Differs after each start.
         self.number = 0  #: The number of changes.
+        self._key = secrets.token_bytes(32)
+        self._cursors = Cursors(self._key)
         self._numbers: OrderedDict[str, int] = OrderedDict()  # of the latest change, by job; the earliest first
         self._forgotten = 0  # the latest change of a job that is not kept
         self._wake: Callable[[], object] | None = None
@@ -120,6 +118,28 @@ class ChangeFeed:
     def position(self) -> Position:
         """The position after the last change."""
         return Position(self.boot, self.number)
+
+    def encode_position(self, position: Position) -> str:
+        """Return the id of an event, from which only this feed can read the position."""
+        return f"{position.boot}-{self._cursors.encode(position.number, position.boot)}"
+
+    def decode_position(self, event_id: str) -> Position | None:
+        """Return the position in the id of an event; None if no feed has made it. That of another feed has number 0."""
+        found = _EVENT_ID.fullmatch(event_id)
+        if found is None:
+            return None
+        boot, cursor = found[1], found[2]
+        if boot != self.boot:
+            return Position(boot, 0)
+        try:
+            return Position(boot, self._cursors.decode(cursor, boot))
+        except InvalidCursor:
+            return None
+
+    def sign(self, question: str) -> str:
+        """Return a text that differs for another question, and after each change of a job."""
+        text = f"{self.number} {question}".encode("utf-8", "surrogatepass")
+        return hmac.digest(self._key, text, "sha256")[:12].hex()
 
     def changed_since(self, number: int) -> list[tuple[str, int]] | None:
         """Return the jobs that changed after a number, each with its latest change, the latest first.

@@ -115,7 +115,9 @@ class HTTPSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     connections: Count = 1_000  #: Maximum number of connections.
     #: Maximum number of connections of one address that have sent no valid request.
     connections_per_peer: Count = 100
+    requests_per_client: Count = 100  #: Maximum number of requests of one principal in a second; twice as many at once.
     waits: Count = 500  #: Maximum number of requests that wait for a job.
+    waits_per_client: Count = 100  #: Maximum number of them of one principal.
     streams: Count = 1_000  #: Maximum number of responses that follow records or events.
     streams_per_client: Count = 20  #: Maximum number of them of one principal.
     console: bool = True  #: Whether the web console is served, too.

@@ -148,7 +148,8 @@ def test_followers_get_every_record_once_whatever_breaks(tmp_path: Path) -> None
     token, _ = add_token(tmp_path / "tokens", "reader", ["admin"])
     with reserved_port() as port:
         pass
-    settings = {"tokens_file": str(tmp_path / "tokens"), "http": {"listen": [f"127.0.0.1:{port}"]}}
+    http = {"listen": [f"127.0.0.1:{port}"], "requests_per_client": 100_000}
+    settings = {"tokens_file": str(tmp_path / "tokens"), "http": http}
     with running(tmp_path, PROCEDURES, dispatcher=settings) as system:
         base = f"http://127.0.0.1:{port}/api/v1"
         headers = {"Authorization": f"Bearer {token}"}

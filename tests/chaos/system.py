@@ -181,7 +181,7 @@ class System:
             "listen": [f"127.0.0.1:{self.port}"],
             "ca_file": str(run / HOSTS[0] / "ca.pem"),
             "tokens_file": str(run / "tokens"),
-            "http": {"listen": [f"127.0.0.1:{self.http_port}"]},
+            "http": {"listen": [f"127.0.0.1:{self.http_port}"], "requests_per_client": 100_000},
             "stream_directory": str(self.store_file.parent),
         }
         self.files = Harpcallerd(run / "dispatcher", settings=settings)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import random
+from itertools import pairwise
 from pathlib import Path
 
 import httpx
 import pytest
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from harpcaller.access.client import Client
 from harpcaller.http.app import HTTPApp
@@ -130,3 +131,37 @@ async def test_http_error_of_a_handler_is_an_internal_error(tmp_path: Path, capl
     [record] = [record for record in caplog.records if record.getMessage() == "HTTP request failed"]
     assert record.exc_info is not None
     assert record.__dict__["request"] == reply.headers["harp-request"]
+
+
+async def test_http_long_response_leaves_turns_for_others(tmp_path: Path) -> None:
+    body = b"x" * 15_000_000
+    turns = 0
+
+    async def answer(_: APIRequest) -> Response:
+        return Response(body)
+
+    async def take_turns() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    pieces: list[tuple[bytes, int]] = []
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            pieces.append((message["body"], turns))
+
+    operation = Operation("GET", "/x", "get_x", "x", answer, {200: Answer("long")}, is_public=True)
+    async with running_api(tmp_path) as api:
+        client = Client(("anonymous@x",), "127.0.0.1:1", "127.0.0.1:2")
+        scope = {"type": "http", "method": "GET", "path": "/api/v1/x", "query_string": b"", "headers": []}
+        other = asyncio.create_task(take_turns())
+        await HTTPApp(api.api.service, (operation,))({**scope, "state": {"client": client}}, receive, send)
+        other.cancel()
+    assert b"".join(piece for piece, _ in pieces) == body
+    assert max(len(piece) for piece, _ in pieces) <= 256 * 1024
+    assert all(after > before for (_, before), (_, after) in pairwise(pieces)), "others have a turn between two"

@@ -129,14 +129,29 @@ def test_the_feed_forgets_the_oldest_changes() -> None:
     assert feed.changed_since(1) is not None
 
 
-@pytest.mark.parametrize("text", ["", "x", "-", "a-", "a-x", "a--1", "a-1.5", "a-" + "9" * 30])
+@pytest.mark.parametrize("text", ["", "x", "-", "a-", "a-1.5", "g-1", "0a", "0a-\n"])
 def test_other_texts_are_no_position(text: str) -> None:
-    assert Position.parse(text) is None
+    assert ChangeFeed().decode_position(text) is None
 
 
-def test_a_position_is_read_from_its_text() -> None:
-    position = Position("0f", 12)
-    assert Position.parse(str(position)) == position
+def test_a_position_is_read_from_its_id_by_its_feed_only() -> None:
+    feed = ChangeFeed()
+    position = Position(feed.boot, 12)
+    event_id = feed.encode_position(position)
+    assert feed.decode_position(event_id) == position
+    assert ChangeFeed().decode_position(event_id) == (feed.boot, 0), "a reader of another feed gets a reset"
+    for changed in (event_id[:-8] + event_id[-7:], f"{event_id}A", f"{feed.boot}-12", f"{feed.boot}-"):
+        assert feed.decode_position(changed) is None
+    others = {feed.encode_position(Position(feed.boot, 12)) for _ in range(10)}
+    assert len(others) == 10, "an id does not show whether another job has changed"
+
+
+def test_a_tag_of_a_list_differs_after_a_change() -> None:
+    feed = ChangeFeed()
+    before = feed.sign("newest")
+    assert feed.sign("newest") == before != feed.sign("oldest")
+    feed.record(changes("a"))
+    assert feed.sign("newest") != before
 
 
 async def test_readers_share_reads_and_texts() -> None:
@@ -149,7 +164,12 @@ async def test_readers_share_reads_and_texts() -> None:
     assert [row["job"] for row in json.loads(events[0].data)["rows"]] == ["b", "a"]
     assert (await other.event()).data == events[0].data
     assert (jobs.reads, jobs.encoded) == ([["b", "a"]], 2)
-    assert events[0].encode(lambda event: event.name.encode()) == b"jobs"
+    ids = jobs.feed.encode_position
+    assert events[0].encode(lambda event, _: event.name.encode(), ids) == b"jobs"
+    encode = lambda _, event_id: event_id.encode()  # noqa: E731
+    shared = events[0].encode(encode, ids)
+    assert events[0].encode(encode, ids) is shared
+    assert jobs.feed.decode_position(shared.decode()) == events[0].position
 
 
 async def test_changes_come_at_most_four_times_a_second() -> None:

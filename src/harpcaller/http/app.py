@@ -11,8 +11,7 @@ import logging
 import time
 from collections.abc import Sequence
 from difflib import get_close_matches
-from functools import cache, lru_cache
-from hashlib import sha256
+from functools import cache, lru_cache, partial
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -23,16 +22,15 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Mount, Route, Router
 from starlette.types import Message, Receive, Scope, Send
 
-from harp_daemon.memory_quota import Reservation
 from harpcaller.access import AuthError, Refusal
 from harpcaller.access.client import Client
 from harpcaller.http import audit, events, fleet, jobs, lists, login, records
 from harpcaller.http.authentication import authenticate, check_request_origin, identify_connection
 from harpcaller.http.guards import check_host
 from harpcaller.http.openapi import encode_document
-from harpcaller.http.operations import Answer, APIRequest, Operation
-from harpcaller.http.problems import MEDIA_TYPE, SECURITY_HEADERS, Problem, new_request_id, to_problem
-from harpcaller.http.service import HTTPService, wait_disconnected
+from harpcaller.http.operations import TAG, TAG_HEADER, UNCHANGED, Answer, APIRequest, Operation, has_tag, tag_of
+from harpcaller.http.problems import COMMON_HEADERS, MEDIA_TYPE, Problem, new_request_id, to_problem
+from harpcaller.http.service import BodyReservation, HTTPService, wait_disconnected
 from harpcaller.reply_memory import ReplyShare
 
 log = logging.getLogger(__name__)
@@ -46,14 +44,14 @@ _OF_MODULES = [operation for module in MODULES for operation in module.OPERATION
 def _encode_openapi(base_path: str) -> tuple[bytes, str]:
     """Return the OpenAPI document and its tag; it takes some 10 ms to make."""
     document = encode_document(OPERATIONS, base_path)
-    return document, f'"{sha256(document).hexdigest()[:16]}"'
+    return document, tag_of(document)
 
 
 async def get_openapi(request: APIRequest) -> Response:
     """Answer with the OpenAPI document."""
     document, tag = _encode_openapi(request.service.base_path)
-    headers = {"ETag": tag, "Cache-Control": "no-cache"}
-    if request.headers.get("if-none-match") == tag:
+    headers = {"ETag": f'"{tag}"', "Cache-Control": "no-cache"}
+    if has_tag(request, tag):
         return Response(status_code=304, headers=headers)
     return Response(document, headers=headers, media_type="application/json")
 
@@ -67,12 +65,14 @@ OPERATIONS: tuple[Operation, ...] = (
         summary="Get the OpenAPI document",
         handler=get_openapi,
         is_public=True,
-        responses={200: Answer("the document", {"type": "object"}), 304: Answer("the tag is that of `If-None-Match`")},
+        headers=TAG_HEADER,
+        responses={200: Answer("the document", {"type": "object"}, headers=TAG), 304: UNCHANGED},
     ),
 )
 
 API_PATH = "/api/v1"
 _MAX_PARAMETERS = 100  #: Maximum number of query parameters.
+_PIECE = 256 * 1024  #: Bytes of a response that are passed to the transport at once.
 
 
 class HTTPApp:
@@ -118,7 +118,7 @@ class HTTPApp:
                 state["is_started"] = True
                 self._count(scope, message["status"], time.monotonic() - began_at)
                 names = {name.lower() for name, _ in message["headers"]}
-                more = [pair for pair in _COMMON_HEADERS if pair[0] not in names]
+                more = [pair for pair in COMMON_HEADERS if pair[0] not in names]
                 message["headers"] = [*message["headers"], *more, (b"harp-request", request_id.encode())]
             await send(message)
 
@@ -161,11 +161,10 @@ class HTTPApp:
 
 
 _METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
-_COMMON_HEADERS = (*SECURITY_HEADERS, (b"cache-control", b"no-store"))
 
 
 async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
-    raise Problem("not_found", "there is nothing at this path; see /api/v1/openapi.json")
+    raise Problem("not_found", "there is nothing at this path; the page /docs lists what there is")
 
 
 async def _settle(error: Exception, service: HTTPService, request: Request) -> Problem:
@@ -213,6 +212,7 @@ class _Endpoint:
             await respond(self._service, operation, request, client, send)
             return
         proof = request.state.proof = await authenticate(request, self._service)
+        self._service.check_rate(proof.client)
         if (connection := getattr(request.state, "connection", None)) is not None:
             connection.confirm()
         task = asyncio.current_task()
@@ -240,7 +240,7 @@ async def respond(service: HTTPService, operation: Operation, request: Request, 
     The memory of the body is reserved until the response is in the kernel's buffer; it may contain the body. A long
     response to a GET, which has no body, needs a share of `reply_memory`: without one it is discarded, and built again.
     """
-    reservation, share = Reservation(service.memory), ReplyShare(service.streams.memory)
+    reservation, share = BodyReservation(service, client.owner), ReplyShare(service.streams.memory)
     try:
         while True:
             response = await answer(service, operation, request, client, reservation)
@@ -250,7 +250,7 @@ async def respond(service: HTTPService, operation: Operation, request: Request, 
                 break
             del response
             await has_share.wait()
-        await response(request.scope, request.receive, send)
+        await response(request.scope, request.receive, partial(_send_in_pieces, send))
         if (connection := getattr(request.state, "connection", None)) is not None:
             await connection.drain()
     finally:
@@ -258,8 +258,21 @@ async def respond(service: HTTPService, operation: Operation, request: Request, 
         reservation.release()
 
 
+async def _send_in_pieces(send: Send, message: Message) -> None:
+    """Send a part of a response; a long one in pieces, so that other requests have their turns meanwhile."""
+    body = message.get("body", b"")
+    if len(body) <= _PIECE:
+        await send(message)
+        return
+    pieces, has_more = memoryview(body), message.get("more_body", False)
+    for start in range(0, len(body), _PIECE):
+        is_last = start + _PIECE >= len(body)
+        await send({**message, "body": bytes(pieces[start : start + _PIECE]), "more_body": has_more or not is_last})
+        await asyncio.sleep(0)
+
+
 async def answer(
-    service: HTTPService, operation: Operation, request: Request, client: Client, reservation: Reservation
+    service: HTTPService, operation: Operation, request: Request, client: Client, reservation: BodyReservation
 ) -> Response:
     """Return the response of an operation. Raises what its client or its handler has done wrong."""
     _check_accept(operation, request)
@@ -324,7 +337,9 @@ def _check_accept(operation: Operation, request: Request) -> None:
     raise Problem("not_acceptable", f"Accept: the response would be {', '.join(kinds)}")
 
 
-async def _read_body(service: HTTPService, operation: Operation, request: Request, reservation: Reservation) -> bytes:
+async def _read_body(
+    service: HTTPService, operation: Operation, request: Request, reservation: BodyReservation
+) -> bytes:
     """Return the body of a request. Raises `Problem`; a body over the limit is refused before it is read."""
     assert operation.body is not None
     most, limit = operation.body.most, service.config().request_line

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 PLAIN_COOKIE, SECURE_COOKIE = "harp", "__Host-harp"  #: The names of the cookie without and with TLS.
 _BEARER = re.compile(r"Bearer +(\S{1,200})", re.IGNORECASE)
-_NO_PROOF = "the request needs an Authorization header with a bearer token, or the cookie of a session"
+_HINT = "on the dispatcher's machine, `harpcallerd token add NAME --role=operator` makes a token"
+_NO_PROOF = f"the request needs the header `Authorization: Bearer TOKEN`, or the cookie of a session; {_HINT}"
 
 
 async def authenticate(request: Request, service: HTTPService) -> Proof:
@@ -35,7 +36,7 @@ async def authenticate(request: Request, service: HTTPService) -> Proof:
     connection = await identify_connection(request, service)
     if (header := request.headers.get("authorization")) is not None:
         if (found := _BEARER.fullmatch(header)) is None:
-            raise AuthError('Authorization: expected "Bearer TOKEN"')
+            raise AuthError(f'Authorization: expected "Bearer TOKEN"; {_HINT}')
         client, token = service.identities().of_token(connection, found[1])
 
         def find_token_error() -> str | None:

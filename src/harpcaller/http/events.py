@@ -41,17 +41,14 @@ class EventsQuery(JobFilterQuery, frozen=True, kw_only=True, rename={"from_": "f
     ] = "raw"
 
 
-def _encode_event(event: Event) -> bytes:
-    return b"id: %b\nevent: %b\ndata: %b\n\n" % (
-        str(event.position).encode(),
-        event.name.encode(),
-        event.data.replace(b"\r", b" "),
-    )
-
-
-def _encode_line(event: Event) -> bytes:
+def _encode_event(event: Event, event_id: str) -> bytes:
     data = event.data.replace(b"\r", b" ")
-    return b'{"event":"%b","id":"%b","data":%b}\n' % (event.name.encode(), str(event.position).encode(), data)
+    return b"id: %b\nevent: %b\ndata: %b\n\n" % (event_id.encode(), event.name.encode(), data)
+
+
+def _encode_line(event: Event, event_id: str) -> bytes:
+    data = event.data.replace(b"\r", b" ")
+    return b'{"event":"%b","id":"%b","data":%b}\n' % (event.name.encode(), event_id.encode(), data)
 
 
 class EventSource:
@@ -95,18 +92,21 @@ class EventSource:
     def _make_part(self) -> bytes | None:
         if self._hello is not None:
             hello, self._hello = self._hello, None
-            return self._start + self._encoder(hello)
+            return self._start + self._encode(hello)
         if self._subscription is not None:
             if (event := self._subscription.next_event()) is not None:
-                return event.encode(self._encoder)
+                return self._encode(event)
             if self._subscription.is_closed:
                 self.is_done = True
                 return None
         elif not self._acting.is_current:
             return self.interrupt(ACCESS)
         if self._counts is not None and (data := self._counts.take()) is not None:
-            return self._encoder(Event("counts", data, self._known))
+            return self._encode(Event("counts", data, self._known))
         return None
+
+    def _encode(self, event: Event) -> bytes:
+        return event.encode(self._encoder, self._acting.event_ids.encode_position)
 
     @property
     def _known(self) -> Position:
@@ -122,7 +122,7 @@ class EventSource:
         """See `Source`."""
         self.is_done = True
         data = dumps({"reason": (Reset.ACCESS if reason == ACCESS else Reset.RESTART).value})
-        return self._encoder(Event("reset", data, self._known))
+        return self._encode(Event("reset", data, self._known))
 
     def close(self) -> None:
         """See `Source`."""
@@ -214,7 +214,9 @@ async def follow_events(request: APIRequest) -> Response:
             raise Problem("invalid_request", f"topics: expected some of {', '.join(TOPICS)}, got {topic[:100]!r}")
     wanted = query.parse(time.time())
     after = None
-    if (text := request.headers.get("last-event-id")) and (after := Position.parse(text)) is None:
+    if (text := request.headers.get("last-event-id")) and (
+        after := request.acting.event_ids.decode_position(text)
+    ) is None:
         raise Problem("invalid_request", "Last-Event-ID: expected the id of an event")
     accepted = request.headers.get("accept", "")
     as_lines = JSON_LINES in accepted and EVENTS not in accepted

@@ -22,7 +22,16 @@ from harpcaller.access.policy import Action, Target
 from harpcaller.cursors import InvalidCursor
 from harpcaller.host_states import HostState
 from harpcaller.http.jobs import show_payload
-from harpcaller.http.operations import Answer, APIRequest, Operation, json_array, json_response
+from harpcaller.http.operations import (
+    TAG,
+    TAG_HEADER,
+    UNCHANGED,
+    Answer,
+    APIRequest,
+    Operation,
+    json_array,
+    tagged_response,
+)
 from harpcaller.http.problems import Problem
 from harpcaller.model.lanes import queue_lane
 from harpcaller.store import QueueSummary
@@ -87,9 +96,8 @@ async def list_queues(request: APIRequest) -> Response:
     else:
         fits, wanted = partial(_fits, query), " ".join(filter(None, (query.q, query.state)))
         queues, following = await request.acting.find_queues(query.limit, query.cursor, wanted, fits)
-    return json_response(
-        Envelope(queues=json_array([_show_queue(queue, query.payloads) for queue in queues]), next=following)
-    )
+    shown = Envelope(queues=json_array([_show_queue(queue, query.payloads) for queue in queues]), next=following)
+    return tagged_response(request, shown)
 
 
 def _fits(query: QueuesQuery, queue: QueueSummary) -> bool:
@@ -113,7 +121,7 @@ async def get_queue(request: APIRequest) -> Response:
     queue = await request.acting.get_queue(queue_id) if _QUEUE_ID.fullmatch(queue_id) else None
     if queue is None:
         raise Problem("not_found", "there is no such queue; one without queued and running jobs is forgotten")
-    return json_response(_show_queue(queue, request.query.payloads))
+    return tagged_response(request, _show_queue(queue, request.query.payloads))
 
 
 def _show_queue(queue: QueueSummary, form: str) -> Envelope:
@@ -145,7 +153,14 @@ async def list_hosts(request: APIRequest) -> Response:
     following = _encode_cursor(last) if has_more else None
     may_list_all = acting.decide(Action.LIST, Target()).allowed
     registry = _show_registry(acting.describe_registry()) if may_list_all else {}
-    return json_response(Envelope(hosts=[show_host(state) for state in shown], next=following, registry=registry))
+    hosts = [show_host(state) for state in shown]
+    without_ages = [
+        {key: value for key, value in source.items() if key != "age"} if isinstance(source, dict) else source
+        for source in registry.values()
+    ]
+    return tagged_response(
+        request, Envelope(hosts=hosts, next=following, registry=registry), [hosts, following, without_ages]
+    )
 
 
 async def get_host(request: APIRequest) -> Response:
@@ -153,7 +168,7 @@ async def get_host(request: APIRequest) -> Response:
     found = await request.acting.describe_hosts([request.path["host"]])
     if not found:
         raise Problem("not_found", "there is no such host")
-    return json_response(show_host(found[0]))
+    return tagged_response(request, Envelope(show_host(found[0])))
 
 
 def show_host(state: HostState) -> dict[str, Any]:
@@ -175,6 +190,8 @@ def show_host(state: HostState) -> dict[str, Any]:
         "last_error": None if error is None else {"at": error[0], "text": error[1]},
         "next_attempt": state.next_attempt,
         "daemon": None if state.daemon is None else dict(state.daemon),
+        "rtt": None if state.round_trip is None else round(state.round_trip, 6),
+        "certificate": None if state.certificate_end is None else {"not_after": state.certificate_end},
         "source": state.source,
     }
 
@@ -232,7 +249,16 @@ HOST = {
         "next_attempt": {**_NUMBER_OR_NULL, "description": "when a failing host is tried again"},
         "daemon": {
             "type": ["object", "null"],
-            "description": "what its harpd supports: whether it keeps calls without a connection, and its features",
+            "description": "what its harpd supports: whether it keeps calls without a connection, its features, and "
+            "its version; null: an older one, which does not send it",
+        },
+        "rtt": {
+            **_NUMBER_OR_NULL,
+            "description": "seconds from the latest heartbeat to the reply; null: no call has been long enough for one",
+        },
+        "certificate": {
+            "type": ["object", "null"],
+            "description": "`not_after`: when the certificate of the latest connection ends; null: no connection yet",
         },
         "source": {"type": ["string", "null"], "description": "the setting that it is from"},
     },
@@ -254,7 +280,11 @@ OPERATIONS = (
         query=QueuesQuery,
         action="list",
         problems=("invalid_cursor",),
-        responses={200: Answer("queues, and the cursor of the next page", _page_of("queues", QUEUE))},
+        headers=TAG_HEADER,
+        responses={
+            200: Answer("queues, and the cursor of the next page", _page_of("queues", QUEUE), headers=TAG),
+            304: UNCHANGED,
+        },
     ),
     Operation(
         method="GET",
@@ -265,7 +295,8 @@ OPERATIONS = (
         query=QueueQuery,
         action="list",
         problems=("not_found",),
-        responses={200: Answer("the queue", QUEUE)},
+        headers=TAG_HEADER,
+        responses={200: Answer("the queue", QUEUE, headers=TAG), 304: UNCHANGED},
     ),
     Operation(
         method="GET",
@@ -276,8 +307,14 @@ OPERATIONS = (
         query=HostsQuery,
         action="list",
         problems=("invalid_cursor",),
+        headers=TAG_HEADER,
         responses={
-            200: Answer("hosts, and the cursor of the next page", _page_of("hosts", HOST, registry={"type": "object"}))
+            200: Answer(
+                "hosts, and the cursor of the next page",
+                _page_of("hosts", HOST, registry={"type": "object"}),
+                headers=TAG,
+            ),
+            304: UNCHANGED,
         },
     ),
     Operation(
@@ -288,6 +325,7 @@ OPERATIONS = (
         handler=get_host,
         action="list",
         problems=("not_found",),
-        responses={200: Answer("the host", HOST)},
+        headers=TAG_HEADER,
+        responses={200: Answer("the host", HOST, headers=TAG), 304: UNCHANGED},
     ),
 )

@@ -36,7 +36,18 @@ from harp_daemon.event_loop import LONG_LINE, run_in_turn
 from harp_daemon.sliced_json import decode_slices
 from harpcaller.access import AccessDenied
 from harpcaller.access.policy import Action
-from harpcaller.http.operations import Answer, APIRequest, Body, Operation, json_response, reference
+from harpcaller.http.operations import (
+    TAG_HEADER,
+    UNCHANGED,
+    Answer,
+    APIRequest,
+    Body,
+    Operation,
+    has_tag,
+    json_response,
+    not_modified,
+    reference,
+)
 from harpcaller.http.problems import Problem
 from harpcaller.job_rows import encode_row
 from harpcaller.model.ids import is_job_id
@@ -175,17 +186,20 @@ async def wait_until_ended(request: APIRequest, job_id: str, seconds: float) -> 
     if seconds > 0:
         waiting = request.acting.result(job_id)
         try:
-            await request.service.wait(request.http, waiting, seconds)
+            await request.service.wait(request, waiting, seconds)
         finally:
             waiting.cancel()
 
 
-async def wait_until_changed(request: APIRequest, job_id: str, tag: str, seconds: float) -> None:
-    """Wait until a job has another tag, or the time is over. Raises `UnknownJob` if the right to it is revoked."""
+async def wait_until_changed(request: APIRequest, job_id: str, seconds: float) -> None:
+    """Wait until a job has another tag than the client has, or the time is over.
+
+    Raises `UnknownJob` if the right to the job is revoked.
+    """
     changed = asyncio.Event()
 
     async def wait() -> None:
-        while etag_of(await request.acting.get_job(job_id)) == tag:
+        while has_tag(request, etag_of(await request.acting.get_job(job_id))):
             await changed.wait()
             changed.clear()
             request.renew_rights()
@@ -198,7 +212,7 @@ async def wait_until_changed(request: APIRequest, job_id: str, tag: str, seconds
     end_rights_watch = request.acting.watch_changes(None, check_rights)
     waiting = asyncio.ensure_future(wait())
     try:
-        await request.service.wait(request.http, waiting, seconds)
+        await request.service.wait(request, waiting, seconds)
     finally:
         end_watch()
         end_rights_watch()
@@ -227,7 +241,7 @@ async def show_long_payload(payload: Raw, form: str) -> Raw:
 
 def etag_of(job: Job) -> str:
     """Return the tag of a job, which changes with its state, its stop and its slot."""
-    return f'W/"{job.state.value}.{job.stop.value if job.stop else "-"}.{int(job.holds_slot)}"'
+    return f"{job.state.value}.{job.stop.value if job.stop else '-'}.{int(job.holds_slot)}"
 
 
 async def show_job(request: APIRequest, job_id: str, form: str) -> tuple[Job, Envelope]:
@@ -270,7 +284,7 @@ def address_of(request: APIRequest, job_id: str) -> str:
 async def submit_job(request: APIRequest) -> Response:
     """Store a job, and perhaps wait for its end."""
     received_at = asyncio.get_running_loop().time()
-    request.service.check_waits(request.query.wait)
+    request.service.check_waits(request, request.query.wait)
     request_id = request_id_of(request)
     call = with_request_id(await decode_body(request, decoder_of(Call)), request_id)
     job_id = await request.acting.submit(call, received_at)
@@ -300,23 +314,23 @@ async def submit_many(request: APIRequest) -> Response:
 
 async def get_job(request: APIRequest) -> Response:
     """Answer with all of a job but its records."""
-    job_id, known, seconds = job_of(request), request.headers.get("if-none-match"), request.query.wait
-    request.service.check_waits(seconds)
-    if known is None:
+    job_id, seconds = job_of(request), request.query.wait
+    request.service.check_waits(request, seconds)
+    if "if-none-match" not in request.headers:
         await wait_until_ended(request, job_id, seconds)
     elif seconds > 0:
-        await wait_until_changed(request, job_id, known, seconds)
+        await wait_until_changed(request, job_id, seconds)
     job, shown = await show_job(request, job_id, request.query.payloads)
     tag = etag_of(job)
-    if known == tag:
-        return Response(status_code=304, headers={"ETag": tag})
-    return json_response(shown, headers={"ETag": tag})
+    if has_tag(request, tag):
+        return not_modified(tag)
+    return json_response(shown, headers={"ETag": f'W/"{tag}"'})
 
 
 async def get_end(request: APIRequest) -> Response:
     """Answer with the end of a job."""
     job_id = job_of(request)
-    request.service.check_waits(request.query.wait)
+    request.service.check_waits(request, request.query.wait)
     await wait_until_ended(request, job_id, request.query.wait)
     end = (await request.acting.get_job(job_id)).end
     if end is None:
@@ -327,7 +341,7 @@ async def get_end(request: APIRequest) -> Response:
 async def get_result(request: APIRequest) -> Response:
     """Answer with the value that a job has returned, and nothing else."""
     job_id = job_of(request)
-    request.service.check_waits(request.query.wait)
+    request.service.check_waits(request, request.query.wait)
     await wait_until_ended(request, job_id, request.query.wait)
     end = (await request.acting.get_job(job_id)).end
     if end is None:
@@ -344,7 +358,7 @@ async def cancel_job(request: APIRequest) -> Response:
     """Cancel a job, and perhaps wait for the outcome of its stop."""
     job_id = job_of(request)
     seconds = (await decode_body(request, decoder_of(Cancellation))).wait
-    request.service.check_waits(seconds)
+    request.service.check_waits(request, seconds)
     await request.acting.require_on_job(Action.CANCEL, job_id)
     cancelled = await request.acting.cancel(job_id)
     if not cancelled:
@@ -353,7 +367,7 @@ async def cancel_job(request: APIRequest) -> Response:
     if seconds:
         waiting = asyncio.ensure_future(request.acting.wait_stopped(job_id))
         try:
-            details = await request.service.wait(request.http, waiting, seconds)
+            details = await request.service.wait(request, waiting, seconds)
         finally:
             waiting.cancel()
         request.renew_rights()
@@ -442,12 +456,12 @@ OPERATIONS = (
         "is another one.",
         handler=get_job,
         query=JobQuery,
-        headers={"If-None-Match": "an `ETag`: the response is 304 if it is still that of the job"},
+        headers=TAG_HEADER,
         action="read",
         problems=("invalid_jobid",),
         responses={
             200: Answer("the job", reference("Job"), headers={"ETag": "changes with the job's state, stop and slot"}),
-            304: Answer("the tag is that of `If-None-Match`"),
+            304: UNCHANGED,
         },
     ),
     Operation(

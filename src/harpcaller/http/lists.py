@@ -12,9 +12,22 @@ import msgspec
 from msgspec import Meta, Struct
 from starlette.responses import Response
 
-from harp.protocol.json_text import Envelope, Raw
+from harp.protocol.json_text import Envelope, Raw, dumps
 from harpcaller.http.jobs import show_payload
-from harpcaller.http.operations import Answer, APIRequest, Operation, json_response, reference
+from harpcaller.http.operations import (
+    TAG,
+    TAG_HEADER,
+    UNCHANGED,
+    Answer,
+    APIRequest,
+    Operation,
+    has_tag,
+    json_response,
+    not_modified,
+    reference,
+    tag_of,
+    tagged_response,
+)
 from harpcaller.http.problems import Problem
 from harpcaller.job_rows import dump_row, encode_row
 from harpcaller.model.job_filters import JobFilter, parse_filter, parse_time
@@ -110,6 +123,13 @@ async def list_jobs(request: APIRequest) -> Response:
     """Answer with a page of the jobs that fit a filter."""
     query: ListQuery = request.query
     wanted = query.parse(time.time())
+    normal_form = wanted.normal_form()
+    times = wanted.submitted, wanted.started, wanted.ended  # relative ones differ each time
+    question = repr((normal_form, times, query.order, query.limit, query.cursor, query.payloads))
+    tag = request.acting.tag_list(question)
+    if tag is not None and has_tag(request, tag):
+        await request.acting.record_unchanged_list(normal_form)
+        return not_modified(tag)
     page = await request.acting.find_jobs(wanted, query.order == "newest", query.limit, query.cursor)
     rows: list[Raw] = []
     for at in range(0, len(page.summaries), _STEP):
@@ -121,9 +141,13 @@ async def list_jobs(request: APIRequest) -> Response:
         complete=page.complete,
         examined=page.examined,
         searched_to=page.searched_to,
-        filter=wanted.normal_form(),
+        filter=normal_form,
     )
-    headers = {}
+    if tag is None:
+        tag = tag_of(b"\n".join((*rows, dumps([page.complete, normal_form]))))
+        if has_tag(request, tag):
+            return not_modified(tag)
+    headers = {"ETag": f'W/"{tag}"'}
     if page.next is not None:
         given = {name: value for name, value in request.http.query_params.items() if name != "cursor"}
         address = f"{request.http.url.path}?{urlencode({**given, 'cursor': page.next})}"
@@ -139,7 +163,8 @@ async def count_jobs(request: APIRequest) -> Response:
         if facet not in FACETS:
             raise Problem("invalid_request", f"by: expected some of {', '.join(FACETS)}, got {facet[:100]!r}")
     counts = await request.acting.count_jobs(query.parse(time.time()), facets, query.most)
-    return json_response(encode_counts(counts))
+    shown = encode_counts(counts)
+    return tagged_response(request, shown, [shown["by"], shown["exact"]])
 
 
 def encode_counts(counts: JobCounts) -> dict[str, Any]:
@@ -162,7 +187,7 @@ async def get_statistics(request: APIRequest) -> Response:
     states = frozenset() if query.state is None else parse_filter([("state", query.state)], now).states
     found = await request.acting.job_statistics(since, until, float(query.step), states)
     buckets = [msgspec.structs.asdict(bucket) for bucket in found.buckets]
-    return json_response({"step": query.step, "buckets": buckets, "complete": found.complete})
+    return tagged_response(request, {"step": query.step, "buckets": buckets, "complete": found.complete})
 
 
 OPERATIONS = (
@@ -172,12 +197,17 @@ OPERATIONS = (
         operation_id="list_jobs",
         summary="List jobs",
         description="One page of the jobs that fit the filter; see [filters](job-filters.md). A page may be empty "
-        "although there are more jobs: go on with `next` until `complete` is true. `Link` has the next page, too.",
+        "although there are more jobs: go on with `next` until `complete` is true. `Link` has the next page, too. "
+        "While no job changes, the tag stays the same, and a request with it reads nothing from the store.",
+        headers=TAG_HEADER,
         handler=list_jobs,
         query=ListQuery,
         action="list",
         problems=("access_denied", "invalid_cursor"),
-        responses={200: Answer("the page", reference("JobPage"), headers={"Link": "the next page"})},
+        responses={
+            200: Answer("the page", reference("JobPage"), headers={"Link": "the next page", **TAG}),
+            304: UNCHANGED,
+        },
     ),
     Operation(
         method="GET",
@@ -189,7 +219,8 @@ OPERATIONS = (
         query=CountsQuery,
         action="list",
         problems=("access_denied",),
-        responses={200: Answer("the numbers", reference("JobCounts"))},
+        headers=TAG_HEADER,
+        responses={200: Answer("the numbers", reference("JobCounts"), headers=TAG), 304: UNCHANGED},
     ),
     Operation(
         method="GET",
@@ -201,6 +232,7 @@ OPERATIONS = (
         query=StatisticsQuery,
         action="list",
         problems=("access_denied",),
-        responses={200: Answer("the numbers in each bucket", reference("JobStatistics"))},
+        headers=TAG_HEADER,
+        responses={200: Answer("the numbers in each bucket", reference("JobStatistics"), headers=TAG), 304: UNCHANGED},
     ),
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from msgspec import Struct
@@ -104,9 +105,43 @@ def reference(name: str) -> dict[str, str]:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
+#: Of operations with a tag: the header of the request, that of the response, and the response without a body.
+TAG_HEADER = {"If-None-Match": "an `ETag`: the response is 304 without a body if it is still that of the response"}
+TAG = {"ETag": "changes with the response"}
+UNCHANGED = Answer("the tag is that of `If-None-Match`")
+
+
 def json_array(items: Iterable[Envelope]) -> Raw:
     """Return an array of objects that have `Raw` members."""
     return Raw(b"[%b]" % b",".join(map(dumps, items)))
+
+
+def tag_of(text: bytes) -> str:
+    """Return the tag of a response with this text."""
+    return blake2b(text, digest_size=8).hexdigest()
+
+
+def has_tag(request: APIRequest, tag: str) -> bool:
+    """Return whether a request names a tag in ``If-None-Match``: its client has the response with this tag."""
+    given = request.headers.get("if-none-match", "")
+    return f'"{tag}"' in {one.strip().removeprefix("W/") for one in given.split(",")}
+
+
+def tagged_response(request: APIRequest, value: Any, compared: Any = None) -> Response:
+    """Return a response with a value, tagged with a digest; or only the tag, if the client has the response with it.
+
+    The digest is that of `compared`, if it is given: the value without what differs each time.
+    """
+    text = dumps(value)
+    tag = tag_of(text if compared is None else dumps(compared))
+    if has_tag(request, tag):
+        return not_modified(tag)
+    return Response(text + b"\n", headers={"ETag": f'W/"{tag}"'}, media_type="application/json")
+
+
+def not_modified(tag: str) -> Response:
+    """Return the response to a client that has the response with this tag."""
+    return Response(status_code=304, headers={"ETag": f'W/"{tag}"'})
 
 
 def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

@@ -50,12 +50,13 @@ CODES: Mapping[str, tuple[int, str]] = {
     "stopping": (503, "The dispatcher stops"),
 }
 
-#: The headers of every response.
-SECURITY_HEADERS = (
+#: The headers of every response; the last one, unless it has its own.
+COMMON_HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
     (b"cross-origin-resource-policy", b"same-origin"),
     (b"cross-origin-opener-policy", b"same-origin"),
+    (b"cache-control", b"no-store"),
 )
 
 #: The path of a member at the start of a message of `ProtocolError`, and an unknown member at its end.

@@ -37,7 +37,7 @@ from harp_daemon.timer_wheel import Timer, TimerWheel
 from harpcaller.access.client import Client
 from harpcaller.access.identities import anonymous, certified
 from harpcaller.config import Config, HTTPSettings
-from harpcaller.http.problems import SECURITY_HEADERS, Problem, new_request_id
+from harpcaller.http.problems import COMMON_HEADERS, Problem, new_request_id
 
 log = logging.getLogger(__name__)
 
@@ -483,7 +483,7 @@ def encode_refusal(problem: Problem, headers: Sequence[tuple[bytes, bytes]] = ()
     """Return a response without an application, after which the connection is closed."""
     request_id = new_request_id()
     body = problem.encode(request_id)
-    lines = [b"%b: %b" % pair for pair in (*headers, *SECURITY_HEADERS)]
+    lines = [b"%b: %b" % pair for pair in (*headers, *COMMON_HEADERS)]
     own = {**problem.all_headers(), "Harp-Request": request_id, "Content-Length": str(len(body)), "Connection": "close"}
     lines += [f"{name}: {value}".encode() for name, value in own.items()]
     status = b"HTTP/1.1 %d %b" % (problem.status, problem.title.encode())

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
-from harp_daemon.memory_quota import MemoryQuota
+from harp_daemon.memory_quota import MemoryQuota, Reservation
 from harpcaller.access.client import Client
+from harpcaller.access.enforcement import Rates
 from harpcaller.access.identities import Identities
+from harpcaller.access.rules import Rate
 from harpcaller.access.users import Users
 from harpcaller.acting import ActingAs
 from harpcaller.config import Config, HTTPSettings
@@ -22,6 +26,9 @@ from harpcaller.http.sessions import Sessions
 from harpcaller.http.streaming import Streams
 from harpcaller.metrics import Metrics
 from harpcaller.monitoring import Monitor
+
+if TYPE_CHECKING:
+    from harpcaller.http.operations import APIRequest
 
 T = TypeVar("T")
 
@@ -55,6 +62,10 @@ class HTTPService:
         self.health = health  #: The checks of readiness; None: there are none.
         self.metrics = metrics  #: What is counted; None: nothing.
         self.waits = 0  #: Number of requests that wait for a job.
+        self._waits_of: Counter[str] = Counter()  # by principal
+        self._rates = Rates()  # of requests
+        #: By principal, the quota of its bodies that are being read, and their number.
+        self.bodies_of: dict[str, tuple[MemoryQuota, int]] = {}
         self.stopping = asyncio.Event()  #: Set when the server closes: waits and streams end.
         self._settings = config().http or HTTPSettings()
         self.base_path = self._settings.base_path  #: It is that of the start until a restart.
@@ -95,26 +106,45 @@ class HTTPService:
         if self._check is not None:
             self._check.cancel()
 
-    def check_waits(self, seconds: float) -> None:
-        """Raise `Problem` if no further request may wait, and this one wants to."""
-        if seconds > 0 and self.waits >= self.settings.waits:
-            raise Problem("too_many_requests", f"{self.waits} requests wait; the limit is http.waits", retry_after=1)
+    def check_rate(self, client: Client) -> None:
+        """Count a request of a client. Raises `Problem` if it has sent too many in the last seconds."""
+        most = self.settings.requests_per_client
+        delay = self._rates.take({(client.owner, Rate(2 * most, 2)): 1}, time.monotonic())
+        if delay:
+            detail = f"you have sent more than {most} requests in a second; the limit is http.requests_per_client"
+            raise Problem("too_many_requests", detail, retry_after=round(delay, 3))
 
-    async def wait(self, request: Request, waiting: asyncio.Future[T], seconds: float) -> T | None:
+    def check_waits(self, request: APIRequest, seconds: float) -> None:
+        """Raise `Problem` if no further request of this client may wait, and this one wants to."""
+        if seconds <= 0:
+            return
+        settings, owner = self.settings, request.client.owner
+        if self.waits >= settings.waits:
+            raise Problem("too_many_requests", f"{self.waits} requests wait; the limit is http.waits", retry_after=1)
+        if (waits := self._waits_of[owner]) >= settings.waits_per_client:
+            detail = f"{waits} of your requests wait; the limit is http.waits_per_client"
+            raise Problem("too_many_requests", detail, retry_after=1)
+
+    async def wait(self, request: APIRequest, waiting: asyncio.Future[T], seconds: float) -> T | None:
         """Wait for a future; return its result, or None if it is not done after some seconds.
 
         Raises what the future raises, and `ClientDisconnect`. The caller cancels the future, and calls `check_waits`
         before a request that has an effect.
         """
-        disconnect = asyncio.ensure_future(wait_disconnected(request))
+        disconnect = asyncio.ensure_future(wait_disconnected(request.http))
         stopping = asyncio.ensure_future(self.stopping.wait())
+        owner = request.client.owner
         self.waits += 1
-        request.state.waits = True
+        self._waits_of[owner] += 1
+        request.http.state.waits = True
         try:
             futures: set[asyncio.Future[Any]] = {waiting, disconnect, stopping}
             await asyncio.wait(futures, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self.waits -= 1
+            self._waits_of[owner] -= 1
+            if not self._waits_of[owner]:
+                del self._waits_of[owner]
             for task in (disconnect, stopping):
                 task.cancel()
         if waiting.done():
@@ -122,6 +152,39 @@ class HTTPService:
         if disconnect.done() and not disconnect.cancelled():
             raise ClientDisconnect
         return None
+
+
+class BodyReservation:
+    """The memory for a body that is being read: of all clients together, and of its client.
+
+    A client may use a quarter of `request_memory`, or the memory of one body of the greatest length.
+    """
+
+    def __init__(self, service: HTTPService, owner: str) -> None:
+        self._service = service
+        self._owner = owner
+        self._parts: tuple[Reservation, Reservation] | None = None  # of its client, and of all; None: nothing yet
+
+    def grow(self, size: int) -> bool:
+        """Reserve more bytes; return False if there is no memory for them."""
+        if self._parts is None:
+            config, bodies_of = self._service.config(), self._service.bodies_of
+            most = max(config.request_line, config.request_memory // 4)
+            quota, number = bodies_of.get(self._owner, (MemoryQuota(most), 0))
+            bodies_of[self._owner] = quota, number + 1
+            self._parts = Reservation(quota), Reservation(self._service.memory)
+        return all(part.grow(size) for part in self._parts)
+
+    def release(self) -> None:
+        """Release all bytes; releasing again has no effect."""
+        parts, self._parts = self._parts, None
+        if parts is None:
+            return
+        for part in parts:
+            part.release()
+        quota, number = self._service.bodies_of.pop(self._owner)
+        if number > 1:
+            self._service.bodies_of[self._owner] = quota, number - 1
 
 
 async def wait_disconnected(request: Request) -> None:

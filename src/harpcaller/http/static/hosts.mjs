@@ -4,10 +4,11 @@ import { Use } from "./queues.mjs";
 import { link, navigate } from "./router.mjs";
 import { sourcesOf } from "./rows.mjs";
 import { useAnswer, useRepeat } from "./tables.mjs";
-import { age, Button, count, Empty, Fault, fullTime, html, Icon, Loading, setTitle, Time, useEffect, useNow, visible } from "./ui.mjs";
+import { age, Button, count, duration, Empty, Fault, fullTime, html, Icon, Loading, setTitle, Time, useEffect, useNow, visible } from "./ui.mjs";
 import { words } from "./words.mjs";
 
 const text = words.hosts;
+const SOON = 14 * 86400; // seconds before the end of a certificate, as the alert has it
 const KINDS = { up: ["ok", "good"], down: ["failed", "bad"], unknown: ["help", "dim"] };
 
 function HostState({ host }) {
@@ -40,7 +41,7 @@ export function HostsView({ query }) {
         <thead><tr><th>${text.columns.name}</th><th>${text.columns.state}</th><th>${text.columns.running}</th><th class="num">${text.columns.waiting}</th><th>${text.columns.contact}</th><th>${text.columns.address}</th><th><span class="hidden">${words.queues.columns.jobs}</span></th></tr></thead>
         <tbody>${data.hosts.map((host) => html`<tr key=${host.name}>
           <td class="name"><a href=${link("/hosts/" + encodeURIComponent(host.name))}><b>${visible(host.name)}</b></a></td>
-          <td><${HostState} host=${host} />${host.error && html`<div class="bad small cut" title=${visible(host.error)}>${visible(host.error)}</div>`}</td>
+          <td><${HostState} host=${host} />${host.certificate && host.certificate.not_after - now < SOON ? html` <span class="tag warn" title=${fullTime(host.certificate.not_after)}>${text.certificateEnds}</span>` : ""}${host.error && html`<div class="bad small cut" title=${visible(host.error)}>${visible(host.error)}</div>`}</td>
           <td data-name=${text.columns.running}><${Use} running=${host.running} limit=${host.limit} /></td>
           <td class="num" data-name=${text.columns.waiting}>${host.queued ? html`<a href=${link("/jobs", { host: host.name, state: "queued" })}>${count(host.queued)}</a>` : html`<span class="dim">0</span>`}</td>
           <td class="dim" data-name=${text.columns.contact}>${host.contact ? html`<span title=${fullTime(host.contact)}>${age(now - host.contact)}</span>` : "-"}</td>
@@ -70,6 +71,9 @@ export function HostView({ id }) {
         ${fact(text.columns.running, html`<${Use} running=${host.running} limit=${host.limit} /> ${host.running > 0 && html`<a href=${jobs("running")}>${words.queues.show}</a>`}`)}
         ${fact(text.columns.waiting, html`${count(host.queued)} ${host.queued > 0 && html`<a href=${jobs("queued")}>${words.queues.show}</a>`}`)}
         ${fact(text.columns.contact, host.contact && html`<${Time} at=${host.contact} /> <span class="dim">(${age(now - host.contact)})</span>`)}
+        ${fact(text.roundTrip, host.rtt !== null && html`${duration(host.rtt)} <span class="dim">${text.roundTripDetail}</span>`)}
+        ${fact(text.certificate, host.certificate && html`<span class=${host.certificate.not_after - now < SOON ? "warn" : ""}><${Time} at=${host.certificate.not_after} /></span>`)}
+        ${fact(text.version, host.daemon?.version && visible(host.daemon.version))}
         ${fact(text.outages, host.outages > 0 && html`<span class="warn">${count(host.outages)}</span>`)}
         ${fact(text.nextAttempt, host.next_attempt && html`<${Time} at=${host.next_attempt} />`)}
         ${fact(text.keepsCalls, host.daemon && (host.daemon.keeps_calls ? text.yes : text.no))}
