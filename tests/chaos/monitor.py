@@ -11,7 +11,7 @@ from chaos.process_tracker import ProcessTracker
 from chaos.system import DISCONNECT_TIMEOUT, HOST_TIMEOUT, KILL_GRACE, System
 
 #: Seconds between two checks, during the run and after it.
-_PAUSE, _IDLE_PAUSE = 2.0, 0.3
+_PAUSE, _IDLE_PAUSE = 2.0, 0.5
 #: Seconds for which a job without a process may be running: the promise, and a margin for a slow machine.
 _MAX_DELAY = HOST_TIMEOUT + 10.0
 _MARGIN = 10.0
@@ -98,14 +98,16 @@ class Monitor:
         while now() - changed < _MAX_STILL:
             listed = await self._check_running()
             self._check_orphans()
-            queues = await self._system.list_from_dispatcher("queue-list", "--full")
-            if listed == [] and queues == [] and clients.done() and self._orphans.issuperset(self._tracker.living()):
+            done = listed == [] and clients.done() and self._orphans.issuperset(self._tracker.living())
+            queues = await self._system.list_from_dispatcher("queue-list", "--full") if done else None
+            if queues == []:
                 return
             end_received = sum(observed.end is not None for observed in self._observations.jobs.values())
             state = listed, queues, len(self._tracker.living()), end_received
             if state != last:
                 last, changed = state, now()
             await asyncio.sleep(_IDLE_PAUSE)
+        queues = await self._system.list_from_dispatcher("queue-list", "--full")
         self._observations.add_violation(2, None, f"nothing has changed for {_MAX_STILL:g} s, but jobs remain")
         for job in listed or []:
             self._observations.add_violation(2, token_of(job), "it has not ended although all faults are undone")
