@@ -2,6 +2,8 @@
 
 `snapshot` takes a snapshot. New entries of a later snapshot are leftovers. Exception: a fixture that lives longer than
 the test, that is, a process with an ancestor in the first snapshot.
+
+Each test takes two snapshots. So they have the ids of all processes, and only those of new ones are looked at.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 __all__ = ["COOKIE_VARIABLE", "Snapshot", "find_leftover_tasks", "find_leftovers", "new_since", "snapshot"]
@@ -29,33 +31,30 @@ _COOKIE_ENTRY = f"{COOKIE_VARIABLE}={os.environ[COOKIE_VARIABLE]}".encode()
 
 _PROC = Path("/proc")
 
-#: Processes without the cookie: pid, and when it started. They do not get it later, and reading it takes long.
-_strangers: set[tuple[int, int]] = set()
-
 
 @dataclass(frozen=True)
 class Process:
-    """A process that runs, or a zombie."""
+    """A process that runs, or a zombie: a child of this one, or one that has inherited the cookie."""
 
-    pid: int
-    started: int
-    parent: int = field(compare=False)
-    description: str = field(compare=False)
+    parent: int
+    description: str
 
 
 @dataclass(frozen=True)
 class Snapshot:
     """The resources at a time; descriptors are numbers with their targets, threads have the kernel's ids."""
 
-    processes: frozenset[Process]
+    pids: frozenset[int]  # of all processes of the machine
     descriptors: frozenset[tuple[int, str]]
     threads: frozenset[int]
 
 
 def snapshot() -> Snapshot:
-    """Take a snapshot of this process and of all processes that the tests have started."""
+    """Take a snapshot of this process and of the ids of all processes."""
     return Snapshot(
-        frozenset(_processes()), frozenset(_descriptors()), frozenset(map(int, os.listdir("/proc/self/task")))
+        frozenset(int(name) for name in os.listdir(_PROC) if name.isdecimal()),
+        frozenset(_descriptors()),
+        frozenset(map(int, os.listdir("/proc/self/task"))),
     )
 
 
@@ -67,49 +66,39 @@ def _descriptors() -> Iterator[tuple[int, str]]:
                 yield int(name), target
 
 
-def _processes() -> Iterator[Process]:
-    """Yield the children of this process, and all processes that have inherited the cookie."""
+def _find_process(pid: int) -> Process | None:
+    """Return a process that the tests have started; None: it is another one, or has ended."""
     own = os.getpid()
-    for name in os.listdir(_PROC):
-        if name.isdecimal() and int(name) != own:
-            with contextlib.suppress(OSError):  # it has ended, or is another user's
-                stat = (_PROC / name / "stat").read_bytes()
-                command, _, rest = stat.partition(b"(")[2].rpartition(b")")
-                fields = rest.split()
-                parent, started = int(fields[1]), int(fields[19])
-                if parent == own or _has_cookie(int(name), started):
-                    line = (_PROC / name / "cmdline").read_bytes().replace(b"\0", b" ") or command
-                    state = fields[0].decode()
-                    text = f"process {name} ({state}) of {parent}: {line.decode(errors='replace')[:200]}"
-                    yield Process(int(name), started, parent, text)
-
-
-def _has_cookie(pid: int, started: int) -> bool:
-    """Return whether a process has inherited the cookie. Raises OSError if it has ended or is another user's."""
-    if (pid, started) in _strangers:
-        return False
-    environment = (_PROC / str(pid) / "environ").read_bytes()
-    found = _COOKIE_ENTRY in environment.split(b"\0")
-    if environment and not found:  # it is empty while a process executes another program
-        _strangers.add((pid, started))
-    return found
+    if pid == own:
+        return None
+    try:
+        stat = (_PROC / str(pid) / "stat").read_bytes()
+        command, _, rest = stat.partition(b"(")[2].rpartition(b")")
+        state, parent = rest.split()[:2]
+        environment = (_PROC / str(pid) / "environ").read_bytes().split(b"\0")
+        if int(parent) != own and _COOKIE_ENTRY not in environment:
+            return None
+        line = (_PROC / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ") or command
+    except OSError:  # it has ended, or is another user's
+        return None
+    text = f"process {pid} ({state.decode()}) of {int(parent)}: {line.decode(errors='replace')[:200]}"
+    return Process(int(parent), text)
 
 
 def new_since(before: Snapshot, after: Snapshot) -> list[str]:
     """Describe the new entries of `after` that do not belong to a process in `before`."""
-    parents = {process.pid: process.parent for process in after.processes}
-    old = {process.pid for process in before.processes & after.processes}
 
-    def has_old_ancestor(pid: int) -> bool:
-        while pid in parents:
-            if pid in old:
+    def has_old_ancestor(process: Process) -> bool:
+        while (found := _find_process(process.parent)) is not None:
+            if process.parent in before.pids:
                 return True
-            pid = parents[pid]
+            process = found
         return False
 
+    new = filter(None, map(_find_process, sorted(after.pids - before.pids)))
     names = {thread.native_id: repr(thread) for thread in threading.enumerate()}
     return [
-        *(process.description for process in after.processes if not has_old_ancestor(process.pid)),
+        *(process.description for process in new if not has_old_ancestor(process)),
         *(f"descriptor {number}: {target}" for number, target in after.descriptors - before.descriptors),
         *(f"thread {number}: {names.get(number)}" for number in after.threads - before.threads),
     ]
