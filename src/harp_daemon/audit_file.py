@@ -19,6 +19,7 @@ import errno
 import fcntl
 import gzip
 import json
+import mmap
 import os
 import re
 import stat
@@ -169,6 +170,8 @@ def open_files(path: Path) -> list[tuple[Path, IO[bytes]]]:
 
 
 def _open_for_reading(path: Path) -> IO[bytes]:
+    if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
     return gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]  # it is one
 
 
@@ -360,7 +363,8 @@ class AuditFile:
         found = NO_ENTRY if text is None or last is None else Position(last["entry"], hash_line(text))
         if text is None and head is None:
             found = _find_last(self.path)
-        self._position = found if head is None or found.entry > head.entry else head
+        is_later = head is None or (found.entry > head.entry and self._continues(head))
+        self._position = found if head is None or is_later else head
         self._allocated = self._size
         self.check_room()
         entries: list[dict[str, Any]] = []
@@ -378,6 +382,25 @@ class AuditFile:
             self.sync()
         os.fsync(self._head)
         _sync_directory(self.path.parent)
+
+    def _continues(self, head: Position) -> bool:
+        """Return whether the last lines are a chain that begins at the head's entry.
+
+        Another file may have been put in place of the own one. Lines after the head are those of a last moment, so few
+        are read. If the file begins after the head's entry, that is in an earlier file.
+        """
+        end, expected = self._size, ""
+        with mmap.mmap(self._descriptor, end, access=mmap.ACCESS_READ) as data:
+            while end:
+                start = data.rfind(b"\n", 0, end - 1) + 1
+                text = data[start : end - 1]
+                entry = parse_line(text)
+                if entry is None or (expected and hash_line(text) != expected):
+                    return False
+                if entry["entry"] <= head.entry:
+                    return (entry["entry"], hash_line(text)) == head
+                end, expected = start, entry["previous"]
+        return True
 
     def _read_end(self) -> tuple[bytes | None, bytes]:
         """Return the last complete line (None: there is none) and what follows it; set the size without the latter."""
@@ -421,11 +444,20 @@ class AuditFile:
         self._size = self._allocated = 0
         status = os.fstat(opened)
         self._identity = status.st_dev, status.st_ino
-        if status.st_size:  # another process has started it
+        entries: list[dict[str, Any]] = []
+        if status.st_size and self._shared:  # another process has started it
             self._follow_others()
+        elif status.st_size:  # another file was put in its place: the own chain continues
+            text, _ = self._read_end()
+            os.ftruncate(opened, self._size)
+            found = None if text is None else parse_line(text)
+            last = None if found is None else found["entry"]
+            entries.append({"action": "audit-gap", "expected": self._position.entry, "found": last})
         self.check_room()
         if not self._size:
-            self._write([{"time": time.time(), "action": NEW_FILE, "previous_file": previous_file}])
+            entries.append({"action": NEW_FILE, "previous_file": previous_file})
+        if entries:
+            self._write([{"time": time.time(), **entry} for entry in entries])
 
     def _write(self, entries: Sequence[Mapping[str, Any]]) -> None:
         position, lines = self._position, []

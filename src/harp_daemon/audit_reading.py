@@ -60,7 +60,7 @@ def verify(path: Path, known: Position | None = None) -> Report:
     head = read_head(path)  # before the lines: entries that are written in between are after it
     report = Report()
     found: list[_Found] = []
-    intact, expected, at_known = True, NO_ENTRY, None
+    intact, expected, at_known, has_head = True, NO_ENTRY, None, False
     for line in read_lines(path):
         entry, is_fragment = parse_line(line.text), not line.is_complete
         if is_fragment and entry is None:
@@ -79,6 +79,7 @@ def verify(path: Path, known: Position | None = None) -> Report:
         expected = Position(expected.entry + 1, one.hash)
         if known is not None and number == known.entry and one.hash == known.hash:
             at_known = number
+        has_head = has_head or (head is not None and (number, one.hash) == head)
         if entry is not None:
             report.last_time = str(entry.get("time", ""))
     numbers = [one.entry for one in found if one.entry is not None]
@@ -90,6 +91,9 @@ def verify(path: Path, known: Position | None = None) -> Report:
         intact = head.hash == expected.hash
     elif intact and head.entry > expected.entry:
         report.problems.append(_dropped(expected.entry + 1, head.entry, "at the end"))
+    elif intact and head.entry >= report.first and not has_head:  # all hashes were computed again
+        others = "all lines were written anew, or they are of another daemon"
+        report.problems.append(f"entry {head.entry} is not the one in the head file: {others}")
     if not intact:
         report.problems += _find_differences(found, head)
     if known is not None and at_known is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harp_daemon import audit_reading
-from harp_daemon.audit_file import AuditError, AuditFile, Position, format_time, head_file
+from harp_daemon.audit_file import AuditError, AuditFile, Position, format_time, hash_line, head_file
 from harp_daemon.audit_reading import Cursor, read_page, search, verify
 
 LARGE = 1 << 30
@@ -322,3 +323,69 @@ def test_audit_shared_file_has_one_chain(path: Path) -> None:
     assert len([*path.parent.glob("audit.jsonl.*")]) > 2
     assert [entry["job"] for entry, _ in search(path, {"job": "*"}, None)] == [f"job-{number}" for number in range(60)]
     assert verify(path).problems == []
+
+
+def replace_by_other(path: Path) -> None:
+    """Put the longer file of another daemon in place."""
+    other = path.parent / "other"
+    other.mkdir()
+    write(other / path.name, 20, start=50)
+    (other / path.name).replace(path)
+
+
+def replace_by_older(path: Path) -> None:
+    (path.parent / "older").replace(path)
+
+
+@pytest.mark.parametrize("replace", [replace_by_other, replace_by_older])
+@pytest.mark.parametrize("is_open", [True, False], ids=["open", "closed"])
+def test_audit_file_put_in_place_is_found(path: Path, replace: Callable[[Path], None], is_open: bool) -> None:
+    write(path, 5)
+    shutil.copy(path, path.parent / "older")
+    file = AuditFile(path, LARGE)
+    file.append([{"time": 1010.0, "action": "call"}] * 5)
+    file.sync()
+    if is_open:
+        replace(path)
+        file.reopen()
+    else:
+        file.close()
+        replace(path)
+        assert verify(path).problems, "before the daemon has continued"
+        file = AuditFile(path, LARGE)
+    file.append([{"time": 1020.0, "action": "call"}])
+    file.sync()
+    file.close()
+    assert verify(path).problems
+    [gap] = [entry for entry, _ in search(path, {"action": "audit-gap"}, None)]
+    assert (gap["entry"], gap["expected"]) == (12, 11)
+    write(path, 1)  # another start continues the chain
+    assert len([*search(path, {"action": "audit-gap"}, None)]) == 1
+
+
+def test_audit_chain_that_was_computed_again_is_found_by_the_head(path: Path) -> None:
+    write(path, 5)
+    lines, previous = [], "0" * 64
+    for line in path.read_bytes().splitlines():
+        entry = json.loads(line) | {"previous": previous}
+        if entry.get("job") == "job-3":
+            entry["job"] = "forged"
+        lines.append(json.dumps(entry).encode())
+        previous = hash_line(lines[-1])
+    lines.append(json.dumps({**json.loads(lines[-1]), "entry": 7, "previous": previous}).encode())
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    [problem] = verify(path).problems
+    assert problem.startswith("entry 6 is not the one in the head file: ")
+
+
+@pytest.mark.parametrize("name", ["audit.jsonl", "audit.jsonl.0000000005"])
+def test_audit_pipe_in_place_of_a_file_is_an_error(path: Path, name: str) -> None:
+    write(path, 5)
+    file = path.with_name(name)
+    file.unlink(missing_ok=True)
+    os.mkfifo(file)
+    with pytest.raises(OSError, match="not a regular file"):
+        verify(path)
+    if file == path:
+        with pytest.raises(AuditError, match="not a regular file"):
+            AuditFile(path, LARGE)
