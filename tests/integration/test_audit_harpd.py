@@ -151,3 +151,24 @@ def test_audit_harpd_has_each_call_that_was_answered_before_a_kill(harpd: Harpd)
 
 def digest(key: bytes, number: int) -> str:
     return blake2b(json.dumps([number]).encode(), key=key, digest_size=16).hexdigest()
+
+
+def test_audit_harpd_failed_logins_without_supervisor_are_recorded_later(tmp_path: Path) -> None:
+    configuration = {"audit_file": str(tmp_path / "audit.jsonl")}
+    with Harpd(tmp_path, PROCEDURES, configuration, services=True) as harpd:
+        harpd.stop_launcher()
+        for user in ("mallory", "mallory", "eve"):
+            with harpd.connect() as client:
+                client.send(harpd.request("same", [1], auth={"user": user, "password": "guess"}))
+                client.lines()
+        harpd.wait_event("cannot report failed logins")
+        harpd.start_launcher()
+        wanted = {"user:mallory": 2, "user:eve": 1}
+
+        def count() -> dict[str, int]:
+            counts: dict[str, int] = {}
+            for entry in entries(harpd, action="authenticate"):
+                counts[entry["principal"]] = counts.get(entry["principal"], 0) + entry.get("count", 1)
+            return counts
+
+        wait_until(lambda: count() == wanted, what="the reports")

@@ -36,7 +36,16 @@ _DONE = {
 }
 #: Keys that make no difference here.
 _IGNORED = {
-    *("Description", "NotifyAccess", "RestartKillSignal", "KillMode", "Delegate", "TimeoutStopSec", "Restart"),
+    *(
+        "Description",
+        "NotifyAccess",
+        "RestartKillSignal",
+        "KillMode",
+        "Delegate",
+        "DelegateSubgroup",
+        "TimeoutStopSec",
+        "Restart",
+    ),
     *("RestartSec", "RuntimeDirectoryPreserve", "NoNewPrivileges", "ProtectSystem", "ProtectHome", "PrivateTmp"),
     *("CapabilityBoundingSet", "AmbientCapabilities", "PrivateDevices", "PrivateMounts", "PrivateIPC", "PrivateUsers"),
     *("ProtectClock", "ProtectControlGroups", "ProtectHostname", "ProtectKernelLogs", "ProtectKernelModules"),

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from harpd.processes.cgroup import Cgroup, create_cgroup
 from support.cgroups import own_cgroup
+from support.daemonlog import DEADLINE
 from support.deadline import wait_until
 from support.hopper import hopping
 
@@ -40,3 +43,16 @@ def test_cgroup_removed_is_empty() -> None:
     assert group.pids() == set()
     group.kill()
     group.remove()
+
+
+@pytest.mark.parametrize("subgroup", ["", "supervisor"])
+def test_delegated_cgroup_is_that_of_the_service(subgroup: str) -> None:
+    """With ``DelegateSubgroup=``, the service's cgroup has no processes, so that it can limit the calls below it."""
+    code = "from harpd.processes.cgroup import delegated_cgroup; input(); print(delegated_cgroup())"
+    with own_cgroup() as place:
+        own = place / subgroup
+        own.mkdir(exist_ok=True)
+        process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        (own / "cgroup.procs").write_text(str(process.pid))
+        os.setxattr(place, "trusted.delegate", b"1")
+        assert process.communicate(b"\n", timeout=DEADLINE)[0].decode() == f"{place}\n"

@@ -1,7 +1,7 @@
 """Reports of failed logins to the supervisor, which has the audit file.
 
 Equal ones of a second are one report with a count, and a message has a limited number of reports: an attacker who
-fails often costs the supervisor little.
+fails often costs the supervisor little. While there is no supervisor, they are kept, in the same limited number.
 """
 
 from __future__ import annotations
@@ -26,16 +26,19 @@ class LoginReports:
         self._client = client
         self._counts: Counter[tuple[str, str, str]] = Counter()
         self._sending: asyncio.Task[None] | None = None
+        self._is_failing = False  # whether the last message was not received
 
     def add(self, user: str, address: str, reason: str) -> None:
         """Report a failed login soon."""
-        key = user[:_MAX_NAME], address, reason
-        if key not in self._counts and len(self._counts) >= _MAX_REPORTS - 1:
-            key = "others", "others", reason[:_MAX_NAME]
-        if len(self._counts) < _MAX_REPORTS or key in self._counts:
-            self._counts[key] += 1
+        self._count((user[:_MAX_NAME], address, reason), 1)
         if self._sending is None:
             self._sending = asyncio.create_task(self._send_repeatedly())
+
+    def _count(self, key: tuple[str, str, str], count: int) -> None:
+        if key not in self._counts and len(self._counts) >= _MAX_REPORTS - 1:
+            key = "others", "others", key[2][:_MAX_NAME]
+        if len(self._counts) < _MAX_REPORTS or key in self._counts:
+            self._counts[key] += count
 
     async def close(self) -> None:
         """Send what was not sent."""
@@ -61,4 +64,11 @@ class LoginReports:
         try:
             await self._client.request({"report": reports})
         except SupervisorError as error:
-            log.warning("cannot report failed logins", extra={"reports": len(reports), "reason": str(error)})
+            if not self._is_failing:
+                log.warning("cannot report failed logins", extra={"reports": len(reports), "reason": str(error)})
+            self._is_failing = True
+            later, self._counts = self._counts, counts
+            for key, count in later.items():
+                self._count(key, count)
+        else:
+            self._is_failing = False

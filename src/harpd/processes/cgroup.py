@@ -89,7 +89,11 @@ def create_cgroup(directory: str, call_id: str, pid: int) -> Cgroup | None:
 
 
 def delegated_cgroup() -> str | None:
-    """Return the directory of this process's cgroup if it was delegated to the daemon, else None."""
+    """Return the directory of this process's cgroup, or of the one above it, if it was delegated to the daemon.
+
+    A cgroup that has processes of its own cannot limit memory and processes of those below it. With
+    ``DelegateSubgroup=`` (systemd 254), the daemon is in a cgroup below the delegated one, which has no processes then.
+    """
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
         own = next((line.removeprefix("0::") for line in lines if line.startswith("0::")), None)
@@ -101,9 +105,13 @@ def delegated_cgroup() -> str | None:
         root, mounted = before.split()[3:5]
         if own is not None and after.startswith("cgroup2 ") and own.startswith(root):
             path = os.path.normpath(f"{mounted}/{own.removeprefix(root)}")
-            for attribute in ("trusted.delegate", "user.delegate"):  # set by systemd; the second if harpd is not root
-                with contextlib.suppress(OSError):
-                    if os.getxattr(path, attribute) == b"1" and os.access(path, os.W_OK):
-                        return path
-            return None
+            return next(filter(_is_delegated, (path, os.path.dirname(path))), None)
     return None
+
+
+def _is_delegated(path: str) -> bool:
+    for attribute in ("trusted.delegate", "user.delegate"):  # set by systemd; the second if harpd is not root
+        with contextlib.suppress(OSError):
+            if os.getxattr(path, attribute) == b"1":
+                return os.access(path, os.W_OK)
+    return False
