@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -345,6 +346,24 @@ def test_tls_revoked_certificate_is_refused_and_its_connection_closed(certified:
     with pytest.raises(OSError):
         ask(certified, of_leaver)
     assert ask(certified, of_colleague) == {"cancelled": False}
+
+
+def test_tls_expired_certificate_of_a_client_ends_its_connections(certified: TLS) -> None:
+    pki = certified.directory / "pki"
+    expires = datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=5)
+    context = client_context(certified, *make_client(pki, "DNS:guest.example.net", expires=expires))
+    job = certified.submit("web01", "hang")
+    with certified.connect_with(context) as idle, certified.connect_with(context) as following:
+        idle.send({"harpcaller": 1, "cancel": UNKNOWN, "keep_alive": True})
+        assert idle.message()["cancelled"] is False
+        following.send({"harpcaller": 1, "follow_stream": job})
+        assert lines_until_closed(idle) == []
+        assert datetime.now(UTC) >= expires
+        [line] = lines_until_closed(following)
+        refusal = {"type": "auth_error", "message": "the certificate of the client has expired", "refused": True}
+        assert json.loads(line)["error"] == refusal
+    with pytest.raises(OSError):
+        ask(certified, context)
 
 
 def test_tls_changed_certificate_is_used_for_new_connections(certified: TLS) -> None:

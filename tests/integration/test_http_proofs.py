@@ -6,12 +6,15 @@ import asyncio
 import os
 import pwd
 import ssl
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
+import pytest
 
 from harpcaller.config import Address, HTTPSettings
 from support.certificates import make_client, server_files, write_revocations
+from support.deadline import eventually
 from support.http_api import RunningAPI, running_api
 
 RULES = """\
@@ -90,6 +93,39 @@ async def test_http_revoked_certificate_is_refused_on_an_open_connection(tmp_pat
                 await asyncio.sleep(0.05)
         refused = await client.get("/me")
         assert (refused.status_code, refused.json()["code"]) == (401, "auth_error")
+
+
+async def test_http_expired_certificate_ends_a_stream(tmp_path: Path) -> None:
+    server_files(tmp_path)
+    expires = datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=5)
+    shop = make_client(tmp_path, "DNS:shop", expires=expires)
+    async with running_api(tmp_path, rules=RULES, http=settings_of(tmp_path)) as api, client_of(api, shop) as client:
+        last = await last_of_stream(client)
+        assert datetime.now(UTC) >= expires
+        assert '"reason":"access"' in last
+
+
+async def test_http_user_who_leaves_a_group_loses_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    http, groups = HTTPSettings(listen=(Address(None, 0, tmp_path / "http"),)), [0, 3_999_999]
+    monkeypatch.setattr(os, "getgrouplist", lambda name, gid: list(groups))  # as a directory service
+    rules = '[[rule]]\nwho = ["gid:3999999"]\nallow = ["list"]\njobs = "any"\n'
+    async with running_api(tmp_path, rules=rules, http=http) as api:
+        api.refresh()
+        transport = httpx.AsyncHTTPTransport(uds=str(tmp_path / "http"))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost/api/v1") as client:
+            assert (await client.get("/me")).json()["can"] == ["list"]
+            stream = asyncio.create_task(last_of_stream(client))
+            await eventually(lambda: api.api.service.streams.kinds.total() == 1, what="the stream")
+            groups.remove(3_999_999)
+            assert '"reason":"access"' in await asyncio.wait_for(stream, 30)
+            assert (await client.get("/hosts")).status_code == 403
+
+
+async def last_of_stream(client: httpx.AsyncClient) -> str:
+    """Follow events until the stream ends; return its last line."""
+    async with client.stream("GET", "/events", headers={"Accept": "application/jsonl"}, timeout=30) as reply:
+        assert reply.status_code == 200
+        return [line async for line in reply.aiter_lines() if line][-1]
 
 
 async def test_http_user_of_a_unix_socket_is_a_principal(tmp_path: Path) -> None:

@@ -7,10 +7,14 @@ import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cache
 from pathlib import Path
 
 import trustme
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from harp_daemon.certificates import make_authority, make_certificate
 
@@ -50,10 +54,10 @@ def authority() -> trustme.CA:
     return trustme.CA(key_type=trustme.KeyType.ECDSA)
 
 
-def make_client(directory: Path, *names: str) -> tuple[Path, Path]:
+def make_client(directory: Path, *names: str, expires: datetime | None = None) -> tuple[Path, Path]:
     """Issue a client certificate with alternative names, such as ``DNS:a``, by the authority ``ca`` of a directory.
 
-    Return the certificate and its key.
+    It expires in two days, or at a UTC time. Return the certificate and its key.
     """
     base = directory / re.sub(r"\W", "_", names[0])
     extension = base.with_suffix(".ext")
@@ -65,7 +69,21 @@ def make_client(directory: Path, *names: str) -> tuple[Path, Path]:
         f"-days 2 -extfile {extension} -out {certificate}",
     ):
         subprocess.run(command.split(), check=True, capture_output=True)
+    if expires is not None:
+        _expire(directory, certificate, expires)
     return certificate, key
+
+
+def _expire(directory: Path, file: Path, at: datetime) -> None:
+    """Replace a certificate of the authority of a directory by one that expires at a time."""
+    found = x509.load_pem_x509_certificate(file.read_bytes())
+    builder = x509.CertificateBuilder(found.issuer, found.subject, found.public_key(), found.serial_number)
+    builder = builder.not_valid_before(found.not_valid_before_utc).not_valid_after(at)
+    for extension in found.extensions:
+        builder = builder.add_extension(extension.value, extension.critical)
+    key = serialization.load_pem_private_key((directory / "ca.key").read_bytes(), None)
+    assert isinstance(key, rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey)
+    file.write_bytes(builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
 
 
 def write_revocations(directory: Path, *revoked: Path) -> None:

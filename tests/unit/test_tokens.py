@@ -98,6 +98,16 @@ def test_token_expires(tmp_path: Path) -> None:
     assert not store.is_current(token)
 
 
+def test_token_whose_end_is_made_earlier_is_void(tmp_path: Path) -> None:
+    file = tmp_path / "tokens"
+    _, token = add_token(file, "shop", expires=time.time() + 3600)
+    store = TokenStore(file)
+    assert store.is_current(token)
+    file.write_bytes(file.read_bytes().replace(str(token.expires).encode(), str(time.time() - 1).encode()))
+    store.refresh()
+    assert not store.is_current(token)
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [

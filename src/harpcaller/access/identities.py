@@ -32,6 +32,11 @@ _NAME_KINDS = ("DNS", "URI", "email")
 _NAME = re.compile(r"[!-~]{1,255}", re.ASCII)
 _MAX_NAMES = 100
 
+#: Why proofs become void although nobody has revoked them. A client may connect again.
+CERTIFICATES_CHANGED = "the certificates that the dispatcher accepts have changed; connect again"
+CERTIFICATE_EXPIRED = "the certificate of the client has expired"
+USER_CHANGED = "the name or the groups of the client's user have changed; connect again"
+
 
 class Identities:
     """The proofs that a configuration accepts. Raises `ConfigError` if one of its files cannot be used.
@@ -86,6 +91,18 @@ class Identities:
             log.warning("cannot look up user", extra={"uid": uid, "reason": error.strerror})
             return _with(client, (f"uid:{uid}",))
 
+    def find_user_error(self, client: Client, principals: tuple[str, ...]) -> str | None:
+        """Return why the principals of a Unix socket's client are void now; None: they are not.
+
+        They were found when it connected. They are looked up again, in a thread, at most every few seconds.
+        """
+        uid = _user_of(client)
+        present = self._accounts.get_cached(uid)
+        if present is None:
+            self._accounts.look_up(uid)
+            return None
+        return None if _with(client, present).principals == principals else USER_CHANGED
+
     def of_token(self, client: Client, text: str) -> tuple[Client, Token]:
         """Return a client with the principal of its token, and the token. Raises `AuthError`."""
         if self.tokens is None:
@@ -113,6 +130,12 @@ class Identities:
 def anonymous(peer: str, listener: Listener) -> Client:
     """Return a client that has proven nothing. `peer` is its address or user, for logs."""
     return Client((f"anonymous@{listener.name}",), listener.name, peer)
+
+
+def find_expiry(connection: ssl.SSLSocket | ssl.SSLObject) -> float | None:
+    """Return the Unix time at which the certificate that a client has shown expires; None: it has shown none."""
+    certificate = connection.getpeercert()
+    return ssl.cert_time_to_seconds(str(certificate["notAfter"])) if certificate else None
 
 
 def certified(client: Client, connection: ssl.SSLSocket | ssl.SSLObject) -> Client:

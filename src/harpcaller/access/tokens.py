@@ -277,7 +277,7 @@ class TokenStore:
         present = self._tokens.get(token.name)
         if present is not token and (present is None or (present.sha256, present.roles) != (token.sha256, token.roles)):
             return False
-        return token.expires is None or time.time() < token.expires
+        return present.expires is None or time.time() < present.expires
 
     def get(self, name: str, digest: str) -> Token | None:
         """Return the present token of this name that has this digest, unless it has expired."""

@@ -25,7 +25,15 @@ from harp_daemon.event_loop import LONG_LINE, run_in_turn
 from harp_daemon.sockets import Listener
 from harpcaller.access import AccessDenied, AuthError, RateLimited, Refusal
 from harpcaller.access.client import Client
-from harpcaller.access.identities import Identities, anonymous, certified
+from harpcaller.access.identities import (
+    CERTIFICATE_EXPIRED,
+    CERTIFICATES_CHANGED,
+    USER_CHANGED,
+    Identities,
+    anonymous,
+    certified,
+    find_expiry,
+)
 from harpcaller.access.tokens import Token, parse_token
 from harpcaller.acting import ActingAs
 from harpcaller.api import listing
@@ -43,7 +51,6 @@ log = logging.getLogger(__name__)
 
 #: Seconds between two checks whether clients have lost their rights, and between two writes of tokens' last uses.
 _CHECK_EVERY, _WRITE_USES_EVERY = 0.25, 60.0
-_CERTIFICATES_CHANGED = "the certificates that the dispatcher accepts have changed; connect again"
 _MAX_MESSAGE = 1000  #: Maximum length of an error message in characters: it may quote the client's data.
 
 
@@ -100,11 +107,14 @@ class ClientServer(Server):
         tls, context = self._tls, self._tls.context
         version, client = tls.version, anonymous(peer, listener)
 
-        def find_error() -> str | None:
-            return None if self._tls is tls and tls.version == version else _CERTIFICATES_CHANGED
-
         def identify(tls_object: ssl.SSLObject) -> Client:
-            found = certified(client, tls_object)
+            found, expires = certified(client, tls_object), find_expiry(tls_object)
+
+            def find_error() -> str | None:
+                if expires is not None and time.time() >= expires:
+                    return CERTIFICATE_EXPIRED
+                return None if self._tls is tls and tls.version == version else CERTIFICATES_CHANGED
+
             if found.authenticated:
                 self._add_proof(connection, find_error)
             return found
@@ -115,13 +125,18 @@ class ClientServer(Server):
         client = connection.client
         if not client.listener.startswith("unix:"):
             return super()._serve(connection)
+
+        def admit(found: Client) -> None:
+            connection.client = found
+            self._add_proof(connection, lambda: self.identities.find_user_error(client, found.principals))
+
         found = self.identities.of_user(client)
         if found is not None:
-            connection.client = found
+            admit(found)
             return super()._serve(connection)
 
         async def look_up() -> None:
-            connection.client = await self.identities.look_up_user(client)
+            admit(await self.identities.look_up_user(client))
 
         connection.run(connection.begin_later(look_up()))
         return connection.closed
@@ -446,7 +461,7 @@ _request_names = _RequestNames()
 
 def _auth_refusal(message: str) -> protocol.Refused:
     # A client whose certificate is still accepted can continue on a new connection.
-    retry_after = 0.0 if message == _CERTIFICATES_CHANGED else None
+    retry_after = 0.0 if message in (CERTIFICATES_CHANGED, USER_CHANGED) else None
     return protocol.Refused("auth_error", message, retry_after=retry_after, refused=True)
 
 

@@ -51,7 +51,14 @@ async def authenticate(request: Request, service: HTTPService) -> Proof:
         return _of_session(connection, cookie, service)
     if len(connection.principals) == 1:
         raise AuthError(_NO_PROOF)
-    find_error: Callable[[], str | None] = request.state.connection.find_error
+    find_certificate_error: Callable[[], str | None] = request.state.connection.find_error
+    bare: Client = request.state.client
+
+    def find_error() -> str | None:
+        if connection.listener.startswith("unix:"):
+            return service.identities().find_user_error(bare, connection.principals)
+        return find_certificate_error()
+
     if (error := find_error()) is not None:
         raise AuthError(error)
     return Proof(replace(connection, authenticated=True), find_error)

@@ -35,7 +35,7 @@ from harp_daemon.server_tls import ServerTLS
 from harp_daemon.sockets import Listener
 from harp_daemon.timer_wheel import Timer, TimerWheel
 from harpcaller.access.client import Client
-from harpcaller.access.identities import anonymous, certified
+from harpcaller.access.identities import CERTIFICATE_EXPIRED, CERTIFICATES_CHANGED, anonymous, certified, find_expiry
 from harpcaller.config import Config, HTTPSettings
 from harpcaller.http.problems import COMMON_HEADERS, Problem, new_request_id
 
@@ -199,6 +199,7 @@ class HTTPConnection(HttpToolsProtocol):
         self._server = server
         self._accepted = accepted
         self._tls_version = tls_version
+        self._expires: float | None = None  # when the certificate of the client expires, Unix seconds
         self._context = context
         self._plain: asyncio.Transport | None = None
         self._timer: Timer | None = None  # of the input
@@ -231,8 +232,9 @@ class HTTPConnection(HttpToolsProtocol):
 
     def find_error(self) -> str | None:
         """Return why the certificate of the client is void now; None: it is not."""
-        is_valid = self._tls_version == self._server.tls_version
-        return None if is_valid else "the certificates that the dispatcher accepts have changed; connect again"
+        if self._expires is not None and time.time() >= self._expires:
+            return CERTIFICATE_EXPIRED
+        return None if self._tls_version == self._server.tls_version else CERTIFICATES_CHANGED
 
     async def drain(self) -> None:
         """Wait until most of the sent data is in the kernel's buffer, or the connection is closed."""
@@ -245,6 +247,7 @@ class HTTPConnection(HttpToolsProtocol):
         self._plain = transport
         if (tls_object := transport.get_extra_info("ssl_object")) is not None:
             self.app_state["client"] = self.peer = certified(self.peer, tls_object)
+            self._expires = find_expiry(tls_object)
         super().connection_made(_Transport(transport, self))  # type: ignore[arg-type]
         if self.rejection is not None:
             self._is_in_head = True
