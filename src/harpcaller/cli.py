@@ -25,6 +25,7 @@ from harp_daemon.sliced_json import decode_slices
 from harpcaller.access.commands import add_commands, answer_question
 from harpcaller.api.control_client import ControlClient, ControlError, NotRunning
 from harpcaller.config import DEFAULT_FILE, DEFAULT_MAX_AGE, load
+from harpcaller.hosts.registry import read_tags
 from harpcaller.store import StorageError
 
 _SOCKET = Path("/var/run/harpcaller/control")
@@ -260,7 +261,7 @@ def _queue_cancel(parsed: Namespace) -> None:
 
 def _access(parsed: Namespace) -> int:
     try:
-        lines, status = answer_question(parsed)
+        lines, status = answer_question(parsed, read_tags)
     except ConfigError as error:
         raise ControlError(str(error)) from error
     print_escaped("\n".join(lines))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 
@@ -164,6 +165,25 @@ def test_access_test_shows_what_comes_close(dispatcher: Harpcallerd) -> None:
     assert ask(dispatcher, *read, '--arguments={"service": "php"}').returncode == 0
     done = ask(dispatcher, "test", "--as=anonymous@127.0.0.1:3502", "--as=uid:alice", "--host=db01", "--procedure=p")
     assert done.stdout == "denied: rule 1 (line 4) denies it\n"
+
+
+def test_access_questions_know_the_tags_of_hosts(dispatcher: Harpcallerd, rules: Path) -> None:
+    rules.write_text('[[rule]]\nwho = ["token:shop"]\nallow = ["call"]\ntags = ["prod", "eu-*"]\n')
+    line = {"address": "127.0.0.1", "credentials": {"user": "u", "password": "p"}}
+    hosts = {"web07": ["eu-west"], "web08": ["test"]}
+    lines = [json.dumps({"hostname": name, "tags": tags, **line}) + "\n" for name, tags in hosts.items()]
+    dispatcher.hosts_file.write_text("".join(lines))
+    shop = ("test", "--as=token:shop", "--procedure=p")
+    assert ask(dispatcher, *shop, "--host=web07").returncode == 0
+    denied = "denied: no rule allows it\nrule 1 (line 1): tags: expected prod, eu-*, got "
+    for host, got in ("web08", "test"), ("web09", "unknown ones"):
+        assert ask(dispatcher, *shop, f"--host={host}").stdout == f"{denied}{got}\n"
+    assert ask(dispatcher, "who", "--host=web07").stdout == "token:shop: rule 1 (line 1) allows it\n"
+    assert ask(dispatcher, "who", "--host=web08").stdout == "no rule allows it to any client\n"
+    assert ask(dispatcher, "who").stdout == "token:shop: rule 1 (line 1) allows it; tags: prod, eu-*\n"
+    assert "  tags: prod, eu-*\n" in ask(dispatcher, "explain", "token:shop").stdout
+    dispatcher.hosts_file.unlink()
+    assert "note: tags of hosts are unknown: " in ask(dispatcher, *shop, "--host=web07").stdout
 
 
 def test_access_explain_shows_all_rights(dispatcher: Harpcallerd) -> None:

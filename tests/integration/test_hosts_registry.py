@@ -246,6 +246,7 @@ async def test_jobs_wait_for_the_first_run_of_the_script(tmp_path: Path, script:
 def test_cache_is_private_and_complete(tmp_path: Path) -> None:
     file = tmp_path / "new" / "hosts.db"
     hosts = {"web01": WEB01, "\ud800": Host("\ud800", "::1", 1, "\u00fc", "\n")}
+    hosts |= {str(tags): WEB01._replace(hostname=str(tags), tags=tags) for tags in (None, ("prod", "eu"))}
     assert write_cache(file, CachedHosts(hosts, 12.5)) is None
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700

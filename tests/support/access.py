@@ -38,12 +38,23 @@ PATTERNS = (
 ROLES = ("web", "ops", "all")
 HOSTS = ("web01", "web02", "db01", "[web]*")
 HOST_GLOBS = ("web*", "web0?", "db01", "*", "[web]*", "web01")
+#: The tags of known hosts.
+TAGS = {"web01": ("prod", "eu-west"), "web02": (), "db01": ("prod", "[db]")}
+TAG_GLOBS = ("prod", "eu-*", "test", "*", "[db]")
 PROCEDURES = ("clear_cache", "clear_all", "reboot")
 PROCEDURE_GLOBS = ("clear_*", "clear_cache", "reboot", "?eboot")
 ARGUMENTS = (
     *('{"site":"blog"}', '{"site":"BLOG"}', '{"site":"blog","force":true}', '{"site":"a","site":"blog"}', "{}", "[]"),
     *('["blog"]', '["blog",2]', '[1,"blog"]', '{"s\\u0069te":"blog"}', '{"site":1}', '{"depth":1.0}', '{"depth":5}'),
-    *('{"site":null}', '{"depth":true}', '{"site":["blog"]}', '{"*":1}', '{"site":"blog","depth":-1e400}'),
+    *(
+        '{"site":"***"}',
+        '["***"]',
+        '{"site":null}',
+        '{"depth":true}',
+        '{"site":["blog"]}',
+        '{"*":1}',
+        '{"site":"blog","depth":-1e400}',
+    ),
     *('{"site":"%s"}' % ("a" * 2000), '{"site":"%s"}' % ("a" * 70_000), '{"site":"blog","other":{"a":1,"a":2}}'),
 )
 QUEUES = (
@@ -110,7 +121,7 @@ def value_fits(check: Mapping[str, Any], value: Any) -> bool:
     )
 
 
-def arguments_fit(checks: Mapping[str, Any], arguments: Any) -> bool:
+def arguments_fit(checks: Mapping[str, Any], arguments: Any, is_own_job: bool) -> bool:
     if isinstance(arguments, list):
         names = {check.get("position"): name for name, check in checks.items()}
         named = [(names.get(position, "*"), value) for position, value in enumerate(arguments, 1)]
@@ -119,11 +130,23 @@ def arguments_fit(checks: Mapping[str, Any], arguments: Any) -> bool:
     found = [name for name, _ in named]
     required = [name for name, check in checks.items() if name != "*" and not check.get("optional")]
     known = [(name if name in checks else "*", value) for name, value in named]
-    return {*required} <= {*found} and all(key in checks and value_fits(checks[key], value) for key, value in known)
+    return {*required} <= {*found} and all(
+        key in checks and (value_fits(checks[key], value) or (is_own_job and value == "***")) for key, value in known
+    )
 
 
-def reference(document: Mapping[str, Any], client: Client, action: str, target: Target) -> tuple[bool, int | None]:
-    """Return whether the action is allowed, and the number of the rule that decides."""
+def tags_fit(rule: Mapping[str, Any], tags: Sequence[str] | None) -> bool:
+    return "deny" in rule if tags is None else any(glob(text, tag) for text in rule["tags"] for tag in tags)
+
+
+def reference(
+    document: Mapping[str, Any],
+    client: Client,
+    action: str,
+    target: Target,
+    tags: Mapping[str, Sequence[str]] | None = None,
+) -> tuple[bool, int | None]:
+    """Return whether the action is allowed, and the number of the rule that decides; `tags` are those of the hosts."""
     names = [*client.principals, *(f"role:{role}" for role in client.roles)]
     for number, rule in enumerate(document["rule"], 1):
         is_own = target.owner in client.principals or (target.owner is None and action not in ("read", "cancel"))
@@ -131,6 +154,7 @@ def reference(document: Mapping[str, Any], client: Client, action: str, target: 
             any(names_principal(text, name) for text in written_principals(document, rule["who"]) for name in names)
             and action in rule.get("allow", rule.get("deny"))
             and ("hosts" not in rule or any(glob(text, target.host) for text in rule["hosts"]))
+            and ("tags" not in rule or (target.host is not None and tags_fit(rule, (tags or {}).get(target.host))))
             and ("procedures" not in rule or any(glob(text, target.procedure) for text in rule["procedures"]))
             and (is_own or "deny" in rule or rule.get("jobs") == "any")
         ):
@@ -147,7 +171,8 @@ def reference(document: Mapping[str, Any], client: Client, action: str, target: 
                 continue
             if decoded(target.arguments) is None:
                 return False, number
-            if not arguments_fit(rule["arguments"], decoded(target.arguments)):
+            is_own_job = action != "call" and target.owner in client.principals
+            if not arguments_fit(rule["arguments"], decoded(target.arguments), is_own_job):
                 continue
         return "allow" in rule, number
     return False, None
@@ -192,6 +217,8 @@ def rules(draw: st.DrawFn, patterns: Sequence[str], roles: Sequence[str]) -> dic
     rule["deny" if is_denial else "allow"] = draw(some([*Action], 4))
     if draw(st.booleans()):
         rule["hosts"] = draw(some(HOST_GLOBS))
+    if draw(st.integers(0, 2)) == 0:
+        rule["tags"] = draw(some(TAG_GLOBS))
     if draw(st.booleans()):
         rule["procedures"] = draw(some(PROCEDURE_GLOBS))
     if draw(st.integers(0, 2)) == 0:

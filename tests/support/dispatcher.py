@@ -37,9 +37,9 @@ def call(procedure: str = "p", host: str = "web01", arguments: Any = (), queue: 
     return Call(host, procedure, raw(arguments), queue=name, **options)
 
 
-def host_line(port: int, hostname: str = "web01", address: str = "127.0.0.1") -> str:
-    """Return a host's line of the registry with `CREDENTIALS`."""
-    members = {"hostname": hostname, "address": address, "port": port, "credentials": CREDENTIALS}
+def host_line(port: int, hostname: str = "web01", address: str = "127.0.0.1", **more: Any) -> str:
+    """Return a host's line of the registry with `CREDENTIALS`, and with further members."""
+    members = {"hostname": hostname, "address": address, "port": port, "credentials": CREDENTIALS, **more}
     return json.dumps(members) + "\n"
 
 

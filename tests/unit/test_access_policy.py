@@ -91,14 +91,16 @@ def error_of(text: str) -> str:
 
 @given(document=access.documents(), client=access.clients(), action=st.sampled_from([*Action]), target=access.targets())
 def test_decide_equals_the_reference(document: Any, client: Client, action: Action, target: Target) -> None:
-    found = policy(access.to_toml(document))
+    found = policy(access.to_toml(document)).with_tags(access.TAGS)
     decision = found.decide(client, action, target)
-    allowed, number = access.reference(document, client, action, target)
+    allowed, number = access.reference(document, client, action, target, access.TAGS)
     assert (decision.allowed, decision.rule) == (allowed, number)
     assert found.decide(client, action, target) == decision  # now from the caches
     # The explanation agrees: the rule that decides is the first one without an unmet condition, or cannot judge.
     names = names_of(client.principals, client.roles)
-    unmet = [[*rule.find_unmet(names, action, Examined(target))] for rule in found.rules]
+    tags = found.find_tags(target.host)
+    examined = Examined.of(target, action, client.principals)
+    unmet = [[*rule.find_unmet(names, action, examined, tags)] for rule in found.rules]
     decides = next((number for number, texts in enumerate(unmet, 1) if not texts), None)
     assert decides == number or (not allowed and number is not None and len(unmet[number - 1]) > 0)
 
@@ -227,6 +229,17 @@ def test_jobs_of_other_owners_need_any(jobs: str, owner: str | None, allowed: bo
     assert found.decide(client("token:shop"), Action.READ, target).allowed is allowed
 
 
+def test_masked_values_of_own_jobs_are_not_judged_again() -> None:
+    found = policy(rule('arguments = {password = {pattern = ".{12,}"}}', allow='["call", "read"]'))
+    masked = Target("web01", "p", Raw(b'{"password":"***"}'), owner="token:shop")
+    assert found.decide(client("token:shop"), Action.READ, masked).allowed
+    assert not found.decide(client("token:shop"), Action.CALL, masked).allowed, "a call has the value itself"
+    more = Target("web01", "p", Raw(b'{"password":"***","more":"***"}'), owner="token:shop")
+    assert not found.decide(client("token:shop"), Action.READ, more).allowed, "no such argument is allowed"
+    any_job = policy(rule('jobs = "any"\narguments = {password = {pattern = ".{12,}"}}', allow='["read"]'))
+    assert not any_job.decide(client("token:other"), Action.READ, masked).allowed
+
+
 def test_roles_of_tokens_and_nested_roles_match() -> None:
     roles = '[roles]\nall = ["role:ops", "token:guest"]\nops = ["uid:alice", "role:oncall"]\noncall = []\n'
     found = policy(roles + rule("", '["role:all"]'))
@@ -268,6 +281,20 @@ def test_globs_of_certificates_match_their_own_kind_of_names(pattern: str, names
         assert policy(rule("", '["cert:*"]')).decide(Client((name,), "x", "x"), Action.CALL, call()).allowed is (
             name.startswith("cert:")
         )
+
+
+def test_tags_of_hosts_that_are_unknown_give_nothing() -> None:
+    denial = '[[rule]]\nwho = ["*"]\ndeny = ["call"]\ntags = ["prod"]\n'
+    found = policy(denial + rule('tags = ["eu-*", "test"]')).with_tags(
+        {"web01": ("eu-west",), "web02": ("eu-west", "prod"), "web03": ()}
+    )
+    hosts = ("web01", "web02", "web03", "unknown")
+    decided = [found.decide(client(), Action.CALL, call(host=host)) for host in hosts]
+    assert [(each.allowed, each.rule) for each in decided] == [(True, 2), (False, 1), (False, None), (False, 1)]
+    assert found.with_tags({}).decide(client(), Action.CALL, call()).rule == 1
+    assert not found.decide(client(), Action.CALL, Target(procedure="clear_cache")).allowed, "it has no host"
+    assert found.uses_tags
+    assert policy(rule("")).with_tags({}).uses_tags is False
 
 
 def test_administrator_of_the_control_socket_has_all_rights() -> None:

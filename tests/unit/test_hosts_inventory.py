@@ -96,7 +96,23 @@ def test_parse_line_without_port_has_the_default() -> None:
 
 def test_parse_line_accepts_other_keys() -> None:
     credentials = {**LINE["credentials"], "realm": "x"}
-    assert parse_line(line(comment="rack 7", tags={"site": ["a"]}, credentials=credentials)) == WEB01
+    assert parse_line(line(comment="rack 7", labels={"site": ["a"]}, credentials=credentials)) == WEB01
+
+
+@pytest.mark.parametrize(
+    ("tags", "expected"),
+    [
+        ([], ()),
+        (["prod", "eu-west"], ("prod", "eu-west")),
+        ({"site": ["a"]}, None),  # of a legacy line
+        (["prod", 1], None),
+        (["t" * 256], None),
+        ("prod", None),
+        (None, None),
+    ],
+)
+def test_parse_line_with_other_tags_than_texts_has_unknown_tags(tags: Any, expected: tuple[str, ...] | None) -> None:
+    assert parse_line(line(tags=tags)) == WEB01._replace(tags=expected)
 
 
 def test_parse_line_huge_port_is_refused() -> None:

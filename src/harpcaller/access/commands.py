@@ -6,7 +6,7 @@ import argparse
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from harp.protocol.json_text import InvalidJSON, Raw, loads
 from harp_daemon.settings import ConfigError
@@ -16,6 +16,7 @@ from harpcaller.access.policy import Action, Policy, Target, load
 from harpcaller.access.rules import ON_JOBS, ROLE, TOKEN
 from harpcaller.access.rules_file import is_principal
 from harpcaller.access.tokens import TokenError, read_tokens
+from harpcaller.config import Config
 from harpcaller.config import load as load_config
 
 _EXAMPLES = """\
@@ -67,16 +68,24 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     add_target(add("who", _who, "show who may do something: the first line that names a client decides"))
 
 
+_NO_TAGS = "tags of hosts are unknown"
+
+
 class _Files(NamedTuple):
     """What the files say: the rules, and the roles of each token; None: the tokens cannot be read."""
 
     policy: Policy
     tokens: Mapping[str, tuple[str, ...]] | None
-    note: str | None = None  # why the tokens cannot be read
+    notes: tuple[str, ...] = ()  # what cannot be read
 
 
-def answer_question(parsed: Namespace) -> tuple[list[str], int]:
+#: Returns the tags of the hosts in the files of a configuration, by name. Raises OSError.
+TagsReader: TypeAlias = Callable[[Config], Mapping[str, tuple[str, ...]]]
+
+
+def answer_question(parsed: Namespace, read_tags: TagsReader) -> tuple[list[str], int]:
     """Return the lines of the answer and the exit status. Raises `ConfigError`."""
+    parsed.read_tags = read_tags
     lines, status = parsed.answer(parsed)
     return lines, status
 
@@ -103,23 +112,31 @@ def _who(parsed: Namespace) -> tuple[list[str], int]:
 
 
 def _with_note(lines: list[str], files: _Files) -> list[str]:
-    return lines if files.note is None else [*lines, f"note: roles of tokens are unknown: {files.note}"]
+    return [*lines, *(f"note: {note}" for note in files.notes)]
 
 
 def _read_files(parsed: Namespace) -> _Files:
     """Return what the access file and the tokens file of the configuration say; `--file` replaces the former."""
     if parsed.file is not None and not parsed.config.exists():
-        return _Files(load(parsed.file), {})
+        policy = load(parsed.file)
+        return _Files(policy, {}, (f"{_NO_TAGS}: {parsed.config} does not exist",) if policy.uses_tags else ())
     config = load_config(parsed.config)
     file = parsed.file or config.access_file
     if file is None:
         raise ConfigError(f"{config.file}: access_file: not set: every client may call everything; use --file")
-    policy = load(file)
+    policy, notes = load(file), []
+    if policy.uses_tags:
+        try:
+            policy = policy.with_tags(parsed.read_tags(config))
+        except OSError as error:
+            notes.append(f"{_NO_TAGS}: {error}")
+    roles: dict[str, tuple[str, ...]] | None = None
     try:
         tokens = read_tokens(config.tokens_file) if config.tokens_file else {}
+        roles = {name: token.roles for name, token in tokens.items()}
     except (TokenError, OSError) as error:
-        return _Files(policy, None, str(error))
-    return _Files(policy, {name: token.roles for name, token in tokens.items()})
+        notes.append(f"roles of tokens are unknown: {error}")
+    return _Files(policy, roles, tuple(notes))
 
 
 def _check_principals(names: list[str]) -> None:

@@ -76,6 +76,8 @@ class Access:
     def __init__(self, config: Config) -> None:
         self.source: PolicySource
         self.policy: Policy  #: The policy for new requests, see `refresh`.
+        self._parsed: Policy  # that of the source, without the tags of hosts
+        self._tags: Mapping[str, tuple[str, ...]] = {}
         self.use(PolicySource(config))
         self.rates = Rates()
         self.waits: dict[object, Wait] = {}  #: The requests that wait, by any key.
@@ -85,12 +87,20 @@ class Access:
     def use(self, source: PolicySource) -> None:
         """Use the policy of another source."""
         self.source = source
-        self.policy = source.policy
+        self._parsed = source.policy
+        self.policy = self._parsed.with_tags(self._tags)
         self._is_checked = False
+
+    def use_tags(self, tags: Mapping[str, tuple[str, ...]]) -> None:
+        """Use other tags of hosts. The policy becomes another one if it depends on them."""
+        if tags is not self._tags and tags != self._tags:
+            self._tags = tags
+            if self._parsed.uses_tags:
+                self.use(self.source)
 
     def refresh(self) -> None:
         """Use the policy of a file that has changed. It is called regularly: a request asks for no file."""
-        if self.policy is not self.source.policy:
+        if self._parsed is not self.source.policy:
             self.use(self.source)
 
     def policy_of(self, client: Client) -> Policy:

@@ -28,7 +28,10 @@ def explain_decision(policy: Policy, client: Client, action: Action, target: Tar
 def _describe_close_rules(policy: Policy, client: Client, action: Action, target: Target) -> Iterator[str]:
     """Yield the rules that allow something and have the fewest unmet conditions, with these conditions."""
     names = names_of(client.principals, client.roles)
-    found = [(rule, [*rule.find_unmet(names, action, Examined(target))]) for rule in policy.rules if rule.allows]
+    tags = policy.find_tags(target.host)
+    allowing = [rule for rule in policy.rules if rule.allows]
+    examined = Examined.of(target, action, client.principals)
+    found = [(rule, [*rule.find_unmet(names, action, examined, tags)]) for rule in allowing]
     least = min((len(unmet) for _, unmet in found), default=0)
     close = [(rule, unmet) for rule, unmet in found if len(unmet) == least]
     for rule, unmet in close[:_MAX_CLOSE]:
@@ -65,7 +68,8 @@ def explain_clients(
     stated = {key for key, name in _FACTS.items() if getattr(target, name) is not None} | {"allow", "deny"}
     lines = []
     for rule in policy.rules:
-        unmet = {key for key, _ in rule.find_unmet((), action, Examined(target))}
+        tags = policy.find_tags(target.host)
+        unmet = {key for key, _ in rule.find_unmet((), action, Examined(target), tags)}
         if unmet & stated:
             continue
         left = [f"; {key}: {text}" for key, text in describe_conditions(rule) if key in unmet - stated]
@@ -89,7 +93,14 @@ def _list_principals(policy: Policy, written: str, tokens: Mapping[str, Iterable
 
 
 #: The conditions on a target, and the facts that they are on.
-_FACTS = {"hosts": "host", "procedures": "procedure", "queues": "queue", "arguments": "arguments", "jobs": "owner"}
+_FACTS = {
+    "hosts": "host",
+    "tags": "host",
+    "procedures": "procedure",
+    "queues": "queue",
+    "arguments": "arguments",
+    "jobs": "owner",
+}
 
 
 def describe_actions(rule: Rule) -> str:
@@ -101,6 +112,8 @@ def describe_conditions(rule: Rule) -> Iterator[tuple[str, str]]:
     """Yield key and value of each condition, and of the limits."""
     if rule.hosts is not None:
         yield "hosts", str(rule.hosts)
+    if rule.tags is not None:
+        yield "tags", str(rule.tags)
     if rule.procedures is not None:
         yield "procedures", str(rule.procedures)
     if rule.queues is not None:

@@ -67,7 +67,7 @@ class Policy:
     """The rules of a file, in their order.
 
     `roles` are the principals of each role, with nested roles expanded; `by_default` are the actions that are allowed
-    if no rule matches.
+    if no rule matches. `tags` are the tags of each host, by name; those of other hosts are unknown.
     """
 
     def __init__(
@@ -75,16 +75,31 @@ class Policy:
         rules: Sequence[Rule] = (),
         roles: Mapping[str, tuple[str, ...]] | None = None,
         by_default: frozenset[Action] = frozenset(),
+        tags: Mapping[str, tuple[str, ...]] | None = None,
     ) -> None:
         self.rules = tuple(rules)
         self.roles = roles or {}
         self.sha256 = ""  #: Of the file.
+        self.uses_tags = any(rule.tags is not None for rule in rules)  #: Whether decisions depend on tags of hosts.
         self._by_default = by_default
+        self._tags = tags or {}
         self._decisions = [_decision_of(rule) for rule in rules]
         self._of_action = {action: _bits(action in rule.actions for rule in rules) for action in Action}
         self._of_client = lru_cache(_CACHED)(self._match_client)
         self._of_host = lru_cache(_CACHED)(self._match_host)
         self._of_procedure = lru_cache(_CACHED)(self._match_procedure)
+
+    def with_tags(self, tags: Mapping[str, tuple[str, ...]]) -> Policy:
+        """Return the policy for other tags of hosts: itself if it does not depend on tags."""
+        if not self.uses_tags:
+            return self
+        policy = Policy(self.rules, self.roles, self._by_default, tags)
+        policy.sha256 = self.sha256
+        return policy
+
+    def find_tags(self, host: str | None) -> tuple[str, ...] | None:
+        """Return the tags of a host; None: they are unknown."""
+        return None if host is None else self._tags.get(host)
 
     def decide(self, client: Client, action: Action, target: Target) -> Decision:
         """Return whether a client may do something, by which rule and within which limits.
@@ -108,7 +123,7 @@ class Policy:
             if not rule.match_owner(client.principals, action, target.owner):
                 continue
             if rule.queues is not None or rule.arguments is not None:
-                examined = examined or Examined(target)
+                examined = examined or Examined.of(target, action, client.principals)
                 try:
                     if not (rule.match_queue(examined) and rule.match_arguments(examined)):
                         continue
@@ -159,7 +174,8 @@ class Policy:
         return _bits(rule.who.match_any(names) for rule in self.rules)
 
     def _match_host(self, host: str | None) -> int:
-        return _bits(rule.hosts is None or rule.hosts.match(host) for rule in self.rules)
+        tags = self.find_tags(host)
+        return _bits(rule.match_host(host, tags) for rule in self.rules)
 
     def _match_procedure(self, procedure: str | None) -> int:
         return _bits(rule.procedures is None or rule.procedures.match(procedure) for rule in self.rules)

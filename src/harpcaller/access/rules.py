@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from enum import StrEnum
 from fnmatch import translate
@@ -228,6 +228,7 @@ class Mismatch(NamedTuple):
         return f"{name}: expected {self.check or 'no such argument'}, got {self.got}"
 
 
+MASK = "***"  #: What is stored in place of a secret value.
 ANY_OTHER = "*"  #: In place of the name of an argument: all those that the rule does not name.
 
 
@@ -245,13 +246,13 @@ class Arguments:
         self._names = {check.position: name for name, check in self._named.items() if check.position is not None}
         self._required = [name for name, check in self._named.items() if not check.optional]
 
-    def match(self, arguments: Any) -> bool:
-        """Return whether decoded arguments meet the conditions."""
-        return next(self._find_mismatches(arguments), None) is None
+    def match(self, arguments: Any, trust_masked: bool = False) -> bool:
+        """Return whether decoded arguments meet the conditions; with `trust_masked`, masked values meet each one."""
+        return next(self._find_mismatches(arguments, trust_masked), None) is None
 
-    def find_mismatch(self, arguments: Any) -> Mismatch | None:
+    def find_mismatch(self, arguments: Any, trust_masked: bool = False) -> Mismatch | None:
         """Return the first argument of decoded ones that does not meet the conditions."""
-        for name, value in self._find_mismatches(arguments):
+        for name, value in self._find_mismatches(arguments, trust_masked):
             got = "none" if value is _MISSING else _describe(value)
             return Mismatch(name, self._check_of(name), got)
         return None
@@ -260,13 +261,13 @@ class Arguments:
         """Return the check of a named argument, or of a position without a name."""
         return self._other if isinstance(name, int) else self._named.get(name, self._other)
 
-    def _find_mismatches(self, arguments: Any) -> Iterator[tuple[str | int, Any]]:
+    def _find_mismatches(self, arguments: Any, trust_masked: bool) -> Iterator[tuple[str | int, Any]]:
         by_name: Mapping[str | int, Any] = arguments
         if isinstance(arguments, list):
             by_name = {self._names.get(position, position): value for position, value in enumerate(arguments, 1)}
         for name, value in by_name.items():
             check = self._check_of(name)
-            if check is None or not check.match(value):
+            if check is None or not (check.match(value) or (trust_masked and value == MASK)):
                 yield name, value
         for name in self._required:
             if name not in by_name:
@@ -295,6 +296,7 @@ class Rule:
     queues: tuple[QueuePattern | str, ...] | None = None  # a string is `NO_QUEUE`
     arguments: Arguments | None = None
     any_job: bool = False  # whether it covers the jobs of other owners
+    tags: Globs | None = None  # of the host
     limits: Limits = field(default=NO_LIMITS)
 
     @property
@@ -307,7 +309,18 @@ class Rule:
         """Whether its conditions on host, procedure, queue and arguments are met by all jobs."""
         names = (self.hosts, self.procedures)
         is_for_all = all(globs is None or ANY_NAME in globs.texts for globs in names)
-        return is_for_all and self.queues is None and self.arguments is None
+        return is_for_all and self.tags is None and self.queues is None and self.arguments is None
+
+    def match_host(self, host: str | None, tags: Iterable[str] | None) -> bool:
+        """Return whether the conditions on the host are met. `tags` are its tags; None: they are unknown.
+
+        A rule that denies by tags matches a host of unknown tags, which may be one of those.
+        """
+        if self.hosts is not None and not self.hosts.match(host):
+            return False
+        if self.tags is None:
+            return True
+        return host is not None and (not self.allows if tags is None else self.tags.match_any(tags))
 
     def match_owner(self, principals: Iterable[str], action: Action, owner: str | None) -> bool:
         """Return whether the condition on the owner of the job is met; a target that is not a job has none."""
@@ -327,10 +340,17 @@ class Rule:
         """Return whether the conditions on the arguments are met. Raises `Unreadable`."""
         if self.arguments is None:
             return True
-        return examined.target.arguments is not None and self.arguments.match(examined.arguments)
+        if examined.target.arguments is None:
+            return False
+        return self.arguments.match(examined.arguments, examined.trust_masked)
 
-    def find_unmet(self, names: Iterable[str], action: Action, examined: Examined) -> Iterator[tuple[str, str]]:
-        """Yield key and ``expected X, got Y`` of each condition that is not met; `names` are those of the client."""
+    def find_unmet(
+        self, names: Iterable[str], action: Action, examined: Examined, tags: Sequence[str] | None = None
+    ) -> Iterator[tuple[str, str]]:
+        """Yield key and ``expected X, got Y`` of each condition that is not met.
+
+        `names` are those of the client, and `tags` those of the host, None if they are unknown.
+        """
         target, names = examined.target, tuple(names)
         if not self.who.match_any(names):
             yield "who", f"expected {', '.join(self.written_who)}, got {', '.join(names)}"
@@ -338,6 +358,9 @@ class Rule:
             yield "allow" if self.allows else "deny", f"expected {', '.join(sorted(self.actions))}, got {action}"
         if self.hosts is not None and not self.hosts.match(target.host):
             yield "hosts", f"expected {self.hosts}, got {target.host or 'no host'}"
+        if self.tags is not None and not replace(self, hosts=None).match_host(target.host, tags):
+            got = "no host" if target.host is None else "unknown ones" if tags is None else ", ".join(tags) or "none"
+            yield "tags", f"expected {self.tags}, got {got}"
         if self.procedures is not None and not self.procedures.match(target.procedure):
             yield "procedures", f"expected {self.procedures}, got {target.procedure or 'no procedure'}"
         if not self.match_owner(names, action, target.owner):
@@ -351,7 +374,8 @@ class Rule:
         try:
             if self.arguments is not None and not self.match_arguments(examined):
                 is_known = target.arguments is not None
-                mismatch = self.arguments.find_mismatch(examined.arguments) if is_known else None
+                trusted = examined.trust_masked
+                mismatch = self.arguments.find_mismatch(examined.arguments, trusted) if is_known else None
                 yield "arguments", str(mismatch or "expected arguments, got none")
         except Unreadable as error:
             yield "arguments", str(error)
@@ -362,10 +386,20 @@ class Unreadable(Exception):
 
 
 class Examined:
-    """A target whose arguments and queue are decoded when a rule first looks at them."""
+    """A target whose arguments and queue are decoded when a rule first looks at them.
 
-    def __init__(self, target: Target) -> None:
+    `trust_masked`: the target is a job of the client. Its masked values are then not judged again: the call was allowed
+    with the values themselves.
+    """
+
+    def __init__(self, target: Target, trust_masked: bool = False) -> None:
         self.target = target
+        self.trust_masked = trust_masked
+
+    @classmethod
+    def of(cls, target: Target, action: Action, principals: Iterable[str]) -> Examined:
+        """Return the target of an action of the client with these principals."""
+        return cls(target, action is not Action.CALL and target.owner is not None and target.owner in principals)
 
     @cached_property
     def arguments(self) -> Any:

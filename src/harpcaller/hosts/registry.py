@@ -61,6 +61,7 @@ class Host(NamedTuple):
     user: str
     password: str
     certificate_sha256: str | None = None  # the only certificate that is accepted, as 64 digits in lower case
+    tags: tuple[str, ...] | None = ()  # by which rules of access may mean it; None: the line has others than texts
 
     def __repr__(self) -> str:
         return f"Host({self.hostname!r}, {self.address!r}, {self.port}, {self.user!r})"
@@ -136,6 +137,8 @@ class HostsRegistry:
         self._tasks: set[asyncio.Task[Any]] = set()  # the tasks that may run the script
         self._script_lock = asyncio.Lock()  # locked while the script runs
         self._config_changed = asyncio.Event()
+        self._tagged: tuple[Mapping[str, Host], Mapping[str, Host]] = ({}, {})  # the hosts of `_tags`
+        self._tags: Mapping[str, tuple[str, ...]] = {}
 
     @property
     def is_ready(self) -> bool:
@@ -162,6 +165,14 @@ class HostsRegistry:
         """Return all hosts, ordered by name."""
         merged = self._merge(self._cached.hosts, self._hosts_of_file())
         return [merged[name] for name in sorted(merged)]
+
+    def list_tags(self) -> Mapping[str, tuple[str, ...]]:
+        """Return the tags of each host whose tags are known, by name: the same object while the hosts are the same."""
+        sources = self._cached.hosts, self._hosts_of_file()
+        if any(now is not then for now, then in zip(sources, self._tagged, strict=True)):
+            self._tagged = sources
+            self._tags = _tags_of(self._merge(*sources))
+        return self._tags
 
     def _hosts_of_file(self) -> Mapping[str, Host]:
         return self._watched_file.value.hosts if self._watched_file else {}
@@ -416,6 +427,20 @@ def read_hosts_file(file: Path) -> HostList:
     return parse_hosts(file.read_bytes().split(b"\n"), file)
 
 
+def read_tags(config: Config) -> dict[str, tuple[str, ...]]:
+    """Return the tags of the hosts in the files of a configuration. Raises OSError."""
+    hosts: dict[str, Host] = {}
+    if config.host_db_script is not None:
+        hosts |= read_cache(config.host_db).hosts
+    if config.hosts_file is not None:
+        hosts |= read_hosts_file(config.hosts_file).hosts
+    return _tags_of(hosts)
+
+
+def _tags_of(hosts: Mapping[str, Host]) -> dict[str, tuple[str, ...]]:
+    return {name: host.tags for name, host in hosts.items() if host.tags is not None}
+
+
 async def run_hosts_script(script: Path, time_limit: float) -> HostList:
     """Return the hosts that a script prints. Raises `ScriptFailed` or OSError."""
     output = await run_script(script, time_limit)
@@ -425,6 +450,16 @@ async def run_hosts_script(script: Path, time_limit: float) -> HostList:
 def _decode_digest(members: JSONObject, key: str) -> str:
     return check_string(key, members.value(key)).replace(":", "").lower()
 
+
+def _decode_tags(members: JSONObject, key: str) -> tuple[str, ...] | None:
+    """Return the tags of a line; None if they are not texts: legacy lines may use the key for something else."""
+    value = members.value(key)
+    is_texts = isinstance(value, list) and all(isinstance(tag, str) and len(tag) <= MAX_NAME for tag in value)
+    return tuple(value) if is_texts else None
+
+
+_TAGS = Kind(decode=_decode_tags)
+_NO_TAGS: tuple[str, ...] = ()
 
 _DIGEST = Kind(
     lambda digest: re.fullmatch("[0-9a-f]{64}", digest) is not None,
@@ -446,6 +481,7 @@ class _Line(WireObject):
     user: Annotated[str, "credentials.user"] = field(kw_only=True, repr=False)
     password: Annotated[str, "credentials.password"] = field(kw_only=True, repr=False)
     certificate_sha256: Annotated[str | None, _DIGEST, Null.REJECTED] = field(default=None, kw_only=True)
+    tags: Annotated[tuple[str, ...] | None, _TAGS, Null.REJECTED] = field(default=_NO_TAGS, kw_only=True)
 
 
 _FIELDS = attrgetter(*Host._fields)
@@ -453,7 +489,8 @@ _FIELDS = attrgetter(*Host._fields)
 
 def _to_line(host: Host) -> _Line:
     credentials = {"user": host.user, "password": host.password}
-    return _Line(host.hostname, host.address, host.port, **credentials, certificate_sha256=host.certificate_sha256)
+    digest = host.certificate_sha256
+    return _Line(host.hostname, host.address, host.port, **credentials, certificate_sha256=digest, tags=host.tags)
 
 
 def parse_line(line: bytes) -> Host:
