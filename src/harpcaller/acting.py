@@ -32,7 +32,7 @@ from harpcaller.access.enforcement import Admission, Wait, may
 from harpcaller.access.policy import ALLOW_ALL, Action, Decision, Rate, Target
 from harpcaller.audit import ALLOWED, DENIED
 from harpcaller.changes import ChangeFeed, Position, Subscription, View
-from harpcaller.dispatcher import Dispatcher
+from harpcaller.dispatcher import ALL_QUEUES, Dispatcher, QueueRights
 from harpcaller.host_states import HostState
 from harpcaller.hosts.registry import Host, HostChange
 from harpcaller.job_rows import encode_row
@@ -53,7 +53,6 @@ from harpcaller.record_stream import RecordStream
 from harpcaller.store import (
     CannotRerun,
     LimitReached,
-    QueueStatus,
     QueueSummary,
     RecordMatches,
     StorageError,
@@ -84,6 +83,8 @@ NO_CHANGES: Mapping[str, Any] = MappingProxyType({})
 #: The actions on which the rights to a row depend.
 _ROW_ACTIONS = (Action.LIST, Action.READ, Action.CANCEL, Action.CALL, Action.MANAGE)
 _MAX_NAME = 255  #: Longer names are cut in messages, to this number of characters.
+_NOBODY = ""  #: The owner of a job that belongs to no client: rules with `jobs = "own"` do not cover it.
+_PAGE_SIZE = 500  #: Maximum number of queues that are read together for a list of all.
 
 
 class ActingAs:
@@ -303,7 +304,14 @@ class ActingAs:
     async def describe(self, job_id: str) -> tuple[Job, dict[str, Any]]:
         """Return a job and all its details, as `details` does."""
         await self._check(job_id, Action.READ)
-        return await self._dispatcher.describe(job_id, self._may_read if self._is_restricted else None)
+        if not self._is_restricted:
+            return await self._dispatcher.describe(job_id)
+        return await self._dispatcher.describe(job_id, self._may_read, self._sees_others)
+
+    def _sees_others(self, job: Job) -> bool:
+        """Return whether the client may read jobs like this one of every owner."""
+        of_others = Target(job.host, job.procedure, job.arguments, job.queue, _NOBODY)
+        return self._is_allowed(Action.READ, of_others)
 
     def result(self, job_id: str) -> asyncio.Future[End]:
         """Return a future of the job's end. Cancelling the future ends the wait."""
@@ -641,11 +649,13 @@ class ActingAs:
             found.append("release")
         return tuple(found)
 
-    async def list_queues(self) -> list[QueueStatus]:
-        """Return the queues that the client may list."""
-        self.require_ever(Action.LIST)
-        queues = await self._dispatcher.store.list_queues()
-        return [queue for queue in queues if self._is_allowed(Action.LIST, Target(queue=queue.name))]
+    async def list_queues(self) -> list[QueueSummary]:
+        """Return the queues that the client may list, see `find_queues`."""
+        found, cursor = await self.find_queues(_PAGE_SIZE)
+        while cursor is not None:
+            page, cursor = await self.find_queues(_PAGE_SIZE, cursor)
+            found += page
+        return found
 
     def list_hosts(self) -> list[Host]:
         """Return the hosts that the client may list."""
@@ -665,7 +675,8 @@ class ActingAs:
             found = filter(None, map(self._dispatcher.registry.find_host, dict.fromkeys(names)))
             hosts = [host for host in found if self._may_list_host(host.hostname)]
         await self._record_list("hosts", wanted)
-        return await self._dispatcher.describe_hosts(sorted(hosts, key=lambda host: host.hostname))
+        hosts.sort(key=lambda host: host.hostname)
+        return await self._dispatcher.describe_hosts(hosts, self._client.principals, self._sees_all_of_host)
 
     def find_host_names(self, text: str = "", after: str = "") -> Iterator[str]:
         """Yield the names behind `after` of hosts that the client may list and that have a text, in their order."""
@@ -675,6 +686,10 @@ class ActingAs:
 
     def _may_list_host(self, name: str) -> bool:
         return self._is_allowed(Action.LIST, Target(host=name))
+
+    def _sees_all_of_host(self, name: str) -> bool:
+        """Return whether the client may list the jobs of every owner on a host, and so learn how many there are."""
+        return not self._is_restricted or self._is_allowed(Action.LIST, Target(host=name, owner=_NOBODY))
 
     def describe_registry(self) -> dict[str, Any]:
         """Return the state of the sources of hosts, see `HostsRegistry.describe`."""
@@ -690,22 +705,29 @@ class ActingAs:
     ) -> tuple[list[QueueSummary], str | None]:
         """Return queues that the client may list and that fit, and the cursor at which the list continues.
 
+        A client that may list its own jobs only sees the queues in which some of them are open, and counts of these.
         `wanted` is what the client asks for, for the audit file. See `Dispatcher.find_queues`. Raises `InvalidCursor`.
         """
         self.require_ever(Action.LIST)
         await self._record_list("queues", wanted)
-        return await self._dispatcher.find_queues(
-            lambda queue: self._may_list_queue(queue) and fits(queue), limit, cursor
-        )
+        return await self._dispatcher.find_queues(self._find_queue_rights(), fits, limit, cursor)
 
     async def get_queue(self, queue_id: str) -> QueueSummary | None:
         """Return the queue with an id; None if it has no open jobs, or the client may not list it."""
         self.require_ever(Action.LIST)
-        queue = await self._dispatcher.get_queue(queue_id)
-        return queue if queue is not None and self._may_list_queue(queue) else None
+        return await self._dispatcher.get_queue(self._find_queue_rights(), queue_id)
 
-    def _may_list_queue(self, queue: QueueSummary) -> bool:
-        return self._is_allowed(Action.LIST, Target(queue=queue.name))
+    def _find_queue_rights(self) -> QueueRights:
+        """Return which queues the client may see, and whether with the jobs of all owners."""
+        if not self._is_restricted:
+            return ALL_QUEUES
+        principals = self._client.principals
+        return QueueRights(
+            owners=principals,
+            sees_own_only=self._policy.find_scope(self._client, Action.LIST).owners is not None,
+            sees_all=lambda queue: self._is_allowed(Action.LIST, Target(queue=queue.name, owner=_NOBODY)),
+            sees_own=lambda queue: self._is_allowed(Action.LIST, Target(queue=queue.name, owner=principals[0])),
+        )
 
     # What the client may do.
 

@@ -19,13 +19,14 @@ import json
 import logging
 import sys
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Hashable, Sequence
+from collections import Counter
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial, wraps
 from hashlib import blake2b
 from types import TracebackType
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, Self, TypeVar
 
 import msgspec
 
@@ -110,6 +111,19 @@ def _shielded(
     return method
 
 
+class QueueRights(NamedTuple):
+    """Which queues a client sees, and whether with all of their jobs."""
+
+    #: The owners whose jobs are counted in queues for which `sees_own` returns True; None: there is no such queue.
+    owners: tuple[str, ...] | None
+    sees_own_only: bool  #: Whether `sees_all` returns False for each queue.
+    sees_all: Callable[[QueueSummary], bool]
+    sees_own: Callable[[QueueSummary], bool]
+
+
+ALL_QUEUES = QueueRights(None, False, lambda queue: True, lambda queue: True)
+
+
 class Dispatcher:
     """The dispatcher: an asynchronous context manager that runs while its context lasts.
 
@@ -136,7 +150,8 @@ class Dispatcher:
         self._tls = HostTLS(config, lambda: self.registry.list_hosts(), self.connects)
         self._secret_keys = read_key_file(config)
         self._runner = Runner(lambda: self.registry.is_ready, wall())
-        self.registry = HostsRegistry(config, self._runner.request_claim)
+        self.registry = HostsRegistry(config, self._on_hosts_changed)
+        self.access.use_tags(self.registry.list_tags())
         self._pruner = Pruner(store, wall, lambda: self.config.max_age_seconds)
         self._group = asyncio.TaskGroup()
         # A call that a host lists, and that has no run, is an orphan.
@@ -433,16 +448,20 @@ class Dispatcher:
             self._runner.request_claim()
         return released
 
-    async def details(self, job_id: str, may_read: Callable[[Subject], bool] | None = None) -> dict[str, Any]:
+    async def details(self, job_id: str) -> dict[str, Any]:
         """Return all details of a job, and why it is in its state. Payloads are `Raw`. Raises `UnknownJob`."""
-        return (await self.describe(job_id, may_read))[1]
+        return (await self.describe(job_id))[1]
 
     async def describe(
-        self, job_id: str, may_read: Callable[[Subject], bool] | None = None
+        self,
+        job_id: str,
+        may_read: Callable[[Subject], bool] | None = None,
+        sees_others: Callable[[Job], bool] = lambda job: True,
     ) -> tuple[Job, dict[str, Any]]:
         """Return a job and what `details` returns.
 
-        Ids of jobs for which `may_read` returns False are replaced by their number. Spec: docs/protocol.md, Details.
+        Ids of jobs for which `may_read` returns False are replaced by their number. If `sees_others` returns False for
+        the job, its position is among the jobs of its owner. Spec: docs/protocol.md, Details.
         """
         details = await self.store.get_details(job_id)
         position, hidden = details.queue_position, 0
@@ -464,6 +483,7 @@ class Dispatcher:
             failing=self._runner.starts.get_failing(details.job.host),
             now=self._wall(),
             hidden_holders=hidden,
+            sees_others=sees_others(details.job),
         )
         return details.job, describe_job(details, state)
 
@@ -635,7 +655,7 @@ class Dispatcher:
         return await self._answers.get(question, partial(self._count, count))
 
     async def find_queues(
-        self, fits: Callable[[QueueSummary], bool], limit: int, cursor: str | None = None
+        self, rights: QueueRights, fits: Callable[[QueueSummary], bool], limit: int, cursor: str | None = None
     ) -> tuple[list[QueueSummary], str | None]:
         """Return at most `limit` queues for which `fits` returns True, and the cursor at which the list continues.
 
@@ -644,10 +664,9 @@ class Dispatcher:
         place = 0 if cursor is None else self._cursors.decode(cursor, _QUEUES)
         found: list[QueueSummary] = []
         for _ in range(_QUEUE_STEPS):
-            step = await self.store.find_queues(place, _PAGE_SIZE)
-            for queue in step:
-                place = queue.place
-                if fits(queue):
+            step = await self._read_queues(rights, place, _PAGE_SIZE)
+            for place, queue in step:
+                if queue is not None and fits(queue):
                     found.append(queue)
                     if len(found) == limit:
                         return found, self._cursors.encode(place, _QUEUES)
@@ -655,13 +674,49 @@ class Dispatcher:
                 return found, None
         return found, self._cursors.encode(place, _QUEUES)
 
-    async def get_queue(self, queue_id: str) -> QueueSummary | None:
+    async def get_queue(self, rights: QueueRights, queue_id: str) -> QueueSummary | None:
         """Return the queue with an id; None if it has no job that has not ended or holds a slot."""
-        return next(iter(await self.store.find_queues(0, 1, f"queue:{queue_id}")), None)
+        found = await self._read_queues(rights, 0, 1, f"queue:{queue_id}")
+        return found[0][1] if found else None
 
-    async def describe_hosts(self, hosts: Sequence[Host]) -> list[HostState]:
-        """Return what is known about these hosts of the registry."""
+    async def _read_queues(
+        self, rights: QueueRights, after: int, limit: int, lane: str | None = None
+    ) -> list[tuple[int, QueueSummary | None]]:
+        """Return a step of the list of queues, as `Store.find_queues`: the place of each, and what a client sees."""
+        own: list[QueueSummary] = []
+        if rights.owners is not None:
+            own = await self.store.find_queues(after, limit, lane, rights.owners)
+            if rights.sees_own_only:
+                return [(queue.place, queue if rights.sees_own(queue) else None) for queue in own]
+        of_id = {queue.id: queue for queue in own if rights.sees_own(queue)}
+        queues = await self.store.find_queues(after, limit, lane)
+        return [(queue.place, queue if rights.sees_all(queue) else of_id.get(queue.id)) for queue in queues]
+
+    async def describe_hosts(
+        self, hosts: Sequence[Host], owners: tuple[str, ...] = (), sees_all: Callable[[str], bool] = lambda host: True
+    ) -> list[HostState]:
+        """Return what is known about these hosts of the registry.
+
+        Only the jobs of `owners` are counted on hosts for whose names `sees_all` returns False.
+        """
         counts = await self._answers.get("open jobs of hosts", self.store.count_open_of_hosts)
+        states = self._describe_hosts(hosts, counts)
+        restricted = {host.hostname for host in hosts if not sees_all(host.hostname)}
+        if not restricted:
+            return states
+        count_own = partial(self.store.count_open_of_hosts, owners)
+        own = await self._answers.get(("open jobs of hosts", owners), count_own)
+        lost = [run.job for run in self._runner.runs.values() if run.outage is not None and run.job.owner in owners]
+        outages = Counter(job.host for job in lost)
+
+        def restrict(state: HostState) -> HostState:
+            name = state.host.hostname
+            running, queued = own.get(name, (0, 0))
+            return replace(state, running=running, queued=queued, outages=outages[name])
+
+        return [restrict(state) if state.host.hostname in restricted else state for state in states]
+
+    def _describe_hosts(self, hosts: Sequence[Host], counts: Mapping[str, tuple[int, int]]) -> list[HostState]:
         runner = self._runner
         limit, capabilities = self.config.max_calls_per_host, runner.context.capabilities
         known = runner.starts, capabilities, self.connects
@@ -695,15 +750,22 @@ class Dispatcher:
 
     # The policy.
 
+    def _on_hosts_changed(self) -> None:
+        self.access.use_tags(self.registry.list_tags())
+        self._runner.request_claim()
+
     async def _enforce_changes(self) -> None:
         """Decide again about the requests that wait for a job, after each change of the policy."""
-        policy = self.access.source.policy
+        policy, of_file = self.access.policy, self.access.source.policy
         while True:
             await asyncio.sleep(_POLICY_INTERVAL)
             self.access.refresh()
-            if self.access.source.policy is not policy:
-                policy = self.access.source.policy
+            self.access.use_tags(self.registry.list_tags())
+            if self.access.source.policy is not of_file:
+                of_file = self.access.source.policy
                 self.audit.report("policy", **self.access.source.describe_version())
+            if self.access.policy is not policy:
+                policy = self.access.policy
                 self.live.expel_all()
             if waits := self.access.take_unchecked():
                 await self._end_denied_waits(waits)

@@ -9,7 +9,7 @@ import datetime
 from dataclasses import dataclass
 
 from harp.protocol.ends import Failed, Raised
-from harp.protocol.json_text import Envelope, Raw, loads
+from harp.protocol.json_text import Envelope, Raw, dumps, loads
 from harpcaller.config import Config
 from harpcaller.hosts.registry import Host
 from harpcaller.model.jobs import Job, JobDetails, JobMetadata, QueuePosition, State, StopState
@@ -33,6 +33,7 @@ class ExplainContext:
     now: float  # Unix seconds
     failing: FailingStarts | None = None  # the failed starts on the job's host
     hidden_holders: int = 0  # number of slot holders of the job's queue that the client may not read
+    sees_others: bool = True  # whether the client may know of jobs of other owners: how many there are, who stopped one
 
 
 def describe_job(details: JobDetails, context: ExplainContext) -> Envelope:
@@ -45,7 +46,7 @@ def describe_job(details: JobDetails, context: ExplainContext) -> Envelope:
         procedure=job.procedure,
         owner=job.owner,
         queue=job.queue,
-        position=details.queue_position.position if details.queue_position else None,
+        position=_position(details.queue_position, context) if details.queue_position else None,
         time=Envelope(submit=job.submitted, start=job.started, end=job.ended),
         limits=Envelope(
             timeout=job.timeout,
@@ -58,12 +59,27 @@ def describe_job(details: JobDetails, context: ExplainContext) -> Envelope:
         records=Envelope(count=job.records, bytes=details.record_bytes),
         stop=job.stop.value if job.stop else None,
         holds_slot=job.holds_slot,
-        stop_request=metadata.stop_request,
+        stop_request=_stop_request(metadata, context),
         stop_report=metadata.stop_report,
         exit_info=metadata.exit_info,
         phases=_phases(job, metadata),
         why=_why(details, context),
     )
+
+
+def _position(waiting: QueuePosition, context: ExplainContext) -> int:
+    return waiting.position if context.sees_others else waiting.position_of_owner
+
+
+_PUBLIC = frozenset({"administrator", "dispatcher"})  # in place of a client's address
+
+
+def _stop_request(metadata: JobMetadata, context: ExplainContext) -> Raw | None:
+    """Return who stopped the job, without the address of a client that the reader must not know."""
+    stop_request = metadata.stop_request
+    if stop_request is None or context.sees_others or loads(stop_request).get("by") in _PUBLIC:
+        return stop_request
+    return dumps({key: value for key, value in loads(stop_request).items() if key != "by"})
 
 
 def _phases(job: Job, metadata: JobMetadata) -> Envelope:
@@ -92,13 +108,15 @@ def _why(details: JobDetails, context: ExplainContext) -> str:
             return _why_queued(details.job, details.queue_position, context)
         case State.RUNNING:
             return _why_running(details.job, context)
-    return _how_ended(details) + _stop(details, context)
+    return _how_ended(details, context) + _stop(details, context)
 
 
 def _why_queued(job: Job, waiting: QueuePosition | None, context: ExplainContext) -> str:
     if waiting is None:
         return "it is about to start"
-    position = f"position {waiting.position}"
+    position = f"position {_position(waiting, context)}"
+    if not context.sees_others:
+        position += " of its owner's jobs"
     if waiting.concurrency is not None and waiting.slots_held >= waiting.concurrency:
         others = [f"{context.hidden_holders} of other owners"] if context.hidden_holders else []
         shown = len(waiting.slot_holders) + context.hidden_holders
@@ -122,6 +140,8 @@ def _why_queued(job: Job, waiting: QueuePosition | None, context: ExplainContext
         return "the store cannot write data of running calls; no job starts until it can"
     if context.active_calls >= context.config.max_calls:
         return f"the dispatcher is full ({context.active_calls} of {context.config.max_calls} calls), {position}"
+    if waiting.position > waiting.position_of_owner and not context.sees_others:
+        return f"jobs of other owners are before it, {position}"
     if waiting.position > 1:
         return f"{waiting.position - 1} jobs are before it, {position}"
     return "it is about to start"
@@ -151,7 +171,7 @@ def _unreachable(job: Job, run: Run) -> str:
     )
 
 
-def _how_ended(details: JobDetails) -> str:
+def _how_ended(details: JobDetails, context: ExplainContext) -> str:
     job = details.job
     after = "" if job.started is None or job.ended is None else f" after {max(0.0, job.ended - job.started):.3f} s"
     match job.end:
@@ -161,7 +181,8 @@ def _how_ended(details: JobDetails) -> str:
             return f"it raised {kind}{after}: {message[:_MAX_QUOTE]}"
     if job.state is State.RETURNED:
         return f"it returned{after}"
-    client = loads(details.metadata.stop_request).get("by") if details.metadata.stop_request else None
+    stop_request = _stop_request(details.metadata, context)
+    client = loads(stop_request).get("by") if stop_request else None
     by = f" by {client}" if client else ""
     return f"it was cancelled{by} at {_format_time(job.ended)}{', before it started' if job.started is None else ''}"
 

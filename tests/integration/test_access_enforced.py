@@ -124,7 +124,9 @@ def test_full_queue_shows_no_id_of_another_client(dispatcher: Harpcallerd) -> No
     shop.wait_running(holder)
     waiting = legacy.submit("hang", **queue)
     [reply] = legacy.ask(get_details=waiting)
-    assert reply["details"]["why"] == 'queue {"q": 1} is full (1 of 1: 1 of other owners), position 1'
+    assert (
+        reply["details"]["why"] == 'queue {"q": 1} is full (1 of 1: 1 of other owners), position 1 of its owner\'s jobs'
+    )
     assert holder not in json.dumps(reply)
     assert legacy.ask(cancel=holder) == [{"cancelled": False}]
     assert shop.state(holder) == "running"
@@ -243,7 +245,7 @@ def test_owners_and_limits_survive_a_restart(dispatcher: Harpcallerd, kill: bool
     small.wait_running(second)
     third = small.submit("hang")
     [reply] = small.ask(get_details=third)
-    assert reply["details"]["why"] == "its owner has reached its limit (1 of 1 jobs), position 1"
+    assert reply["details"]["why"] == "its owner has reached its limit (1 of 1 jobs), position 1 of its owner's jobs"
     [refusal] = small.ask(host="web01", procedure="hang", arguments=[])
     assert refusal["error"]["type"] == "rate_limited"
     assert refusal["error"]["retry_after"] == 1.0

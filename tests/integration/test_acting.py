@@ -307,7 +307,10 @@ async def test_full_queue_shows_no_ids_of_other_owners(tmp_path: Path) -> None:
             waiting = await ActingAs(dispatcher, SHOP).submit(call("hang", **queue))
             await is_running(dispatcher, own)
             details = await ActingAs(dispatcher, SHOP).details(waiting)
-            assert details["why"] == f'queue {{"q": 1}} is full (2 of 2: {own}, 1 of other owners), position 1'
+            assert (
+                details["why"]
+                == f'queue {{"q": 1}} is full (2 of 2: {own}, 1 of other owners), position 1 of its owner\'s jobs'
+            )
             assert foreign not in str(details)
             for client in (OPS, LOCAL_ADMINISTRATOR):
                 why = (await ActingAs(dispatcher, client).details(waiting))["why"]
@@ -315,6 +318,58 @@ async def test_full_queue_shows_no_ids_of_other_owners(tmp_path: Path) -> None:
             assert await ActingAs(dispatcher, OTHER).cancel_queue(Raw(b'{"q":1}')) == 1
             assert await ActingAs(dispatcher, SHOP).cancel_queue(Raw(b'{"q":1}')) == 2
             assert isinstance((await dispatcher.get_job(foreign)).end, Cancelled)
+
+
+async def test_client_of_own_jobs_learns_nothing_of_the_jobs_of_others(tmp_path: Path) -> None:
+    """No queue, number, position or address of other owners is in a list or in the details of an own job."""
+    text = RULES.replace('procedures = ["hang", "echo", "feed", "count"]\nqueued = 3', "")
+    hidden: dict[str, Any] = {"queue": {"secret": "merger"}}
+    access_file = rules(tmp_path, text)
+    with scripted_harpd(tmp_path) as peer:
+        lines = host_line(peer.port), host_line(peer.port, "db")
+        async with running(tmp_path, *lines, access_file=access_file, max_calls_per_host=1) as dispatcher:
+            shop, other, ops = (ActingAs(dispatcher, client) for client in (SHOP, OTHER, OPS))
+            holder = await other.submit(call("hang", queue={"q": 1}))
+            await is_running(dispatcher, holder)
+            for _ in range(3):
+                await other.submit(call("hang", **hidden))
+                await other.submit(call("hang", queue={"q": 1}))
+                await other.submit(call("hang"))
+            waiting = [await shop.submit(call("hang", queue={"q": 1})) for _ in range(2)]
+            without_queue = await shop.submit(call("hang"))
+
+            def shown(found: Any) -> list[tuple[bytes, int, int]]:
+                return [(queue.name, queue.running, queue.queued) for queue in found]
+
+            queues, _ = await shop.find_queues(50)
+            assert shown(queues) == shown(await shop.list_queues()) == [(b'{"q": 1}', 0, 2)]
+            assert queues[0].oldest == (await shop.get_job(waiting[0])).submitted
+            everything, _ = await ops.find_queues(50)
+            assert shown(everything) == [(b'{"q": 1}', 1, 5), (b'{"secret": "merger"}', 0, 3)]
+            for queue, own in zip(everything, (queues[0], None), strict=True):
+                assert await shop.get_queue(queue.id) == own
+                assert await ops.get_queue(queue.id) == queue
+
+            async def numbers(acting: ActingAs) -> dict[str, tuple[int, int]]:
+                return {each.host.hostname: (each.running, each.queued) for each in await acting.describe_hosts()}
+
+            assert await numbers(shop) == {"db": (0, 0), "web01": (0, 3)}
+            assert await numbers(ops) == {"db": (0, 0), "web01": (1, 12)}
+            for number, job in enumerate(waiting, 1):
+                details = await shop.details(job)
+                assert details["position"] == number
+                full = f'queue {{"q": 1}} is full (1 of 1: 1 of other owners), position {number}'
+                assert details["why"] == f"{full} of its owner's jobs"
+                assert (await ops.details(job))["position"] == 3 + number
+            details = await shop.details(without_queue)
+            full = "host web01 is full (1 of 1 calls), position 1 of its owner's jobs"
+            assert (details["position"], details["why"]) == (1, full)
+            # An administrator cancels a job: its owner does not see from where.
+            assert await ops.cancel(waiting[1])
+            details = await shop.details(waiting[1])
+            assert "192.0.2.1" not in str(details)
+            assert details["why"].startswith("it was cancelled at ")
+            assert "192.0.2.1:7" in (await ops.details(waiting[1]))["why"]
 
 
 async def test_lists_have_what_the_client_may_list(tmp_path: Path) -> None:
@@ -375,7 +430,7 @@ async def test_running_jobs_of_an_owner_are_limited(tmp_path: Path) -> None:
             other = await ActingAs(dispatcher, SHOP).submit(call("echo"))
             assert await end_of(ActingAs(dispatcher, SHOP), other) == Returned(Raw(b"[]")), "others do not wait"
             details = await ActingAs(dispatcher, LIMITED).details(second)
-            assert details["why"] == "its owner has reached its limit (1 of 1 jobs), position 1"
+            assert details["why"] == "its owner has reached its limit (1 of 1 jobs), position 1 of its owner's jobs"
             assert await ActingAs(dispatcher, LIMITED).cancel(first)
             await is_running(dispatcher, second)
 
@@ -439,6 +494,72 @@ def test_rates_are_counted_by_owner_and_rate() -> None:
     assert rates.take({("a", slow): 1, ("a", fast): 1}, 100.02) == pytest.approx(0.02)
     assert rates.take({("a", slow): 1}, 100.02) == 0, "nothing was counted"
     assert rates.take({("a", slow): 1}, 130.02) == pytest.approx(30.0)
+
+
+# Tags of hosts.
+
+TAGGED = """
+[[rule]]
+who = ["token:shop"]
+deny = ["call", "read"]
+tags = ["prod"]
+
+[[rule]]
+who = ["token:shop"]
+allow = ["call", "read", "list"]
+tags = ["test", "eu-*"]
+
+[[rule]]
+who = ["token:ops"]
+allow = ["call", "read", "cancel", "list"]
+jobs = "any"
+"""
+
+
+async def test_rules_follow_the_tags_of_hosts(tmp_path: Path) -> None:
+    def lines(*tags: str) -> tuple[str, ...]:
+        return (
+            host_line(peer.port, tags=[*tags]),
+            host_line(1, "db01", tags=["prod", "eu-west"]),
+            host_line(1, "old01", tags={"site": "a"}),
+            host_line(1, "plain01"),
+        )
+
+    with scripted_harpd(tmp_path) as peer:
+        async with running(tmp_path, *lines("test"), access_file=rules(tmp_path, TAGGED)) as dispatcher:
+            shop = ActingAs(dispatcher, SHOP)
+            for host, rule in (("db01", 1), ("old01", 1), ("plain01", None), ("nohost", 1)):
+                with pytest.raises(AccessDenied) as refused:
+                    await shop.submit(call("echo", host=host))
+                assert refused.value.fields["rule"] == rule, host
+            assert [host.hostname for host in shop.list_hosts()] == ["db01", "web01"], "eu-west allows the list"
+            job = await shop.submit(call("hang"))
+            assert (await shop.get_job(job)).id == job
+            waiting = shop.result(job)
+            # The host becomes one of production: the right to it ends, also for the request that waits.
+            (tmp_path / "hosts").write_text("".join(lines("prod")))
+            with pytest.raises(AccessDenied, match="revoked"):
+                await asyncio.wait_for(waiting, 30)
+            with pytest.raises(UnknownJob):
+                await ActingAs(dispatcher, SHOP).get_job(job)
+            with pytest.raises(AccessDenied):
+                await ActingAs(dispatcher, SHOP).submit(call("echo"))
+            assert await ActingAs(dispatcher, OPS).cancel(job)
+
+
+async def test_tags_are_unknown_while_the_registry_is_not_loaded(tmp_path: Path) -> None:
+    script, go = tmp_path / "script", tmp_path / "go"
+    line = host_line(1, tags=["test"])
+    script.write_text(f"#!/bin/sh\nwhile [ ! -e {go} ]; do sleep 0.01; done\nprintf '%s' '{line}'\n")
+    script.chmod(0o700)
+    settings: dict[str, Any] = {"host_db_script": script, "hosts_file": None, "access_file": rules(tmp_path, TAGGED)}
+    async with running(tmp_path, **settings) as dispatcher:
+        with pytest.raises(AccessDenied) as refused:
+            await ActingAs(dispatcher, SHOP).submit(call("echo"))
+        assert refused.value.fields["rule"] == 1, "it might be one of production"
+        go.touch()
+        assert await dispatcher.registry.refresh() == 1
+        assert await ActingAs(dispatcher, SHOP).submit(call("echo"))
 
 
 # Rights that are revoked.

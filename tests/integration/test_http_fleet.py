@@ -149,6 +149,7 @@ async def test_http_lists_have_only_what_the_client_may_list(tmp_path: Path, dea
         who = ["role:web"]
         allow = ["list"]
         queues = [{site = "a"}]
+        jobs = "any"
     """
     lines = host_line(dead_port), host_line(dead_port, "db01")
     async with running_api(tmp_path, *lines, rules=dedent(rules), start_within=60.0) as api:

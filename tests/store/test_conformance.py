@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from harpcaller.model.jobs import (
     StopState,
 )
 from harpcaller.model.lanes import queue_lane
-from harpcaller.store import QueueStatus, UnknownJob
+from harpcaller.store import QueueStatus, QueueSummary, UnknownJob
 from harpcaller.store.sqlite import Store
 from support.backends import BACKENDS
 from support.jobs import ENDS, STANDS, job_in, new_id, new_job, records
@@ -466,6 +466,34 @@ async def test_queues_are_found_page_by_page_and_by_their_id(store: Store) -> No
     [found] = await store.find_queues(0, MANY, lane)
     assert (found.name, "queue:" + found.id) == (b'{"q": 3}', lane)
     assert await store.find_queues(0, MANY, "queue:" + "0" * 32) == []
+
+
+async def test_queues_and_hosts_of_owners_count_only_their_jobs(store: Store) -> None:
+    async def add(owner: str | None, number: int, state: State = State.QUEUED) -> str:
+        return await job_in(store, state, owner=owner, queue={"q": number}, host=f"web{number}", concurrency=9)
+
+    own, other = "token:sh\u00f6p", "token:other"
+    await add(own, 4, State.RETURNED)
+    await add(other, 5, State.RUNNING)
+    await add(own, 5, State.RUNNING)
+    for owner, number in ((other, 1), (own, 1), (None, 2), (own, 3), (other, 3), (own, 1)):
+        await add(owner, number)
+
+    def shown(found: Sequence[QueueSummary]) -> list[tuple[bytes, int, int]]:
+        return [(queue.name, queue.running, queue.queued) for queue in found]
+
+    of_own = [(b'{"q": 5}', 1, 0), (b'{"q": 1}', 0, 2), (b'{"q": 3}', 0, 1)]
+    found = await store.find_queues(0, MANY, None, [own, "anonymous@l"])
+    assert shown(found) == of_own
+    assert [queue.oldest is None for queue in found] == [True, False, False]
+    everything = {queue.id: queue for queue in await store.find_queues(0, MANY)}
+    assert all((everything[queue.id].place, everything[queue.id].concurrency) == (queue.place, 9) for queue in found)
+    assert shown(await store.find_queues(found[0].place, 1, None, [own])) == of_own[1:2]
+    assert shown(await store.find_queues(0, MANY, queue_lane(Raw(b'{"q":3}')), [own])) == of_own[2:]
+    assert await store.find_queues(0, MANY, queue_lane(Raw(b'{"q":2}')), [own]) == []
+    assert shown(await store.find_queues(0, MANY, None, [own, other]))[1] == (b'{"q": 1}', 0, 3)
+    assert await store.count_open_of_hosts([own]) == {"web1": (0, 2), "web3": (0, 1), "web5": (1, 0)}
+    assert await store.count_open_of_hosts(["token:nobody"]) == {}
 
 
 @STARTS

@@ -232,8 +232,8 @@ async def test_queue_position_of_a_job_with_a_queue(store: Store) -> None:
     assert await claimed(store) == [ids[12], *others]
     first = QueuePosition(1, 12, slots_held=12, slot_holders=tuple(ids[1:11]), slots_held_on_host=13)
     assert await waiting_of(store, ids[13]) == first
-    assert await waiting_of(store, ids[14]) == replace(first, position=2)
-    assert await waiting_of(store, ids[19]) == replace(first, position=6)
+    assert await waiting_of(store, ids[14]) == replace(first, position=2, position_of_owner=2)
+    assert await waiting_of(store, ids[19]) == replace(first, position=6, position_of_owner=6)
 
 
 async def test_queue_position_of_a_job_without_a_queue(store: Store) -> None:

@@ -238,7 +238,11 @@ SELECT
     CASE WHEN calls.max_running IS NULL THEN 0 ELSE (
         SELECT count(*) FROM jobs
         WHERE seq IN (SELECT seq FROM jobs INDEXED BY jobs_holding WHERE holds_slot = 1) AND owner IS waiting.owner
-    ) END
+    ) END,
+    (
+        SELECT count(*) FROM jobs INDEXED BY jobs_queued_of_lane
+        WHERE lane = waiting.lane AND state = 'queued' AND seq <= waiting.seq AND owner IS waiting.owner
+    )
 FROM jobs AS waiting JOIN calls ON calls.job = waiting.seq LEFT JOIN queues ON queues.lane = waiting.lane
 WHERE waiting.seq = :seq;
 
@@ -346,6 +350,31 @@ SELECT rowid, lane, name, concurrency,
     (SELECT submitted FROM jobs WHERE seq = (
         SELECT min(seq) FROM jobs INDEXED BY jobs_queued_of_lane WHERE jobs.lane = queues.lane AND state = 'queued'))
 FROM queues WHERE rowid > :after AND (:lane IS NULL OR lane = :lane) ORDER BY rowid LIMIT :limit;
+
+-- name: find_queues_of_owners
+-- As `find_queues`, and as if there were only the jobs of these owners.
+SELECT place, lane, name, concurrency, queued, (SELECT submitted FROM jobs WHERE seq = oldest), held FROM (
+    SELECT queues.rowid AS place, queues.lane AS lane, name, concurrency,
+        sum(holds_slot = 0) AS queued, min(CASE WHEN holds_slot = 0 THEN seq END) AS oldest, sum(holds_slot) AS held
+    FROM (
+        SELECT lane, seq, 0 AS holds_slot FROM jobs INDEXED BY jobs_queued_of_lane
+        WHERE state = 'queued' AND owner IN (:owners)
+        UNION ALL
+        SELECT lane, seq, 1 FROM jobs
+        WHERE seq IN (SELECT seq FROM jobs INDEXED BY jobs_holding WHERE holds_slot = 1) AND owner IN (:owners)
+    ) AS own JOIN queues ON queues.lane = own.lane
+    WHERE queues.rowid > :after AND (:lane IS NULL OR queues.lane = :lane)
+    GROUP BY queues.rowid ORDER BY queues.rowid LIMIT :limit
+);
+
+-- name: count_queued_of_hosts_and_owners
+SELECT host, count(*) FROM jobs
+WHERE seq IN (SELECT seq FROM jobs INDEXED BY jobs_queued_of_lane WHERE state = 'queued' AND owner IN (:owners))
+GROUP BY host;
+
+-- name: count_holding_of_hosts_and_owners
+SELECT host, count(*) FROM jobs
+WHERE seq IN (SELECT seq FROM jobs INDEXED BY jobs_holding WHERE holds_slot = 1) AND owner IN (:owners) GROUP BY host;
 
 -- name: count_holding_of_lanes
 SELECT lane, count(*) FROM jobs INDEXED BY jobs_holding WHERE holds_slot = 1 GROUP BY lane;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from itertools import count
 from typing import Any
@@ -234,8 +234,26 @@ def list_queues(db: sqlite3.Connection) -> list[QueueStatus]:
     return [QueueStatus(Raw(name), concurrency, running, queued) for name, concurrency, running, queued in rows]
 
 
-def find_queues(db: sqlite3.Connection, after: int, limit: int, lane: str | None = None) -> list[QueueSummary]:
-    """Return at most `limit` queues behind a place, oldest first; with `lane`, only the queue of this lane."""
+def _of_owners(query: str, owners: Iterable[str]) -> tuple[str, dict[str, Any]]:
+    """Return the text of a query on the jobs of some owners, and the parameters that it has for them."""
+    values = {f"owner{number}": encode_name(owner) for number, owner in enumerate(dict.fromkeys(owners))}
+    return QUERIES[query].replace(":owners", ", ".join(f":{name}" for name in values)), values
+
+
+def find_queues(
+    db: sqlite3.Connection, after: int, limit: int, lane: str | None = None, owners: Iterable[str] | None = None
+) -> list[QueueSummary]:
+    """Return at most `limit` queues behind a place, oldest first; with `lane`, only the queue of this lane.
+
+    With `owners`, only their jobs count: queues without such a job are missing.
+    """
+    if owners is not None:
+        statement, values = _of_owners("find_queues_of_owners", owners)
+        found = db.execute(statement, {"after": after, "limit": limit, "lane": lane, **values}).fetchall()
+        return [
+            QueueSummary(place, key.removeprefix("queue:"), Raw(name), concurrency, running, queued, oldest)
+            for place, key, name, concurrency, queued, oldest, running in found
+        ]
     with _snapshot(db):
         holding = dict(db.execute(QUERIES["count_holding_of_lanes"]).fetchall())
         rows = db.execute(QUERIES["find_queues"], {"after": after, "limit": limit, "lane": lane}).fetchall()
@@ -245,12 +263,21 @@ def find_queues(db: sqlite3.Connection, after: int, limit: int, lane: str | None
     ]
 
 
-def count_open_of_hosts(db: sqlite3.Connection) -> dict[str, tuple[int, int]]:
-    """Return for each host that has some, the number of its jobs that hold a slot, and of those that are queued."""
+def count_open_of_hosts(db: sqlite3.Connection, owners: Iterable[str] | None = None) -> dict[str, tuple[int, int]]:
+    """Return for each host that has some, the number of its jobs that hold a slot, and of those that are queued.
+
+    With `owners`, of their jobs.
+    """
+    names, nothing = ("count_holding_of_hosts", "count_queued_of_hosts"), dict[str, Any]()
+    if owners is None:
+        statements = [(QUERIES[name], nothing) for name in names]
+    else:
+        owners = tuple(owners)
+        statements = [_of_owners(f"{name}_and_owners", owners) for name in names]
     with _snapshot(db):
         holding, queued = (
-            {decode_name(host): count for host, count in db.execute(statement)}
-            for statement in (QUERIES["count_holding_of_hosts"], QUERIES["count_queued_of_hosts"])
+            {decode_name(host): count for host, count in db.execute(statement, values)}
+            for statement, values in statements
         )
     return {host: (holding.get(host, 0), queued.get(host, 0)) for host in holding | queued}
 
