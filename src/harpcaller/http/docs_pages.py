@@ -39,6 +39,8 @@ a { color: var(--link); }
 h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
 h3 { margin: 2.5rem 0 .25rem; }
 code, pre { font-family: ui-monospace, monospace; font-size: .875rem; }
+code { overflow-wrap: anywhere; }
+pre code { overflow-wrap: normal; }
 pre { overflow-x: auto; padding: .75rem; background: var(--fill); border: 1px solid var(--line); }
 .path { font-weight: 600; }
 .scroll { overflow-x: auto; }
@@ -147,7 +149,8 @@ def make_errors(base_path: str) -> str:
         f'<tr id="{code}"><td><code>{code}</code></td><td>{status}</td><td>{escape(title)}</td></tr>'
         for code, (status, title) in sorted(CODES.items())
     ]
-    table = "<table><thead><tr><th>code</th><th>status</th><th>meaning</th></tr></thead><tbody>"
+    table = '<div class="scroll" tabindex="0" role="region" aria-label="Errors"><table><thead><tr>'
+    table += "<th>code</th><th>status</th><th>meaning</th></tr></thead><tbody>"
     more = (
         "<p><code>invalid_request</code> has the status 422 if the body is JSON, but not what is expected; "
         "<code>errors</code> then points to each member. <code>detail</code> says what is wrong. "
@@ -155,7 +158,14 @@ def make_errors(base_path: str) -> str:
         f'<p><a href="{base_path}{PATH}">The operations</a></p>'
     )
     return "".join(
-        [_head("Errors of the HTTP API"), "<h1>Errors of the HTTP API</h1>", table, *rows, "</tbody></table>", more]
+        [
+            _head("Errors of the HTTP API"),
+            "<h1>Errors of the HTTP API</h1>",
+            table,
+            *rows,
+            "</tbody></table></div>",
+            more,
+        ]
     )
 
 
