@@ -34,8 +34,15 @@ _encode = json.JSONEncoder(default=str).encode
 
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:
-    items = islice(record.__dict__.items(), _STANDARD_ATTRIBUTES, None)
-    return _cut_fields({key: value for key, value in items if key not in _ADDED_ATTRIBUTES})
+    fields = dict(islice(record.__dict__.items(), _STANDARD_ATTRIBUTES, None))
+    for key in _ADDED_ATTRIBUTES:
+        fields.pop(key, None)
+    for value in fields.values():
+        if type(value) is str and len(value) <= _SHORT and value.isascii() and value.isprintable():
+            continue
+        if value is not None and not isinstance(value, (bool, int, float)):
+            return _cut_fields(fields)
+    return fields
 
 
 def _cut_fields(fields: dict[str, Any]) -> dict[str, Any]:
@@ -69,6 +76,10 @@ def _fields_text(fields: Mapping[str, Any]) -> str:
     return text
 
 
+#: Returns the event without the fields, which `_EventRecord` adds.
+_get_event = logging.LogRecord.getMessage
+
+
 class _EventFormatter(logging.Formatter):
     """The part that both forms of an event share."""
 
@@ -79,9 +90,6 @@ class _EventFormatter(logging.Formatter):
         if second != self._second:
             self._second, self._second_text = second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
         return f"{self._second_text}.{int(record.msecs):03d}Z"
-
-    def _event(self, record: logging.LogRecord) -> str:
-        return logging.LogRecord.getMessage(record)  # without the fields, which `_EventRecord` adds
 
     def _fields(self, record: logging.LogRecord) -> dict[str, Any]:
         fields = _fields(record)
@@ -95,8 +103,9 @@ class JSONFormatter(_EventFormatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
-        time, level, event = self._timestamp(record), record.levelname.lower(), self._event(record)
-        return _encode({"time": time, "level": level, "logger": record.name, "event": event, **self._fields(record)})
+        time, level, event = self._timestamp(record), record.levelname.lower(), _get_event(record)
+        fields = self._fields(record) if record.exc_info else _fields(record)
+        return _encode({"time": time, "level": level, "logger": record.name, "event": event, **fields})
 
 
 class TextFormatter(_EventFormatter):
@@ -109,7 +118,7 @@ class TextFormatter(_EventFormatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
         start = f"{self._timestamp(record)} " if self._has_timestamp else ""
-        event = self._event(record)
+        event = _get_event(record)
         line = f"{start}{record.levelname} {record.name}: {event if event.isprintable() else _encode(event)[1:-1]}"
         return line + _fields_text(self._fields(record))
 

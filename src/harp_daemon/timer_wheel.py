@@ -23,16 +23,13 @@ TICK = 0.05
 class Timer:
     """A timer that runs its callback once, unless it is cancelled before."""
 
-    __slots__ = ("_bucket", "callback")
-
-    def __init__(self, bucket: set[Timer], callback: Callable[[], object]) -> None:
-        self._bucket = bucket
-        self.callback = callback
-        bucket.add(self)
+    __slots__ = ("bucket", "callback")
+    callback: Callable[[], object]
+    bucket: set[Timer]  # of timers that are due in the same tick
 
     def cancel(self) -> None:
         """Do not run the callback; no effect if it has run."""
-        self._bucket.discard(self)
+        self.bucket.discard(self)
 
 
 class TimerWheel:
@@ -53,7 +50,10 @@ class TimerWheel:
             heappush(self._ticks, tick)
             if self._ticks[0] == tick:
                 self._set_alarm()
-        return Timer(bucket, callback)
+        timer = Timer()
+        timer.callback, timer.bucket = callback, bucket
+        bucket.add(timer)
+        return timer
 
     def close(self) -> None:
         """Cancel all timers."""

@@ -15,7 +15,7 @@ from typing import Any, cast
 import pytest
 
 from harp.protocol.ends import Failed, Returned
-from harp.protocol.harpd import ListCalls, Message, Phase, Release, Request, encode_request
+from harp.protocol.harpd import ListCalls, Message, Phase, Release, Request, encode_command, encode_request
 from harp.protocol.json_text import Raw, dumps
 from harp.protocol.schema import ProtocolError
 from harp_daemon.timer_wheel import TimerWheel
@@ -256,7 +256,7 @@ async def test_last_command_is_sent_without_a_next_request(tmp_path: Path) -> No
 
     async with connected(tmp_path, script) as (conn, peer):
         conn.send_request(START, Phase.SENT, Collector())
-        conn.finish_request(Release())
+        conn.finish_request(encode_command(Release()))
         await eventually(lambda: len(peer.requests) == 2, what="the release")
 
 

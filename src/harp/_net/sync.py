@@ -134,9 +134,8 @@ class JSONConnection(BufferedConnection, _Closable):
 
     def _limit(self, sock: socket.socket) -> None:
         """Give a socket the time until the deadline. Raise `TimeoutError` if it is over."""
-        remaining = self._remaining()
-        if remaining is not None or sock.gettimeout() is not None:
-            sock.settimeout(remaining)
+        if self.deadline is not None or sock.gettimeout() is not None:
+            sock.settimeout(self._remaining())
 
     def _send_line(self, line: bytes) -> None:
         sock = self._socket

@@ -489,6 +489,8 @@ _ACKNOWLEDGED: Mapping[tuple[bool, bool], Phase] = {
 
 
 #: The phases in which no message may be long: a host that has not acknowledged the call.
+#: The phases in which the next messages may be records.
+STREAMING = (Phase.STREAMING, Phase.RESUMABLE_STREAMING)
 _SHORT_PHASES = frozenset({Phase.SENT, Phase.SENT_RESUMABLE, Phase.SENT_ATTACH})
 
 
@@ -510,7 +512,7 @@ class ReplyReader:
     @property
     def is_streaming(self) -> bool:
         """Whether the next messages may be records."""
-        return self.phase in (Phase.STREAMING, Phase.RESUMABLE_STREAMING)
+        return self.phase in STREAMING
 
     def read_records(self, lines: Iterable[bytes]) -> list[Payload]:
         """Return the data of the first lines that are records of HARP's harpd; this is faster than `read_message`."""

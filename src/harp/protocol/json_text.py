@@ -286,8 +286,11 @@ def encode_value(value: JSON) -> bytes:
         raise NotJSON(path, reason) from error
     if len(text) > MAX_DEPTH and exceeds_depth(text):
         raise NotJSON("", f"nested deeper than {MAX_DEPTH}")
-    if b'":' in text and _may_repeat_key(value, text) and (found := _find_repeated_key(value)):
-        raise NotJSON(*found)
+    if b'":' in text:
+        if type(value) is dict and text.find(b"{", 1) < 0 and _TEXT.issuperset(map(type, value)):
+            return text  # the usual record: a single object with strings as keys
+        if _may_repeat_key(value, text) and (found := _find_repeated_key(value)):
+            raise NotJSON(*found)
     return text
 
 
@@ -299,9 +302,10 @@ _KEY_ENDS = [b'%b":' % end for end in (*(b"%d" % digit for digit in range(10)), 
 
 def _may_repeat_key(value: JSON, text: bytes) -> bool:
     """Return whether two keys of an object may have become equal; rarely true, and fast."""
-    if type(value) is dict and text.find(b"{", 1) < 0 and _TEXT.issuperset(map(type, value)):
-        return False  # the usual record: a single object with strings as keys
-    if not any(end in text for end in _KEY_ENDS):
+    for end in _KEY_ENDS:
+        if end in text:
+            break
+    else:
         return False
     try:  # only a string and another type can become equal; these cannot be sorted
         for _ in _encode_sorted(value, False):

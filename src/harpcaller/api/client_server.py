@@ -15,6 +15,7 @@ import ssl
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import cast
 
 from harp.protocol import dispatcher as protocol
@@ -200,7 +201,7 @@ class ClientServer(Server):
 
     def _on_request(self, connection: Connection, line: bytes) -> None:
         if len(line) < LONG_LINE:
-            self._execute(connection, lambda: decode_request(line))
+            self._execute(connection, partial(decode_request, line))
         else:
             decoding = run_in_turn(decode_request, line)
             decoding.add_done_callback(lambda decoded: self._execute(connection, decoded.result))
@@ -380,7 +381,8 @@ class ClientServer(Server):
         if retry is not None and not connection.reserve(len(line), retry):
             return False
         connection.write(line)
-        self._count(connection, "ok")
+        if self._dispatcher.metrics is not None:
+            self._count(connection, "ok")
         if keep_alive:
             connection.read_request()
         else:

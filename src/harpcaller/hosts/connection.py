@@ -24,6 +24,7 @@ from harp.protocol.call_output import RECORD_PREFIX
 from harp.protocol.ends import Failed
 from harp.protocol.harpd import (
     MAX_MESSAGE_BYTES,
+    STREAMING,
     Acknowledgement,
     Command,
     Heartbeat,
@@ -175,14 +176,17 @@ class HarpdConnection(asyncio.Protocol):
         if self._unwritten:
             asyncio.get_running_loop().call_soon(self._write_piece)
 
-    def finish_request(self, last_command: Command | None = None) -> None:
-        """End the request: no message is delivered. The last command is sent with the next request, to save a write."""
+    def finish_request(self, last_command: bytes = b"") -> None:
+        """End the request: no message is delivered.
+
+        An encoded last command is sent with the next request, to save a write.
+        """
         self._stop_heartbeat()
         self._receiver = None
         if self._unread:
             self._discard_idle_lines()
-        if last_command is not None:
-            self._last_command = encode_command(last_command)
+        if last_command:
+            self._last_command = last_command
             if self._command_timer is None:
                 self._command_timer = self._timers.call_later(_COMMAND_DELAY, self._send_last_command)
 
@@ -260,14 +264,14 @@ class HarpdConnection(asyncio.Protocol):
                 asyncio.get_running_loop().call_soon(self._next_turn)
                 return
             line = lines[at]
-            if len(line) > LONG_LINE or self._is_masking_slow(len(line)):
+            if len(line) > LONG_LINE or (self._masked_texts and self._is_masking_slow(len(line))):
                 at += 1
                 if not self._check_length(len(line)):
                     return
                 self._suspend()
                 run_in_turn(self._decode, line).add_done_callback(self._on_decoded)
                 continue
-            if exchange.is_streaming and at >= decode_singly_to:
+            if exchange.phase in STREAMING and at >= decode_singly_to:
                 run = list(takewhile(_is_record, islice(lines, at, at + room)))
                 if len(run) > 1 and (records := slice_records(run)) is not None:
                     at += len(run)
@@ -283,11 +287,11 @@ class HarpdConnection(asyncio.Protocol):
             at += 1
             room -= _SINGLE_LINE_COST
             try:
-                message = self._decode(line)
+                message = self._read_message(line)
             except ProtocolError as error:
                 self._end(error)
             else:
-                self._receive(message)
+                self._receive(mask_message(message, self._masked_texts) if self._masked_texts else message)
 
     def _check_length(self, length: int) -> bool:
         """Return whether a line may have this length now, or grow to it; otherwise end the exchange."""

@@ -48,10 +48,11 @@ class ConnectionPool:
         idle = self._connections.setdefault((host, tls), deque())
         full = len(idle) >= _MAX_PER_HOST or self._count >= _MAX_TOTAL
         now = time.monotonic()
-        if conn.keep_alive is None or not conn.is_reusable or full or now - conn.opened_at >= _MAX_AGE:
+        keep_alive = conn.keep_alive
+        if keep_alive is None or not conn.is_reusable or full or now - conn.opened_at >= _MAX_AGE:
             conn.close()
             return
-        idle.append((now + min(_MAX_IDLE, _KEEP_ALIVE_SHARE * conn.keep_alive), conn))
+        idle.append((now + min(_MAX_IDLE, _KEEP_ALIVE_SHARE * keep_alive), conn))
         self._count += 1
         if self._cleanup_timer is None:
             self._cleanup_timer = self._timers.call_later(_MAX_IDLE, self._close_expired)

@@ -148,9 +148,13 @@ class HostsRegistry:
         concerns the first contents only: later incomplete contents are refused.
         """
         file = self._watched_file
-        if file is not None and file.value.is_cut and not file.is_settled:
-            return False
-        if self._cached.hosts or self._hosts_of_file():
+        if file is not None:
+            contents = file.value
+            if contents.is_cut and not file.is_settled:
+                return False
+            if contents.hosts:
+                return True
+        if self._cached.hosts:
             return True
         script_has_run = self._refresh_attempted or self._config.host_db_script is None
         return script_has_run and (file is None or file.is_settled)

@@ -157,8 +157,8 @@ class RunContext:
             encoder = self._start_encoders[host, support] = StartEncoder(shared)
         caller = None
         if support.caller:
-            principal, address = ((text or "")[:_MAX_PRINCIPAL] for text in (job.owner, self.addresses.find(job.id)))
-            caller = Caller(principal or None, job.id, address or None)
+            principal, address = job.owner or "", self.addresses.find(job.id) or ""
+            caller = Caller(principal[:_MAX_PRINCIPAL] or None, job.id, address[:_MAX_PRINCIPAL] or None)
         of_job = caller, opened.pointers if support.secrets else ()
         return encoder.encode(job.procedure, arguments, job.id, secret, job.timeout, job.max_exec_time, *of_job)
 

@@ -66,6 +66,7 @@ _MAX_LOGGED = 500  #: Maximum length of a logged error in characters.
 _DISPATCHER_STOPPED = Failed(
     "missing_result", "the dispatcher stopped while the job was running; the end of its call is not known"
 )
+_RELEASE = harpd.encode_command(harpd.Release())
 _INTERNAL_ERROR = Failed("internal_error", "internal error of the dispatcher; see its log")
 
 
@@ -504,7 +505,7 @@ class Run:
         if not survives:
             conn, self._conn = self._conn, None
             if conn is not None:
-                conn.finish_request(harpd.Release())
+                conn.finish_request(_RELEASE)
                 self._context.connections.put(self._connected_host, self._context.tls, conn)
             self._close()
             return

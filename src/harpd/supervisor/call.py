@@ -265,7 +265,8 @@ class Call:
         """
         self._authentication_seconds = authentication
         self._secret_texts = secret_texts
-        self._worker.mask_output(secret_texts)
+        if secret_texts:
+            self._worker.mask_output(secret_texts)
         uid = b"-" if self._dynamic_uid is None else b"%d" % self._dynamic_uid
         head = self.id.encode(), self._info.number, uid, b"-" if caller is None else caller
         self._unsent = memoryview(b"%b %d %b %b\t%b\n" % (*head, arguments))

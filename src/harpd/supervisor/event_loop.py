@@ -103,7 +103,10 @@ class EventLoop:
             while self._next_callbacks:
                 callbacks, self._next_callbacks = self._next_callbacks, []
                 for callback in callbacks:
-                    _run_callback(callback)
+                    try:
+                        callback()
+                    except Exception:
+                        log.exception("callback failed")
 
     def _wait_seconds(self) -> float:
         times = self._due_times
@@ -118,11 +121,7 @@ class EventLoop:
             while bucket:  # a callback may cancel another timer of its bucket
                 timer = next(iter(bucket))
                 del bucket[timer]
-                _run_callback(timer.callback)
-
-
-def _run_callback(callback: Callback) -> None:
-    try:
-        callback()
-    except Exception:
-        log.exception("callback failed")
+                try:
+                    timer.callback()
+                except Exception:
+                    log.exception("callback failed")

@@ -123,7 +123,10 @@ class SessionTerms:
             seconds[key] = float(min(number, (limits or {}).get(key, _MAX_SECONDS)))
         owner, secret, streaming = members["owner"], members["secret"], members["streaming"]
         user = members["user"]
-        if not (all(isinstance(text, str) for text in (owner, secret, user)) and isinstance(streaming, bool)):
+        for text in (owner, secret, user):
+            if type(text) is not str:
+                raise ProtocolError("owner, secret, user: expected strings")
+        if type(streaming) is not bool:
             raise ProtocolError("owner, secret, user: expected strings")
         return cls(owner, secret, **seconds, streaming=streaming, user=user)
 

@@ -40,13 +40,24 @@ def storage_errors(path: Path) -> Iterator[None]:
     """Map errors of SQLite and the system to `StorageError`, which names the file and the cause."""
     try:
         yield
-    except (sqlite3.ProgrammingError, sqlite3.InterfaceError, sqlite3.IntegrityError):
-        raise  # an error of the program, not of the storage
-    except sqlite3.Error as error:
+    except (sqlite3.Error, OSError) as error:
+        found = to_storage_error(error, path)
+        raise found from found.__cause__
+
+
+def to_storage_error(error: Exception, path: Path) -> Exception:
+    """Return an error of SQLite or of the system as a `StorageError`, whose cause it is; another one unchanged."""
+    if isinstance(error, (sqlite3.ProgrammingError, sqlite3.InterfaceError, sqlite3.IntegrityError)):
+        return error  # an error of the program, not of the storage
+    if isinstance(error, sqlite3.Error):
         name = getattr(error, "sqlite_errorname", None)
-        raise StorageError(f"{path}: {error}" + (f" ({name})" if name else "")) from error
-    except OSError as error:
-        raise StorageError(f"{error.filename or path}: {error.strerror}") from error
+        found = StorageError(f"{path}: {error}" + (f" ({name})" if name else ""))
+    elif isinstance(error, OSError):
+        found = StorageError(f"{error.filename or path}: {error.strerror}")
+    else:
+        return error
+    found.__cause__ = error
+    return found
 
 
 def lock(directory: Path) -> int:

@@ -37,7 +37,7 @@ from typing import Any, NamedTuple, TypeVar
 from harpcaller.model.changes import Change
 from harpcaller.store import StorageError, SubmissionRefused
 from harpcaller.store.measurements import StoreMeasurements
-from harpcaller.store.sqlite.file import storage_errors
+from harpcaller.store.sqlite.file import to_storage_error
 from harpcaller.store.sqlite.reserve import Reserve
 from harpcaller.store.sqlite.writes import PAYLOAD_BYTES, PRUNING, Writes
 
@@ -57,6 +57,9 @@ class _Member(NamedTuple):
     future: asyncio.Future[Any]
     last: bool
     size: int  # bytes of its payloads, if they may be long
+
+
+_size_of = attrgetter("size")
 
 
 class Writer:
@@ -177,12 +180,12 @@ class Writer:
 
     def _add_called(self, members: Sequence[_Member]) -> None:
         """Add the verbs that were called in the same turns. A claim stays in the group of the jobs that it starts."""
-        if sum(member.size for member in members) <= _LONG_BYTES:
+        if sum(map(_size_of, members)) <= _LONG_BYTES:
             self._short.append(members)
             return
         self._long += [((member,), member.size) for member in members if member.verb is Writes.append_records]
         if others := [member for member in members if member.verb is not Writes.append_records]:
-            size = sum(member.size for member in others)
+            size = sum(map(_size_of, others))
             if size > _LONG_BYTES:
                 self._long.append((others, size))
             else:
@@ -190,14 +193,19 @@ class Writer:
 
     def _commit(self, batch: Sequence[_Member]) -> list[Any]:
         """Run a batch; return the result of each member, or the exception that it raised."""
+        outcomes: list[Any] = []
         try:
-            with storage_errors(self._path):
-                self._connection.execute("BEGIN IMMEDIATE")
-                self._writes.begin_transaction()
-                outcomes = [self._run_verb(*member) for member in batch]
-                self._writes.flush()
-                self._execute_commit()
-        except Exception as error:  # noqa: BLE001 - the members get it; the thread continues
+            self._connection.execute("BEGIN IMMEDIATE")
+            self._writes.begin_transaction()
+            for verb, args, options, *_ in batch:
+                try:
+                    outcomes.append(verb(self._writes, *args, **options))
+                except SubmissionRefused as refusal:
+                    outcomes.append(refusal)
+            self._writes.flush()
+            self._execute_commit()
+        except Exception as failure:  # noqa: BLE001 - the members get it; the thread continues
+            error = to_storage_error(failure, self._path)
             # After a failed member there is a transaction to roll back; after a full or locked file there is none.
             is_member_failed = self._connection.in_transaction
             self._writes.discard_changes()
@@ -245,12 +253,6 @@ class Writer:
     def _checkpoint(self) -> None:
         with suppress(sqlite3.Error):  # the disk is full
             self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
-
-    def _run_verb(self, verb: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any], *_: object) -> Any:
-        try:
-            return verb(self._writes, *args, **options)
-        except SubmissionRefused as refusal:
-            return refusal
 
     def _publish(self, batch: Sequence[_Member], outcomes: Sequence[Any], changes: Sequence[Change]) -> None:
         if changes:
