@@ -1,30 +1,44 @@
-"""The HTTP API, compared with the client protocol on the same dispatcher and with a bare answer of its server."""
+"""The HTTP API, compared with the client protocol on the same dispatcher and with a bare answer of its server.
+
+CPU times are those of the dispatcher. Their ratio to the bare answer of the same run hardly depends on other programs.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import selectors
 import socket
+import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 import harp
+from bench import searches
 from bench.harp_client import connect_queue
 from bench.load import SETTINGS, Figures, Ready, jobs, quantiles, together
 from bench.processes import free_port, listens, program
 from harpcaller.access.tokens import add_token
+from harpcaller.store.sqlite import FILE_NAME
 from support.harpcallerd import Harpcallerd
 
 _CLIENTS = 4
+_LISTERS, _SUBMITTERS = 8, 16  #: Clients that list jobs, and that submit them.
+_PAGE = 50  #: Jobs of a page.
+_CALLS = 10_000  #: Calls of one request with many.
+_SCRAPES = 10
+_PAIRS = 3  #: Measurements beside viewers, and without them, in turn.
 _FOLLOWERS = 100  #: Followers of one job that read its stored records at the same time.
 _RATE = 20  #: Records in a second of the job that many browsers follow.
 _PROCESSES = 2  #: Processes that receive events.
@@ -53,14 +67,21 @@ class _API:
         headers = f"Host: localhost\r\nAuthorization: Bearer {self.token}\r\nAccept: {accept}\r\n"
         return f"GET /api/v1{path} HTTP/1.1\r\n{headers}\r\n".encode()
 
+    def post(self, path: str, body: object) -> bytes:
+        """Return the bytes of a request with a body."""
+        text = json.dumps(body).encode()
+        kind = f"Content-Type: application/json\r\nContent-Length: {len(text)}\r\n"
+        head = f"Host: localhost\r\nAuthorization: Bearer {self.token}\r\n{kind}"
+        return f"POST /api/v1{path} HTTP/1.1\r\n{head}\r\n".encode() + text
+
     @property
     def rpc(self) -> harp.HarpCaller:
         return harp.HarpCaller("127.0.0.1", self.dispatcher.port)
 
 
 @contextmanager
-def _running(name: str) -> Iterator[_API]:
-    """Run a dispatcher with an HTTP API, whose host is the harpd of all workloads."""
+def _running(name: str, stored: int = 0) -> Iterator[_API]:
+    """Run a dispatcher with an HTTP API, whose host is the harpd of all workloads, and that many jobs in its store."""
     directory = Path(tempfile.mkdtemp(prefix=name, dir=SETTINGS["directory"]))
     token, _ = add_token(directory / "tokens", "bench", ["admin"])
     port = free_port()
@@ -73,43 +94,98 @@ def _running(name: str) -> Iterator[_API]:
         "http": http,
     }
     credentials = SETTINGS["user"], SETTINGS["password"]
+    if stored:
+        store = directory / "dispatcher" / "jobs"
+        asyncio.run(searches.create(store))
+        searches.fill(store / FILE_NAME, stored, has_open=False)
     with Harpcallerd(directory / "dispatcher", {"web01": SETTINGS["harpd"]}, credentials, settings) as dispatcher:
         yield _API(dispatcher, port, token)
 
 
-def _exchanges(port: int, request: bytes, is_complete: Callable[[bytes], bool], seconds: float) -> float:
-    """Return how many requests a second some clients get answered, each on a connection that it keeps."""
+@dataclass(frozen=True)
+class _Exchanges:
+    """What some clients and a server needed for requests: rate, CPU of the server for each in us, and times in s."""
 
-    def body(client: int, ready: Ready) -> float:
+    rate: float
+    cpu: float
+    took: Sequence[float]
+
+
+def _exchange(
+    pid: int,
+    port: int,
+    requests: Sequence[bytes],
+    is_complete: Callable[[bytes], bool],
+    seconds: float,
+) -> _Exchanges:
+    """Measure clients, each of which sends its own request again and again on a connection that it keeps."""
+
+    def body(client: int, ready: Ready) -> list[float]:
         with socket.create_connection(("127.0.0.1", port), _TIMEOUT) as sock:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
             def exchange() -> None:
-                sock.sendall(request)
+                sock.sendall(requests[client])
                 reply = b""
                 while not is_complete(reply):
-                    data = sock.recv(65536)
+                    data = sock.recv(1 << 18)
                     if not data:
                         raise RuntimeError(f"the connection was closed after {reply[:200]!r}")
                     reply += data
 
             exchange()
             ready()
-            count, began = 0, time.monotonic()
-            while time.monotonic() - began < seconds:
+            took = [began := time.monotonic()]
+            while took[-1] - began < seconds:
                 exchange()
-                count += 1
-            return count / (time.monotonic() - began)
+                took.append(time.monotonic())
+            return took
 
-    rates, _ = together(_CLIENTS, body)
-    return sum(rates)
+    before = _cpu(pid)
+    times, _ = together(len(requests), body)
+    count = sum(len(each) - 1 for each in times) + len(requests)
+    rate = sum((len(each) - 1) / (each[-1] - each[0]) for each in times)
+    took = [after - before for each in times for before, after in pairwise(each)]
+    return _Exchanges(rate, 1e6 * (_cpu(pid) - before) / count, took)
+
+
+def _cpu(pid: int) -> float:
+    """Return the seconds of CPU that a process has needed so far."""
+    return sum(psutil.Process(pid).cpu_times()[:2])
+
+
+def _p99(seconds: Sequence[float]) -> float:
+    """Return the 99th percentile of durations, in milliseconds."""
+    return quantiles(seconds)["p99"]
+
+
+@contextmanager
+def _floor(directory: Path) -> Iterator[tuple[int, int]]:
+    """Run the bare server; return its process id and its port."""
+    port = free_port()
+    command = [sys.executable, "-P", "-m", "bench.http_floor", str(port)]
+    with program(command, directory / "floor.log", ready=lambda: listens(port)) as process:
+        yield process.pid, port
+
+
+def _compare(api: _API, requests: Sequence[bytes], seconds: float) -> tuple[_Exchanges, Figures]:
+    """Return what requests need, and their figures: ``rate``, ``floor``, ``cpu``, and ``cpu_floor``.
+
+    The floors are ratios to as many clients of the bare server: of the rates, and of the CPU times.
+    """
+    bare = [api.request("/jobs/x")] * len(requests)
+    with _floor(api.dispatcher.directory) as (pid, port):
+        found = _exchange(api.dispatcher.pid, api.port, requests, _is_response, seconds)
+        floor = _exchange(pid, port, bare, _is_response, seconds)
+    ratios = {"floor": found.rate / floor.rate, "cpu_floor": found.cpu / floor.cpu}
+    return found, {"rate": found.rate, "cpu": found.cpu, **ratios}
 
 
 def _is_response(reply: bytes) -> bool:
     head, end, body = reply.partition(b"\r\n\r\n")
     if not end:
         return False
-    if not head.startswith(b"HTTP/1.1 200"):
+    if not head.startswith(b"HTTP/1.1 20"):
         raise RuntimeError(f"got {head[:200]!r}")
     return len(body) == int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
 
@@ -119,19 +195,77 @@ def _is_line(reply: bytes) -> bool:
 
 
 def http_get(seconds: float) -> Figures:
-    """Return how often a second clients get a job: ``rate``, and its ratios to the client protocol and to the floor."""
+    """Return what a GET of a job needs: the figures of `_compare`, and ``lines``, its ratio to the client protocol."""
     with _running("http-get") as api:
         job = api.rpc.web01.echo(1)
         job.get()
-        over_http = _exchanges(api.port, api.request(f"/jobs/{job.id()}"), _is_response, seconds)
+        _, figures = _compare(api, [api.request(f"/jobs/{job.id()}")] * _CLIENTS, seconds)
         line = json.dumps({"harpcaller": 1, "get_details": job.id(), "keep_alive": True}).encode() + b"\n"
-        over_lines = _exchanges(api.dispatcher.port, line, _is_line, seconds)
-        floor_port = free_port()
-        command = [sys.executable, "-P", "-m", "bench.http_floor", str(floor_port)]
-        log = api.dispatcher.directory / "floor.log"
-        with program(command, log, ready=lambda: listens(floor_port)):
-            floor = _exchanges(floor_port, api.request(f"/jobs/{job.id()}"), _is_response, seconds)
-    return {"rate": over_http, "lines": over_http / over_lines, "floor": over_http / floor}
+        lines = _exchange(api.dispatcher.pid, api.dispatcher.port, [line] * _CLIENTS, _is_line, seconds)
+    return {**figures, "lines": figures["rate"] / lines.rate}
+
+
+def http_list(stored: int, seconds: float) -> Figures:
+    """Return what the first page of a list needs in a store with many jobs.
+
+    The figures of `_compare` for clients that each ask for another page, so that no two share one; ``p99`` of a single
+    client; ``same``: the rate of clients that all ask for the same page.
+    """
+    with _running("http-list", stored) as api:
+        requests = [api.request(f"/jobs?limit={_PAGE + client}") for client in range(_LISTERS)]
+        one = _exchange(api.dispatcher.pid, api.port, requests[:1], _is_response, seconds)
+        _, figures = _compare(api, requests, seconds)
+        same = _exchange(api.dispatcher.pid, api.port, requests[:1] * _LISTERS, _is_response, seconds)
+    return {**figures, "p99": _p99(one.took), "same": same.rate}
+
+
+def http_post(seconds: float) -> Figures:
+    """Return what a submission needs: the figures of `_compare`; ``many``: jobs a second in long requests."""
+    call = {"host": "web01", "procedure": "wait", "arguments": [60], "queue": {"name": {"of": "http"}}}
+    with _running("http-post") as api:
+        first = api.rpc.web01(queue={"of": "http"}).wait(60)  # the others wait for it
+        _, figures = _compare(api, [api.post("/jobs", call)] * _SUBMITTERS, seconds)
+        many = api.post("/jobs/many", {"calls": [call] * _CALLS})
+        found = _exchange(api.dispatcher.pid, api.port, [many], _is_response, seconds)
+        first.cancel()
+    return {**figures, "many": found.rate * _CALLS}
+
+
+def http_probes(seconds: float) -> Figures:
+    """Return ``health``: p99 of ``/healthz`` beside clients that get jobs; ``metrics``: p50 of a scrape, both in ms."""
+    with _running("http-probes") as api:
+        job = api.rpc.web01.echo(1)
+        job.get()
+        took: list[float] = []
+        is_over = threading.Event()
+
+        def ask(path: str) -> float:
+            began = time.monotonic()
+            request = f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+            with socket.create_connection(("127.0.0.1", api.port), _TIMEOUT) as sock:
+                sock.sendall(f"{request}Authorization: Bearer {api.token}\r\n\r\n".encode())
+                reply = sock.recv(65536)
+                while sock.recv(1 << 18):
+                    pass
+            if not reply.startswith(b"HTTP/1.1 200"):
+                raise RuntimeError(f"got {reply[:200]!r}")
+            return time.monotonic() - began
+
+        def probe() -> None:
+            while not is_over.is_set():
+                took.append(ask("/healthz"))
+                time.sleep(0.01)
+
+        prober = threading.Thread(target=probe)
+        prober.start()
+        try:
+            requests = [api.request(f"/jobs/{job.id()}"), api.request(f"/jobs?limit={_PAGE}")] * 2
+            _exchange(api.dispatcher.pid, api.port, requests, _is_response, seconds)
+        finally:
+            is_over.set()
+            prober.join()
+        metrics = [ask("/metrics") for _ in range(_SCRAPES)]
+    return {"health": _p99(took), "metrics": 1000 * statistics.median(metrics)}
 
 
 def http_follow(records: int) -> Figures:
@@ -224,11 +358,11 @@ def _receive(connects: Sequence[Callable[[], socket.socket]], records: int, is_h
 def http_events(viewers: int, records: int) -> Figures:
     """Return what events to many browsers cost: ``cpu`` of the dispatcher in microseconds, ``p50``, ``p99`` to arrival.
 
-    All follow one job with 20 records a second.
+    All follow one job with 20 records a second. ``cpu_floor``: the ratio to the bare server, which sends as many events
+    of a fixed text.
     """
     with _running("http-events") as api:
         job = api.rpc.web01.slowly(records, 1 / _RATE)
-        process = psutil.Process(api.dispatcher.pid)
         path = f"/jobs/{job.id()}/records?follow=1&since=0"
 
         def body(client: int, ready: Ready) -> list[float]:
@@ -260,10 +394,33 @@ def http_events(viewers: int, records: int) -> Figures:
                 raise RuntimeError(f"expected {records} records, got {set(numbers.values())}")
             return took[len(took) // 4 :]  # without the records from before all had connected
 
-        before = sum(process.cpu_times()[:2])
+        before = _cpu(api.dispatcher.pid)
         found, _ = together(_PROCESSES, body)
-        cpu = sum(process.cpu_times()[:2]) - before
-    return {"cpu": 1e6 * cpu / (viewers * records), **quantiles([each for took in found for each in took])}
+        cpu = 1e6 * (_cpu(api.dispatcher.pid) - before) / (viewers * records)
+        with _floor(api.dispatcher.directory) as (pid, port):
+            before = _cpu(pid)
+            together(_PROCESSES, partial(_drain, api, port, viewers, records))
+            floor = 1e6 * (_cpu(pid) - before) / (viewers * records)
+    return {"cpu": cpu, "cpu_floor": cpu / floor, **quantiles([each for took in found for each in took])}
+
+
+def _drain(api: _API, port: int, viewers: int, records: int, client: int, ready: Ready) -> None:
+    """Receive the events of the bare server."""
+    path = f"/events/{records}/{_RATE}"
+    followers = dict.fromkeys((api.connect(path, port=port) for _ in range(client, viewers, _PROCESSES)), 0)
+    ready()
+    with selectors.DefaultSelector() as selector:
+        for opened in followers:
+            selector.register(opened, selectors.EVENT_READ)
+        while selector.get_map():
+            for key, _ in selector.select(_TIMEOUT):
+                sock: Any = key.fileobj
+                data = sock.recv(1 << 16)
+                followers[sock] += data.count(b"event: record")
+                if b"0\r\n\r\n" in data[-7:] or not data:
+                    selector.unregister(sock)
+    if set(followers.values()) - {records}:
+        raise RuntimeError(f"expected {records} events, got {set(followers.values())}")
 
 
 def http_idle(streams: int) -> Figures:
@@ -291,29 +448,36 @@ def http_idle(streams: int) -> Figures:
 
 
 def http_viewers(viewers: int, clients: int, count: int) -> Figures:
-    """Return what viewers of a live list cost jobs.
+    """Return what viewers of a live list cost jobs. As the console does, they ask for the list again where it says so.
 
     ``ratio``: the rate of jobs beside them to the rate without them; ``cpu``: the same of the dispatcher's CPU.
     """
     with _running("http-viewers") as api:
-        process = psutil.Process(api.dispatcher.pid)
 
-        def rate() -> tuple[float, float]:
-            before = sum(process.cpu_times()[:2])
-            found = jobs(partial(connect_queue, port=api.dispatcher.port), clients, count)["rate"]
-            return found, sum(process.cpu_times()[:2]) - before
+        def measure() -> tuple[float, float]:
+            before = _cpu(api.dispatcher.pid)
+            rate = jobs(partial(connect_queue, port=api.dispatcher.port), clients, count)["rate"]
+            return rate, _cpu(api.dispatcher.pid) - before
 
-        rate()
-        without, cpu = rate()
-        drain = [sys.executable, "-P", "-m", "bench.http_viewers", str(api.port), api.token, str(viewers)]
-        ready = api.dispatcher.directory / "viewers"
-        with program([*drain, str(ready)], api.dispatcher.directory / "viewers.log", ready=ready.exists):
-            beside, more_cpu = rate()
-    return {"ratio": beside / without, "cpu": more_cpu / cpu}
+        def measure_beside(number: int) -> tuple[float, float]:
+            drain = [sys.executable, "-P", "-m", "bench.http_viewers", str(api.port), api.token, str(viewers)]
+            ready = api.dispatcher.directory / f"viewers{number}"
+            with program([*drain, str(ready)], api.dispatcher.directory / "viewers.log", ready=ready.exists):
+                return measure()
+
+        measure()
+        pairs = [(measure(), measure_beside(number)) for number in range(_PAIRS)]
+    ratios = [(beside[0] / without[0], beside[1] / without[1]) for without, beside in pairs]
+    return {
+        name: statistics.median(each) for name, each in zip(("ratio", "cpu"), zip(*ratios, strict=True), strict=True)
+    }
 
 
 FUNCTIONS: dict[str, Callable[..., Figures]] = {
     "http-get": http_get,
+    "http-list": http_list,
+    "http-post": http_post,
+    "http-probes": http_probes,
     "http-follow": http_follow,
     "http-events": http_events,
     "http-idle": http_idle,

@@ -36,8 +36,8 @@ _HOSTS, _PROCEDURES, _QUEUES, _OWNERS = 200, 50, 300, 20
 _OPEN = 3000  # the last jobs
 
 
-def fill(path: Path, count: int) -> None:
-    """Store jobs, without the store's verbs."""
+def fill(path: Path, count: int, has_open: bool = True) -> None:
+    """Store jobs, without the store's verbs; with `has_open`, the last ones have not ended."""
     rng = random.Random(1)  # noqa: S311 - the same jobs each time
     lanes = [queue_lane(Raw(b'{"queue":%d}' % number)) for number in range(_QUEUES)]
     weights = [1 / (number + 1) for number in range(_PROCEDURES)]
@@ -50,7 +50,7 @@ def fill(path: Path, count: int) -> None:
         queue = rng.randrange(_QUEUES) if rng.random() < 0.5 else None
         lane = host_lane(host.decode()) if queue is None else lanes[queue]
         owner = b"token:team%02d" % rng.randrange(_OWNERS)
-        state, end_type, stop, holds_slot = _draw_state(rng, number >= count - _OPEN)
+        state, end_type, stop, holds_slot = _draw_state(rng, has_open and number >= count - _OPEN)
         started = None if state == "queued" else submitted + rng.random()
         ended = None if state in OPEN else submitted + 1 + rng.expovariate(0.1)
         message = b"exception number %d" % number if end_type else None
@@ -59,7 +59,9 @@ def fill(path: Path, count: int) -> None:
         name = None if queue is None else b'{"queue":%d}' % queue
         arguments, info = b'["service-%d",{"order":%d}]' % (number % 1000, number), b'{"ticket":"T-%d"}' % number
         calls.append((seq, b"procedure-%02d" % procedures[number], arguments, 60.0, 600.0, name, info, 10.0))
-        outcomes.append((seq, b'{"exception":{"type":"E"}}' if end_type else b'{"changed":true}'))
+        kind = b"exception" if state == "raised" else b"error"
+        error = b'{"%b":{"type":"%b","message":"%b"}}' % (kind, end_type or b"", message or b"")
+        outcomes.append((seq, error if end_type else b'{"changed":true}'))
     with connect(path) as db:
         db.execute("BEGIN")
         columns = "seq, id, lane, host, state, submitted, started, ended, records, holds_slot, stop, owner, end_type"
@@ -154,7 +156,8 @@ def measurements(db: sqlite3.Connection, count: int) -> Iterator[tuple[str, Call
     yield "ends of the last day by hour", lambda: job_statistics(db, end - 86400, end, 3600)
 
 
-async def _create(directory: Path) -> None:
+async def create(directory: Path) -> None:
+    """Create an empty store in a directory."""
     await (await open_store(directory)).close()
 
 
@@ -169,7 +172,7 @@ def main() -> int:
     directory = options.directory or Path(tempfile.mkdtemp(prefix="harp-searches-", dir="/var/tmp"))
     try:
         if not (directory / FILE_NAME).exists():
-            asyncio.run(_create(directory))
+            asyncio.run(create(directory))
             began = time.monotonic()
             fill(directory / FILE_NAME, options.jobs)
             print(f"{options.jobs} jobs in {time.monotonic() - began:.0f} s", flush=True)

@@ -222,14 +222,52 @@ _SCALE = (
     ),
 )
 
+
+def _http_rows(key: str, title: str) -> tuple[Row, ...]:
+    """Return the rows of a request that is compared with a bare answer of the server."""
+    return (
+        Row(key, f"{title}, kept connections", "requests/s"),
+        Row(f"{key}-floor", "The same, compared with a bare answer of the server", "x/s", "floor"),
+        Row(f"{key}-cpu", "CPU of the dispatcher for it", "us", "cpu"),
+        Row(f"{key}-cpu-floor", "The same, compared with a bare answer of the server", "x", "cpu_floor"),
+    )
+
+
 _HTTP = (
     Workload(
         "http-get",
         lambda sizes: {"seconds": sizes.seconds},
         (
-            Row("http-get", "GET of a job, 4 clients, kept connections", "requests/s"),
+            *_http_rows("http-get", "GET of a job, 4 clients"),
             Row("http-get-lines", "The same, compared with the client protocol", "x/s", "lines"),
-            Row("http-get-floor", "The same, compared with a bare answer of the server", "x/s", "floor"),
+        ),
+    ),
+    Workload(
+        "http-list",
+        lambda sizes: {"stored": sizes.stored, "seconds": sizes.seconds},
+        (
+            *_http_rows("http-list", "GET of the newest 50 jobs of 1,000,000, 8 clients"),
+            Row("http-list-p99", "The same, 1 client: p99", "ms", "p99"),
+            Row("http-list-same", "The same, 8 clients that all ask for the same", "requests/s", "same"),
+        ),
+        deadline=900,
+        once=True,
+    ),
+    Workload(
+        "http-post",
+        lambda sizes: {"seconds": sizes.seconds},
+        (
+            *_http_rows("http-post", "POST of a job, 16 clients"),
+            Row("http-post-many", "Jobs accepted over HTTP, 10,000 in a request", "jobs/s", "many"),
+        ),
+        deadline=300,
+    ),
+    Workload(
+        "http-probes",
+        lambda sizes: {"seconds": sizes.seconds},
+        (
+            Row("http-health-p99", "/healthz beside 4 clients that get jobs and lists: p99", "ms", "health"),
+            Row("http-metrics-p50", "/metrics: p50", "ms", "metrics"),
         ),
     ),
     Workload(
@@ -247,6 +285,7 @@ _HTTP = (
         lambda sizes: {"viewers": sizes.viewers, "records": sizes.slow_records},
         (
             Row("http-event-cpu", "CPU of the dispatcher for an event, 300 browsers, 20 events/s each", "us", "cpu"),
+            Row("http-event-cpu-floor", "The same, compared with fixed events of the bare server", "x", "cpu_floor"),
             Row("http-event-p99", "The same, from the record to the browser: p99", "ms", "p99"),
         ),
     ),
