@@ -38,6 +38,7 @@ from harpcaller.access.client import Client
 from harpcaller.access.identities import CERTIFICATE_EXPIRED, CERTIFICATES_CHANGED, anonymous, certified, find_expiry
 from harpcaller.config import Config, HTTPSettings
 from harpcaller.http.problems import COMMON_HEADERS, Problem, new_request_id
+from harpcaller.http.proofs import KnownToken
 
 log = logging.getLogger(__name__)
 
@@ -159,13 +160,17 @@ class _Refused(Exception):
 
 
 class _Transport:
-    """The transport of a connection; closing it lets the client receive what was sent."""
+    """The transport of a connection; closing it lets the client receive what was sent.
 
-    __slots__ = ("_connection", "_transport")
+    The head of a response, which uvicorn writes by itself, waits for the body: both are one system call and one packet.
+    """
+
+    __slots__ = ("_connection", "_head", "_transport")
 
     def __init__(self, transport: asyncio.Transport, connection: HTTPConnection) -> None:
         self._transport = transport
         self._connection = connection
+        self._head = b""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
@@ -173,7 +178,23 @@ class _Transport:
     def is_closing(self) -> bool:
         return self._connection.is_closing or self._transport.is_closing()
 
+    def write(self, data: bytes) -> None:
+        if self._head:
+            data, self._head = self._head + data, b""
+        elif data.startswith(b"HTTP/1.1 "):
+            self._head = data
+            self._connection.loop.call_soon(self.flush)  # if no body follows at once
+            return
+        self._transport.write(data)
+
+    def flush(self) -> None:
+        """Write a head that waits for its body."""
+        if self._head:
+            head, self._head = self._head, b""
+            self._transport.write(head)
+
     def close(self) -> None:
+        self.flush()
         self._connection.close(self._transport)
 
 
@@ -194,6 +215,7 @@ class HTTPConnection(HttpToolsProtocol):
         self.access_log = False
         self.peer = client  #: What is known of the client without its requests.
         self.is_closing = False  #: Whether no response can follow; input is discarded.
+        self.token_proof: KnownToken | None = None  #: For `harpcaller.http.authentication`.
         self.rejection: Problem | None = None  #: With it, the connection is refused without a request.
         self.closed: asyncio.Future[None] = self.loop.create_future()  #: Done when the connection is closed.
         self._server = server
@@ -239,6 +261,14 @@ class HTTPConnection(HttpToolsProtocol):
     async def drain(self) -> None:
         """Wait until most of the sent data is in the kernel's buffer, or the connection is closed."""
         await self.flow.drain()
+
+    def write_part(self, part: bytes) -> bool:
+        """Write a part of the response that has begun, in chunks; return False if the client has to read first."""
+        if self.is_closing or self.flow.write_paused:
+            return False
+        if part:  # an empty chunk would be the end
+            self.transport.write(b"%x\r\n%b\r\n" % (len(part), part))
+        return True
 
     # Connection.
 

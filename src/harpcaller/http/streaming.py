@@ -4,13 +4,17 @@ Theory of operation: a response pulls the next part from its `Source` when the l
 which takes no more while the client does not read. So a client that does not read needs the memory of its source, a
 part and the transport's buffer; the server closes its connection after a while. A long part needs a share of the reply
 memory. One timer serves all responses: for heartbeats, and to check again who the client is.
+
+A task for each response waits for its transport, for memory and for its end. The usual case, a short part for a client
+that reads, needs no task: when a job or a list has changed, one callback of the event loop writes what is ready to some
+dozens of responses, so that an event costs little more than its system call.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
@@ -24,6 +28,7 @@ from harpcaller.reply_memory import ReplyMemory, ReplyShare
 if TYPE_CHECKING:
     from harpcaller.access.client import Client
     from harpcaller.config import HTTPSettings
+    from harpcaller.http.server import HTTPConnection
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +36,7 @@ HEARTBEAT = 15.0  #: Seconds without data after which a heartbeat is sent.
 _CHECK_EVERY = 1.0  #: Seconds between two looks for responses that need a heartbeat.
 _AUTHENTICATE_EVERY = 1.0  #: Seconds between two checks of each client.
 _PIECE = 64 * 1024  #: Bytes that are passed to the transport at once.
+_STEP = 50  #: Responses that one callback of the event loop serves.
 
 STOPPING = "stopping"  #: Why a response is interrupted: the dispatcher stops.
 ACCESS = "access"  #: The client has lost its rights.
@@ -69,6 +75,7 @@ class Streams:
         self._stopping = stopping
         self._owners: Counter[str] = Counter()
         self._open: dict[StreamResponse, None] = {}
+        self._ready: deque[StreamResponse] = deque()
         self._checking: asyncio.Task[None] | None = None
         self._stop_waiter: asyncio.Task[None] | None = None
 
@@ -101,6 +108,19 @@ class Streams:
             self._checking.cancel()
             self._stop_waiter.cancel()
             self._checking = self._stop_waiter = None
+
+    def write_soon(self, response: StreamResponse) -> None:
+        """Let a response write what is ready, after those that were ready earlier."""
+        self._ready.append(response)
+        if len(self._ready) == 1:
+            asyncio.get_running_loop().call_soon(self._write_ready)
+
+    def _write_ready(self) -> None:
+        for _ in range(min(len(self._ready), _STEP)):
+            self._ready[0].write_ready()
+            self._ready.popleft()  # after it, so that only one callback is waiting
+        if self._ready:
+            asyncio.get_running_loop().call_soon(self._write_ready)
 
     async def _wait_stopping(self) -> None:
         await self._stopping.wait()
@@ -172,15 +192,21 @@ class StreamResponse(Response):
         self._admitted = admitted
         self._source = source
         self._share = ReplyShare(admitted.streams.memory)
+        self._connection: HTTPConnection | None = None
         self._wake = asyncio.Event()
-        self._is_disconnected = self._is_beat_due = self._is_sending = False
+        self._is_idle = False  # whether the task waits for `_wake`, and the transport takes data
+        self._is_ready = False  # whether `write_ready` will be called
+        self._is_disconnected = self._is_beat_due = False
+        self._unsent: bytes | None = None  # a part that only the task can send
         self._interruption: str | None = None
+        self._error: Exception | None = None
         self._sent_at = asyncio.get_running_loop().time()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response."""
         streams = self._admitted.streams
-        self._source.on_ready = self._wake.set
+        self._connection = scope["state"].get("connection")
+        self._source.on_ready = self._on_ready
         streams.add(self)
         watching = asyncio.create_task(self._watch(receive))
         try:
@@ -203,7 +229,7 @@ class StreamResponse(Response):
 
     def beat(self, sent_before: float) -> None:
         """Send a heartbeat if nothing was sent after a time."""
-        if not self._is_sending and self._sent_at <= sent_before:
+        if self._is_idle and self._sent_at <= sent_before:
             self._is_beat_due = True
             self._wake.set()
 
@@ -213,31 +239,65 @@ class StreamResponse(Response):
         self._is_disconnected = True
         self._wake.set()
 
+    def _on_ready(self) -> None:
+        if not self._is_idle or self._connection is None:
+            self._wake.set()
+        elif not self._is_ready:
+            self._is_ready = True
+            self._admitted.streams.write_soon(self)
+
+    def write_ready(self) -> None:
+        """Write the parts that are ready, as far as nothing has to be waited for; the task does the rest."""
+        self._is_ready = False
+        if not self._is_idle or self._wake.is_set() or self._share.is_waiting:
+            return
+        try:
+            while not self._source.is_done and (part := self._source.next_part()) is not None:
+                if len(part) > _PIECE or self._connection is None or not self._connection.write_part(part):
+                    self._unsent = part
+                    break
+                self._sent_at = asyncio.get_running_loop().time()
+        except Exception as error:  # noqa: BLE001 - of this response only: the task raises it
+            self._error = error
+        if self._unsent is not None or self._error is not None or self._source.is_done:
+            self._wake.set()
+
     async def _send_parts(self, send: Send) -> None:
         source, share = self._source, self._share
         while not self._is_disconnected:
-            if source.is_done:
-                await send({"type": "http.response.body", "body": b""})
-                return
-            if self._interruption is not None:
-                await send({"type": "http.response.body", "body": source.interrupt(self._interruption)})
-                return
-            part = None if share.is_waiting else source.next_part()
+            if self._error is not None:
+                raise self._error
+            part, self._unsent = self._unsent, None
+            if part is None:
+                if source.is_done:
+                    await send({"type": "http.response.body", "body": b""})
+                    return
+                if self._interruption is not None:
+                    await send({"type": "http.response.body", "body": source.interrupt(self._interruption)})
+                    return
+                part = None if share.is_waiting else source.next_part()
             if part is None:
                 if not self._is_beat_due:
-                    self._wake.clear()
-                    await self._wake.wait()
+                    await self._wait()
                     continue
                 part = source.heartbeat
             elif not share.reserve(len(part), self._wake.set):
                 source.put_back()
                 continue
-            self._is_beat_due, self._is_sending = False, True
+            self._is_beat_due = False
             if len(part) <= _PIECE:
                 await send({"type": "http.response.body", "body": part, "more_body": True})
             else:
                 await self._send_long(part, send)
-            self._is_sending, self._sent_at = False, asyncio.get_running_loop().time()
+            self._sent_at = asyncio.get_running_loop().time()
+
+    async def _wait(self) -> None:
+        self._wake.clear()
+        self._is_idle = True
+        try:
+            await self._wake.wait()
+        finally:
+            self._is_idle = False
 
     async def _send_long(self, part: bytes, send: Send) -> None:
         """Send a part in pieces, so that the transport's buffer stays short."""
