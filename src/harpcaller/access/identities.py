@@ -122,9 +122,14 @@ class Identities:
             delay = self._attempts.record_failure(peer, name)
             reason = "no such token, or its secret is wrong, or it has expired" if digest else "it is not a token"
             raise AuthError("the token is unknown, revoked or expired", reason, name, delay)
-        self._attempts.reset(peer, name)
-        self.tokens.record_use(token)
+        self.confirm_token(client, token)
         return replace(_with(client, (f"token:{name}",)), authenticated=True, roles=token.roles), token
+
+    def confirm_token(self, client: Client, token: Token) -> None:
+        """Note that a client has sent a right token."""
+        self._attempts.reset(peer_of(client), token.name)
+        if self.tokens is not None:
+            self.tokens.record_use(token)
 
 
 def anonymous(peer: str, listener: Listener) -> Client:

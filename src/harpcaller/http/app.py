@@ -19,8 +19,8 @@ import msgspec
 from msgspec import Struct
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Mount, Route, Router
-from starlette.types import Message, Receive, Scope, Send
+from starlette.routing import BaseRoute, Mount, Router
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from harpcaller.access import AuthError, Refusal
 from harpcaller.access.client import Client
@@ -91,11 +91,12 @@ class HTTPApp:
         for operation in operations:
             by_path.setdefault(operation.path, {})[operation.method] = operation
         endpoints = [_Endpoint(service, path, of_path) for path, of_path in by_path.items()]
-        own = [Route(f"{self._base}{endpoint.route}", endpoint) for endpoint in endpoints]
-        #: The paths without parameters; the router compares a path with one route after the other.
         self._fixed = {f"{self._base}{each.route}": each for each in endpoints if "{" not in each.route}
+        self._templates = [
+            (f"{self._base}{each.route}".split("/"), each) for each in endpoints if "{" in each.route
+        ]  # the parts of a path, of which those in braces are parameters
         others = [Mount(self._base, Router(routes, False, _not_found))] if self._base else routes
-        self.router = Router([*own, *others], redirect_slashes=False, default=_not_found)
+        self._others = Router(others, redirect_slashes=False, default=_not_found)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, also with a problem if that fails."""
@@ -124,11 +125,7 @@ class HTTPApp:
 
         try:
             self._check_host(scope)
-            if (endpoint := self._fixed.get(scope["path"])) is not None:
-                scope["path_params"] = {}
-                await endpoint(scope, receive, send_with_headers)
-            else:
-                await self.router(scope, receive, send_with_headers)
+            await self._find(scope)(scope, receive, send_with_headers)
         except ClientDisconnect:
             pass
         except Exception as error:
@@ -145,11 +142,27 @@ class HTTPApp:
             response = Response(body, problem.status, problem.all_headers(), media_type=MEDIA_TYPE)
             await response(scope, receive, send_with_headers)
 
+    def _find(self, scope: Scope) -> ASGIApp:
+        """Return the endpoint for the path of a request, whose parameters become `path_params`; or the other routes.
+
+        It does what Starlette's router does, which compares a path with one regular expression after the other.
+        """
+        if (endpoint := self._fixed.get(scope["path"])) is not None:
+            scope["path_params"] = {}
+            return endpoint
+        parts = scope["path"].split("/")
+        for template, endpoint in self._templates:
+            if len(template) == len(parts):
+                pairs = [pair for pair in zip(template, parts, strict=True) if pair[0] != pair[1]]
+                if all(name.startswith("{") and part for name, part in pairs):
+                    scope["path_params"] = {name[1:-1]: part for name, part in pairs}
+                    return endpoint
+        return self._others
+
     def _check_host(self, scope: Scope) -> None:
-        values = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
-        names = {name.lower() for name in self.service.settings.hosts}
+        values = tuple([value for name, value in scope["headers"] if name == b"host"])
         local = scope.get("server")
-        check_host(values, names, None if local is None else str(local[0]))
+        _check_host(values, tuple(self.service.settings.hosts), None if local is None else str(local[0]))
 
     def _count(self, scope: Scope, status: int, seconds: float) -> None:
         """Count a request whose response begins, by the template of its path; clients choose only its parameters."""
@@ -158,6 +171,12 @@ class HTTPApp:
             method = scope["method"] if scope["method"] in _METHODS else "other"
             waits = state.get("waits", False)
             self.service.metrics.record_http(state.get("route", "other"), method, status, None if waits else seconds)
+
+
+@lru_cache(256)
+def _check_host(values: tuple[bytes, ...], hosts: tuple[str, ...], local_address: str | None) -> None:
+    """Check the values of `Host`, see `check_host`. Those that were accepted are remembered."""
+    check_host([value.decode("latin-1") for value in values], {name.lower() for name in hosts}, local_address)
 
 
 _METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})

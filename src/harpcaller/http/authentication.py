@@ -12,12 +12,13 @@ from __future__ import annotations
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from hmac import compare_digest
 from typing import TYPE_CHECKING
 
 from harpcaller.access import AuthError
 from harpcaller.access.client import Client
 from harpcaller.http.guards import check_origin
-from harpcaller.http.proofs import Proof
+from harpcaller.http.proofs import KnownToken, Proof
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -33,8 +34,11 @@ _NO_PROOF = f"the request needs the header `Authorization: Bearer TOKEN`, or the
 
 async def authenticate(request: Request, service: HTTPService) -> Proof:
     """Return the proof of a request. Raises `AuthError`, and `CrossOrigin` if a foreign page may have caused it."""
+    header = request.headers.get("authorization")
+    if header is not None and (known := _repeat_token(request, header, service)) is not None:
+        return known
     connection = await identify_connection(request, service)
-    if (header := request.headers.get("authorization")) is not None:
+    if header is not None:
         if (found := _BEARER.fullmatch(header)) is None:
             raise AuthError(f'Authorization: expected "Bearer TOKEN"; {_HINT}')
         client, token = service.identities().of_token(connection, found[1])
@@ -44,7 +48,10 @@ async def authenticate(request: Request, service: HTTPService) -> Proof:
             is_current = tokens is not None and tokens.is_current(token)
             return None if is_current else "the token was revoked, or has expired"
 
-        return Proof(client, find_token_error)
+        proof = Proof(client, find_token_error)
+        if not connection.listener.startswith("unix:"):  # the groups of its user may change
+            request.state.connection.token_proof = KnownToken(header.encode("latin-1"), token, proof)
+        return proof
     cookie = cookie_of(request, service)
     check_request_origin(request, service)
     if cookie is not None:
@@ -62,6 +69,17 @@ async def authenticate(request: Request, service: HTTPService) -> Proof:
     if (error := find_error()) is not None:
         raise AuthError(error)
     return Proof(replace(connection, authenticated=True), find_error)
+
+
+def _repeat_token(request: Request, header: str, service: HTTPService) -> Proof | None:
+    """Return the proof of the last request of the connection with a token, if this one has the same; else None."""
+    known: KnownToken | None = request.state.connection.token_proof
+    if known is None or not compare_digest(known.header, header.encode("latin-1")):
+        return None
+    if known.proof.find_error() is not None:
+        return None
+    service.identities().confirm_token(known.proof.client, known.token)
+    return known.proof
 
 
 def _of_session(connection: Client, cookie: str, service: HTTPService) -> Proof:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from os import urandom
+from random import Random
 from typing import Any
 
 from harp.protocol.json_text import Envelope, InvalidJSON, dumps
@@ -59,14 +59,15 @@ COMMON_HEADERS = (
     (b"cache-control", b"no-store"),
 )
 
+_IDS = Random()  # noqa: S311 - a system call for each request would cost more
 #: The path of a member at the start of a message of `ProtocolError`, and an unknown member at its end.
 _PATH = re.compile(r"([A-Za-z_]+(?:\[\d+\])?(?:\.[A-Za-z_]+(?:\[\d+\])?)*): ")
 _UNKNOWN_KEY = re.compile(r"unknown key ([^,]+)")
 
 
 def new_request_id() -> str:
-    """Return the value of ``Harp-Request`` for a request: 16 hexadecimal digits."""
-    return urandom(8).hex()
+    """Return the value of ``Harp-Request`` for a request: 16 hexadecimal digits, which need not be a secret."""
+    return f"{_IDS.getrandbits(64):016x}"
 
 
 class Problem(Exception):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from harpcaller.access.client import Client
+from harpcaller.access.tokens import Token
 from harpcaller.http.sessions import Session
 
 
@@ -15,3 +16,11 @@ class Proof(NamedTuple):
     client: Client
     find_error: Callable[[], str | None]
     session: Session | None = None
+
+
+class KnownToken(NamedTuple):
+    """What the last request of a connection with a right token has proven."""
+
+    header: bytes  # of the request, with the token
+    token: Token
+    proof: Proof
