@@ -16,26 +16,26 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Iterator, Mapping, Sequence, Set
-from functools import partial
+from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
 from types import MappingProxyType
 from typing import Any, NoReturn
 
 from harp.protocol.dispatcher import Call, Queue
 from harp.protocol.ends import End, Failed
-from harp.protocol.json_text import Envelope, Raw, dumps
+from harp.protocol.json_text import Raw, dumps
 from harp.protocol.schema import ProtocolError
 from harp_daemon.audit_reading import Cursor, Page, read_page
 from harpcaller.access import AccessDenied, AuthError, RateLimited
 from harpcaller.access.client import LOCAL_ADMINISTRATOR, Client
-from harpcaller.access.enforcement import Admission, Wait, may
+from harpcaller.access.enforcement import SUBJECT_BYTES, Admission, Wait, may
 from harpcaller.access.policy import ALLOW_ALL, Action, Decision, Rate, Target
 from harpcaller.audit import ALLOWED, DENIED
-from harpcaller.changes import ChangeFeed, Position, Subscription, View
+from harpcaller.changes import ChangeFeed, Position, RowWriter, Subscription, View
 from harpcaller.dispatcher import ALL_QUEUES, Dispatcher, QueueRights
 from harpcaller.host_states import HostState
 from harpcaller.hosts.registry import Host, HostChange
-from harpcaller.job_rows import encode_row
+from harpcaller.job_rows import write_row
 from harpcaller.model.job_filters import JobFilter
 from harpcaller.model.jobs import (
     Job,
@@ -82,6 +82,8 @@ _CHANGEABLE = (
 NO_CHANGES: Mapping[str, Any] = MappingProxyType({})
 #: The actions on which the rights to a row depend.
 _ROW_ACTIONS = (Action.LIST, Action.READ, Action.CANCEL, Action.CALL, Action.MANAGE)
+#: What a client needs that may see all jobs.
+_SEEING = frozenset({Action.LIST, Action.READ})
 _MAX_NAME = 255  #: Longer names are cut in messages, to this number of characters.
 _NOBODY = ""  #: The owner of a job that belongs to no client: rules with `jobs = "own"` do not cover it.
 _PAGE_SIZE = 500  #: Maximum number of queues that are read together for a list of all.
@@ -301,17 +303,39 @@ class ActingAs:
         """Return all details of a job; the ids of other jobs are replaced by their number, unless it may read these."""
         return (await self.describe(job_id))[1]
 
-    async def describe(self, job_id: str) -> tuple[Job, dict[str, Any]]:
-        """Return a job and all its details, as `details` does."""
-        await self._check(job_id, Action.READ)
-        if not self._is_restricted:
-            return await self._dispatcher.describe(job_id)
-        return await self._dispatcher.describe(job_id, self._may_read, self._sees_others)
+    async def describe(self, job_id: str) -> tuple[JobDetails, dict[str, Any]]:
+        """Return what is stored of a job, and what `details` returns."""
+        began_at, denied = time.monotonic(), list[Subject]()
+        decides = self._is_restricted and self._general_rights is None
+        rights = (self._may_read, self._sees_others, self._permit_reads(denied)) if decides else ()
+        try:
+            stored, details = await self._dispatcher.describe(job_id, *rights)
+        except UnknownJob:
+            if not self._is_restricted and not self._records_reads:
+                raise
+            await self._raise_unknown(job_id, denied[0] if denied else None, Action.READ, began_at)
+        if self._records_reads:
+            await self._dispatcher.audit.record(self._client, "read", ALLOWED, job=job_id, **_names_of(stored.job))
+        return stored, details
 
     def _sees_others(self, job: Job) -> bool:
         """Return whether the client may read jobs like this one of every owner."""
         of_others = Target(job.host, job.procedure, job.arguments, job.queue, _NOBODY)
         return self._is_allowed(Action.READ, of_others)
+
+    def _permit_reads(self, denied: list[Subject]) -> Callable[[Subject], bool]:
+        """Return a function for a reading thread: whether the client may read a job. Others are added to `denied`."""
+
+        def permits(job: Subject) -> bool:
+            if not self._may_read(job):
+                denied.append(job)
+            return not denied
+
+        return permits
+
+    def find_outage(self, job_id: str) -> float | None:
+        """Return since when the host of a job that the client may read has not been reached; None: it is reached."""
+        return self._dispatcher.find_outage(job_id)
 
     def result(self, job_id: str) -> asyncio.Future[End]:
         """Return a future of the job's end. Cancelling the future ends the wait."""
@@ -438,16 +462,9 @@ class ActingAs:
         `on_permitted` is called before it returns. A request is not in `Access.waits` earlier: while the rules change,
         it would learn from its error that the job exists.
         """
-        began_at = time.monotonic()
-        denied: list[Subject] = []
-
-        def permits(job: Subject) -> bool:
-            if not self._may_read(job):
-                denied.append(job)
-            return not denied
-
+        began_at, denied = time.monotonic(), list[Subject]()
         try:
-            job = await self._dispatcher.get_job(job_id, permits)
+            job = await self._dispatcher.get_job(job_id, self._permit_reads(denied))
         except UnknownJob:
             await self._raise_unknown(job_id, denied[0] if denied else None, Action.READ, began_at)
         if self._records_reads:
@@ -496,11 +513,25 @@ class ActingAs:
         The search looks at a limited number of entries; `next` is the cursor of the next part. Jobs that the client may
         not list are not counted in `examined`. Raises `InvalidCursor` for a cursor of another list.
         """
+        await self.begin_list(wanted)
+        return await self.read_list(wanted, newest_first, limit, cursor)
+
+    async def begin_list(self, wanted: JobFilter) -> Hashable:
+        """Check that the client may list jobs, and record that it reads a list, before `read_list`.
+
+        Returns a key of its rights: clients with equal keys get equal lists.
+        """
+        self.require_ever(Action.LIST)
+        await self._record_list("jobs", wanted)
+        general = self._general_rights
+        return (self._client.principals, self._client.roles, self._policy) if general is None else general
+
+    async def read_list(self, wanted: JobFilter, newest_first: bool, limit: int, cursor: str | None) -> JobPage:
+        """Return what `find_jobs` does."""
         owners, permits, _ = self._list_rights()
-        await self._record_list("jobs", wanted.normal_form())
         if owners == ():
             return JobPage((), None, True, 0, None)
-        rights = owners, permits, self._is_restricted
+        rights = owners, permits, self._is_restricted and self._general_rights is None
         return await self._dispatcher.find_jobs(wanted, newest_first, limit, cursor, *rights)
 
     async def get_summaries(self, job_ids: Sequence[str], action: Action = Action.LIST) -> list[JobSummary]:
@@ -510,9 +541,9 @@ class ActingAs:
         """
         if action is Action.LIST:
             self.require_ever(action)
-        summaries = await self._dispatcher.get_summaries(job_ids, self._is_restricted)
-        if not self._is_restricted:
-            return summaries
+        if not self._is_restricted or action in (self._general_rights or ()):
+            return await self._dispatcher.get_summaries(job_ids)
+        summaries = await self._dispatcher.get_summaries(job_ids, with_subjects=True)
         return [found for found in summaries if found.subject is not None and self._may(action, found.subject)]
 
     async def count_jobs(self, wanted: JobFilter, by: Sequence[str], most: int = 10_000) -> JobCounts:
@@ -522,7 +553,7 @@ class ActingAs:
         all other parts of the filter, up to `most` jobs.
         """
         rights = self._list_rights()
-        await self._record_list("counts", wanted.normal_form())
+        await self._record_list("counts", wanted)
         return await self._dispatcher.count_jobs(wanted, by, most, *rights)
 
     async def job_statistics(
@@ -532,9 +563,10 @@ class ActingAs:
         rights = self._list_rights()
         return await self._dispatcher.job_statistics(since, until, step, states, *rights)
 
-    async def _record_list(self, target: str, wanted: str) -> None:
+    async def _record_list(self, target: str, wanted: JobFilter | str) -> None:
         """Record that the client reads a list, if reads are recorded."""
         if self._records_reads:
+            wanted = wanted if isinstance(wanted, str) else wanted.normal_form()
             await self._dispatcher.audit.record(self._client, "list", ALLOWED, target=target, filter=wanted or None)
 
     def _list_rights(self) -> tuple[tuple[str, ...] | None, Callable[[Subject], bool] | None, Hashable]:
@@ -572,36 +604,32 @@ class ActingAs:
         if it may list no jobs.
         """
         self.require_ever(Action.LIST)
-        if self._find_general_rights() is None:
+        if self._is_restricted and self._general_rights is None:
             return None
         client = self._client
         return self._dispatcher.changes.sign(repr((self._policy.sha256, client.principals, client.roles, question)))
-
-    async def record_unchanged_list(self, wanted: str) -> None:
-        """Record that the client has asked for a list of jobs which it has already."""
-        await self._record_list("jobs", wanted)
 
     def watch_jobs(
         self,
         wanted: JobFilter,
         after: Position | None,
         on_ready: Callable[[], object],
-        encode: Callable[[JobSummary, tuple[str, ...]], Envelope] = encode_row,
+        write: RowWriter = write_row,
     ) -> Subscription:
         """Return a subscription to the jobs that fit a filter and that the client may list, from a position on.
 
-        It ends when the policy changes. The caller closes it. `encode` encodes a job with the rights to it.
+        It ends when the policy changes. The caller closes it. `write` returns the text of a row.
         """
         self.require_ever(Action.LIST)
-        allowed = self._find_general_rights()
+        allowed = self._general_rights if self._is_restricted else frozenset(_ROW_ACTIONS)
         sees_all = allowed is not None
         view = View(
-            key=(wanted, encode, (self._client.principals, self._client.roles) if allowed is None else allowed),
+            key=(wanted, write, (self._client.principals, self._client.roles) if allowed is None else allowed),
             rights=self._find_rights if allowed is None else partial(_find_rights, allowed),
             select=partial(self._dispatcher.select_jobs, wanted),
             may_have_fitted=partial(may_have_fitted, wanted),
             sees_all=sees_all,
-            encode=encode,
+            write=write,
         )
         return self._dispatcher.live.subscribe(view, after, on_ready)
 
@@ -612,16 +640,14 @@ class ActingAs:
         """
         return self._dispatcher.live.watch(job_id, on_change)
 
-    def _find_general_rights(self) -> frozenset[Action] | None:
-        """Return what the client may do with every job; None: that depends on the job."""
+    @property
+    def _general_rights(self) -> frozenset[Action] | None:
+        """What a restricted client may do with every job; None: that depends on the job, or it is not restricted."""
         if not self._is_restricted:
-            return frozenset(_ROW_ACTIONS)
-        scopes = {action: self._policy.find_scope(self._client, action) for action in _ROW_ACTIONS}
-        if not all(scope.is_exact and scope.owners in (None, ()) for scope in scopes.values()):
             return None
-        allowed = frozenset(action for action, scope in scopes.items() if scope.owners is None)
+        allowed = self._policy.find_general(self._client, _ROW_ACTIONS)
         # A client may read its own refused calls, even if it may read no other job.
-        return allowed if {Action.LIST, Action.READ} <= allowed else None
+        return allowed if allowed is not None and allowed >= _SEEING else None
 
     def _find_rights(self, summary: JobSummary) -> tuple[str, ...] | None:
         """Return the rights to a job; None if the client may not list it."""
@@ -631,13 +657,27 @@ class ActingAs:
 
     def rights(self, summary: JobSummary) -> tuple[str, ...]:
         """Return what the client may do with a job now: ``read``, ``cancel``, ``rerun``, ``release``."""
+        if (allowed := self._general_rights) is not None:
+            return _find_rights(allowed, summary)
         subject = summary.subject
         if subject is None:
             is_refused = summary.end_type in _REFUSALS and summary.started is None
             names = summary.owner, summary.host, summary.procedure
             subject = Subject(*names, Raw(b"[]"), summary.queue, is_refused)
+        return self._decide_rights(subject, summary.ended is not None, summary.holds_slot)
+
+    def rights_to(self, job: Job) -> tuple[str, ...]:
+        """Return what the client may do with a job that it may read, as `rights` does."""
+        is_refused = isinstance(job.end, Failed) and job.end.type in _REFUSALS and job.started is None
+        if (allowed := self._general_rights) is not None:
+            return _name_rights(allowed, job.ended is not None, is_refused, job.holds_slot)
+        arguments = Raw(job.arguments[:SUBJECT_BYTES])
+        subject = Subject(job.owner, job.host, job.procedure, arguments, job.queue, is_refused)
+        return self._decide_rights(subject, job.ended is not None, job.holds_slot)
+
+    def _decide_rights(self, subject: Subject, has_ended: bool, holds_slot: bool) -> tuple[str, ...]:
         found = []
-        may_read, has_ended = self._may_read(subject), summary.ended is not None
+        may_read = self._may_read(subject)
         if may_read:
             found.append("read")
         if not has_ended and self._may(Action.CANCEL, subject):
@@ -645,7 +685,7 @@ class ActingAs:
         target = Target(subject.host, subject.procedure, subject.arguments, subject.queue, self._client.owner)
         if may_read and not subject.is_refused and self._is_allowed(Action.CALL, target):
             found.append("rerun")
-        if has_ended and summary.holds_slot and self._may(Action.MANAGE, subject):
+        if has_ended and holds_slot and self._may(Action.MANAGE, subject):
             found.append("release")
         return tuple(found)
 
@@ -835,16 +875,20 @@ class ActingAs:
         log.info("access denied", extra={"action": action.value, **fields, "rule": rule, **client})
 
 
-def _find_rights(allowed: Set[Action], summary: JobSummary) -> tuple[str, ...]:
+def _find_rights(allowed: frozenset[Action], summary: JobSummary) -> tuple[str, ...]:
     """Return the rights to a job of a client that may do these actions with every job, as `ActingAs.rights`."""
-    has_ended = summary.ended is not None
     is_refused = summary.end_type in _REFUSALS and summary.started is None
+    return _name_rights(allowed, summary.ended is not None, is_refused, summary.holds_slot)
+
+
+@lru_cache(1000)
+def _name_rights(allowed: frozenset[Action], has_ended: bool, is_refused: bool, holds_slot: bool) -> tuple[str, ...]:
     found = ["read"]
     if not has_ended and Action.CANCEL in allowed:
         found.append("cancel")
     if not is_refused and Action.CALL in allowed:
         found.append("rerun")
-    if has_ended and summary.holds_slot and Action.MANAGE in allowed:
+    if has_ended and holds_slot and Action.MANAGE in allowed:
         found.append("release")
     return tuple(found)
 

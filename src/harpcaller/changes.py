@@ -23,11 +23,10 @@ import secrets
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence, Set
 from enum import StrEnum
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
-from harp.protocol.json_text import Envelope, Raw, dumps
+from harp.protocol.json_text import Raw, dumps
 from harpcaller.cursors import Cursors, InvalidCursor
-from harpcaller.job_rows import dump_row
 from harpcaller.model.changes import Change
 from harpcaller.model.jobs import JobSummary
 
@@ -43,6 +42,8 @@ _ROW_COST, _EVENT_COST, _BYTE_COST = 60e-6, 60e-6, 2e-9
 _DELAY = 0.02  #: Seconds from a change to its event, so that changes that come together are one event.
 _PAGE = 500  #: Maximum number of jobs in one read of the store, and in one step of the event loop.
 _MAX_ROWS = 200  #: Maximum number of rows, and of ids, in an event.
+#: Rows of an event for many readers that has not all changes: they ask for their lists again in any case.
+_MANY_READERS, _ROWS_FOR_MANY = 20, 50
 _MAX_WAITING = 256 * 1024  #: Maximum bytes of the events that wait for one reader.
 
 
@@ -156,6 +157,10 @@ class ChangeFeed:
         return changed
 
 
+#: Returns the text of a row, of a summary and of the rights to the job.
+RowWriter: TypeAlias = Callable[[JobSummary, tuple[str, ...]], Raw]
+
+
 class View(NamedTuple):
     """What one or more readers see of the jobs. Readers with an equal `key` see the same."""
 
@@ -168,8 +173,7 @@ class View(NamedTuple):
     may_have_fitted: Callable[[JobSummary], bool]
     #: Whether `rights` needs no subject: every job may be seen, so that a deleted one may be named.
     sees_all: bool
-    #: Encodes a summary with the rights to the job. Views with the same function share the text.
-    encode: Callable[[JobSummary, tuple[str, ...]], Envelope]
+    write: RowWriter  #: Views with the same function share the text.
 
 
 class Subscription:
@@ -412,10 +416,10 @@ class LiveJobs:
             elif len(group.rows) >= _MAX_ROWS:
                 group.more += 1
             else:
-                key = view.encode, job_id, rights
+                key = view.write, job_id, rights
                 row = encoded.get(key)
                 if row is None:
-                    row = encoded[key] = dump_row(view.encode(summary, rights))
+                    row = encoded[key] = view.write(summary, rights)
                 group.rows.append(row)
 
 
@@ -441,5 +445,8 @@ class _Group:
         """Return the event; None: there is nothing to tell."""
         if not (self.rows or self.left or self.more):
             return None
+        if self.more and len(self.members) > _MANY_READERS:
+            self.more += len(self.rows[_ROWS_FOR_MANY:])
+            del self.rows[_ROWS_FOR_MANY:]
         data = b'{"rows":[%b],"left":%b,"more":%d}' % (b",".join(self.rows), dumps(self.left), self.more)
         return Event("jobs", Raw(data), position)

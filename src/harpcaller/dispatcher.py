@@ -457,13 +457,18 @@ class Dispatcher:
         job_id: str,
         may_read: Callable[[Subject], bool] | None = None,
         sees_others: Callable[[Job], bool] = lambda job: True,
-    ) -> tuple[Job, dict[str, Any]]:
-        """Return a job and what `details` returns.
+        permits: Callable[[Subject], bool] | None = None,
+    ) -> tuple[JobDetails, dict[str, Any]]:
+        """Return what is stored of a job, and what `details` returns.
 
         Ids of jobs for which `may_read` returns False are replaced by their number. If `sees_others` returns False for
-        the job, its position is among the jobs of its owner. Spec: docs/protocol.md, Details.
+        the job, its position is among the jobs of its owner. `permits` is as in `get_job`. Spec: docs/protocol.md,
+        Details.
         """
-        details = await self.store.get_details(job_id)
+        if permits is None:
+            details = await self.store.get_details(job_id)
+        else:
+            details = await self.store.get_permitted_details(job_id, permits, SUBJECT_BYTES)
         position, hidden = details.queue_position, 0
         if may_read is not None and position is not None:
             subjects = await self.find_subjects(position.slot_holders)
@@ -473,10 +478,11 @@ class Dispatcher:
                 details, queue_position=msgspec.structs.replace(position, slot_holders=visible)
             )
         runs, context = self._runner.runs, self._runner.context
+        has_ended = details.job.end is not None  # then the registry, which looks at its files, explains nothing
         state = ExplainContext(
             run=runs.get(job_id),
-            host=self.registry.find_host(details.job.host),
-            registry_loaded=self.registry.is_ready,
+            host=None if has_ended else self.registry.find_host(details.job.host),
+            registry_loaded=has_ended or self.registry.is_ready,
             config=self.config,
             active_calls=len(runs),
             store_failing=context.writes.failing,
@@ -485,7 +491,7 @@ class Dispatcher:
             hidden_holders=hidden,
             sees_others=sees_others(details.job),
         )
-        return details.job, describe_job(details, state)
+        return details, describe_job(details, state)
 
     async def get_job(self, job_id: str, permits: Callable[[Subject], bool] | None = None) -> Job:
         """Return a job. Raises `UnknownJob`, also for a job for which `permits` returns False in another thread."""
@@ -612,11 +618,14 @@ class Dispatcher:
             fitting |= await self.store.select_jobs(wanted, unsure)
         return fitting
 
+    def find_outage(self, job_id: str) -> float | None:
+        """Return since when the host of an active call has not been reached, in Unix seconds; None: there is none."""
+        run = self._runner.runs.get(job_id)
+        return None if run is None or run.outage is None else run.outage.since
+
     def _add_outage(self, summary: JobSummary) -> JobSummary:
-        run = self._runner.runs.get(summary.id)
-        if run is None or run.outage is None:
-            return summary
-        return msgspec.structs.replace(summary, unreachable_since=run.outage.since)
+        since = self.find_outage(summary.id)
+        return summary if since is None else msgspec.structs.replace(summary, unreachable_since=since)
 
     async def count_jobs(
         self,

@@ -1,7 +1,10 @@
-"""Answers that many clients ask for at the same time: each is computed once, and kept for a short time.
+"""Answers that many clients ask for at the same time: each is computed once for all of them.
 
-An answer is kept for a second, or for some times as long as it took: so a costly question that is repeated costs a
-small part of a thread's time, whatever the number of clients.
+`SharedAnswers` keeps an answer for a second, or for some times as long as it took: so a costly question that is
+repeated costs a small part of a thread's time, whatever the number of clients.
+
+`SharedReads` keeps nothing: a client gets an answer that was read after its question came. Those that ask while the
+same is being read share the next read.
 """
 
 from __future__ import annotations
@@ -63,3 +66,39 @@ class SharedAnswers:
 
 async def _await(computed: Awaitable[T]) -> T:
     return await computed
+
+
+class SharedReads:
+    """The reads that are in progress, by their questions."""
+
+    def __init__(self) -> None:
+        self._running: dict[Hashable, asyncio.Future[None]] = {}  # done when the read is
+        self._next: dict[Hashable, asyncio.Task[Any]] = {}
+
+    async def get(self, question: Hashable, read: Callable[[], Awaitable[T]]) -> T:
+        """Return what `read` returns, perhaps that of another client with the same question, which is called later."""
+        running = self._running.get(question)
+        if running is None:
+            return await self._read(question, read)
+        following = self._next.get(question)
+        if following is None:
+            following = self._next[question] = asyncio.ensure_future(self._read_after(running, question, read))
+            following.add_done_callback(lambda task: task.cancelled() or task.exception())  # perhaps nobody waits
+        result: T = await asyncio.shield(following)
+        return result
+
+    async def _read_after(
+        self, running: asyncio.Future[None], question: Hashable, read: Callable[[], Awaitable[T]]
+    ) -> T:
+        await running
+        del self._next[question]
+        return await self._read(question, read)
+
+    async def _read(self, question: Hashable, read: Callable[[], Awaitable[T]]) -> T:
+        done = self._running[question] = asyncio.get_running_loop().create_future()
+        try:
+            return await read()
+        finally:
+            if self._running.get(question) is done:
+                del self._running[question]
+            done.set_result(None)

@@ -23,7 +23,7 @@ from harpcaller.model.jobs import (
     State,
     StopState,
 )
-from harpcaller.model.lanes import queue_lane
+from harpcaller.model.lanes import queue_id, queue_lane
 from harpcaller.store import QueueStatus, QueueSummary, UnknownJob
 from harpcaller.store.sqlite import Store
 from support.backends import BACKENDS
@@ -375,8 +375,9 @@ async def test_append_records_in_each_state(store: Store, state: State, has_slot
 async def test_get_details_in_each_state(store: Store, state: State, has_slot: bool) -> None:
     job_id = await job_in(store, state, keep_slot=has_slot)
     details = await store.get_details(job_id)
-    waiting = details.queue_position
-    assert details == JobDetails(await store.get_job(job_id), NO_METADATA, 0, waiting)
+    job, waiting = await store.get_job(job_id), details.queue_position
+    queue = None if job.queue is None else queue_id(queue_lane(job.queue))
+    assert details == JobDetails(job, NO_METADATA, 0, waiting, queue)
     assert (waiting is not None) is (state is State.QUEUED)
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from harp.protocol.json_text import Raw, dumps
+from harp.protocol.json_text import Raw
 from harpcaller.changes import ChangeFeed, LiveJobs, Position, Subscription, View
-from harpcaller.job_rows import encode_row
+from harpcaller.job_rows import write_row
 from harpcaller.model.job_filters import JobFilter, parse_search
 from harpcaller.model.jobs import JobSummary, State, StopState
 from harpcaller.model.matching import matches, may_have_fitted
@@ -51,7 +51,7 @@ class Feed:
 
     async def list(self, wanted: JobFilter) -> dict[str, Any]:
         found = await self.store.find_jobs(wanted, limit=1000)
-        return {each.id: json.loads(dumps(encode_row(each, ("read",)))) for each in found.summaries}
+        return {each.id: json.loads(write_row(each, ("read",))) for each in found.summaries}
 
 
 class Viewer:
@@ -74,9 +74,7 @@ class Viewer:
     def come(self) -> None:
         if self._subscription is None:
             select, may_have_fitted_filter = self._select, partial(may_have_fitted, self.wanted)
-            view = View(
-                id(self), lambda job: ("read",), select, may_have_fitted_filter, sees_all=True, encode=encode_row
-            )
+            view = View(id(self), lambda job: ("read",), select, may_have_fitted_filter, sees_all=True, write=write_row)
             self._subscription = self._feed.live.subscribe(view, self._position, lambda: None)
             self._position = self._position or self._feed.changes.position
 

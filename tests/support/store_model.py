@@ -24,7 +24,7 @@ from harpcaller.model.jobs import (
     Subject,
     state_of,
 )
-from harpcaller.model.lanes import canonical
+from harpcaller.model.lanes import canonical, queue_id, queue_lane
 from harpcaller.store import LimitReached, QueueStatus, RequestIDReused, UnknownJob
 
 
@@ -243,7 +243,8 @@ class ModelStore:
         job = self.get_job(job_id)
         size = sum(len(value) for value, _ in self.records[job_id])
         waiting = self._queue_position(job) if job.state is State.QUEUED else None
-        return JobDetails(job, self.metadata[job_id], size, waiting)
+        queue = None if job.queue is None else queue_id(queue_lane(job.queue))
+        return JobDetails(job, self.metadata[job_id], size, waiting, queue)
 
     def _queue_position(self, job: Job) -> QueuePosition:
         queued = [other.id for other in self.in_lane(job) if other.state is State.QUEUED]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from harp.protocol.json_text import Envelope
+from harp.protocol.json_text import Raw, dumps
 from harpcaller.changes import ChangeFeed, Event, LiveJobs, Position, Reset, Subscription, View
 from harpcaller.model.changes import Change, ChangeKind
 from harpcaller.model.jobs import JobSummary, State
@@ -54,7 +54,7 @@ class Jobs:
         self.reads: list[list[str]] = []
         self.encoded = 0
         self.is_failing = False
-        self.encode = self._encode  # one function, so that views share the text
+        self.write = self._write  # one function, so that views share the text
         self.feed = ChangeFeed()
         self.live = LiveJobs(self.feed, self.read)
 
@@ -65,9 +65,9 @@ class Jobs:
         self.reads.append(list(job_ids))
         return [self.stored[job_id] for job_id in job_ids if job_id in self.stored]
 
-    def _encode(self, job: JobSummary, rights: tuple[str, ...]) -> Envelope:
+    def _write(self, job: JobSummary, rights: tuple[str, ...]) -> Raw:
         self.encoded += 1
-        return Envelope(job=job.id, state=job.state.value, can=list(rights), preview=job.arguments_preview)
+        return dumps({"job": job.id, "state": job.state.value, "can": list(rights), "preview": job.arguments_preview})
 
     def put(self, *jobs: JobSummary) -> None:
         self.stored |= {job.id: job for job in jobs}
@@ -88,7 +88,7 @@ class Jobs:
             select,
             lambda job: bool(states),
             not hidden,
-            self.encode,
+            self.write,
         )
 
 

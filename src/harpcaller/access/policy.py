@@ -88,6 +88,9 @@ class Policy:
         self._of_client = lru_cache(_CACHED)(self._match_client)
         self._of_host = lru_cache(_CACHED)(self._match_host)
         self._of_procedure = lru_cache(_CACHED)(self._match_procedure)
+        self._scope_of = lru_cache(_CACHED)(self._find_scope)
+        self._general_of = lru_cache(_CACHED)(self._find_general)
+        self._is_ever_allowed = lru_cache(_CACHED)(self._decide_ever)
 
     def with_tags(self, tags: Mapping[str, tuple[str, ...]]) -> Policy:
         """Return the policy for other tags of hosts: itself if it does not depend on tags."""
@@ -141,13 +144,31 @@ class Policy:
         """Return to which jobs a client may do something, as far as that depends on their owners only."""
         if client is LOCAL_ADMINISTRATOR:
             return Scope(None, True)
-        names = names_of(client.principals, client.roles)
+        return self._scope_of(client.principals, client.roles, action)
+
+    def _find_scope(self, principals: tuple[str, ...], roles: tuple[str, ...], action: Action) -> Scope:
+        names = names_of(principals, roles)
         rules = [rule for rule in self.rules if action in rule.actions and rule.who.match_any(names)]
         own = self._decide_all(rules, action)
         others = self._decide_all([rule for rule in rules if rule.any_job], action)
         if others is False:
-            return Scope(client.principals if own is not False else (), own is not None)
+            return Scope(principals if own is not False else (), own is not None)
         return Scope(None, own is others is True)
+
+    def find_general(self, client: Client, actions: tuple[Action, ...]) -> frozenset[Action] | None:
+        """Return which of these actions a client may do with every job; None: for one of them, it depends on the job.
+
+        It does not hold for the local administrator.
+        """
+        return self._general_of(client.principals, client.roles, actions)
+
+    def _find_general(
+        self, principals: tuple[str, ...], roles: tuple[str, ...], actions: tuple[Action, ...]
+    ) -> frozenset[Action] | None:
+        scopes = {action: self._scope_of(principals, roles, action) for action in actions}
+        if not all(scope.is_exact and scope.owners in (None, ()) for scope in scopes.values()):
+            return None
+        return frozenset(action for action, scope in scopes.items() if scope.owners is None)
 
     def _decide_all(self, rules: Sequence[Rule], action: Action) -> bool | None:
         """Return what rules decide about all jobs that they cover, in their order; None: it depends on the job."""
@@ -166,7 +187,10 @@ class Policy:
         """Return whether some rule allows this action to the client for some target."""
         if client is LOCAL_ADMINISTRATOR or action in self._by_default:
             return True
-        names = names_of(client.principals, client.roles)
+        return self._is_ever_allowed(client.principals, client.roles, action)
+
+    def _decide_ever(self, principals: tuple[str, ...], roles: tuple[str, ...], action: Action) -> bool:
+        names = names_of(principals, roles)
         return any(rule.allows and action in rule.actions and rule.who.match_any(names) for rule in self.rules)
 
     def _match_client(self, principals: tuple[str, ...], roles: tuple[str, ...]) -> int:

@@ -8,10 +8,10 @@ import time
 from collections.abc import Sequence
 
 from harp.protocol import dispatcher as protocol
-from harp.protocol.json_text import Envelope, Raw, dumps
+from harp.protocol.json_text import Raw, dumps
 from harpcaller.acting import ActingAs
 from harpcaller.cursors import InvalidCursor
-from harpcaller.job_rows import dump_row, encode_row
+from harpcaller.job_rows import write_row_as_text
 from harpcaller.model.job_filters import parse_search
 
 _STEP = 50  #: Jobs that are encoded in one turn of the event loop.
@@ -26,11 +26,8 @@ async def list_jobs(acting: ActingAs, request: protocol.ListJobs) -> protocol.Jo
     for number, summary in enumerate(page.summaries):
         if number % _STEP == _STEP - 1:
             await asyncio.sleep(0)
-        row = encode_row(summary, acting.rights(summary))
-        if summary.queue is not None:
-            # A number in the name may be one that the client cannot represent.
-            row["queue"] = Envelope(id=summary.queue_id, name=_text(summary.queue))
-        rows.append(dump_row(row))
+        # As text: a number in the name of a queue may be one that the client cannot represent.
+        rows.append(write_row_as_text(summary, acting.rights(summary)))
     return protocol.JobsListed(_array(rows), page.next, page.examined, page.searched_to)
 
 

@@ -11,16 +11,16 @@ from msgspec import Meta
 from starlette.responses import Response
 
 from harp import __version__
-from harp.protocol.json_text import Envelope, Raw, dumps
+from harp.protocol.json_text import Raw, dumps
 from harpcaller.access import AccessDenied
 from harpcaller.acting import ActingAs
-from harpcaller.changes import Event, Position, Reset, Subscription
+from harpcaller.changes import Event, Position, Reset, RowWriter, Subscription
 from harpcaller.http.authentication import repeat_authentication
-from harpcaller.http.lists import JobFilterQuery, encode_counts, encode_row_as_text
+from harpcaller.http.lists import JobFilterQuery, encode_counts
 from harpcaller.http.operations import Answer, APIRequest, Operation
 from harpcaller.http.problems import Problem
 from harpcaller.http.streaming import ACCESS, StreamResponse
-from harpcaller.job_rows import encode_row
+from harpcaller.job_rows import write_row, write_row_as_text
 from harpcaller.model.job_filters import JobFilter
 from harpcaller.store import StorageError
 
@@ -61,7 +61,7 @@ class EventSource:
         topics: frozenset[str],
         after: Position | None,
         as_lines: bool,
-        encode: Callable[..., Envelope],
+        write: RowWriter,
     ) -> None:
         self.on_ready: Callable[[], object] = lambda: None
         self.heartbeat = b"\n" if as_lines else b": hb\n\n"
@@ -71,7 +71,7 @@ class EventSource:
         self._subscription: Subscription | None = None
         self._counts: Counts | None = None
         if "jobs" in topics:
-            self._subscription = acting.watch_jobs(wanted, after, self._wake, encode)
+            self._subscription = acting.watch_jobs(wanted, after, self._wake, write)
         if "counts" in topics:
             self._counts = Counts(acting, wanted, self._wake)
         self._stop_watching = acting.watch_changes(None, self._check)
@@ -220,10 +220,10 @@ async def follow_events(request: APIRequest) -> Response:
         raise Problem("invalid_request", "Last-Event-ID: expected the id of an event")
     accepted = request.headers.get("accept", "")
     as_lines = JSON_LINES in accepted and EVENTS not in accepted
-    encode = encode_row_as_text if query.payloads == "text" else encode_row
+    write = write_row_as_text if query.payloads == "text" else write_row
     admitted = request.service.streams.admit(request.client, "events")
     try:
-        source = EventSource(request.acting, wanted, topics, after, as_lines, encode)
+        source = EventSource(request.acting, wanted, topics, after, as_lines, write)
     except BaseException:
         admitted.release()
         raise

@@ -33,7 +33,7 @@ from harpcaller.http.operations import (
     tagged_response,
 )
 from harpcaller.http.problems import Problem
-from harpcaller.model.lanes import queue_lane
+from harpcaller.model.lanes import queue_id, queue_lane
 from harpcaller.store import QueueSummary
 
 _MOST = 500  #: Maximum number of queues or hosts in a page.
@@ -91,7 +91,7 @@ async def list_queues(request: APIRequest) -> Response:
         name = loads(query.name.encode())
         if not isinstance(name, dict):
             raise Problem("invalid_request", "name: expected a JSON object")
-        found = await request.acting.get_queue(queue_lane(Raw(query.name.encode())).removeprefix("queue:"))
+        found = await request.acting.get_queue(queue_id(queue_lane(Raw(query.name.encode()))))
         queues, following = [] if found is None else [found], None
     else:
         fits, wanted = partial(_fits, query), " ".join(filter(None, (query.q, query.state)))

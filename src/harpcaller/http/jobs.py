@@ -12,7 +12,6 @@ from dataclasses import replace
 from hashlib import blake2b
 from typing import Annotated, Any, Literal, TypeVar
 
-import msgspec
 from msgspec import Meta, Struct
 from starlette.responses import Response
 
@@ -49,7 +48,6 @@ from harpcaller.http.operations import (
     reference,
 )
 from harpcaller.http.problems import Problem
-from harpcaller.job_rows import encode_row
 from harpcaller.model.ids import is_job_id
 from harpcaller.model.jobs import Job
 from harpcaller.store import StorageError, UnknownJob
@@ -247,23 +245,19 @@ def etag_of(job: Job) -> str:
 async def show_job(request: APIRequest, job_id: str, form: str) -> tuple[Job, Envelope]:
     """Return a job, and the object `Job`. Raises `UnknownJob`."""
     acting = request.acting
-    job, details = await acting.describe(job_id)
-    summaries = await acting.get_summaries([job_id], Action.READ)
-    if not summaries:
-        raise UnknownJob(job_id)  # it was deleted since
-    # It may have changed between the two reads: what changes is that of the first one.
-    summary = msgspec.structs.replace(summaries[0], ended=job.ended, holds_slot=job.holds_slot)
-    row = encode_row(summary, acting.rights(summary))
+    stored, details = await acting.describe(job_id)
+    job = stored.job
     base = address_of(request, job.id)
     end = None if job.end is None else encode_object(job.end)
     is_omitted = end is not None and len(end) > _MAX_END
     shown = Envelope(details)
-    if summary.queue is not None:
-        shown["queue"] = Envelope(id=summary.queue_id, name=show_payload(summary.queue, form))
+    if job.queue is not None:
+        shown["queue"] = Envelope(id=stored.queue_id, name=show_payload(job.queue, form))
     error = job.end if isinstance(job.end, (Failed, Raised)) else None
     shown["end_type"] = None if error is None else error.type
     shown["end_message"] = None if error is None else error.message[:_MAX_PREVIEW]
-    shown.update({name: row[name] for name in ("unreachable_since", "run", "rerun_of", "can")})
+    shown.update(unreachable_since=acting.find_outage(job.id), run=None, rerun_of=job.rerun_of)
+    shown["can"] = list(acting.rights_to(job))
     if form != "none":
         shown["arguments"] = await show_long_payload(job.arguments, form)
         shown["info"] = await show_long_payload(job.info, form)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from functools import partial
+from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import urlencode
 
 import msgspec
@@ -13,7 +13,7 @@ from msgspec import Meta, Struct
 from starlette.responses import Response
 
 from harp.protocol.json_text import Envelope, Raw, dumps
-from harpcaller.http.jobs import show_payload
+from harpcaller.acting import ActingAs
 from harpcaller.http.operations import (
     TAG,
     TAG_HEADER,
@@ -22,16 +22,15 @@ from harpcaller.http.operations import (
     APIRequest,
     Operation,
     has_tag,
-    json_response,
     not_modified,
     reference,
     tag_of,
     tagged_response,
 )
 from harpcaller.http.problems import Problem
-from harpcaller.job_rows import dump_row, encode_row
+from harpcaller.job_rows import dump_object, write_row, write_row_as_text
 from harpcaller.model.job_filters import JobFilter, parse_filter, parse_time
-from harpcaller.model.jobs import JobCounts, JobSummary
+from harpcaller.model.jobs import JobCounts
 
 FACETS = ("state", "host", "procedure", "queue", "owner", "end_type")
 _MAX_BUCKETS = 1500
@@ -105,46 +104,21 @@ class StatisticsQuery(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     ] = None
 
 
-def show_row(request: APIRequest, summary: JobSummary, form: str = "raw") -> Envelope:
-    """Return the object `Row` for the client of a request."""
-    encode = encode_row_as_text if form == "text" else encode_row
-    return encode(summary, request.acting.rights(summary))
-
-
-def encode_row_as_text(summary: JobSummary, rights: Sequence[str]) -> Envelope:
-    """Return the object `Row` with the name of the queue as a string that has its exact text."""
-    row = encode_row(summary, rights)
-    if summary.queue is not None:
-        row["queue"] = Envelope(row["queue"], name=show_payload(summary.queue, "text"))
-    return row
-
-
 async def list_jobs(request: APIRequest) -> Response:
     """Answer with a page of the jobs that fit a filter."""
     query: ListQuery = request.query
-    wanted = query.parse(time.time())
+    acting, wanted = request.acting, query.parse(time.time())
     normal_form = wanted.normal_form()
     times = wanted.submitted, wanted.started, wanted.ended  # relative ones differ each time
     question = repr((normal_form, times, query.order, query.limit, query.cursor, query.payloads))
-    tag = request.acting.tag_list(question)
+    tag = acting.tag_list(question)
+    rights = await acting.begin_list(wanted)
     if tag is not None and has_tag(request, tag):
-        await request.acting.record_unchanged_list(normal_form)
         return not_modified(tag)
-    page = await request.acting.find_jobs(wanted, query.order == "newest", query.limit, query.cursor)
-    rows: list[Raw] = []
-    for at in range(0, len(page.summaries), _STEP):
-        rows += [dump_row(show_row(request, summary, query.payloads)) for summary in page.summaries[at : at + _STEP]]
-        await asyncio.sleep(0)
-    body = Envelope(
-        jobs=Raw(b"[%b]" % b",".join(rows)),
-        next=page.next,
-        complete=page.complete,
-        examined=page.examined,
-        searched_to=page.searched_to,
-        filter=normal_form,
-    )
+    shown = wanted, query.order, query.limit, query.cursor, query.payloads
+    page = await request.service.pages.get((*shown, rights), partial(_read_page, acting, *shown))
     if tag is None:
-        tag = tag_of(b"\n".join((*rows, dumps([page.complete, normal_form]))))
+        tag = tag_of(page.compared)
         if has_tag(request, tag):
             return not_modified(tag)
     headers = {"ETag": f'W/"{tag}"'}
@@ -152,7 +126,38 @@ async def list_jobs(request: APIRequest) -> Response:
         given = {name: value for name, value in request.http.query_params.items() if name != "cursor"}
         address = f"{request.http.url.path}?{urlencode({**given, 'cursor': page.next})}"
         headers["Link"] = f'<{address}>; rel="next"'
-    return json_response(body, headers=headers)
+    return Response(page.text, headers=headers, media_type="application/json")
+
+
+class _Page(NamedTuple):
+    """A page of a list, for all clients that ask for it at the same time."""
+
+    text: bytes
+    compared: bytes  # what differs when a job has changed
+    next: str | None  # cursor of the next page
+
+
+async def _read_page(
+    acting: ActingAs, wanted: JobFilter, order: str, limit: int, cursor: str | None, form: str
+) -> _Page:
+    page = await acting.read_list(wanted, order == "newest", limit, cursor)
+    write = write_row_as_text if form == "text" else write_row
+    rows: list[Raw] = []
+    for at in range(0, len(page.summaries), _STEP):
+        rows += [write(each, acting.rights(each)) for each in page.summaries[at : at + _STEP]]
+        await asyncio.sleep(0)
+    normal_form = wanted.normal_form()
+    joined = b",".join(rows)
+    body = Envelope(
+        jobs=Raw(b"[%b]" % joined),
+        next=page.next,
+        complete=page.complete,
+        examined=page.examined,
+        searched_to=page.searched_to,
+        filter=normal_form,
+    )
+    compared = b"%b %b" % (joined, dumps([page.complete, normal_form]))
+    return _Page(dump_object(body) + b"\n", compared, page.next)
 
 
 async def count_jobs(request: APIRequest) -> Response:

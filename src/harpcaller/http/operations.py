@@ -15,6 +15,7 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 
 from harp.protocol.json_text import Envelope, Raw, dumps
+from harpcaller.job_rows import dump_object
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -146,4 +147,5 @@ def not_modified(tag: str) -> Response:
 
 def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """Return a response with a value, or with `Raw` members in an `Envelope`, as one line of JSON."""
-    return Response(dumps(value) + b"\n", status, dict(headers or {}), media_type="application/json")
+    text = dump_object(value) if isinstance(value, Envelope) else dumps(value)
+    return Response(text + b"\n", status, dict(headers or {}), media_type="application/json")

@@ -26,7 +26,7 @@ from harpcaller.http.jobs import job_of
 from harpcaller.http.operations import Answer, APIRequest, Body, Operation
 from harpcaller.http.problems import Problem
 from harpcaller.http.streaming import ACCESS, Admitted, Source, StreamResponse
-from harpcaller.job_rows import encode_row
+from harpcaller.job_rows import write_row
 from harpcaller.model.ids import is_job_id
 from harpcaller.model.jobs import Job, Records
 from harpcaller.notifier import RecordBatch
@@ -356,7 +356,7 @@ class RowSource:
         except (StorageError, AccessDenied):
             return  # the stream of records ends with it
         for summary in summaries:
-            row = dumps(encode_row(summary, self._acting.rights(summary)))
+            row = write_row(summary, self._acting.rights(summary))
             if row != self._sent:
                 self._row = self._sent = row
 

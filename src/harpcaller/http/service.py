@@ -26,6 +26,7 @@ from harpcaller.http.sessions import Sessions
 from harpcaller.http.streaming import Streams
 from harpcaller.metrics import Metrics
 from harpcaller.monitoring import Monitor
+from harpcaller.shared_answers import SharedReads
 
 if TYPE_CHECKING:
     from harpcaller.http.operations import APIRequest
@@ -61,6 +62,7 @@ class HTTPService:
         self.monitor = monitor  #: The source of the metrics; None: there are none.
         self.health = health  #: The checks of readiness; None: there are none.
         self.metrics = metrics  #: What is counted; None: nothing.
+        self.pages = SharedReads()  #: The pages of lists that are being read.
         self.waits = 0  #: Number of requests that wait for a job.
         self._waits_of: Counter[str] = Counter()  # by principal
         self._rates = Rates()  # of requests

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from datetime import datetime
 from difflib import get_close_matches
+from functools import lru_cache
 from math import isfinite
 from typing import Any
 
@@ -97,12 +98,17 @@ class JobFilter(Struct, frozen=True, kw_only=True):
 
     def normal_form(self) -> str:
         """Return the filter as a text for `parse_search`: equal filters have the same text."""
-        words: list[str] = []
-        for key, part in _PARTS.items():
-            if values := [_quote(value) for value in part.write(self)]:
-                words.append(f"{key}:{','.join(values)}")
-        words += [json.dumps(word, ensure_ascii=False) for word in sorted(self.text)]
-        return " ".join(words)
+        return _write_filter(self)
+
+
+@lru_cache(64)
+def _write_filter(wanted: JobFilter) -> str:
+    words: list[str] = []
+    for key, part in _PARTS.items():
+        if values := [_quote(value) for value in part.write(wanted)]:
+            words.append(f"{key}:{','.join(values)}")
+    words += [json.dumps(word, ensure_ascii=False) for word in sorted(wanted.text)]
+    return " ".join(words)
 
 
 def parse_filter(pairs: Iterable[tuple[str, str]], now: float) -> JobFilter:

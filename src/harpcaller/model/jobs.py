@@ -232,6 +232,7 @@ class JobDetails(Struct, frozen=True):
     metadata: JobMetadata
     record_bytes: int  # total size of its stored records
     queue_position: QueuePosition | None  # None: it is not queued
+    queue_id: str | None = None  # 32 hexadecimal digits; None: it has no queue
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,6 +72,11 @@ def queue_lane(name: Raw) -> str:
     return "queue:" + _digest(canonical(name))
 
 
+def queue_id(lane: str) -> str:
+    """Return the id of the queue with this lane, for clients."""
+    return lane.removeprefix("queue:")
+
+
 def host_lane(host: str) -> str:
     """Return the key of the lane for the jobs of this host that have no queue."""
     return "host:" + _digest(host)

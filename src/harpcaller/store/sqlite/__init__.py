@@ -137,6 +137,7 @@ class Store:
     find_subjects = _reads(reads.find_subjects)
     get_permitted_job = _reads(reads.get_permitted_job)
     get_details = _reads(reads.get_details)
+    get_permitted_details = _reads(reads.get_permitted_details)
     read_records = _reads(reads.read_records)
     search_records = _reads(reads.search_records)
     get_identity = _reads(reads.get_identity)

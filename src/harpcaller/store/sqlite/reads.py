@@ -11,7 +11,7 @@ from typing import Any
 from harp.protocol.json_text import Raw
 from harpcaller.model.ids import is_job_id
 from harpcaller.model.jobs import Identity, Job, JobDetails, JobMetadata, QueuePosition, Records, State, Subject
-from harpcaller.model.lanes import queue_lane
+from harpcaller.model.lanes import queue_id, queue_lane
 from harpcaller.store import QueueStatus, QueueSummary, RecordMatches, StoreGauges, UnknownJob
 from harpcaller.store.sqlite.file import MAX_INTEGER, QUERIES
 from harpcaller.store.sqlite.rows import (
@@ -77,7 +77,17 @@ def get_details(db: sqlite3.Connection, job_id: str) -> JobDetails:
         [(record_bytes,)] = db.execute(QUERIES["record_bytes"], {"seq": seq}).fetchall()
         waiting = _queue_position(db, seq) if job.state is State.QUEUED else None
     metadata = JobMetadata(*(None if column is None else Raw(column) for column in columns))
-    return JobDetails(job, metadata, record_bytes, waiting)
+    return JobDetails(job, metadata, record_bytes, waiting, None if job.queue is None else queue_id(row[1]))
+
+
+def get_permitted_details(
+    db: sqlite3.Connection, job_id: str, permits: Callable[[Subject], bool], max_bytes: int
+) -> JobDetails:
+    """Return what `get_details` does for a job that is permitted as in `get_permitted_job`. Raises `UnknownJob`."""
+    subject = find_subjects(db, (job_id,), max_bytes).get(job_id)
+    if subject is None or not permits(subject):
+        raise UnknownJob(job_id)
+    return get_details(db, job_id)
 
 
 @contextmanager
@@ -258,7 +268,7 @@ def find_queues(
         holding = dict(db.execute(QUERIES["count_holding_of_lanes"]).fetchall())
         rows = db.execute(QUERIES["find_queues"], {"after": after, "limit": limit, "lane": lane}).fetchall()
     return [
-        QueueSummary(place, key.removeprefix("queue:"), Raw(name), concurrency, holding.get(key, 0), queued, oldest)
+        QueueSummary(place, queue_id(key), Raw(name), concurrency, holding.get(key, 0), queued, oldest)
         for place, key, name, concurrency, queued, oldest in rows
     ]
 

@@ -43,6 +43,7 @@ _MAX_HOSTS_READ = 500  # Hosts that are compared with a pattern before the searc
 _STEP = 100  # Jobs of which the subjects are read at a time.
 _STEP_BYTES = 8 * 1024 * 1024  # Approximate limit of the payloads that are read for decisions.
 _PREVIEW_BYTES = 4 * PREVIEW_LENGTH
+_STATES = {state.value: state for state in State}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +90,15 @@ def find_jobs(
         walk = Walk(db, wanted, owners, newest_first, after, examine)
         if permits is None:
             seqs, place = walk.find(limit)
-            examined, last = walk.measure(place)
+            examined, last = (len(seqs), seqs[-1] if seqs else None) if walk.fits_all else walk.measure(place)
         else:
             seqs, place = find_permitted(db, walk, limit, permits, subject_bytes or 0)
             examined, last = len(seqs), seqs[-1] if seqs else None
         summaries = _read_summaries(db, seqs, subject_bytes)
-        searched_to = None if last is None else _submitted(db, last)
+        if last is not None and summaries and summaries[-1].seq == last:
+            searched_to: float | None = summaries[-1].submitted
+        else:
+            searched_to = None if last is None else _submitted(db, last)
     return Found(summaries, place, place is None, examined, searched_to)
 
 
@@ -125,10 +129,23 @@ class Walk:
             cost_of = partial(self._cost_of, wanted=wanted, owners=None)
             self._range, examine = choose(ranges, cost_of, self._count, examine)
         self._search = Search.of(wanted, self._range, owners)
-        #: The last entry that is looked at if there are more; None: all of them are.
-        self.end = self._find_end(examine)
-        if self.end is not None:
-            self._stop_at(self.end)
+        self._examine = examine
+        self._is_bounded = False
+        #: The last entry that is looked at if there are more; None: all of them are, or as many as are wanted fit.
+        self.end: int | None = None
+
+    @property
+    def fits_all(self) -> bool:
+        """Whether every entry fits, because there are no conditions."""
+        return not self._search.conditions.texts
+
+    def _bound(self) -> None:
+        """Look at a limited number of entries."""
+        if not self._is_bounded:
+            self._is_bounded = True
+            self.end = self._find_end(self._examine)
+            if self.end is not None:
+                self._stop_at(self.end)
 
     @staticmethod
     def _cost_of(looked_at: Range, wanted: JobFilter, owners: Sequence[str] | None) -> int:
@@ -159,6 +176,8 @@ class Walk:
 
     def find(self, limit: int) -> tuple[list[int], int | None]:
         """Return at most `limit` jobs that fit, and the last entry that was looked at if there are more."""
+        if not self.fits_all or limit >= self._examine:
+            self._bound()
         if self._search.conditions.read_payloads:
             return self._find_in_payloads(limit)
         seqs = [seq for (seq,) in self._run(self._search.select(self._newest_first), limit + 1)]
@@ -195,6 +214,7 @@ class Walk:
 
     def count_values(self, column: str) -> tuple[dict[Any, int], bool]:
         """Return the values of a column of the jobs that fit, and their numbers; and whether there are more jobs."""
+        self._bound()
         if self._search.conditions.read_payloads:
             seqs, place = self._find_in_payloads(MAX_INTEGER)
             return count_values_of(self._db, seqs, column), place is not None
@@ -353,27 +373,28 @@ def _decode_summary(db: sqlite3.Connection, row: Sequence[Any], subject: Subject
         arguments = _read_start(db, "arguments", seq, _PREVIEW_BYTES)
     if info is None:
         info = _read_start(db, "info", seq, _PREVIEW_BYTES)
-    return JobSummary(
-        seq=seq,
-        id=job_id,
-        state=State(state),
-        host=decode_name(host),
-        procedure=decode_name(procedure),
-        queue_id=queue_id,
-        queue=None if queue is None else Raw(queue),
-        owner=decode_owner(owner),
-        submitted=submitted,
-        started=started,
-        ended=ended,
-        records=records,
-        end_type=None if end_type is None else decode_name(end_type),
-        end_message=None if end_message is None else decode_name(end_message),
-        stop=None if stop is None else StopState(stop),
-        holds_slot=bool(holds_slot),
-        arguments_preview=_preview(arguments),
-        info_preview=_preview(info),
-        rerun_of=rerun_of,
-        subject=subject,
+    return JobSummary(  # positional: with names it takes twice as long
+        seq,
+        job_id,
+        _STATES[state],
+        decode_name(host),
+        decode_name(procedure),
+        queue_id,
+        None if queue is None else Raw(queue),
+        decode_owner(owner),
+        submitted,
+        started,
+        ended,
+        records,
+        None if end_type is None else decode_name(end_type),
+        None if end_message is None else decode_name(end_message),
+        None if stop is None else StopState(stop),
+        bool(holds_slot),
+        _preview(arguments),
+        _preview(info),
+        rerun_of,
+        None,
+        subject,
     )
 
 
