@@ -488,9 +488,9 @@ _ACKNOWLEDGED: Mapping[tuple[bool, bool], Phase] = {
 }
 
 
-#: The phases in which no message may be long: a host that has not acknowledged the call.
 #: The phases in which the next messages may be records.
 STREAMING = (Phase.STREAMING, Phase.RESUMABLE_STREAMING)
+#: The phases in which no message may be long: a host that has not acknowledged the call.
 _SHORT_PHASES = frozenset({Phase.SENT, Phase.SENT_RESUMABLE, Phase.SENT_ATTACH})
 
 
