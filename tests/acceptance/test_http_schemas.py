@@ -22,8 +22,8 @@ from support.dispatcher import host_line, until
 from support.http_api import RunningAPI, running_api
 from support.scripted import scripted_harpd
 
-CASES = int(os.environ.get("HTTP_CASES", "20"))
-SECONDS = 300 + 5 * CASES  #: Far more than needed: about 40 s on two busy cores with 20 cases.
+CASES = int(os.environ.get("HTTP_CASES", "10"))
+SECONDS = 300 + 5 * CASES  #: Far more than needed: about 20 s on two busy cores with 10 cases.
 EXAMPLE_JOB = "0199e9c1-0000-7000-8000-000000000000"
 #: A response that never ends, and one that comes late after wrong tokens.
 LASTING = ("follow_events", "begin_session")
