@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,20 @@ from support.deadline import wait_until
 
 #: Seconds within which a program has to do what takes a moment; never waited for in full when all is well.
 DEADLINE = 60.0
+
+#: Each event begins so.
+_BEGIN = '{"time": "'
+
+
+def decode_events(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Yield the events of a log. Behind a part of one, whose writer was killed, the next program's first one is found.
+
+    Raises:
+        ValueError: a line is no event.
+    """
+    for line in lines:
+        if line.startswith("{") and line.endswith("}"):
+            yield json.loads(line[max(0, line.rfind(_BEGIN)) :])
 
 
 class DaemonLog:
@@ -27,13 +42,11 @@ class DaemonLog:
 
     def events(self, *names: str, **fields: Any) -> list[dict[str, Any]]:
         """The events of its log that have one of these names (none: any) and these fields."""
-        found = []
-        for line in self.log_lines():
-            if line.startswith("{") and line.endswith("}"):
-                event = json.loads(line)
-                if (not names or event["event"] in names) and fields.items() <= event.items():
-                    found.append(event)
-        return found
+        return [
+            event
+            for event in decode_events(self.log_lines())
+            if (not names or event["event"] in names) and fields.items() <= event.items()
+        ]
 
     def wait_event(self, name: str, **fields: Any) -> dict[str, Any]:
         """Wait until the log has the event; return the first match."""

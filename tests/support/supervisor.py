@@ -36,6 +36,7 @@ from harpd.supervisor.frames import (
     encode_frame,
 )
 from harpd.supervisor.listener import ACTIVE_SOCKET
+from support.daemonlog import decode_events
 from support.deadline import wait_until
 from support.leftovers import COOKIE_VARIABLE
 from support.other_user import as_user
@@ -331,8 +332,11 @@ class Supervisor:
     def events(self, name: str | None = None, **fields: Any) -> list[dict[str, Any]]:
         """Return the log events with this name and these fields."""
         lines = self.log_file.read_text("utf-8", "replace").splitlines()
-        events = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
-        return [event for event in events if name in (None, event["event"]) and fields.items() <= event.items()]
+        return [
+            event
+            for event in decode_events(lines)
+            if name in (None, event["event"]) and fields.items() <= event.items()
+        ]
 
     def wait_event(self, name: str, **fields: Any) -> dict[str, Any]:
         """Wait until the log has the event; return the first match."""
