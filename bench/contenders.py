@@ -184,7 +184,7 @@ _HARP = {
     **_BULK,
     "reused-jobs": "reused_jobs",
     **_STREAMS,
-    **{name: name for name in ("memory", "simulated-cpu", "idle", "trace", "store", "wide", "flood", "soak")},
+    **{name: name for name in ("memory", "simulated-cpu", "access", "idle", "trace", "store", "wide", "flood", "soak")},
     **{workload.key: workload.key for workload in PARTS["http"].workloads},
     **{workload.key: "neighbours" for workload in PARTS["neighbours"].workloads},
 }

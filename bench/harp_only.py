@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 
 import harp
-from bench import harp_client, http
+from bench import access, harp_client, http
 from bench.harp_client import connect_queue
 from bench.load import SETTINGS, Figures, Missing, Ready, jobs, quantiles, together
 from bench.neighbours import neighbours
@@ -314,5 +314,6 @@ FUNCTIONS: dict[str, Callable[..., Figures]] = {
     "store": _store,
     "soak": _soak,
     "neighbours": neighbours,
+    **access.FUNCTIONS,
     **http.FUNCTIONS,
 }

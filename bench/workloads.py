@@ -175,6 +175,18 @@ _COST = (
     ),
 )
 
+_ACCESS = Workload(
+    "access",
+    lambda sizes: {"clients": 4, "count": max(100, sizes.jobs // 10), "turns": 7},
+    (
+        Row("access-plain", "CPU of dispatcher and harpd for a job, without rules and audit", "ms", "plain"),
+        Row("access-rules", "The same with rules, compared with that", "x", "rules"),
+        Row("access-audit", "The same with rules and audit, compared with that", "x", "audit"),
+        Row("access-audit-dispatcher", "The same of the dispatcher alone", "x", "audit-dispatcher"),
+    ),
+    deadline=600.0,
+)
+
 _STORE = Workload(
     "store",
     lambda sizes: {name: getattr(sizes, name) for name in ("stored", "queries", "jobs")},
@@ -337,6 +349,7 @@ def _neighbour(peer: str, title: str) -> Workload:
 
 _ALL = (
     Part("cost", "Memory, CPU of the dispatcher, function entries", _COST),
+    Part("access", "Access rules and audit: the CPU that they add to a job", (_ACCESS,)),
     Part("direct", "Direct calls over TLS, without a dispatcher", _DIRECT),
     Part("jobs", "Jobs: submitted, run, results collected", _JOBS, stored=True),
     Part("stream", "Records from a procedure to its follower", _STREAM, stored=True),

@@ -40,8 +40,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 DEFAULT_MAX_BYTES = 100 * 1024 * 1024  #: The default size from which on a file is rotated.
-_REPORT_DELAY = 0.01  #: Seconds until an entry is written that nobody waits for: each wakeup of the thread costs time.
-_SYNC_DELAY = 0.05  #: Seconds during which a `DirectAuditLog` collects entries for one wait for the disk.
+_REPORT_DELAY = 0.1  #: Seconds until an entry is written that nobody waits for: each wakeup of the thread costs time.
+_SYNC_DELAY = 0.2  #: Seconds during which a `DirectAuditLog` collects entries for one wait for the disk.
 _RETRY_INTERVAL = 1.0  #: Seconds between two attempts to write, or to allocate room.
 _MAX_WAITING = 20_000  #: Maximum number of entries with `must` in memory while they cannot be written.
 _WINDOW, _MAX_SINGLE = 60.0, 10  #: Seconds of a window, and the entries of a key in it before the shared one.
@@ -208,7 +208,7 @@ class AuditLog:
         return future
 
     def report(self, action: str, **fields: Any) -> None:
-        """Record an entry about something that has happened. It is written with others, at the latest after 10 ms."""
+        """Record an entry about something that has happened. It is written with others, at the latest after 0.1 s."""
         self._recorded.append(Recorded({"time": time.time(), "action": action, **fields}, True))
         if not self._wakeup_is_planned:
             self._wakeup_is_planned = True

@@ -219,6 +219,7 @@ class AuditFile:
 
     def __init__(self, path: Path, max_bytes: int, shared: bool = False) -> None:
         self.path = path
+        self._name = str(path)
         self.problem: str | None = None  #: Why new jobs are to be refused; None: there is room.
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
@@ -414,7 +415,7 @@ class AuditFile:
     def _follow_rename(self) -> None:
         """Begin another file if the file was renamed or removed, as by logrotate; of a shared one, follow others."""
         with suppress(OSError):
-            status = os.stat(self.path, follow_symlinks=False)
+            status = os.lstat(self._name)
             if (status.st_dev, status.st_ino) == self._identity:
                 if not self._shared:
                     self._size = min(self._size, status.st_size)  # it was truncated: the numbers show it
