@@ -75,7 +75,8 @@ _STEPS: Final = (
     ),
     _Step(
         "Tell curl where and who",
-        text="`GET /me` shows who you are for the dispatcher, and what you may do.",
+        text="`GET /me` shows who you are for the dispatcher, and what you may do. For a certificate of your own "
+        "authority, each curl needs `--cacert FILE`, too.",
         commands=f'API={_API}\nAUTH="Authorization: Bearer $TOKEN"\ncurl -sS -H "$AUTH" "$API/me"',
     ),
     _Step(
@@ -105,8 +106,9 @@ curl -sS -H "$AUTH" -H "Idempotency-Key: order-7" {_BODY} \\
   "$API/jobs?payloads=none\"""",
     ),
     _Step(
-        "Find jobs",
-        text="A list has `next` while there is more: send it as `cursor`.",
+        "Find what failed",
+        text="These are the jobs of the last hour that raised an exception or failed. "
+        "A list has `next` while there is more: send it as `cursor`.",
         commands='curl -sS -H "$AUTH" "$API/jobs?state=bad&from=-1h&limit=20"',
     ),
 )

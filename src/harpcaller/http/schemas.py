@@ -43,26 +43,40 @@ def array(items: Schema) -> Schema:
 
 _SECONDS = {"type": "number", "exclusiveMinimum": 0}
 _CALL = {
-    "host": _NAME,
-    "procedure": _NAME,
+    "host": {**_NAME, "description": "A name in the hosts registry."},
+    "procedure": {**_NAME, "description": "The name of a procedure of this host."},
     "arguments": {"type": ["array", "object"], "description": "An array (positional) or an object (named)."},
     "timeout": nullable({**_SECONDS, "description": "Maximum seconds between two messages of the job."}),
     "max_exec_time": nullable({**_SECONDS, "description": "Maximum seconds from its start to its end."}),
     "queue": nullable(
-        struct(
-            {
-                "name": {"type": "object", "description": f"At most {MAX_QUEUE_NAME} bytes."},
-                "concurrency": {"type": ["integer", "null"], "minimum": 1, "description": "Jobs that may run at once."},
-            },
-            required=("name",),
-            closed=True,
-        )
+        {
+            **struct(
+                {
+                    "name": {"type": "object", "description": f"At most {MAX_QUEUE_NAME} bytes."},
+                    "concurrency": {
+                        "type": ["integer", "null"],
+                        "minimum": 1,
+                        "description": "Jobs that may run at once.",
+                    },
+                },
+                required=("name",),
+                closed=True,
+            ),
+            "description": "Jobs of the same queue run one after the other, or `concurrency` of them at once.",
+        }
     ),
     "info": {"description": "Any JSON value; it is stored with the job."},
     "start_within": nullable(
         {"type": "number", "minimum": 0, "description": "Seconds for which a start that did not happen is tried again."}
     ),
-    "request_id": nullable({"type": "string", "minLength": 1, "maxLength": MAX_REQUEST_ID}),
+    "request_id": nullable(
+        {
+            "type": "string",
+            "minLength": 1,
+            "maxLength": MAX_REQUEST_ID,
+            "description": "A text of the client; calls with the same one are one job. Over HTTP, use Idempotency-Key.",
+        }
+    ),
     "secrets": nullable(
         {
             **array(_TEXT),
