@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from harpcaller.model.job_filters import BAD, JobFilter, Span
 from harpcaller.model.jobs import Bucket, JobCounts, JobStatistics, State, ValueCount
-from harpcaller.store.sqlite.file import QUERIES
+from harpcaller.store.sqlite.file import QUERIES, snapshot
 from harpcaller.store.sqlite.finding import conditions_of
 from harpcaller.store.sqlite.rows import decode_name
 from harpcaller.store.sqlite.searches import (
@@ -22,7 +22,6 @@ from harpcaller.store.sqlite.searches import (
     count_values_of,
     find_bounds,
     find_permitted,
-    snapshot,
 )
 
 MAX_VALUES = 50  #: Maximum number of values of a facet.
@@ -66,24 +65,34 @@ def count_jobs(
     is_exact = True
     with snapshot(db):
         for name in by:
-            column, without = FACETS[name]
-            rest = replace(wanted, **without)
+            rest = replace(wanted, **FACETS[name][1])
             counts: list[ValueCount] | None = None
             if rest == JobFilter() and owners is None and permits is None:
                 counts = _count_all(db, name, most)
             if counts is None:
-                if name == "end_type":  # other jobs have none
-                    states = (rest.states or frozenset(State)) & BAD
-                    if not states:
-                        facets[name] = []
-                        continue
-                    rest = replace(rest, states=states)
-                counts = _count_found(
-                    db, Walk(db, rest, owners, True, None, most), column, permits, subject_bytes, most
-                )
+                counts = _count_facet(db, rest, name, owners, permits, subject_bytes, most)
             is_exact = is_exact and not any(each.more for each in counts) and len(counts) <= MAX_VALUES
             facets[name] = counts[:MAX_VALUES]
     return JobCounts(facets, is_exact, at)
+
+
+def _count_facet(
+    db: sqlite3.Connection,
+    wanted: JobFilter,
+    name: str,
+    owners: Sequence[str] | None,
+    permits: Permits | None,
+    subject_bytes: int,
+    most: int,
+) -> list[ValueCount]:
+    """Return how many of the jobs that fit a filter have each value of a facet."""
+    if name == "end_type":  # other jobs have none
+        states = (wanted.states or frozenset(State)) & BAD
+        if not states:
+            return []
+        wanted = replace(wanted, states=states)
+    walk = Walk(db, wanted, owners, True, None, most)
+    return _count_found(db, walk, FACETS[name][0], permits, subject_bytes, most)
 
 
 def _count_found(

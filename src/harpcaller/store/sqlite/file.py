@@ -15,6 +15,7 @@ from contextlib import closing, contextmanager
 from importlib.resources import files
 from pathlib import Path
 
+from harp_daemon.stable_files import sync_directory
 from harpcaller.store import StorageError
 
 _FOLDER = files(__package__)
@@ -58,6 +59,17 @@ def to_storage_error(error: Exception, path: Path) -> Exception:
         return error
     found.__cause__ = error
     return found
+
+
+@contextmanager
+def snapshot(db: sqlite3.Connection) -> Iterator[None]:
+    """Let several statements read the same state."""
+    db.execute("BEGIN")
+    try:
+        yield
+    finally:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
 
 
 def lock(directory: Path) -> int:
@@ -153,11 +165,7 @@ def _create(path: Path) -> None:
         connection.execute(f"PRAGMA application_id = {int.from_bytes(_APPLICATION_ID, 'big')}")
         _migrate(connection, 0)
     new_path.rename(path)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    sync_directory(path.parent)
 
 
 def _side_files(path: Path) -> tuple[Path, ...]:

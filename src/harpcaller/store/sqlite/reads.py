@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from itertools import count
 from typing import Any
 
@@ -13,7 +13,7 @@ from harpcaller.model.ids import is_job_id
 from harpcaller.model.jobs import Identity, Job, JobDetails, JobMetadata, QueuePosition, Records, State, Subject
 from harpcaller.model.lanes import queue_id, queue_lane
 from harpcaller.store import QueueStatus, QueueSummary, RecordMatches, StoreGauges, UnknownJob
-from harpcaller.store.sqlite.file import MAX_INTEGER, QUERIES
+from harpcaller.store.sqlite.file import MAX_INTEGER, QUERIES, snapshot
 from harpcaller.store.sqlite.rows import (
     PACKET_BYTES,
     decode_job,
@@ -70,7 +70,7 @@ def _find_row(db: sqlite3.Connection, job_id: str) -> Sequence[Any]:
 
 def get_details(db: sqlite3.Connection, job_id: str) -> JobDetails:
     """Return a job with everything that is stored about it, from one snapshot. Raises `UnknownJob`."""
-    with _snapshot(db):
+    with snapshot(db):
         row = _find_row(db, job_id)
         job, seq = decode_job(row), row[0]
         columns = db.execute(QUERIES["get_metadata"], {"seq": seq}).fetchone() or ()
@@ -88,17 +88,6 @@ def get_permitted_details(
     if subject is None or not permits(subject):
         raise UnknownJob(job_id)
     return get_details(db, job_id)
-
-
-@contextmanager
-def _snapshot(db: sqlite3.Connection) -> Iterator[None]:
-    """Let several statements read the same state."""
-    db.execute("BEGIN")
-    try:
-        yield
-    finally:
-        if db.in_transaction:
-            db.execute("ROLLBACK")
 
 
 def _queue_position(db: sqlite3.Connection, seq: int) -> QueuePosition:
@@ -165,11 +154,10 @@ def search_records(
             records = split_records(chunk)
             if is_match(chunk):
                 times = [started] * len(records) if timestamps is None else split_timestamps(timestamps)
-                for number, value, time in zip(count(chunk_first), records, times, strict=False):
-                    if first <= number < until and is_match(value):
-                        matches.append((number, value, time))
-                        if len(matches) == limit:
-                            return RecordMatches(matches, number + 1, searched)
+                numbered = zip(count(chunk_first), records, times, strict=False)
+                matches += [found for found in numbered if first <= found[0] < until and is_match(found[1])]
+                if len(matches) >= limit:
+                    return RecordMatches(matches[:limit], matches[limit - 1][0] + 1, searched)
             number = min(until, chunk_first + len(records))
     return RecordMatches(matches, number, searched)
 
@@ -264,7 +252,7 @@ def find_queues(
             QueueSummary(place, key.removeprefix("queue:"), Raw(name), concurrency, running, queued, oldest)
             for place, key, name, concurrency, queued, oldest, running in found
         ]
-    with _snapshot(db):
+    with snapshot(db):
         holding = dict(db.execute(QUERIES["count_holding_of_lanes"]).fetchall())
         rows = db.execute(QUERIES["find_queues"], {"after": after, "limit": limit, "lane": lane}).fetchall()
     return [
@@ -284,7 +272,7 @@ def count_open_of_hosts(db: sqlite3.Connection, owners: Iterable[str] | None = N
     else:
         owners = tuple(owners)
         statements = [_of_owners(f"{name}_and_owners", owners) for name in names]
-    with _snapshot(db):
+    with snapshot(db):
         holding, queued = (
             {decode_name(host): count for host, count in db.execute(statement, values)}
             for statement, values in statements
@@ -306,7 +294,7 @@ def read_gauges(
     `queues` are those whose jobs are counted. Jobs that ended before `stuck_before` and hold a slot are stuck. With at
     most `max_of_hosts` queued jobs, these are counted for each host.
     """
-    with _snapshot(db):
+    with snapshot(db):
         [(queued, oldest)] = db.execute(QUERIES["queued_gauges"]).fetchall()
         [(held, running, stuck)] = db.execute(QUERIES["slot_gauges"], {"before": stuck_before}).fetchall()
         [(count, full)] = db.execute(QUERIES["queue_gauges"]).fetchall()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -22,7 +22,7 @@ from harpcaller.model.jobs import (
     StopState,
     Subject,
 )
-from harpcaller.store.sqlite.file import MAX_INTEGER, QUERIES
+from harpcaller.store.sqlite.file import MAX_INTEGER, QUERIES, snapshot
 from harpcaller.store.sqlite.finding import (
     Range,
     Search,
@@ -57,17 +57,6 @@ class Found:
     searched_to: float | None  # submission time of the last entry
 
 
-@contextmanager
-def snapshot(db: sqlite3.Connection) -> Iterator[None]:
-    """Let several statements read the same state."""
-    db.execute("BEGIN")
-    try:
-        yield
-    finally:
-        if db.in_transaction:
-            db.execute("ROLLBACK")
-
-
 def find_jobs(
     db: sqlite3.Connection,
     wanted: JobFilter,
@@ -83,7 +72,7 @@ def find_jobs(
     """Return the jobs that fit a filter, in the order of submission or newest first, after a sequence number.
 
     With `owners`, only their jobs are looked at. With `permits`, which is called in the reading thread, other jobs are
-    left out, and neither counted as examined. With `subject_bytes`, the summaries have subjects whose payloads have at
+    left out and not counted as examined. With `subject_bytes`, the summaries have subjects whose payloads have at
     most this size.
     """
     with snapshot(db):
@@ -103,7 +92,7 @@ def find_jobs(
 
 
 class Walk:
-    """The entries that a search looks at: from a place on, at most a number of them."""
+    """The entries that a search looks at: at most `examine`, after the sequence number `after` if it is given."""
 
     def __init__(
         self,
@@ -243,9 +232,10 @@ def find_bounds(db: sqlite3.Connection, wanted: JobFilter) -> tuple[int, int]:
 
 
 def _search(db: sqlite3.Connection, first: int, last: int, time: float) -> int:
-    """Return a sequence number that all jobs before it, or none after it, were submitted before a time.
+    """Return the sequence number of the first job that was submitted at a time or later, by a binary search.
 
-    Which of them is the case if the times are in order; `find_bounds` allows for those that are not.
+    This is exact if the times are in the order of submission. Otherwise it is exact for some order of the times, and
+    `find_bounds` adds their disorder.
     """
     low, high = first, last + 1
     while low < high:
@@ -261,7 +251,7 @@ def _search(db: sqlite3.Connection, first: int, last: int, time: float) -> int:
 def _expand(db: sqlite3.Connection, wanted: JobFilter) -> JobFilter:
     """Return a filter with the hosts that have jobs and match the pattern, if few hosts are to be compared.
 
-    If there are none, it has a name that matches the pattern, and so no jobs.
+    If no such host has jobs, the filter has a name that matches the pattern, and finds nothing.
     """
     if wanted.host_pattern is None:
         return wanted

@@ -206,7 +206,7 @@ class Writer:
             self._execute_commit()
         except Exception as failure:  # noqa: BLE001 - the members get it; the thread continues
             error = to_storage_error(failure, self._path)
-            # After a failed member there is a transaction to roll back; after a full or locked file there is none.
+            # A failed member leaves a transaction to roll back; a full or locked file leaves no transaction.
             is_member_failed = self._connection.in_transaction
             self._writes.discard_changes()
             if is_member_failed:
