@@ -35,6 +35,8 @@ from typing import IO, Any, NamedTuple
 
 import msgspec
 
+from harp_daemon.stable_files import sync_directory
+
 FIRST_HASH = "0" * 64  #: The hash in entry 1, which has no line before it.
 NEW_FILE = "audit-file"  #: The action of the first entry of a file after another one.
 MAX_TEXT = 256  #: Maximum characters of a text of an entry; longer texts are cut, and followed by their length.
@@ -382,7 +384,7 @@ class AuditFile:
             self._write([{"time": time.time(), **entry} for entry in entries])
             self.sync()
         os.fsync(self._head)
-        _sync_directory(self.path.parent)
+        sync_directory(self.path.parent)
 
     def _continues(self, head: Position) -> bool:
         """Return whether the last lines are a chain that begins at the head's entry.
@@ -404,7 +406,7 @@ class AuditFile:
         return True
 
     def _read_end(self) -> tuple[bytes | None, bytes]:
-        """Return the last complete line (None: there is none) and what follows it; set the size without the latter."""
+        """Return the last complete line, or None, and the bytes that follow it; set the size without these bytes."""
         size = os.fstat(self._descriptor).st_size
         tail = os.pread(self._descriptor, 4 * _MAX_LINE, max(0, size - 4 * _MAX_LINE))
         complete = tail.rfind(b"\n") + 1
@@ -441,7 +443,7 @@ class AuditFile:
             os.ftruncate(old, os.fstat(old).st_size)  # frees the blocks beyond the end
             os.fdatasync(old)
         os.close(old)
-        _sync_directory(self.path.parent)
+        sync_directory(self.path.parent)
         self._size = self._allocated = 0
         status = os.fstat(opened)
         self._identity = status.st_dev, status.st_ino
@@ -536,14 +538,6 @@ def _read_key(path: Path) -> bytes:
             os.pwrite(descriptor, key, 0)
             os.fsync(descriptor)
         return key
-    finally:
-        os.close(descriptor)
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import ipaddress
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from harp.protocol.printing import print_escaped
 from harp_daemon.program import add_version, written_output
+from harp_daemon.stable_files import replace_file, write_new
 
 #: Days that a certificate is valid, unless an option changes it: an authority's, and any other.
 _CA_DAYS, _DAYS = 3650, 365
@@ -117,11 +117,8 @@ def renew_certificate(directory: Path, name: str, days: int = _DAYS) -> None:
     for extension in old.extensions:
         if isinstance(extension.value, (x509.SubjectAlternativeName, x509.ExtendedKeyUsage)):
             builder = builder.add_extension(extension.value, extension.critical)
-    new = path.with_name(f".{path.name}.new")
     try:
-        new.unlink(missing_ok=True)
-        _write(new, _sign(directory, builder).public_bytes(serialization.Encoding.PEM), 0o644)
-        new.replace(path)
+        replace_file(path, _sign(directory, builder).public_bytes(serialization.Encoding.PEM), 0o644)
     except OSError as error:
         raise CertificateError(f"cannot write {path}: {error.strerror}") from None
 
@@ -240,7 +237,7 @@ def _write_new(stem: Path, key: ec.EllipticCurvePrivateKey, certificate: x509.Ce
     try:
         for suffix, content, mode in contents:
             path = stem.with_name(stem.name + suffix)
-            _write(path, content, mode)
+            write_new(path, content, mode)
             created.append(path)
     except OSError as error:
         for written in created:
@@ -249,19 +246,6 @@ def _write_new(stem: Path, key: ec.EllipticCurvePrivateKey, certificate: x509.Ce
         if isinstance(error, FileExistsError):
             hint = "; choose another directory" if stem.name == "ca" else "; `harp-cert renew` replaces a certificate"
         raise CertificateError(f"cannot write {path}: {error.strerror}{hint}") from None
-
-
-def _write(path: Path, content: bytes, mode: int) -> None:
-    """Write a new file, and its directory, to stable storage."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(descriptor)
-    except OSError:
-        path.unlink()
-        raise
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -314,3 +298,7 @@ def _run(options: argparse.Namespace) -> int:
         print_escaped(f"harp-cert: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -26,6 +26,7 @@ from harp.protocol.json_text import Raw, dumps, loads
 from harp.protocol.schema import ProtocolError
 from harp_daemon.secret_values import MASK, MAX_ARGUMENTS, MAX_TEXTS, find_texts, forms_of, mask_texts, replace_value
 from harp_daemon.settings import ConfigError
+from harp_daemon.stable_files import replace_file
 from harpcaller.config import Config
 
 _ID_BYTES, _NONCE_BYTES, _KEY_BYTES = 8, 12, 32
@@ -191,17 +192,14 @@ def add_key(file: Path) -> str:
         load_keys(file)
         lines = file.read_text("ascii")
     key_id = secrets.token_hex(_ID_BYTES)
-    new_file = file.with_name(f"{file.name}.new")
-    new_file.unlink(missing_ok=True)
-    descriptor = os.open(new_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    with open(descriptor, "w", encoding="ascii") as opened:
-        opened.write(f"{key_id} {base64.b64encode(secrets.token_bytes(_KEY_BYTES)).decode()}\n{lines}")
-        opened.flush()
-        os.fsync(descriptor)
+
+    def keep_owner(descriptor: int) -> None:
         if file.exists():
             status = file.stat()
             os.fchown(descriptor, status.st_uid, status.st_gid)
-    new_file.rename(file)
+
+    text = f"{key_id} {base64.b64encode(secrets.token_bytes(_KEY_BYTES)).decode()}\n{lines}"
+    replace_file(file, text.encode("ascii"), prepare=keep_owner)
     return key_id
 
 

@@ -28,6 +28,8 @@ from typing import Annotated, TypeVar
 import msgspec
 from msgspec import Meta
 
+from harp_daemon.stable_files import replace_file
+
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -187,21 +189,7 @@ def _locked(file: Path) -> Iterator[None]:
 
 def write_private(file: Path, text: bytes) -> None:
     """Replace a file of secrets as a whole, on stable storage. Raises OSError."""
-    new = file.with_name(file.name + ".new")
-    with suppress(FileNotFoundError):
-        new.unlink()  # of a process that was killed
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    with open(descriptor, "wb") as opened:
-        _keep_owner(descriptor, file)
-        opened.write(text)
-        opened.flush()
-        os.fsync(descriptor)
-    new.replace(file)
-    directory = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    replace_file(file, text, prepare=lambda descriptor: _keep_owner(descriptor, file))
 
 
 def _keep_owner(descriptor: int, file: Path) -> None:
@@ -228,7 +216,7 @@ def add_token(file: Path, name: str, roles: Sequence[str] = (), expires: float |
 
 
 def revoke_token(file: Path, name: str) -> bool:
-    """Remove a token from a file; return False if there is none of this name. Raises `TokenError`."""
+    """Remove a token from a file; return False if no token has this name. Raises `TokenError`."""
     return change_tokens(file, lambda tokens: tokens.pop(name, None) is not None)
 
 
@@ -246,14 +234,14 @@ class TokenStore:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self._identity = _identify(file)
+        self._identity = identify_file(file)
         self._tokens = read_tokens(file)
         self._used: dict[str, float] = {}  # the last uses that are not in the file yet
         self._error: str | None = None
 
     def refresh(self) -> None:
         """Read the file if it has changed. If it cannot be used, the tokens stay as they are, and the log says so."""
-        identity = _identify(self.file)
+        identity = identify_file(self.file)
         if identity == self._identity:
             return
         self._identity = identity
@@ -319,7 +307,8 @@ def _with_use(token: Token, used: dict[str, float]) -> Token:
     return token if last is None else msgspec.structs.replace(token, last_used=max(last, token.last_used or 0))
 
 
-def _identify(file: Path) -> tuple[int, ...] | None:
+def identify_file(file: Path) -> tuple[int, ...] | None:
+    """Return what changes when a file is changed or replaced; None if there is no file."""
     with suppress(OSError):
         status = os.lstat(file)
         return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_mode, status.st_uid

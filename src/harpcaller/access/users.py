@@ -10,7 +10,6 @@ import asyncio
 import logging
 import re
 import time
-from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +17,7 @@ from typing import NamedTuple
 from harp_daemon.passwords import PasswordCache
 from harpcaller.access import AuthError, RateLimited
 from harpcaller.access.attempts import FailedAttempts
-from harpcaller.access.tokens import NAME, TokenError, read_private
+from harpcaller.access.tokens import NAME, TokenError, identify_file, read_private
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +41,7 @@ class Users:
     def __init__(self, file: Path) -> None:
         self.file = file
         self._looked_at = time.monotonic()
-        self._identity = _identify(file)
+        self._identity = identify_file(file)
         self._users = read_users(file)
         self._cache = PasswordCache()
         self._attempts = FailedAttempts()
@@ -57,7 +56,7 @@ class Users:
 
     def _refresh(self) -> None:
         self._looked_at = time.monotonic()
-        identity = _identify(self.file)
+        identity = identify_file(self.file)
         if identity == self._identity:
             return
         self._identity = identity
@@ -107,10 +106,3 @@ def read_users(file: Path) -> dict[str, User]:
             raise TokenError(f"{file}: line {number}: a second user {name}")
         found[name] = User(hashed, roles, sha256(line.strip().encode()).hexdigest())
     return found
-
-
-def _identify(file: Path) -> tuple[int, ...] | None:
-    with suppress(OSError):
-        status = file.lstat()
-        return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_mode, status.st_uid
-    return None
