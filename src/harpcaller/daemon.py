@@ -13,14 +13,14 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, aclosing, closing, suppress
 from datetime import UTC, datetime
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from harp import __version__
 from harp_daemon import logs
@@ -40,7 +40,7 @@ from harpcaller.audit import Audit, report_missing_ends
 from harpcaller.config import Config, file_errors, load
 from harpcaller.dispatcher import Dispatcher
 from harpcaller.health import Health
-from harpcaller.hosts.registry import read_hosts_file, run_hosts_script
+from harpcaller.hosts.registry import HostList, read_hosts_file, run_hosts_script
 from harpcaller.hosts.script import ScriptFailed
 from harpcaller.hosts.tls import HostTLS
 from harpcaller.listening import listen
@@ -53,6 +53,8 @@ if TYPE_CHECKING:
     from harpcaller.http.starting import HTTPAPI
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _NEEDING_RESTART = (
     "audit_file",
@@ -79,60 +81,72 @@ def check(config: Config) -> tuple[list[str], list[str]]:
 
     Each rejected line of the hosts is an error.
     """
-    errors = []
-    lists = []
+    errors: list[str] = []
     warnings: list[str] = []
-    now = datetime.now(UTC)
-    try:
-        warnings = HostTLS(config).warnings
-        authorities = [each for each in _validities(config) if each.file == config.ca_file]
-        expired = [*filter(None, [each.describe_error(now) for each in authorities])]
-        if expired and len(expired) == len(authorities):  # collections of authorities often contain old certificates
-            errors += [f"{config.file}: ca_file: {reason}" for reason in expired]
-    except ConfigError as error:
-        errors.append(str(error))
-    for read in (PolicySource, read_key_file):
+
+    def collect(use: Callable[[Config], T]) -> T | None:
         try:
-            read(config)
+            return use(config)
         except ConfigError as error:
             errors.append(str(error))
-    try:
-        Identities(config)
-    except ConfigError as error:
-        errors.append(str(error))
-    if config.http is not None:
-        try:
-            _import_http(config).check(config.http, config)
-        except ConfigError as error:
-            errors.append(str(error))
-    if config.audit_file is not None:
-        try:
-            check_usable(config.audit_file)
-        except AuditError as error:
-            errors.append(f"{config.file}: audit_file: {error}")
-    if config.tls is not None:
-        own = [each.describe_error(now) for each in _validities(config) if each.file == config.tls.certfile]
-        errors += [f"{config.file}: tls.certfile: {reason}" for reason in filter(None, own)]
+            return None
+
+    if (tls := collect(HostTLS)) is not None:
+        warnings += tls.warnings
+    errors += _find_expired(config)
+    uses: tuple[Callable[[Config], object], ...] = PolicySource, read_key_file, Identities, _check_http, _check_audit
+    for use in uses:
+        collect(use)
     if exposed := ", ".join(map(str, config.unsafe_listeners)):
         lines = "".join(f"\n    {line}" for line in config.safe_lines)
         reason = (
             f"every client of {exposed} may call every procedure; these lines change that, see docs/access.md:{lines}"
         )
         warnings.append(f"{config.file}: access_file: not set: {reason}")
+    if config.hosts_file is not None and (readers := describe_reader(config.hosts_file)) is not None:
+        warnings.append(f"{config.file}: hosts_file: {readers}")  # it has passwords
+    lists = [collect(_read_hosts_file), collect(_run_hosts_script)]
+    return [*errors, *(str(line) for hosts in lists if hosts is not None for line in hosts.rejected)], warnings
+
+
+def _find_expired(config: Config) -> Iterator[str]:
+    """Yield an error for each certificate of the dispatcher, or of all its authorities, that is not valid now."""
+    now = datetime.now(UTC)
+    authorities = [each for each in _validities(config) if each.file == config.ca_file]
+    expired = [*filter(None, [each.describe_error(now) for each in authorities])]
+    if len(expired) == len(authorities):  # collections of authorities often contain old certificates
+        yield from (f"{config.file}: ca_file: {reason}" for reason in expired)
+    if config.tls is not None:
+        own = [each.describe_error(now) for each in _validities(config) if each.file == config.tls.certfile]
+        yield from (f"{config.file}: tls.certfile: {reason}" for reason in filter(None, own))
+
+
+def _check_http(config: Config) -> None:
+    if config.http is not None:
+        _import_http(config).check(config.http, config)
+
+
+def _check_audit(config: Config) -> None:
     try:
-        if config.hosts_file is not None:
-            if (readers := describe_reader(config.hosts_file)) is not None:  # it has passwords
-                warnings.append(f"{config.file}: hosts_file: {readers}")
-            with file_errors(config, "hosts_file"):
-                lists.append(read_hosts_file(config.hosts_file))
-    except ConfigError as error:
-        errors.append(str(error))
+        if config.audit_file is not None:
+            check_usable(config.audit_file)
+    except AuditError as error:
+        raise ConfigError(f"{config.file}: audit_file: {error}") from error
+
+
+def _read_hosts_file(config: Config) -> HostList | None:
+    if config.hosts_file is None:
+        return None
+    with file_errors(config, "hosts_file"):
+        return read_hosts_file(config.hosts_file)
+
+
+def _run_hosts_script(config: Config) -> HostList | None:
     try:
-        if config.host_db_script is not None:
-            lists.append(asyncio.run(run_hosts_script(config.host_db_script, config.host_db_timeout)))
+        script = config.host_db_script
+        return None if script is None else asyncio.run(run_hosts_script(script, config.host_db_timeout))
     except (ScriptFailed, OSError) as error:
-        errors.append(f"{config.file}: host_db_script: {error}")
-    return [*errors, *(str(line) for hosts in lists for line in hosts.rejected)], warnings
+        raise ConfigError(f"{config.file}: host_db_script: {error}") from error
 
 
 def _validities(config: Config) -> list[Validity]:
@@ -185,16 +199,11 @@ async def run(
             health = Health(dispatcher)
             clients = await stack.enter_async_context(aclosing(ClientServer(dispatcher, identities)))
             http, controller = None, None
-            if starting is not None:
+            if starting is not None and metrics is not None:
+                connections = lambda: _count_connections(dispatcher.config, clients, controller, http)  # noqa: E731
+                monitor = _make_monitor(dispatcher, clients, metrics, connections)
+                stack.push_async_callback(_cancel, asyncio.create_task(metrics.measure_lag()))
                 act, current = partial(ActingAs, dispatcher), lambda: dispatcher.config
-                monitor = None
-                if metrics is not None:
-                    connections = lambda: _count_connections(dispatcher.config, clients, controller, http)  # noqa: E731
-                    used = partial(_measure_memory, config.request_memory, clients)
-                    validities = lambda: _validities(dispatcher.config)  # noqa: E731
-                    shown = lambda: _monitor_settings(dispatcher.config)  # noqa: E731
-                    monitor = Monitor(dispatcher, metrics, connections, used, validities, shown)
-                    stack.push_async_callback(_cancel, asyncio.create_task(metrics.measure_lag()))
                 of_api = act, current, lambda: clients.identities, clients.memory
                 http = starting.HTTPAPI(*of_api, monitor, health, metrics)
                 await stack.enter_async_context(aclosing(http))
@@ -291,6 +300,15 @@ async def _begin_metrics(store: Store) -> Metrics:
     store.observe(metrics.observe_changes)
     store.measure()
     return metrics
+
+
+def _make_monitor(
+    dispatcher: Dispatcher, clients: ClientServer, metrics: Metrics, connections: Callable[[], Mapping[str, Limits]]
+) -> Monitor:
+    used = partial(_measure_memory, dispatcher.config.request_memory, clients)
+    validities = lambda: _validities(dispatcher.config)  # noqa: E731
+    shown = lambda: _monitor_settings(dispatcher.config)  # noqa: E731
+    return Monitor(dispatcher, metrics, connections, used, validities, shown)
 
 
 def _count_connections(

@@ -24,7 +24,7 @@ class ReplyMemory:
         self._waiting: dict[ReplyShare, tuple[int, Callable[[], object]]] = {}  # the first request first
 
     @property
-    def is_short(self) -> bool:
+    def has_waiting(self) -> bool:
         """Whether a reply waits for memory."""
         return bool(self._waiting)
 
@@ -58,7 +58,7 @@ class ReplyShare:
         memory, size = self._memory, max(0, length - _UNCOUNTED)
         if size > self.size:
             self.release()
-            if memory.is_short or not memory._has_room(size):
+            if memory.has_waiting or not memory._has_room(size):
                 memory._waiting[self] = size, retry
                 return False
         released, self.size = self.size - size, size

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from harpcaller.http.lists import FACETS, JobFilterQuery
+from harp.protocol.dispatcher import COUNTED_BY
+from harpcaller.http.lists import JobFilterQuery
 from harpcaller.model.job_filters import KEYS
 from harpcaller.model.jobs import State
 from harpcaller.store.sqlite.counting import FACETS as STORED_FACETS
@@ -229,7 +230,7 @@ async def test_http_counts_and_statistics(tmp_path: Path, peer: Peer) -> None:
 
 def test_http_filter_has_all_parts_and_facets() -> None:
     assert set(JobFilterQuery.__struct_encode_fields__) == {*KEYS, "q"}
-    assert set(FACETS) == set(STORED_FACETS)
+    assert set(COUNTED_BY) == set(STORED_FACETS)
 
 
 # Idempotency-Key.

@@ -226,11 +226,11 @@ async def test_http_long_responses_wait_for_memory(tmp_path: Path, peer: Peer) -
             await read_head(reader)  # and nothing else of it
             second = asyncio.create_task(api.client.get(f"/jobs/{job}/result"))
             async with asyncio.timeout(20):
-                while not api.api.service.streams.memory.is_short:
+                while not api.api.service.streams.memory.has_waiting:
                     await asyncio.sleep(0.01)
             assert (await api.client.get("/jobs")).status_code == 200  # short responses need no share
             assert len((await second).content) > 12 * MIB
-        assert not api.api.service.streams.memory.is_short
+        assert not api.api.service.streams.memory.has_waiting
 
 
 BODY = b'{"host":"a","procedure":"b","arguments":[]}'

@@ -30,7 +30,7 @@ async def test_replies_share_the_limit_in_order_of_requests() -> None:
     first, second, long, later = (Client(memory) for _ in range(4))
     assert first.reserve(60)
     assert second.reserve(40)
-    assert not memory.is_short
+    assert not memory.has_waiting
     assert not long.reserve(50)
     assert not later.reserve(10)
     second.share.release()
@@ -41,7 +41,7 @@ async def test_replies_share_the_limit_in_order_of_requests() -> None:
     assert (long.retries, later.retries) == (1, 1)
     assert long.reserve(50)
     assert later.reserve(10)
-    assert not memory.is_short
+    assert not memory.has_waiting
 
 
 async def test_short_replies_never_wait() -> None:

@@ -329,7 +329,7 @@ class Connection:
         """Disconnect a client that has not read since the last check, if others wait for memory."""
         assert self._unsent is not None
         unsent = len(self._unsent)
-        if unsent == unsent_before and self._server.reply_memory.is_short:
+        if unsent == unsent_before and self._server.reply_memory.has_waiting:
             log.info("client does not read", extra={"peer": self.client.peer, "unsent": unsent})
             self.abort()
         else:

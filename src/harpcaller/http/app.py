@@ -166,11 +166,10 @@ class HTTPApp:
 
     def _count(self, scope: Scope, status: int, seconds: float) -> None:
         """Count a request whose response begins, by the template of its path; clients choose only its parameters."""
-        if self.service.metrics is not None:
-            state = scope["state"]
-            method = scope["method"] if scope["method"] in _METHODS else "other"
-            waits = state.get("waits", False)
-            self.service.metrics.record_http(state.get("route", "other"), method, status, None if waits else seconds)
+        state = scope["state"]
+        method = scope["method"] if scope["method"] in _METHODS else "other"
+        waits = state.get("waits", False)
+        self.service.metrics.record_http(state.get("route", "other"), method, status, None if waits else seconds)
 
 
 @lru_cache(256)
@@ -189,8 +188,7 @@ async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
 async def _settle(error: Exception, service: HTTPService, request: Request) -> Problem:
     """Return the problem of an error, after its entry in the audit file, and the delay of a wrong token."""
     if isinstance(error, AuthError):
-        if service.metrics is not None:
-            service.metrics.auth_failures[("http",)] += 1
+        service.metrics.auth_failures[("http",)] += 1
         service.acting_as(request.state.client).record_unauthenticated(error)
     if isinstance(error, Refusal) and error.recorded is not None:
         await asyncio.wait([error.recorded])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from msgspec import Meta
 from starlette.responses import Response
@@ -16,18 +16,17 @@ from harpcaller.access import AccessDenied
 from harpcaller.acting import ActingAs
 from harpcaller.changes import Event, Position, Reset, RowWriter, Subscription
 from harpcaller.http.authentication import repeat_authentication
+from harpcaller.http.jobs import QueueNames
 from harpcaller.http.lists import JobFilterQuery, encode_counts
 from harpcaller.http.operations import Answer, APIRequest, Operation
 from harpcaller.http.problems import Problem
-from harpcaller.http.streaming import ACCESS, StreamResponse
+from harpcaller.http.streaming import ACCESS, EVENTS, JSON_LINES, RETRY, StreamResponse
 from harpcaller.job_rows import write_row, write_row_as_text
 from harpcaller.model.job_filters import JobFilter
 from harpcaller.store import StorageError
 
-JSON_LINES, EVENTS = "application/jsonl", "text/event-stream"
 TOPICS = ("jobs", "counts")
 
-_RETRY = b"retry: 1000\n\n"  #: Milliseconds until a browser connects again.
 _COUNT_EVERY = 1.0  #: Minimum seconds between two events with numbers of jobs.
 
 
@@ -35,10 +34,7 @@ class EventsQuery(JobFilterQuery, frozen=True, kw_only=True, rename={"from_": "f
     """The parameters of `follow_events`."""
 
     topics: Annotated[str, Meta(description=f"Topics, separated by commas: {', '.join(TOPICS)}.")] = "jobs"
-    payloads: Annotated[
-        Literal["raw", "text"],
-        Meta(description="How the names of queues are shown: as JSON, or as a string that has the exact text."),
-    ] = "raw"
+    payloads: QueueNames = "raw"
 
 
 def _encode_event(event: Event, event_id: str) -> bytes:
@@ -79,7 +75,7 @@ class EventSource:
         # A client that connects again before it has received what it missed must not skip it.
         known = acting.position if after is None else after
         self._hello: Event | None = Event("hello", dumps(hello), known)
-        self._start = b"" if as_lines else _RETRY
+        self._start = b"" if as_lines else RETRY
         self._last: bytes | None = None
         self._returned: bytes | None = None  # the last part, which was put back
 
@@ -228,8 +224,7 @@ async def follow_events(request: APIRequest) -> Response:
         admitted.release()
         raise
     media_type = JSON_LINES if as_lines else EVENTS
-    headers = {"X-Accel-Buffering": "no"}
-    return StreamResponse(admitted, source, media_type, repeat_authentication(request), headers)
+    return StreamResponse(admitted, source, media_type, repeat_authentication(request))
 
 
 OPERATIONS = (

@@ -1,6 +1,7 @@
 """The operations that list queues and hosts. They change nothing, and have no password and no user of a host.
 
-A request looks at a limited number of queues or hosts: a page may have fewer than `limit`, or none, and go on.
+A request looks at a limited number of queues or hosts: a page may have fewer than `limit`, or none, although there are
+more.
 
 Spec: docs/http-api.md, Queues and hosts.
 """
@@ -21,7 +22,7 @@ from harp.protocol.json_text import Envelope, Raw, loads
 from harpcaller.access.policy import Action, Target
 from harpcaller.cursors import InvalidCursor
 from harpcaller.host_states import HostState
-from harpcaller.http.jobs import show_payload
+from harpcaller.http.jobs import QueueNames, show_payload
 from harpcaller.http.operations import (
     TAG,
     TAG_HEADER,
@@ -42,10 +43,6 @@ _QUEUE_ID = re.compile(r"[0-9a-f]{32}", re.ASCII)
 _MAX_NAME = 4096  #: Maximum characters of a queue's name in a query.
 
 Text = Annotated[str, Meta(max_length=255, description="only those with this text in their name, in any case")]
-Form = Annotated[
-    Literal["raw", "text"],
-    Meta(description="how names of queues are shown: as JSON, or as a string that has the exact text"),
-]
 Limit = Annotated[int, Meta(ge=1, le=_MOST)]
 CursorText = Annotated[str, Meta(max_length=1000, description="`next` of the page before")]
 
@@ -66,13 +63,13 @@ class QueuesQuery(Struct, frozen=True, forbid_unknown_fields=True):
     ) = None
     limit: Limit = 100
     cursor: CursorText | None = None
-    payloads: Form = "raw"
+    payloads: QueueNames = "raw"
 
 
 class QueueQuery(Struct, frozen=True, forbid_unknown_fields=True):
     """The parameters of `get_queue`."""
 
-    payloads: Form = "raw"
+    payloads: QueueNames = "raw"
 
 
 class HostsQuery(Struct, frozen=True, forbid_unknown_fields=True):

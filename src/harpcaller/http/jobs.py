@@ -16,7 +16,7 @@ from msgspec import Meta, Struct
 from starlette.responses import Response
 
 from harp.protocol.dispatcher import MAX_CALLS, SECRETS, Call, NoResult, Queue, decode_calls, decode_queue
-from harp.protocol.ends import Failed, Raised, Returned
+from harp.protocol.ends import End, Failed, Raised, Returned
 from harp.protocol.json_text import Envelope, Raw, dumps
 from harp.protocol.schema import (
     Arguments,
@@ -49,13 +49,12 @@ from harpcaller.http.operations import (
 )
 from harpcaller.http.problems import Problem
 from harpcaller.model.ids import is_job_id
-from harpcaller.model.jobs import Job
+from harpcaller.model.jobs import PREVIEW_LENGTH, Job
 from harpcaller.store import StorageError, UnknownJob
 
 T = TypeVar("T")
 
 MAX_WAIT = 60  #: Maximum seconds that a request waits for a job.
-_MAX_PREVIEW = 200  #: Maximum length of `end_message` in characters.
 _MAX_END = 256 * 1024  #: Bytes of an end above which the job has only its address.
 _STEP = 64 * 1024  #: Characters of a payload that are encoded in one step of the event loop.
 _KEY = re.compile(r"[!-~]{1,255}", re.ASCII)
@@ -63,6 +62,10 @@ _KEY = re.compile(r"[!-~]{1,255}", re.ASCII)
 Payloads = Annotated[
     Literal["raw", "text", "none"],
     Meta(description="How payloads are shown: as JSON, as a string that has the exact text, or not at all."),
+]
+QueueNames = Annotated[
+    Literal["raw", "text"],
+    Meta(description="How the names of queues are shown: as JSON, or as a string that has the exact text."),
 ]
 WaitSeconds = Annotated[float, Meta(ge=0, le=MAX_WAIT, description="Maximum seconds to wait for the end of the job.")]
 
@@ -255,7 +258,7 @@ async def show_job(request: APIRequest, job_id: str, form: str) -> tuple[Job, En
         shown["queue"] = Envelope(id=stored.queue_id, name=show_payload(job.queue, form))
     error = job.end if isinstance(job.end, (Failed, Raised)) else None
     shown["end_type"] = None if error is None else error.type
-    shown["end_message"] = None if error is None else error.message[:_MAX_PREVIEW]
+    shown["end_message"] = None if error is None else error.message[:PREVIEW_LENGTH]
     shown.update(unreachable_since=acting.find_outage(job.id), run=None, rerun_of=job.rerun_of)
     shown["can"] = list(acting.rights_to(job))
     if form != "none":
@@ -323,28 +326,29 @@ async def get_job(request: APIRequest) -> Response:
 
 async def get_end(request: APIRequest) -> Response:
     """Answer with the end of a job."""
-    job_id = job_of(request)
-    request.service.check_waits(request, request.query.wait)
-    await wait_until_ended(request, job_id, request.query.wait)
-    end = (await request.acting.get_job(job_id)).end
-    if end is None:
-        return json_response(encode_object(NoResult()), 202)
-    return json_response(encode_object(end))
+    end = await _wait_for_end(request)
+    return json_response(encode_object(NoResult()), 202) if end is None else json_response(encode_object(end))
+
+
+async def _wait_for_end(request: APIRequest) -> End | None:
+    """Return the end of a job, perhaps after a wait; None: it has not ended."""
+    job_id, seconds = job_of(request), request.query.wait
+    request.service.check_waits(request, seconds)
+    await wait_until_ended(request, job_id, seconds)
+    return (await request.acting.get_job(job_id)).end
 
 
 async def get_result(request: APIRequest) -> Response:
     """Answer with the value that a job has returned, and nothing else."""
-    job_id = job_of(request)
-    request.service.check_waits(request, request.query.wait)
-    await wait_until_ended(request, job_id, request.query.wait)
-    end = (await request.acting.get_job(job_id)).end
-    if end is None:
+    if (end := await _wait_for_end(request)) is None:
         return json_response(encode_object(NoResult()), 202)
     if not isinstance(end, Returned):
         text = encode_object(end)
         members = {"end": text} if len(text) <= _MAX_END else {}
         raise Problem("no_result", "the job has not returned a value; see its end", members=members)
-    headers = {"Content-Disposition": f'attachment; filename="{job_id}.json"'} if request.query.download else {}
+    headers = (
+        {"Content-Disposition": f'attachment; filename="{job_of(request)}.json"'} if request.query.download else {}
+    )
     return Response(bytes(end.result), headers=headers, media_type="application/json")
 
 

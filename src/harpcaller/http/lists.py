@@ -12,8 +12,10 @@ import msgspec
 from msgspec import Meta, Struct
 from starlette.responses import Response
 
+from harp.protocol.dispatcher import COUNTED_BY
 from harp.protocol.json_text import Envelope, Raw, dumps
 from harpcaller.acting import ActingAs
+from harpcaller.http.jobs import QueueNames
 from harpcaller.http.operations import (
     TAG,
     TAG_HEADER,
@@ -32,7 +34,6 @@ from harpcaller.job_rows import dump_object, write_row, write_row_as_text
 from harpcaller.model.job_filters import JobFilter, parse_filter, parse_time
 from harpcaller.model.jobs import JobCounts
 
-FACETS = ("state", "host", "procedure", "queue", "owner", "end_type")
 _MAX_BUCKETS = 1500
 _STEP = 50  #: Rows that are encoded in one step of the event loop.
 
@@ -80,16 +81,13 @@ class ListQuery(JobFilterQuery, frozen=True, kw_only=True, rename={"from_": "fro
     order: _Order = "newest"
     limit: Annotated[int, Meta(ge=1, le=500, description="Maximum number of jobs.")] = 50
     cursor: Annotated[str | None, Meta(description="`next` of the page before.")] = None
-    payloads: Annotated[
-        Literal["raw", "text"],
-        Meta(description="How the names of queues are shown: as JSON, or as a string that has the exact text."),
-    ] = "raw"
+    payloads: QueueNames = "raw"
 
 
 class CountsQuery(JobFilterQuery, frozen=True, kw_only=True, rename={"from_": "from"}):
     """The parameters of `count_jobs`."""
 
-    by: Annotated[str, Meta(description=f"Facets, separated by commas: {', '.join(FACETS)}.")] = "state"
+    by: Annotated[str, Meta(description=f"Facets, separated by commas: {', '.join(COUNTED_BY)}.")] = "state"
     most: Annotated[int, Meta(ge=1, le=10_000, description="Jobs are counted up to this number.")] = 10_000
 
 
@@ -100,7 +98,8 @@ class StatisticsQuery(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     to: Annotated[str | None, Meta(description="Its end; by default now.")] = None
     step: Annotated[Literal[10, 60, 300, 3600, 86400], Meta(description="Seconds of a bucket.")] = 60
     state: Annotated[
-        str | None, Meta(description="Closing states, separated by commas: only ends in these states are counted.")
+        str | None,
+        Meta(description="States of ended jobs, separated by commas: only ends in these states are counted."),
     ] = None
 
 
@@ -165,8 +164,8 @@ async def count_jobs(request: APIRequest) -> Response:
     query: CountsQuery = request.query
     facets = list(dict.fromkeys(query.by.split(",")))
     for facet in facets:
-        if facet not in FACETS:
-            raise Problem("invalid_request", f"by: expected some of {', '.join(FACETS)}, got {facet[:100]!r}")
+        if facet not in COUNTED_BY:
+            raise Problem("invalid_request", f"by: expected some of {', '.join(COUNTED_BY)}, got {facet[:100]!r}")
     counts = await request.acting.count_jobs(query.parse(time.time()), facets, query.most)
     shown = encode_counts(counts)
     return tagged_response(request, shown, [shown["by"], shown["exact"]])
@@ -202,7 +201,7 @@ OPERATIONS = (
         operation_id="list_jobs",
         summary="List jobs",
         description="One page of the jobs that fit the filter; see [filters](job-filters.md). A page may be empty "
-        "although there are more jobs: go on with `next` until `complete` is true. `Link` has the next page, too. "
+        "although there are more jobs: continue with `next` until `complete` is true. `Link` has the next page, too. "
         "While no job changes, the tag stays the same, and a request with it reads nothing from the store.",
         headers=TAG_HEADER,
         handler=list_jobs,

@@ -25,12 +25,11 @@ class MonitoringRoutes:
 
     def routes(self) -> list[Route]:
         """Return the routes, relative to the base path."""
-        routes = [Route("/healthz", self._send_health)]
-        if self._service.health is not None:
-            routes.append(Route("/readyz", self._send_readiness))
-        if self._service.monitor is not None:
-            routes.append(Route("/metrics", self._send_metrics))
-        return routes
+        return [
+            Route("/healthz", self._send_health),
+            Route("/readyz", self._send_readiness),
+            Route("/metrics", self._send_metrics),
+        ]
 
     async def _send_health(self, request: Request) -> Response:
         """Answer while the event loop turns: without the store, and without a lock."""
@@ -39,10 +38,8 @@ class MonitoringRoutes:
 
     async def _send_readiness(self, request: Request) -> Response:
         request.state.route = "/readyz"
-        assert self._service.health is not None
         checks = await self._service.health.check()
-        is_ready = all(check.ok for check in checks)
-        if is_ready:
+        if all(check.ok for check in checks):
             return json_response({"ready": True})
         has_details = await self._may_see_details(request)
         shown = [
@@ -64,7 +61,6 @@ class MonitoringRoutes:
 
     async def _send_metrics(self, request: Request) -> Response:
         request.state.route = "/metrics"
-        assert self._service.monitor is not None
         await self._require(request)
         openmetrics = accepts_openmetrics(request.headers.get("accept", ""))
         text = await self._service.monitor.scrape(openmetrics)

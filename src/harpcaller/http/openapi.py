@@ -1,4 +1,4 @@
-"""The OpenAPI document and the tables of docs/http-api.md, made from the table of operations."""
+"""The OpenAPI document, made from the table of operations."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ _OF_ALL = (
 _STATUSES_OF_BODY = (422,)  #: Of `invalid_request`, if the body is JSON, but not what is expected.
 _VARIABLE = re.compile(r"\{(\w+)\}")
 _PATH_SCHEMAS = {"job": UUID}
-_BEGIN, _END = "<!-- operations -->\n", "<!-- end of operations -->\n"
 
 
 def openapi_document(operations: Sequence[Operation], base_path: str = "") -> dict[str, Any]:
@@ -142,46 +141,8 @@ def encode_document(operations: Sequence[Operation], base_path: str = "") -> byt
     return json.dumps(openapi_document(operations, base_path), indent=1).encode() + b"\n"
 
 
-def render_tables(operations: Sequence[Operation]) -> str:
-    """Return the part of docs/http-api.md that is made from the table."""
-    parts = ["| method and path | `operationId` | right | meaning |\n|---|---|---|---|\n"]
-    for one in operations:
-        right = "" if one.action is None else f"`{one.action}`"
-        parts.append(f"| `{one.method} {one.path}` | `{one.operation_id}` | {right} | {one.summary} |\n")
-    for one in operations:
-        parts.append(f"\n### {one.summary}\n\n`{one.method} {one.path}`\n")
-        if one.description:
-            parts.append(f"\n{one.description}\n")
-        if rows := [*_query_rows(one), *_header_rows(one)]:
-            parts.append("\n| parameter | default | meaning |\n|---|---|---|\n" + "".join(rows))
-        if one.body is not None:
-            parts.append(f"\n```json\n{json.dumps(one.body.example)}\n```\n")
-        parts.append("\n| status | meaning |\n|---|---|\n")
-        parts += [f"| {status} | {answer.meaning} |\n" for status, answer in one.responses.items()]
-        parts += [f"| {status} | {', '.join(f'`{code}`' for code in codes)} |\n" for status, codes in own_problems(one)]
-    return "".join(parts)
-
-
 def own_problems(operation: Operation) -> Iterator[tuple[int, list[str]]]:
     """Yield the problems of an operation that not every operation may have: status and codes."""
     for status, codes in problems_of(operation).items():
         if own := [code for code in codes if code in operation.problems]:
             yield status, own
-
-
-def _query_rows(operation: Operation) -> Iterator[str]:
-    for name, schema in query_schemas(operation).items():
-        kind = "one of " + ", ".join(f"`{value}`" for value in schema["enum"]) if "enum" in schema else schema["type"]
-        default = f"`{json.dumps(schema['default'])}`" if "default" in schema else ""
-        yield f"| `{name}` ({kind}) | {default} | {schema.get('description', '')} |\n"
-
-
-def _header_rows(operation: Operation) -> Iterator[str]:
-    for name, meaning in operation.headers.items():
-        yield f"| header `{name}` | | {meaning} |\n"
-
-
-def insert_tables(page: str, operations: Sequence[Operation]) -> str:
-    """Return docs/http-api.md with its part made anew."""
-    before, _, rest = page.partition(_BEGIN)
-    return f"{before}{_BEGIN}{render_tables(operations)}{_END}{rest.partition(_END)[2]}"

@@ -25,7 +25,7 @@ from harpcaller.http.authentication import repeat_authentication
 from harpcaller.http.jobs import job_of
 from harpcaller.http.operations import Answer, APIRequest, Body, Operation
 from harpcaller.http.problems import Problem
-from harpcaller.http.streaming import ACCESS, Admitted, Source, StreamResponse
+from harpcaller.http.streaming import ACCESS, EVENTS, JSON_LINES, RETRY, TEXT, Source, StreamResponse
 from harpcaller.job_rows import write_row
 from harpcaller.model.ids import is_job_id
 from harpcaller.model.jobs import Job, Records
@@ -33,12 +33,9 @@ from harpcaller.notifier import RecordBatch
 from harpcaller.record_stream import RecordStream
 from harpcaller.store import RecordMatches, StorageError, UnknownJob
 
-JSON_LINES, EVENTS, TEXT = "application/jsonl", "text/event-stream", "text/plain"
-
 _MAX_SEARCHED = 64 * 1024 * 1024  #: Maximum bytes of records that one request looks through.
 _MAX_JOBS = 100  #: Maximum number of jobs in one response.
 _MAX_NUMBERS = 16 * 1024  #: Maximum bytes of the body with the numbers of the next records.
-_RETRY = b"retry: 1000\n\n"  #: Milliseconds until a browser connects again.
 
 _PAGE_RECORDS, _PAGE_BYTES = 1000, 1024 * 1024  #: Limits of a response that does not follow.
 _STEP_BYTES = 1024 * 1024  #: Bytes that are looked through in one step.
@@ -52,7 +49,7 @@ class RecordsQuery(Struct, frozen=True, forbid_unknown_fields=True):
     before: Annotated[int, Meta(ge=0, description="the records before this number, `limit` of them")] | None = None
     limit: Annotated[int, Meta(ge=1, le=10_000, description="maximum number of records")] | None = None
     bytes: Annotated[int, Meta(ge=1024, le=8 * 1024 * 1024, description="maximum bytes of records")] | None = None
-    follow: Annotated[bool, Meta(description="go on until the job ends")] = False
+    follow: Annotated[bool, Meta(description="continue until the job ends")] = False
     timed: Annotated[bool, Meta(description="with the time of each record")] = True
     state: Annotated[bool, Meta(description="also the row of the job, when it changes")] = False
     grep: Annotated[str, Meta(min_length=1, max_length=1000, description="only records with this text")] | None = None
@@ -65,7 +62,7 @@ class ManyRecordsQuery(Struct, frozen=True, forbid_unknown_fields=True):
     """The parameters of `follow_records`."""
 
     jobs: Annotated[str, Meta(description=f"job ids, {_MAX_JOBS} at most, separated by commas")]
-    follow: Annotated[bool, Meta(description="go on until all jobs have ended")] = False
+    follow: Annotated[bool, Meta(description="continue until all jobs have ended")] = False
     timed: Annotated[bool, Meta(description="with the time of each record")] = True
 
 
@@ -128,7 +125,7 @@ class ServerSentEvents:
 
     media_type = EVENTS
     heartbeat = b": hb\n\n"
-    start = _RETRY
+    start = RETRY
 
     def records(self, batch: RecordBatch, timed: bool) -> bytes:
         """See `Form`."""
@@ -204,7 +201,7 @@ def _to_text(value: Raw) -> bytes:
 
 
 class RecordSource:
-    """The records of a job, at most `limit` of them and about `room` bytes; then its end, or where to go on."""
+    """The records of a job, at most `limit` of them and about `room` bytes; then its end, or where to continue."""
 
     def __init__(self, form: Form, timed: bool, limit: int | None = None, room: int | None = None) -> None:
         self.stream: RecordStream  #: Calls `wake` when it is ready.
@@ -560,7 +557,7 @@ async def read_records(request: APIRequest) -> Response:
     """Answer with the records of a job."""
     query: RecordsQuery = request.query
     job_id = job_of(request)
-    form, headers = _FORMS[_choose_form(request)], {"X-Accel-Buffering": "no"}
+    form, headers = _FORMS[_choose_form(request)], {}
     last_id = _read_last_id(request) if form.media_type == EVENTS else None
     _check(query, last_id)
     if query.download:
@@ -580,13 +577,7 @@ async def read_records(request: APIRequest) -> Response:
     except BaseException:
         admitted.release()
         raise
-    return _respond(request, admitted, source, form.media_type, headers)
-
-
-def _respond(
-    request: APIRequest, admitted: Admitted, source: Source, media_type: str, headers: Mapping[str, str] | None = None
-) -> Response:
-    return StreamResponse(admitted, source, media_type, repeat_authentication(request), headers)
+    return StreamResponse(admitted, source, form.media_type, repeat_authentication(request), headers)
 
 
 async def _open_records(request: APIRequest, job_id: str, form: Form, last_id: int | None) -> RecordSource | None:
@@ -608,11 +599,7 @@ async def _open_records(request: APIRequest, job_id: str, form: Form, last_id: i
     source.on_ready = ready.set
     source.stream = stream = request.acting.stream(job_id, since, recent, query.follow, source.wake)
     try:
-        while not stream.is_read:
-            await ready.wait()
-            ready.clear()
-        if stream.error is not None:
-            raise stream.error
+        await _wait_read(stream, ready)
     except BaseException:
         stream.close()
         raise
@@ -623,6 +610,15 @@ async def _open_records(request: APIRequest, job_id: str, form: Form, last_id: i
     if query.state:
         source.row = RowSource(request.acting, job_id, source.wake)
     return source
+
+
+async def _wait_read(stream: RecordStream, ready: asyncio.Event) -> None:
+    """Wait until it is known whether the client may read a job; raise the error of its stream. `ready` is its event."""
+    while not stream.is_read:
+        await ready.wait()
+        ready.clear()
+    if stream.error is not None:
+        raise stream.error
 
 
 def _choose_form(request: APIRequest) -> str:
@@ -701,22 +697,18 @@ async def _send_many(request: APIRequest, jobs: Mapping[str, int | None]) -> Res
             wake = lambda of_job=job_id: source.wake(of_job)  # noqa: E731
             source.add(job_id, request.acting.stream(job_id, since or 0, None, query.follow, wake), since or 0)
         for stream in list(source.streams.values()):
-            while not stream.is_read:
-                await ready.wait()
-                ready.clear()
-            if stream.error is not None:
-                raise stream.error
+            await _wait_read(stream, ready)
     except BaseException:
         source.close()
         admitted.release()
         raise
-    return _respond(request, admitted, source, JSON_LINES, {"X-Accel-Buffering": "no"})
+    return StreamResponse(admitted, source, JSON_LINES, repeat_authentication(request))
 
 
 _RECORDS_RULES = """\
 JSON Lines have a line `{"packet":N,"time":T,"data":ANY}` for each record, in this spelling, and a last line:
 the end of the job as in the client protocol, `{"continue":true,"next":N}` if there may be more, or
-`{"interrupted":REASON,"next":N}`. A response without a last line is incomplete; go on with `since`.
+`{"interrupted":REASON,"next":N}`. A response without a last line is incomplete; continue with `since`.
 While nothing comes, a response with `follow` has an empty line each 15 seconds. With `state`, there are also lines
 `{"job":ROW}`, or events `job`: the row of the job, first as it is, and after each change.
 
@@ -766,7 +758,7 @@ OPERATIONS = (
         method="POST",
         path="/records",
         operation_id="resume_records",
-        summary="Go on with the records of several jobs",
+        summary="Continue with the records of several jobs",
         description="As `follow_records`; the body has the number of the next record of each job.",
         handler=resume_records,
         query=ResumeQuery,

@@ -49,9 +49,9 @@ class HTTPService:
         identities: Callable[[], Identities],
         memory: MemoryQuota,
         sessions: Sessions,
-        monitor: Monitor | None = None,
-        health: Health | None = None,
-        metrics: Metrics | None = None,
+        monitor: Monitor,
+        health: Health,
+        metrics: Metrics,
     ) -> None:
         self.acting_as = acting_as
         self.config = config
@@ -59,9 +59,9 @@ class HTTPService:
         self.memory = memory
         self.sessions = sessions
         self.users: Users | None = None  #: Those who log in by a password; None: nobody does.
-        self.monitor = monitor  #: The source of the metrics; None: there are none.
-        self.health = health  #: The checks of readiness; None: there are none.
-        self.metrics = metrics  #: What is counted; None: nothing.
+        self.monitor = monitor  #: The source of the metrics.
+        self.health = health  #: The checks of readiness.
+        self.metrics = metrics  #: What is counted.
         self.pages = SharedReads()  #: The pages of lists that are being read.
         self.waits = 0  #: Number of requests that wait for a job.
         self._waits_of: Counter[str] = Counter()  # by principal

@@ -164,7 +164,7 @@ class Sessions:
         return secret, session
 
     def find(self, secret: str) -> Session | None:
-        """Return the session of a cookie, and note its use; None: there is none, or it has ended."""
+        """Return the session of a cookie, and note its use; None if it does not exist or has ended."""
         session = self._sessions.get(_digest(secret)) if len(secret) <= _MAX_SECRET else None
         if session is None or not self.is_current(session):
             return None
@@ -198,7 +198,7 @@ class Sessions:
         return [session for session in self._sessions.values() if self.is_current(session)]
 
     async def end(self, session_id: str) -> bool:
-        """End a session; return False if there is none with this id."""
+        """End a session; return False if no session has this id."""
         for digest, session in list(self._sessions.items()):
             if session.id == session_id:
                 del self._sessions[digest]

@@ -56,9 +56,9 @@ class HTTPAPI:
         config: Callable[[], Config],
         identities: Callable[[], Identities],
         memory: MemoryQuota,
-        monitor: Monitor | None = None,
-        health: Health | None = None,
-        metrics: Metrics | None = None,
+        monitor: Monitor,
+        health: Health,
+        metrics: Metrics,
     ) -> None:
         sessions = Sessions(
             config().stream_directory / "sessions",
@@ -120,7 +120,7 @@ class HTTPAPI:
         return f"{self._find_address()}/login#k={self.service.sessions.add_link(name, roles, seconds)}"
 
     def _find_address(self) -> str:
-        """Return the address of the console for browsers. Raises ValueError if there is none."""
+        """Return the address of the console for browsers. Raises ValueError if it has no address."""
         settings = self.service.settings
         public = f"[{name}]" if ":" in (name := next(iter(settings.hosts), "")) else name
         if settings.behind_proxy and public:

@@ -1,4 +1,4 @@
-"""Responses that go on for long: records and events, as fast as the client reads them.
+"""Responses that last: records and events, as fast as the client reads them.
 
 Theory of operation: a response pulls the next part from its `Source` when the last one was passed to the transport,
 which takes no more while the client does not read. So a client that does not read needs the memory of its source, a
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+JSON_LINES, EVENTS, TEXT = "application/jsonl", "text/event-stream", "text/plain"  #: The media types.
+RETRY = b"retry: 1000\n\n"  #: The start of server-sent events: milliseconds until a browser connects again.
 HEARTBEAT = 15.0  #: Seconds without data after which a heartbeat is sent.
 _CHECK_EVERY = 1.0  #: Seconds between two looks for responses that need a heartbeat.
 _AUTHENTICATE_EVERY = 1.0  #: Seconds between two checks of each client.
@@ -186,7 +188,8 @@ class StreamResponse(Response):
         authenticate: Callable[[], Awaitable[bool]],
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(None, 200, headers, media_type)
+        # nginx would collect the parts and send them late.
+        super().__init__(None, 200, {"X-Accel-Buffering": "no", **(headers or {})}, media_type)
         del self.headers["content-length"]
         self.authenticate = authenticate
         self._admitted = admitted

@@ -1,4 +1,4 @@
-// The way in. Whoever is not logged in learns nothing else: no version, no name, and not which part was wrong.
+// The login page. It shows nothing else to a visitor: no version, no name, and not which part of a login was wrong.
 import { post } from "./api.mjs";
 import { Button, html, Icon, setTitle, useEffect, useRef, useState } from "./ui.mjs";
 import { words } from "./words.mjs";
