@@ -1,8 +1,9 @@
-"""The output of a daemon's command line: its version, and a write that fails."""
+"""What the command lines of the daemons share: the version, numbers, and a write that fails."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,17 @@ NOT_WRITTEN = 3  #: The exit status of a program whose output cannot be written.
 def add_version(parser: argparse.ArgumentParser) -> None:
     """Add the option ``--version``."""
     parser.add_argument("--version", action="version", version=f"{parser.prog} {__version__}", help="print the version")
+
+
+def parse_number(text: str) -> float:
+    """Return the number of an option, at least 0. Raises `ArgumentTypeError`."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
+    return number
 
 
 @contextmanager

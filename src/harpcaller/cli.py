@@ -11,18 +11,19 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from harp.protocol.json_text import MAX_LINE_DEPTH, InvalidJSON, Raw, loads
+from harp.protocol.json_text import MAX_LINE_DEPTH, Raw, loads
 from harp.protocol.printing import escape_controls, print_escaped
 from harp_daemon.audit_commands import add_commands as add_audit_commands
 from harp_daemon.audit_commands import run as run_on_audit_file
 from harp_daemon.process import ProcessError, detach, occupy_standard_descriptors, pidfile
-from harp_daemon.program import add_version, written_output
+from harp_daemon.program import add_version, parse_number, written_output
 from harp_daemon.settings import ConfigError
 from harp_daemon.sliced_json import decode_slices
-from harpcaller.access.commands import add_commands, answer_question
+from harpcaller.access.commands import add_commands, answer_question, parse_queue
 from harpcaller.api.control_client import ControlClient, ControlError, NotRunning
 from harpcaller.config import DEFAULT_FILE, DEFAULT_MAX_AGE, load
 from harpcaller.hosts.registry import read_tags
@@ -381,6 +382,10 @@ def _single_reply(parsed: Namespace) -> dict[str, Any]:
 # The command line.
 
 
+#: Adds a command: name, function, help.
+_Add: TypeAlias = Callable[[str, Callable[[Namespace], int | None], str], argparse.ArgumentParser]
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     program = argparse.ArgumentParser(
@@ -394,97 +399,121 @@ def parser() -> argparse.ArgumentParser:
     program.add_argument("--socket", **path, default=_SOCKET, help=f"control socket ({_SOCKET})")
     program.add_argument("--config", **path, default=DEFAULT_FILE, help="TOML file (%(default)s)")
     program.add_argument("--test", action="store_true", help="check configuration, certificates and hosts, and exit")
-    # Also accepted after the command. Its default must not override the option before the command.
-    socket = argparse.ArgumentParser(add_help=False)
-    socket.add_argument("--socket", **path, default=argparse.SUPPRESS, help="control socket")
     commands = program.add_subparsers(dest="command", metavar="COMMAND")
+    add = partial(_add_command, commands)
+    _add_daemon_commands(add)
+    _add_store_commands(add)
+    _add_job_commands(add)
+    _add_host_commands(add)
+    _add_access_commands(add)
+    return program
 
-    def add(name: str, run: Callable[[Namespace], int | None], help: str) -> Callable[..., argparse.Action]:
-        command = add_parser(name, run, help)
-        return command.add_argument
 
-    def add_parser(name: str, run: Callable[[Namespace], int | None], help: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, parents=[socket], help=help, description=f"{help[0].upper()}{help[1:]}.")
-        command.set_defaults(run=run)
-        return command
+def _add_command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    run: Callable[[Namespace], int | None],
+    help: str,
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
+    # It is also accepted after the command. Its default must not override the option before the command.
+    command.add_argument(
+        "--socket", metavar="PATH", type=_absolute_path, default=argparse.SUPPRESS, help="control socket"
+    )
+    command.set_defaults(run=run)
+    return command
 
-    option = add("start", _start, "run the dispatcher")
+
+def _add_config(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    command.add_argument(
+        "--config",
+        metavar="PATH",
+        type=_absolute_path,
+        default=argparse.SUPPRESS,
+        help=f"TOML file ({DEFAULT_FILE})",
+    )
+    return command
+
+
+def _add_daemon_commands(add: _Add) -> None:
+    option = _add_config(add("start", _start, "run the dispatcher")).add_argument
     option("--debug", action="store_true", help="log at debug level, including the arguments of calls")
-    option("--config", **path, default=argparse.SUPPRESS, help=f"TOML file ({DEFAULT_FILE})")
     option("--pidfile", metavar="FILE", type=_absolute_path, help="write the process id to FILE")
     option("--daemon", action="store_true", help="run in the background; return when it serves")
-    option = add("status", _status, "show whether the dispatcher runs")
+    option = add("status", _status, "show whether the dispatcher runs").add_argument
     option("--full", action="store_true", help="show process, calls and the state of the hosts registry as JSON")
     option("--wait", action="store_true", help="wait until it runs")
-    option("--timeout", metavar="S", type=_number, help="wait at most S seconds")
-    option = add("stop", _stop, "stop the dispatcher and wait until its process has exited")
-    option("--timeout", metavar="S", type=_number, help="wait at most S seconds")
+    option("--timeout", metavar="S", type=parse_number, help="wait at most S seconds")
+    option = add("stop", _stop, "stop the dispatcher and wait until its process has exited").add_argument
+    option("--timeout", metavar="S", type=parse_number, help="wait at most S seconds")
     option("--print-pid", action="store_true", help="print its process id")
     add("reload", _reload, "reload the configuration, all or nothing")
-    access = add_parser("access", _access, "ask the access file who may do what; needs no daemon")
-    access.add_argument("--config", **path, default=argparse.SUPPRESS, help=f"TOML file ({DEFAULT_FILE})")
-    add_commands(access)
-    audit = add_parser("audit", _audit, "prove that the audit file is complete, and search it; needs no daemon")
-    audit.add_argument("--config", **path, default=argparse.SUPPRESS, help=f"TOML file ({DEFAULT_FILE})")
-    add_audit_commands(audit, "harpcallerd")
-    option = add("backup", _backup, "copy the jobs to a file while the dispatcher runs")
+    add("reopen-logs", _send_silently, "reopen the log files, after a rotation")
+
+
+def _add_store_commands(add: _Add) -> None:
+    option = add("backup", _backup, "copy the jobs to a file while the dispatcher runs").add_argument
     option("file", metavar="FILE", type=_absolute_path, help="a new file, or an earlier backup, which is replaced")
-    option = add("restore", _restore, "copy the jobs of a backup to a stopped dispatcher without jobs")
-    option("file", metavar="FILE", type=_absolute_path)
-    option("--config", metavar="FILE", type=_absolute_path, default=DEFAULT_FILE, help="TOML (%(default)s)")
+    restore = _add_config(add("restore", _restore, "copy the jobs of a backup to a stopped dispatcher without jobs"))
+    restore.add_argument("file", metavar="FILE", type=_absolute_path, help="the backup")
     queued = "what to do with queued jobs; those that ran after the backup would run again"
-    option("--queued", choices=("cancel", "run"), help=queued)
-    option = add("secrets-key", _secrets_key, "add a key for secret arguments to a file; print the id of the key")
-    option("file", metavar="FILE", type=_absolute_path, help="created if it does not exist; see secrets_key_file")
-    option = add("list", _print_reply, "list the jobs that have not ended, in the order of submission")
+    restore.add_argument("--queued", choices=("cancel", "run"), help=queued)
+    option = add("prune-jobs", _send_silently, "delete old ended jobs with their records").add_argument
+    option("--age", metavar="DAYS", type=_days, help="delete jobs that ended more than DAYS ago (default: max_age)")
+    option("--trust-clock", action="store_true", help="also after a leap of the clock: its present time is right")
+
+
+def _add_job_commands(add: _Add) -> None:
+    option = add("list", _print_reply, "list the jobs that have not ended, in the order of submission").add_argument
     option("--all", action="store_true", help="include jobs that have ended")
     option("--newest", metavar="N", type=_count, help="only the last N submitted jobs, the newest first")
     option("--host", metavar="HOST", help="only jobs for this host")
-    option("--of-queue", metavar="QUEUE", type=_queue, help="only jobs of this queue; QUEUE is a JSON object")
+    option("--of-queue", metavar="QUEUE", type=parse_queue, help="only jobs of this queue; QUEUE is a JSON object")
     option("--queue", action="store_true", help="show the queue of each job")
-    option = add("info", _print_reply, "show a job and its end")
-    option("job", metavar="JOB")
+    option = add("info", _print_reply, "show a job and its end").add_argument
+    option("job", metavar="JOB", help="its id")
     option("--full", action="store_true", help="show all details: host, stop, exit info, and the reason of its state")
-    option = add("cancel", _cancel, "cancel a job")
-    option("job", metavar="JOB")
-    option = add("release-slot", _release_slot, "free the slot of an ended job without confirmation by its host")
-    option("job", metavar="JOB")
-    option = add("queue-list", _queue_list, "list the names of the queues, or the unended jobs of one queue")
-    option("queue", metavar="QUEUE", type=_queue, nargs="?", help="a JSON object")
+    add("cancel", _cancel, "cancel a job").add_argument("job", metavar="JOB", help="its id")
+    release = add("release-slot", _release_slot, "free the slot of an ended job without confirmation by its host")
+    release.add_argument("job", metavar="JOB", help="its id")
+    option = add(
+        "queue-list", _queue_list, "list the names of the queues, or the unended jobs of one queue"
+    ).add_argument
+    option("queue", metavar="QUEUE", type=parse_queue, nargs="?", help="a JSON object")
     option("--full", action="store_true", help="show concurrency and numbers of jobs of each queue")
-    option = add("queue-cancel", _queue_cancel, "cancel all jobs of a queue; print how many")
-    option("queue", metavar="QUEUE", type=_queue, help="a JSON object")
-    option = add("hosts-list", _hosts_list, "list the hosts of the registry, without credentials")
+    cancel = add("queue-cancel", _queue_cancel, "cancel all jobs of a queue; print how many")
+    cancel.add_argument("queue", metavar="QUEUE", type=parse_queue, help="a JSON object")
+
+
+def _add_host_commands(add: _Add) -> None:
+    option = add("hosts-list", _hosts_list, "list the hosts of the registry, without credentials").add_argument
     option("--full", action="store_true", help="show the source of each host, its age in seconds and its last error")
-    option = add("hosts-refresh", _hosts_refresh, "run host_db_script and read hosts_file now")
+    option = add("hosts-refresh", _hosts_refresh, "run host_db_script and read hosts_file now").add_argument
     option("--force", action="store_true", help="use the hosts even if the list is empty or much shorter than before")
     option("--diff", action="store_true", help="only show what would change")
-    option = add("prune-jobs", _send_silently, "delete old ended jobs with their records")
-    option("--age", metavar="DAYS", type=_days, help="delete jobs that ended more than DAYS ago (default: max_age)")
-    option("--trust-clock", action="store_true", help="also after a leap of the clock: its present time is right")
-    token = commands.add_parser("token", parents=[socket], help="add, list or revoke tokens of clients")
-    token.add_argument("--config", **path, default=argparse.SUPPRESS, help=f"TOML file ({DEFAULT_FILE})")
-    of_tokens = token.add_subparsers(dest="action", metavar="ACTION", required=True)
 
-    def add_action(name: str, run: Callable[[Namespace], int | None], help: str) -> Callable[..., argparse.Action]:
-        action = of_tokens.add_parser(name, parents=[socket], help=help, description=f"{help[0].upper()}{help[1:]}.")
-        action.set_defaults(run=run)
-        action.add_argument("--config", **path, default=argparse.SUPPRESS, help=f"TOML file ({DEFAULT_FILE})")
-        return action.add_argument
 
-    option = add_action("add", _token_add, "print a new token; only its digest is stored")
+def _add_access_commands(add: _Add) -> None:
+    token = _add_config(add("token", _token_list, "add, list or revoke tokens of clients"))
+    add_action = partial(_add_command, token.add_subparsers(dest="action", metavar="ACTION", required=True))
+    option = _add_config(add_action("add", _token_add, "print a new token; only its digest is stored")).add_argument
     option("name", metavar="NAME", help="its name; its principal is token:NAME")
     option("--role", metavar="ROLE", action="append", help="a role of access_file that it has; may be repeated")
     option("--expires", metavar="WHEN", type=_time, help="90d, 12h, or a date such as 2030-01-31 (default: never)")
-    add_action("list", _token_list, "list the tokens, one JSON object per line")
-    option = add_action("revoke", _token_revoke, "revoke a token, on open connections, too")
-    option("name", metavar="NAME")
-    option = add("web-login", _web_login, "print a link that logs in to the console once, within 5 minutes")
+    _add_config(add_action("list", _token_list, "list the tokens, one JSON object per line"))
+    revoke = _add_config(add_action("revoke", _token_revoke, "revoke a token, on open connections, too"))
+    revoke.add_argument("name", metavar="NAME", help="its name")
+    option = add(
+        "web-login", _web_login, "print a link that logs in to the console once, within 5 minutes"
+    ).add_argument
     option("--as", dest="name", metavar="NAME", help="the principal is login:NAME (default: the user)")
     option("--role", metavar="ROLE", action="append", help="viewer, operator, admin (default), or one of access_file")
     option("--hours", metavar="H", type=_hours, help="end the session after H hours (default: session_age)")
-    add("reopen-logs", _send_silently, "reopen the log files, after a rotation")
-    return program
+    add_commands(_add_config(add("access", _access, "ask the access file who may do what; needs no daemon")))
+    audit = add("audit", _audit, "prove that the audit file is complete, and search it; needs no daemon")
+    add_audit_commands(_add_config(audit), "harpcallerd")
+    option = add("secrets-key", _secrets_key, "add a key for secret arguments to a file; print its id").add_argument
+    option("file", metavar="FILE", type=_absolute_path, help="created if it does not exist; see secrets_key_file")
 
 
 def _command_first(program: argparse.ArgumentParser, arguments: Sequence[str]) -> list[str]:
@@ -507,25 +536,15 @@ def _absolute_path(text: str) -> Path:
     return Path(text).absolute()  # --daemon changes the working directory
 
 
-def _number(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1
-    if not 0 <= number < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
-    return number
-
-
 def _days(text: str) -> float:
-    days = _number(text)
+    days = parse_number(text)
     if days == 0:
         raise argparse.ArgumentTypeError("expected a number above 0: 0 would delete all jobs that have ended")
     return days * 86_400
 
 
 def _hours(text: str) -> float:
-    hours = _number(text)
+    hours = parse_number(text)
     if hours == 0:
         raise argparse.ArgumentTypeError("expected a number above 0")
     return hours
@@ -542,21 +561,10 @@ def _time(text: str) -> float:
     units = {"h": 3600, "d": 86400}
     try:
         if text[-1:] in units:
-            return time.time() + _number(text[:-1]) * units[text[-1]]
+            return time.time() + parse_number(text[:-1]) * units[text[-1]]
         return datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp()
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"expected 90d, 12h or a date such as 2030-01-31, got {text}") from error
-
-
-def _queue(text: str) -> Raw:
-    try:
-        queue = loads(text)
-    except InvalidJSON as error:
-        raise argparse.ArgumentTypeError(f"expected a JSON object: {error}") from error
-    if not isinstance(queue, dict):
-        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text}")
-    # A line feed inside the object would end the request line.
-    return Raw(text.replace("\n", " ").encode("utf-8", "surrogateescape"))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import math
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,7 +15,7 @@ from harp_daemon.audit_commands import run as run_on_audit_file
 from harp_daemon.event_loop import run
 from harp_daemon.exposition import render
 from harp_daemon.process import ProcessError, detach, occupy_standard_descriptors, pidfile
-from harp_daemon.program import add_version, written_output
+from harp_daemon.program import add_version, parse_number, written_output
 from harp_daemon.settings import ConfigError
 from harpd.config.loaded import CommandLine, check, load_supervisor_config
 from harpd.config.settings import load
@@ -183,13 +182,6 @@ def _identity(text: str) -> str | int:
     return int(text) if text.isascii() and text.isdigit() else text
 
 
-def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not 0 <= seconds < math.inf:
-        raise ValueError
-    return seconds
-
-
 def parser() -> argparse.ArgumentParser:
     """Return the parser of harpd's command line."""
     command = argparse.ArgumentParser(
@@ -213,7 +205,7 @@ def parser() -> argparse.ArgumentParser:
     add("-d", "--daemon", action="store_true", help="run in the background; return when harpd serves")
     add("-p", "--pidfile", metavar="FILE", type=_path, help="write the process id to FILE")
     add("--metrics", action="store_true", help="status: print metrics for Prometheus instead")
-    add("--timeout", metavar="S", type=_seconds, help="drain: most seconds to wait (default: no limit)")
+    add("--timeout", metavar="S", type=parse_number, help="drain: most seconds to wait (default: no limit)")
     return command
 
 

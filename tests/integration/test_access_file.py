@@ -142,6 +142,8 @@ def test_access_test_shows_the_rule_and_limits(dispatcher: Harpcallerd, rules: P
     done = ask(dispatcher, "test", *call, '--arguments={"service": "nginx"}')
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "allowed: rule 2 (line 9) allows it\nlimits: rate 5/min\n"
+    last = dispatcher.control("access", "test", *call, f"--config={dispatcher.config_file}")
+    assert last.stdout.startswith("denied: ")
     done = ask(dispatcher, "test", *call, '--arguments={"service": "nginx", "service": "sshd"}')
     assert done.returncode == 1
     assert done.stdout.startswith("denied: rule 2 (line 9) cannot judge it: ")

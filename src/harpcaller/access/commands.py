@@ -45,7 +45,10 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     def add(name: str, answer: Callable[[Namespace], tuple[list[str], int]], help: str) -> argparse.ArgumentParser:
         question = questions.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
         question.set_defaults(answer=answer)
-        question.add_argument("--file", metavar="FILE", type=Path, help="the access file (access_file of --config)")
+        question.add_argument(
+            "--config", metavar="PATH", type=Path, default=argparse.SUPPRESS, help="the daemon's file"
+        )
+        question.add_argument("--file", metavar="FILE", type=Path, help="the access file (default: that of --config)")
         return question
 
     def add_target(question: argparse.ArgumentParser) -> None:
@@ -53,7 +56,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         option("--host", metavar="HOST", help="name of the host")
         option("--procedure", metavar="NAME", help="name of the procedure")
         option("--arguments", metavar="JSON", type=_arguments, help="arguments of the call, an object or an array")
-        option("--queue", metavar="JSON", type=_queue, help="name of the queue, an object")
+        option("--queue", metavar="JSON", type=parse_queue, help="name of the queue, an object")
         option("--action", choices=[str(action) for action in Action], default="call", help="default: %(default)s")
         option("--owner", metavar="PRINCIPAL", help="owner of the job that is read or cancelled (default: the client)")
 
@@ -160,7 +163,8 @@ def _arguments(text: str) -> Raw:
     return _json(text, (dict, list), "a JSON object or array")
 
 
-def _queue(text: str) -> Raw:
+def parse_queue(text: str) -> Raw:
+    """Return the name of a queue, a JSON object. Raises `ArgumentTypeError`."""
     return _json(text, (dict,), "a JSON object")
 
 
@@ -171,4 +175,5 @@ def _json(text: str, kinds: tuple[type, ...], expected: str) -> Raw:
         raise argparse.ArgumentTypeError(f"expected {expected}: {error}") from error
     if not isinstance(value, kinds):
         raise argparse.ArgumentTypeError(f"expected {expected}, got {text}")
-    return Raw(text.encode("utf-8", "surrogateescape"))
+    # A line feed between values would end the line of a request.
+    return Raw(text.replace("\n", " ").encode("utf-8", "surrogateescape"))
