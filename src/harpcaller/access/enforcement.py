@@ -26,7 +26,7 @@ class Admission(NamedTuple):
 
     owner: str | None = None  # of the job
     limits: Limits = NO_LIMITS
-    request_ids_of: str = ""  # the owner whose request ids the call's own is among; empty: those of all clients
+    request_ids_of: str = ""  # the owner among whose request ids its own is unique; empty: among those of all clients
     end: Failed | None = None  # the job ends with it, without a start
     rerun_of: str | None = None  # id of the job that is submitted again
 

@@ -46,7 +46,7 @@ class Identities:
 
     def __init__(self, config: Config, before: Identities | None = None) -> None:
         self.config = config
-        self.tls: ServerTLS | None = None  #: The TLS context of the listeners; None: there is none.
+        self.tls: ServerTLS | None = None  #: The TLS context of the listeners; None without TLS.
         self.tokens: TokenStore | None = None  #: None: there are no tokens.
         self._accounts: Accounts = before._accounts if before is not None else Accounts()
         self._attempts: FailedAttempts = before._attempts if before is not None else FailedAttempts()

@@ -40,9 +40,9 @@ class Action(StrEnum):
     CALL = "call"
     READ = "read"  # status, result, stream and details of a job
     CANCEL = "cancel"
-    LIST = "list"  # jobs, queues, hosts, procedures
-    MANAGE = "manage"  # limits of queues, pause, release a slot, prune, refresh
-    ADMIN = "admin"  # tokens, reload, audit
+    LIST = "list"  # jobs, queues, hosts
+    MANAGE = "manage"  # release a slot, prune, refresh the hosts
+    ADMIN = "admin"  # tokens, logins, reload, audit
     METRICS = "metrics"  # numbers about all jobs and hosts
 
 
@@ -78,7 +78,7 @@ RATE_NAMES = {1: "s", 60: "min", 3600: "h"}  #: The units of rates by their seco
 
 
 class Limits(Struct, frozen=True):
-    """The limits of a rule that allows calls; each applies to a principal. None: there is none."""
+    """The limits of a rule that allows calls; each applies to a principal. None: no limit."""
 
     max_exec_time: float | None = None  # seconds
     running: int | None = None  # jobs

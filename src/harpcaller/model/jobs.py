@@ -17,7 +17,7 @@ from harp.protocol.json_text import Raw
 
 
 class State(StrEnum):
-    """The state of a job; the closing states are named after the closing lines of the protocol."""
+    """The state of a job. The last four are the states of ends, with the names that they have in the protocol."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -35,7 +35,7 @@ TRANSITIONS: Mapping[State, frozenset[State]] = {
     **dict.fromkeys((State.RETURNED, State.RAISED, State.FAILED, State.CANCELLED), frozenset()),
 }
 
-#: The closing states, which no other state follows.
+#: The states of jobs that have ended: no other state follows.
 ENDED = frozenset(state for state, following in TRANSITIONS.items() if not following)
 
 #: Number of characters that a list shows of a message or of a payload.
@@ -74,7 +74,7 @@ class NewJob(Struct, frozen=True):
     request_id: str | None = None  # all submissions with the same request id are one job
     call_digest: bytes = b""  # of the submitted call, if it has a request id
     owner: str | None = None  # the principal that submits it
-    request_ids_of: str = ""  # the owner whose request ids its own is among; empty: those of all clients
+    request_ids_of: str = ""  # the owner among whose request ids its own is unique; empty: among those of all clients
     max_running: int | None = None  # it waits while as many jobs of its owner hold a slot
     max_queued: int | None = None  # it is refused if more jobs of its owner would be queued
     secrets: bytes | None = None  # encrypted values of `arguments`

@@ -58,7 +58,7 @@ def _read_times(exit_info: Raw | None) -> tuple[float | None, float | None, floa
 
 
 def read_object(text: Raw | None) -> dict[str, Any]:
-    """Return a JSON object; empty if there is none, or it cannot be decoded: data of hosts is stored unchecked."""
+    """Return a JSON object; empty if it is missing or cannot be decoded: data of hosts is stored unchecked."""
     try:
         value = None if text is None else loads(text)
     except InvalidJSON:  # for example a number that is too long
