@@ -47,7 +47,7 @@ examples:
   harp why JOB                                          why it waits, runs or ended
   harp cancel JOB --wait                                wait until the host confirms the stop
   harp jobs                                             the newest jobs
-  harp jobs backup state:bad from:-12h                  jobs of the last 12 hours that failed, with this word
+  harp jobs backup state:bad from:-12h                  jobs of the last 12 hours that went wrong, with this word
   harp show JOB                                         why, times, how it ended, what to do, last records
   harp show backup state:bad                            the same of the newest job that matches
   harp jobs 'host:web*' state:open --watch              on a terminal, always as it is now
@@ -55,6 +55,10 @@ examples:
   harp --context prod why JOB                           by a context of ~/.config/harp/config.toml
   harp call web01 set_password --named user=alice --secret password=@new_password.txt
   HARP_PASSWORD=secret harp direct web01 uptime --user admin --ca-file ca.pem
+
+states of jobs:
+  queued, running; then returned, raised (the procedure raised an exception), failed (the job did not start, or was
+  stopped or lost) or cancelled. In filters, open is queued and running, ended all others, bad raised and failed.
 
 exit codes:
     0  success                                    5  the job has not ended
@@ -158,6 +162,8 @@ def _advice(error: HarpException) -> str | None:
         return "use --ca-file FILE, or --tls if an authority of this system has issued the dispatcher's certificate"
     if isinstance(error, CommunicationError) and ": cannot connect: " in str(error):
         return "check that the daemon runs there and listens on this address (settings `listen`, `network.address`)"
+    if isinstance(error, CommunicationError) and ": cannot resolve the name: " in str(error):
+        return "check the name of the dispatcher: --dispatcher, HARP_DISPATCHER, or the context"
     return None
 
 
@@ -604,7 +610,8 @@ _ARGUMENTS |= {
         "metavar": "WORD",
         "nargs": "*",
         "default": (),
-        "help": "KEY:VALUE, such as state:bad, host:web*, from:-12h; or a text in procedure, host, info or message",
+        "help": "KEY:VALUE, such as state:bad (raised or failed), host:web*, from:-12h; or a text in procedure, host, "
+        "info or message",
     },
     "show words": {"metavar": "JOB", "nargs": "+", "help": "a job id, its beginning, or words as of harp jobs"},
     "show --recent": {
@@ -694,3 +701,7 @@ def _make_parser() -> argparse.ArgumentParser:
 
 def _settings(command: str, argument: str) -> dict[str, Any]:
     return _ARGUMENTS.get(f"{command} {argument}") or _ARGUMENTS.get(argument) or {"metavar": argument.upper()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -65,7 +65,7 @@ def read_context(file: str, name: str | None, check_address: Callable[[str], obj
     except FileNotFoundError as error:
         if name is None:
             return None
-        raise HarpException(f"{file}: {error.strerror}; it has the contexts") from error
+        raise HarpException(f"{file}: {error.strerror}; --context {name} must be in this file") from error
     except OSError as error:
         raise HarpException(f"{file}: {error.strerror}") from error
     except ValueError as error:  # also TOMLDecodeError and UnicodeDecodeError

@@ -227,6 +227,13 @@ def test_unreachable_dispatcher_error_has_a_hint(address: str) -> None:
     assert "the daemon runs there" in second
 
 
+@pytest.mark.parametrize("module", ["harp", "harp.cli"])
+def test_program_runs_as_a_module(module: str) -> None:
+    command = [sys.executable, "-m", module, "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (Exit.OK, f"harp {harp_package.__version__}\n", "")
+
+
 def test_call_without_procedure_names_the_missing_argument() -> None:
     done = harp("call", "web01", HARP_DISPATCHER="127.0.0.1:1")
     assert done.returncode == Exit.USAGE

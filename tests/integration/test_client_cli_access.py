@@ -261,7 +261,7 @@ def test_mistake_in_configuration_is_named(harp: Harp, text: str, message: str) 
 
 def test_missing_configuration_is_named(harp: Harp) -> None:
     done = harp("--context", "a", "why", JOB)
-    assert done.stderr == f"harp: {harp.config}: No such file or directory; it has the contexts\n"
+    assert done.stderr == f"harp: {harp.config}: No such file or directory; --context a must be in this file\n"
     done = harp("why", JOB)
     assert f"or `default` in {harp.config}" in done.stderr
 
@@ -389,7 +389,7 @@ def places_of(secret: bytes, directory: Path) -> list[str]:
     return found
 
 
-def test_secret_of_a_running_call_is_in_no_file_and_no_process_list(harp: Harp, tmp_path: Path) -> None:
+def test_secret_of_a_call_is_in_no_file_and_no_process_list(harp: Harp, tmp_path: Path) -> None:
     secret = "correct horse 4711"
     directory = tmp_path / "d"
     directory.mkdir()

@@ -152,7 +152,9 @@ def list_jobs(caller: HarpCaller, options: Namespace) -> None:
         return
     jobs = caller.jobs(filter, oldest_first=options.oldest, limit=limit or None)
     if chosen != "table":
-        screen.print_json((job._row for job in jobs), chosen == "json")
+        counted = _Counted(jobs)
+        screen.print_json((job._row for job in counted), chosen == "json")
+        _explain_failed(filter, counted.count)
         return
     found: list[JobSummary] = []
     progress = _Progress(jobs)
@@ -166,6 +168,28 @@ def list_jobs(caller: HarpCaller, options: Namespace) -> None:
             screen.print(_job_table(found, options.columns, screen.width))
     if screen.is_terminal:
         screen.print([[Span(_hint(found, filter, jobs.cursor is not None), "dim")]])
+    _explain_failed(filter, len(found))
+
+
+class _Counted:
+    """An iterator that counts its items."""
+
+    def __init__(self, items: Iterator[JobSummary]) -> None:
+        self.count = 0
+        self._items = items
+
+    def __iter__(self) -> Iterator[JobSummary]:
+        for item in self._items:
+            self.count += 1
+            yield item
+
+
+def _explain_failed(filter: str, found: int) -> None:
+    """Say which jobs ``state:failed`` leaves out: to a person, and in any case if no job matches."""
+    states = {state for word in filter.split() if word.startswith("state:") for state in word[6:].split(",")}
+    if "failed" in states and not states & {"raised", "bad", "ended"} and (not found or sys.stderr.isatty()):
+        hint = "state:failed leaves out jobs whose procedure raised an exception (state:raised); state:bad is both"
+        print(f"harp: {hint}", file=sys.stderr)
 
 
 class _Progress:
@@ -196,7 +220,7 @@ def _hint(found: Sequence[JobSummary], filter: str, is_cut: bool) -> str:
     if is_cut:
         hints.append("--limit N prints more, --limit 0 all")
     if "state:" not in filter and any(job.state not in _BAD for job in found):
-        hints.append("state:bad lists only failed ones")
+        hints.append("state:bad lists only those that went wrong")
     return "; ".join(hints)
 
 

@@ -10,7 +10,7 @@ path of its member on the wire, if its name differs. A field with a default is o
         keep_alive: bool = False            # {"keep_alive": true}, or no member
 
 An optional member is not sent while it has its default None or False, and a received null is its default; `Null` has
-the exceptions. Members are sent in the order of the fields.
+the exceptions. Members are sent in the order in which the class defines them.
 """
 
 from __future__ import annotations
@@ -366,7 +366,7 @@ def _kind(parts: Iterable[Any]) -> Kind:
 
 
 def _object_kind(message: type[WireObject]) -> Kind:
-    """Return the kind of an object without payloads. All its members are sent and have the names of the fields."""
+    """Return the kind of an object without payloads. All its members are sent, under their own names."""
     names = [each.name for each in fields(message)]
     return Kind(
         decode=lambda members, key: decode_as(message, required_object(members, key, values_only=True)),
