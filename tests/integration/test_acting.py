@@ -435,7 +435,7 @@ async def test_running_jobs_of_an_owner_are_limited(tmp_path: Path) -> None:
             await is_running(dispatcher, second)
 
 
-async def test_queued_jobs_of_an_owner_are_limited_also_after_a_restart(tmp_path: Path) -> None:
+async def test_queued_jobs_of_an_owner_are_limited_after_a_restart(tmp_path: Path) -> None:
     script = tmp_path / "hosts.sh"
     script.write_text("#!/bin/sh\nexec sleep 600\n")
     script.chmod(0o700)

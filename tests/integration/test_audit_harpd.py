@@ -115,7 +115,7 @@ def test_audit_file_that_cannot_be_used_is_an_error_of_the_check(tmp_path: Path,
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_audit_harpd_has_each_call_that_was_answered_before_a_kill(harpd: Harpd) -> None:
+def test_audit_harpd_has_each_call_answered_before_a_kill(harpd: Harpd) -> None:
     """Eight clients call without pause; the supervisor is killed in the midst of that, three times."""
     answered: list[int] = []
     stop = threading.Event()

@@ -28,17 +28,11 @@ from support.deadline import wait_until
 from support.harpcallerd import Harpcallerd
 from support.peers import Peer, PeerConnection, answering, keeping, server_context
 from support.scripted import scripted_harpd
-from support.shells import Shell, shell_of
+from support.shells import Shell
 
 JOB = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
 TOKEN = "harp_shop_" + "5e" * 32
 SUBMITTED = {"harpcaller": 1, "job_id": JOB}
-
-
-@pytest.fixture(params=["sync", "aio"])
-def shell(request: pytest.FixtureRequest) -> Iterator[Shell]:
-    with shell_of(request.param) as found:
-        yield found
 
 
 class Dispatcher(Harpcallerd):
@@ -469,7 +463,7 @@ def test_refusal_is_never_an_end(shell: Shell, kind: str) -> None:
         assert isinstance(job.result(), harp.RemoteError)  # stored
 
 
-def test_rate_limited_submission_with_request_id_is_repeated_after_a_lost_reply(shell: Shell) -> None:
+def test_rate_limited_request_id_is_repeated_after_lost_reply(shell: Shell) -> None:
     scripts = [answering(), refusing("rate_limited", retry_after=0.1), answering(SUBMITTED)]
     asked = answering({"harpcaller": 1, "job_ids": []})
     with Peer(scripts[0], asked, *scripts[1:]) as peer:

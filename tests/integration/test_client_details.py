@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +12,13 @@ from support.harpcallerd import Harpcallerd
 from support.legacy import LegacyDispatcher, server
 from support.peers import Peer, answering
 from support.scripted import scripted_harpd
-from support.shells import Shell, shell_of
+from support.shells import Shell
 
 JOB = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
 
 GET_DETAILS = {"harpcaller": 1, "get_details": JOB}
 CANCEL = {"harpcaller": 1, "cancel": JOB, "wait": True}
 DETAILS = {"job": JOB, "state": "queued", "position": 7, "why": 'queue {"db": "prod"} is full', "stop_report": None}
-
-
-@pytest.fixture(params=["sync", "aio"])
-def shell(request: pytest.FixtureRequest) -> Iterator[Shell]:
-    with shell_of(request.param) as found:
-        yield found
 
 
 def stop(state: Any, report: Any = None) -> dict[str, Any]:

@@ -13,27 +13,11 @@ import trustme
 import harp
 from support.certificates import Certificates, server_files
 from support.peers import Peer, PeerConnection, answering, line_of, server_context, silent, single_bytes
-from support.shells import Shell, shell_of
+from support.shells import Shell
 
 PLAIN = {"harp": 1, "stream_result": False}
 STREAM = {"harp": 1, "stream_result": True}
 BROKEN_OFF = "closed the connection before the reply was complete"
-
-
-@pytest.fixture(params=["sync", "aio"])
-def shell(request: pytest.FixtureRequest) -> Iterator[Shell]:
-    with shell_of(request.param) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    return server_files(tmp_path_factory.mktemp("certificates"))
-
-
-@pytest.fixture(scope="module")
-def tls(files: Certificates) -> ssl.SSLContext:
-    return server_context(files)
 
 
 def request(arguments: Any, procedure: str = "p") -> dict[str, Any]:

@@ -6,7 +6,6 @@ import copy
 import json
 import pickle
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 import harp
 from support.deadline import wait_until
 from support.peers import Peer, PeerConnection, Script, answering, line_of, single_bytes
-from support.shells import Shell, shell_of
+from support.shells import Shell
 
 JOB = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
 
@@ -38,12 +37,6 @@ def status(start: int | None, end: int | None, arguments: Any = (1, "two")) -> d
 
 def packets(*data: Any, begin: int = 0) -> list[dict[str, Any]]:
     return [{"packet": number, "data": item} for number, item in enumerate(data, begin)]
-
-
-@pytest.fixture(params=["sync", "aio"])
-def shell(request: pytest.FixtureRequest) -> Iterator[Shell]:
-    with shell_of(request.param) as found:
-        yield found
 
 
 # Submission.

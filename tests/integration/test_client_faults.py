@@ -11,7 +11,6 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
@@ -26,20 +25,9 @@ from support.blackhole import black_hole
 from support.certificates import Certificates, server_files
 from support.deadline import eventually, wait_until
 from support.peers import Peer, PeerConnection, Script, answering, resetting, server_context, silent
-from support.shells import Shell, shell_of
+from support.shells import Shell
 
 JOB = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
-
-
-@pytest.fixture(params=["sync", "aio"])
-def shell(request: pytest.FixtureRequest) -> Iterator[Shell]:
-    with shell_of(request.param) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    return server_files(tmp_path_factory.mktemp("certificates"))
 
 
 class Nowhere(Peer):

@@ -73,7 +73,7 @@ def test_token_authenticates_each_kind_of_request(dispatcher: Harpcallerd) -> No
     assert dispatcher.ask(cancel=job) == [{"cancelled": False}]  # a client without token is not affected
 
 
-def test_wrong_token_is_refused_ever_more_slowly_and_the_right_one_at_once(dispatcher: Harpcallerd) -> None:
+def test_wrong_tokens_are_refused_more_and_more_slowly(dispatcher: Harpcallerd) -> None:
     token = add(dispatcher, "shop")
     wrong = "harp_shop_" + "0" * 64
     times = []
@@ -164,7 +164,7 @@ def test_expired_token_loses_access_on_open_connections(dispatcher: Harpcallerd)
     dispatcher.ask(cancel=job)
 
 
-def test_token_is_changed_without_a_daemon_and_under_a_running_one(dispatcher: Harpcallerd) -> None:
+def test_token_is_changed_with_and_without_a_daemon(dispatcher: Harpcallerd) -> None:
     """As by an administrator whose control program does not reach the daemon."""
 
     def offline(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,17 +19,11 @@ from support.deadline import wait_until
 from support.harpcallerd import Harpcallerd
 from support.peers import Peer, PeerConnection, Script, answering, keeping
 from support.scripted import scripted_harpd
-from support.shells import Shell, shell_of
+from support.shells import Shell
 
 JOB = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
 SUBMITTED = {"harpcaller": 1, "job_id": JOB, "keep_alive": 60}
 UNKNOWN = "it is not known whether the call ran"
-
-
-@pytest.fixture(params=["sync", "aio"])
-def shell(request: pytest.FixtureRequest) -> Iterator[Shell]:
-    with shell_of(request.param) as found:
-        yield found
 
 
 def counts(peer: Peer) -> list[int]:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -22,10 +22,10 @@ import trustme
 
 import harp
 from harp import aio
-from support.certificates import Certificates, server_files
+from support.certificates import Certificates
 from support.deadline import eventually, wait_until
-from support.peers import Peer, PeerConnection, Script, answering, keeping, line_of, server_context
-from support.shells import Shell, shell_of
+from support.peers import Peer, PeerConnection, Script, answering, keeping, line_of
+from support.shells import Shell
 
 PLAIN = {"harp": 1, "stream_result": False, "keep_alive": 60}
 STREAM = {"harp": 1, "stream_result": True, "keep_alive": 60}
@@ -33,22 +33,6 @@ FIELD = {"harp": 1, "stream_result": False}
 RAISED = {"exception": {"type": "ValueError", "message": "no"}}
 FAILED = {"harp": 1, "error": {"type": "timeout", "message": "m"}}
 UNKNOWN = "it is not known whether the call ran"
-
-
-@pytest.fixture(params=["sync", "aio"])
-def shell(request: pytest.FixtureRequest) -> Iterator[Shell]:
-    with shell_of(request.param) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    return server_files(tmp_path_factory.mktemp("certificates"))
-
-
-@pytest.fixture(scope="module")
-def tls(files: Certificates) -> ssl.SSLContext:
-    return server_context(files)
 
 
 def result(value: object) -> list[object]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,15 +11,9 @@ import pytest
 import harp
 from support.legacy import LegacyDispatcher, server
 from support.peers import Peer, PeerConnection, answering
-from support.shells import Shell, shell_of
+from support.shells import Shell
 
 JOB = "019ad1c6-7e24-7c3b-b6f7-d9be8a4b5d39"
-
-
-@pytest.fixture(params=["sync", "aio"])
-def shell(request: pytest.FixtureRequest) -> Iterator[Shell]:
-    with shell_of(request.param) as found:
-        yield found
 
 
 def row(number: int = 0, **members: Any) -> dict[str, Any]:

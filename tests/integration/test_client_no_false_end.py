@@ -18,7 +18,7 @@ import pytest
 
 import harp
 from support.peers import Peer, PeerConnection, line_of
-from support.shells import Shell, shell_of
+from support.shells import Shell
 
 JOB = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
 SEEDS = range(12)
@@ -185,12 +185,6 @@ def follow_all(job: Any) -> list[Any]:
         else:
             return found
     raise AssertionError("the dispatcher was patient, but the stream has not ended")
-
-
-@pytest.fixture(params=["sync", "aio"])
-def shell(request: pytest.FixtureRequest) -> Iterator[Shell]:
-    with shell_of(request.param) as found:
-        yield found
 
 
 def in_time(work: Callable[[], Any]) -> Any:

@@ -31,18 +31,12 @@ from support.peers import (
     single_bytes,
     unless_closed,
 )
-from support.shells import Shell, shell_of
+from support.shells import Shell
 
 JOB = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
 UNKNOWN = "00000000-0000-4000-8000-000000000000"
 
 STORAGE_ERROR = {"error": {"type": "storage_error", "message": "the disk is full"}}
-
-
-@pytest.fixture(params=["sync", "aio"])
-def shell(request: pytest.FixtureRequest) -> Iterator[Shell]:
-    with shell_of(request.param) as found:
-        yield found
 
 
 def closing(conn: PeerConnection) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from threading import Thread
@@ -15,16 +15,10 @@ from support.deadline import wait_until
 from support.harpcallerd import Harpcallerd
 from support.peers import Peer, answering
 from support.scripted import scripted_harpd
-from support.shells import Shell, shell_of
+from support.shells import Shell
 
 JOB = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
 REFUSALS = ["too_many_connections", "internal_error", "invalid_request", "storage_error"]
-
-
-@pytest.fixture(params=["sync", "aio"])
-def shell(request: pytest.FixtureRequest) -> Iterator[Shell]:
-    with shell_of(request.param) as found:
-        yield found
 
 
 def refusing(kind: str, *before: object) -> Any:

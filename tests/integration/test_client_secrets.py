@@ -18,19 +18,13 @@ from support.certificates import server_files
 from support.harpcallerd import Harpcallerd
 from support.peers import Peer, PeerConnection, answering, server_context
 from support.scripted import scripted_harpd
-from support.shells import Shell, shell_of
+from support.shells import Shell
 
 JOB = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
 PLAIN = 'hün"ter2 horse'
 SUBMITTED = {"harpcaller": 1, "job_id": JOB}
 QUESTION = {"harpcaller": 1, "submit_many": [], "secrets": True}
 YES = {"harpcaller": 1, "job_ids": []}
-
-
-@pytest.fixture(params=["sync", "aio"])
-def shell(request: pytest.FixtureRequest) -> Iterator[Shell]:
-    with shell_of(request.param) as found:
-        yield found
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +99,7 @@ SUBMISSIONS: list[Callable[[Any, Any], Any]] = [
 @pytest.mark.parametrize("keep_alive", [None, True, False])
 @pytest.mark.parametrize("submit", SUBMISSIONS)
 @pytest.mark.parametrize(("replies", "message", "kind"), REFUSED)
-def test_secret_is_not_sent_to_a_dispatcher_that_cannot_encrypt_it(
+def test_secret_is_not_sent_to_dispatcher_without_encryption(
     shell: Shell,
     submit: Callable[[Any, Any], Any],
     replies: list[object],

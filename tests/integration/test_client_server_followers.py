@@ -17,17 +17,11 @@ from support.daemonlog import DEADLINE
 from support.deadline import wait_until
 from support.harpcallerd import Harpcallerd, LineClient
 from support.peers import Peer
-from support.scripted import connection_of, scripted_harpd
+from support.scripted import connection_of
 
 MANY = 1000
 STUCK = 50
 MEGABYTE = 1_000_000
-
-
-@pytest.fixture
-def peer(tmp_path: Path) -> Iterator[Peer]:
-    with scripted_harpd(tmp_path) as peer:
-        yield peer
 
 
 @pytest.fixture

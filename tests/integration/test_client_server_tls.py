@@ -239,7 +239,7 @@ def test_listeners_with_and_without_tls_serve_side_by_side(tmp_path: Path, peer:
         assert dispatcher.ask(cancel=UNKNOWN) == [{"cancelled": False}]
 
 
-def test_reload_reports_a_changed_listen_and_refuses_invalid_files(tmp_path: Path, peer: Peer) -> None:
+def test_reload_reports_changed_listen_refuses_invalid_files(tmp_path: Path, peer: Peer) -> None:
     keys = settings(tmp_path / "pki")
     with TLS(tmp_path, {"web01": peer.port}, settings=keys) as dispatcher:
         dispatcher.configure({**keys, "listen": ["127.0.0.1:0"]})
@@ -315,7 +315,7 @@ def ask(dispatcher: TLS, context: ssl.SSLContext) -> Any:
         return client.message()
 
 
-def test_tls_certificate_of_a_client_is_optional_but_must_be_valid(certified: TLS) -> None:
+def test_tls_client_certificate_is_optional_but_must_be_valid(certified: TLS) -> None:
     pki = certified.directory / "pki"
     good = client_context(certified, *make_client(pki, "DNS:alice.ops.example.net", "email:alice@example.net"))
     assert ask(certified, good) == {"cancelled": False}
@@ -330,7 +330,7 @@ def test_tls_certificate_of_a_client_is_optional_but_must_be_valid(certified: TL
     certified.wait_event("TLS handshake failed")
 
 
-def test_tls_revoked_certificate_is_refused_and_its_connection_closed(certified: TLS) -> None:
+def test_tls_revoked_certificate_closes_its_connection(certified: TLS) -> None:
     pki = certified.directory / "pki"
     leaver, colleague = (make_client(pki, f"DNS:{name}.example.net") for name in ("leaver", "colleague"))
     of_leaver, of_colleague = client_context(certified, *leaver), client_context(certified, *colleague)

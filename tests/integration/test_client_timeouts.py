@@ -17,7 +17,7 @@ import harp
 from support.harpcallerd import Harpcallerd
 from support.peers import Peer, PeerConnection, answering, keeping, silent, unless_closed
 from support.scripted import scripted_harpd
-from support.shells import Shell, shell_of
+from support.shells import Shell
 
 JOB = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
 SHORT = 0.3
@@ -37,12 +37,6 @@ REQUESTS: list[Callable[[Any], Any]] = [
     lambda rpc: rpc.request({"get_result": JOB, "wait": False}),
     lambda rpc: rpc.request({"cancel": JOB}),
 ]
-
-
-@pytest.fixture(params=["sync", "aio"])
-def shell(request: pytest.FixtureRequest) -> Iterator[Shell]:
-    with shell_of(request.param) as found:
-        yield found
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import ssl
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,15 +15,9 @@ from harp._net import sockets
 from support.certificates import Certificates, server_files
 from support.deadline import wait_until
 from support.peers import Peer, answering, server_context
-from support.shells import Shell, shell_of
+from support.shells import Shell
 
 ANSWER = [{"harp": 1, "stream_result": False}, {"result": 1}]
-
-
-@pytest.fixture(params=["sync", "aio"])
-def shell(request: pytest.FixtureRequest) -> Iterator[Shell]:
-    with shell_of(request.param) as found:
-        yield found
 
 
 @pytest.fixture

@@ -18,13 +18,7 @@ import harp
 from harp import aio
 from support.harpcallerd import Harpcallerd
 from support.scripted import scripted_harpd
-from support.shells import Shell, shell_of
-
-
-@pytest.fixture(params=["sync", "aio"])
-def shell(request: pytest.FixtureRequest) -> Iterator[Shell]:
-    with shell_of(request.param) as found:
-        yield found
+from support.shells import Shell
 
 
 @pytest.fixture(scope="module")

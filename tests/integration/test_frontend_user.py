@@ -167,7 +167,7 @@ def test_cleaned_directory_of_sockets_costs_no_call(tmp_path: Path, remove: str)
         assert harpd.wait_event("runtime directory was cleaned; files created again")
 
 
-def test_supervisor_without_socket_for_the_frontend_loses_no_call(tmp_path: Path) -> None:
+def test_supervisor_without_frontend_socket_loses_no_call(tmp_path: Path) -> None:
     """It started before the user existed, or is one of an earlier version: the frontend stays root meanwhile."""
     with Harpd(tmp_path / "harpd", PROCEDURES, services=True) as harpd:
         with harpd.start_resumable("wait_for", str(tmp_path / "go")) as client:

@@ -101,7 +101,7 @@ def test_configured_variables_reach_calls(tmp_path: Path) -> None:
 
 @pytest.mark.root
 @pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")
-def test_call_of_other_user_has_its_variables_and_usual_oom_score(tmp_path: Path) -> None:
+def test_call_of_other_user_has_its_variables_and_oom_score(tmp_path: Path) -> None:
     score = Path("/proc/self/oom_score_adj")
     before = score.read_text()
     harpd = Harpd(tmp_path / "harpd", PROCEDURES + AS_NOBODY)

@@ -97,7 +97,7 @@ async def test_long_lines_stay_in_order_until_the_end(tmp_path: Path) -> None:
         assert collector.ends == [None]
 
 
-async def test_slow_masking_leaves_the_event_loop_free_and_keeps_the_order(tmp_path: Path) -> None:
+async def test_slow_masking_keeps_the_order_and_the_loop_free(tmp_path: Path) -> None:
     """600 texts in a long value take a while; between two steps the loop does other work."""
     masked = [f"secret {number:04}".encode() for number in range(600)]
     values = [

@@ -30,7 +30,7 @@ async def state_of(dispatcher: Dispatcher) -> HostState:
     return state
 
 
-async def test_host_with_an_outage_is_down_until_its_call_is_attached_again(tmp_path: Path) -> None:
+async def test_host_with_outage_is_down_until_call_is_attached(tmp_path: Path) -> None:
     cut, go_on, end = threading.Event(), threading.Event(), threading.Event()
 
     def begin(conn: PeerConnection) -> None:

@@ -10,13 +10,12 @@ import asyncio
 import json
 import statistics
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
-import pytest
 
 from harp.protocol.json_text import Raw
 from harpcaller.http.app import OPERATIONS
@@ -26,7 +25,6 @@ from support.deadline import eventually
 from support.dispatcher import host_line
 from support.http_api import RunningAPI, running_api
 from support.peers import Peer
-from support.scripted import scripted_harpd
 
 CLIENTS = ("anonymous", "viewer", "operator", "admin", "owner", "other")
 
@@ -165,12 +163,6 @@ class Clients:
         return reply
 
 
-@pytest.fixture
-def peer(tmp_path: Path) -> Iterator[Peer]:
-    with scripted_harpd(tmp_path) as peer:
-        yield peer
-
-
 @asynccontextmanager
 async def running(tmp_path: Path, peer: Peer, rules: str | None) -> AsyncIterator[tuple[Clients, str]]:
     """Run a dispatcher; yield the clients, and a job of the owner that has ended. A job of its queue is running."""
@@ -238,7 +230,7 @@ async def test_http_access_is_as_in_the_table(tmp_path: Path, peer: Peer) -> Non
         assert {right for row in rows for right in row["can"]} == {"read"}
 
 
-async def test_http_access_without_an_access_file_is_that_of_the_built_in_roles(tmp_path: Path, peer: Peer) -> None:
+async def test_http_without_access_file_uses_built_in_roles(tmp_path: Path, peer: Peer) -> None:
     names = ("anonymous", "viewer", "operator", "admin")
     async with running(tmp_path, peer, None) as (clients, job):
         expected = {operation: {name: row[name] for name in names} for operation, row in ROWS.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,8 @@ from support.dispatcher import call, host_line
 from support.http_api import RunningAPI, running_api
 from support.http_streams import Response, ended, feeding, opened
 from support.peers import Peer
-from support.scripted import scripted_harpd
 
 EVENTS, LINES = "text/event-stream", "application/jsonl"
-
-
-@pytest.fixture
-def peer(tmp_path: Path) -> Iterator[Peer]:
-    with scripted_harpd(tmp_path) as peer:
-        yield peer
 
 
 @pytest.fixture

@@ -16,19 +16,12 @@ from harpcaller.model.lanes import queue_lane
 from support.dispatcher import CREDENTIALS, call, host_line
 from support.http_api import RunningAPI, running_api
 from support.peers import Peer, reserved_port
-from support.scripted import scripted_harpd
 
 
 @pytest.fixture
 def dead_port() -> Iterator[int]:
     with reserved_port() as port:
         yield port
-
-
-@pytest.fixture
-def peer(tmp_path: Path) -> Iterator[Peer]:
-    with scripted_harpd(tmp_path) as peer:
-        yield peer
 
 
 async def get(api: RunningAPI, path: str) -> Any:

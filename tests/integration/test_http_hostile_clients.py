@@ -50,7 +50,7 @@ async def test_http_requests_of_a_stranger_do_not_halt_the_event_loop(tmp_path: 
         assert time.thread_time() - began < 0.1
 
 
-async def test_http_wait_for_another_tag_ends_with_the_right_to_the_job(tmp_path: Path) -> None:
+async def test_http_wait_for_a_tag_ends_with_the_right_to_the_job(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         async with running_api(tmp_path, host_line(port)) as api:

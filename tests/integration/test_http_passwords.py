@@ -91,7 +91,7 @@ async def test_http_password_without_users_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "line", ["alice", "alice:", "al ice:x:viewer", ":x:viewer", "alice:x y:viewer", "alice:x:view er", "alice:x:,"]
 )
-def test_http_users_file_with_an_error_is_refused_without_a_quote(tmp_path: Path, line: str) -> None:
+def test_http_users_file_error_quotes_no_line(tmp_path: Path, line: str) -> None:
     write_users(tmp_path / "users", "bob:secret-hash:", line)
     with pytest.raises(TokenError, match="line 2: expected NAME:CRYPT-HASH:ROLE,ROLE") as refusal:
         read_users(tmp_path / "users")

@@ -76,7 +76,7 @@ async def test_http_certificate_is_a_principal_and_no_page_can_use_it(tmp_path: 
             assert (await client.get("/me")).status_code == 401
 
 
-async def test_http_revoked_certificate_is_refused_on_an_open_connection(tmp_path: Path) -> None:
+async def test_http_revoked_certificate_is_refused_when_connected(tmp_path: Path) -> None:
     server_files(tmp_path)
     shop = make_client(tmp_path, "DNS:shop")
     async with (
@@ -143,7 +143,7 @@ async def test_http_user_of_a_unix_socket_is_a_principal(tmp_path: Path) -> None
             assert (wrong.status_code, wrong.json()["code"]) == (421, "wrong_host")
 
 
-async def test_http_proof_of_a_connection_gives_nothing_without_an_access_file(tmp_path: Path) -> None:
+async def test_http_connection_has_no_rights_without_access_file(tmp_path: Path) -> None:
     http = HTTPSettings(listen=(Address(None, 0, tmp_path / "http"),))
     async with running_api(tmp_path, rules=None, http=http):
         transport = httpx.AsyncHTTPTransport(uds=str(tmp_path / "http"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,8 @@ from support.dispatcher import host_line
 from support.http_api import RunningAPI, running_api
 from support.http_streams import ended, feeding, opened
 from support.peers import Peer
-from support.scripted import scripted_harpd
 
 UNKNOWN = "00000000-0000-0000-0000-000000000000"
-
-
-@pytest.fixture
-def peer(tmp_path: Path) -> Iterator[Peer]:
-    with scripted_harpd(tmp_path) as peer:
-        yield peer
 
 
 @pytest.fixture
@@ -184,7 +177,7 @@ async def test_follow_sends_records_when_they_come_then_the_end(api: RunningAPI,
         assert await lines.rest() == []
 
 
-async def test_events_have_the_number_as_id_and_stop_the_browser_after_the_end(api: RunningAPI, peer: Peer) -> None:
+async def test_events_have_numbers_and_stop_browsers_at_the_end(api: RunningAPI, peer: Peer) -> None:
     job, conn = await feeding(api, peer, "a", "b")
     path = f"/jobs/{job}/records?follow=1&since=0"
     async with opened(api, path, accept=EVENTS) as events:
@@ -282,7 +275,7 @@ async def test_too_many_streams_are_refused(tmp_path: Path, peer: Peer) -> None:
         assert api.api.service.streams.kinds.total() == 0
 
 
-async def test_reader_that_does_not_read_costs_little_and_delays_nobody(api: RunningAPI) -> None:
+async def test_reader_that_does_not_read_costs_little(api: RunningAPI) -> None:
     """It gets all records when it reads again."""
     job = await ended(api, "repeat", 3000, "x" * 10_000)
     path = f"GET /api/v1/jobs/{job}/records?download=1 HTTP/1.1\r\nHost: localhost\r\n{api.authorization}\r\n"

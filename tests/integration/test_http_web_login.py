@@ -33,7 +33,7 @@ def port_of(dispatcher: Harpcallerd) -> int:
     return int(dispatcher.events("harpcallerd is serving HTTP")[-1]["port"])
 
 
-def test_web_login_session_survives_a_killed_dispatcher_and_ends_by_revocation(tmp_path: Path) -> None:
+def test_web_login_session_survives_a_killed_dispatcher(tmp_path: Path) -> None:
     settings = {"http": HTTP, "tokens_file": "tokens", "audit_file": "audit.jsonl"}
     with Harpcallerd(tmp_path, settings=settings) as dispatcher:
         assert dispatcher.control("token", "add", "shop", "--role=viewer").returncode == 0

@@ -33,12 +33,6 @@ CALL: dict[str, Any] = {"host": "web01", "procedure": "p", "arguments": []}
 PROGRAM = "import sys; from harp.cli import main; sys.exit(main())"
 
 
-@pytest.fixture(params=["sync", "aio"])
-def shell(request: pytest.FixtureRequest) -> Iterator[Shell]:
-    with shell_of(request.param) as found:
-        yield found
-
-
 @pytest.fixture(scope="module")
 def dispatcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harpcallerd]:
     """A dispatcher without hosts: its jobs end as ``unknown_host``."""

@@ -97,7 +97,7 @@ def test_calls_of_one_procedure_cannot_reach_each_other(tmp_path: Path) -> None:
 
 
 @needs_root
-def test_call_does_not_become_the_user_of_another_by_its_setuid_program(tmp_path: Path) -> None:
+def test_call_does_not_become_another_user_by_setuid_program(tmp_path: Path) -> None:
     with supervisor(tmp_path, 2) as running, tempfile.TemporaryDirectory() as shared:
         Path(shared).chmod(0o777)
         planted = running.result("plant", f"{shared}/id")
@@ -135,7 +135,7 @@ def test_uid_stays_in_use_while_a_process_has_it(tmp_path: Path) -> None:
 
 
 @needs_root
-def test_uid_of_dead_supervisor_is_not_reused_while_processes_have_it(tmp_path: Path) -> None:
+def test_uid_is_not_reused_while_processes_have_it(tmp_path: Path) -> None:
     running = supervisor(tmp_path, 1)
     with running:
         _, pid = running.result("leave")

@@ -98,7 +98,7 @@ async def test_only_the_failed_verb_of_a_batch_has_no_changes(store: Store) -> N
     assert observer.take() == [("submitted", jobs[0].id), ("submitted", jobs[2].id)]
 
 
-async def test_a_change_whose_verb_is_not_awaited_any_more_is_observed_too(store: Store) -> None:
+async def test_change_of_a_verb_that_nobody_awaits_is_observed(store: Store) -> None:
     observer, cancelled, later = Observer(store), new_job(), new_job()
     store.add_job(cancelled, 1.0).cancel()
     await store.add_job(later, 1.0)

@@ -102,7 +102,7 @@ async def test_waiting_job_knows_how_many_of_its_owner_run(store: Store) -> None
     assert found.slots_held_by_owner == 0
 
 
-async def test_place_on_a_host_goes_to_the_next_one_if_an_owner_is_at_its_limit(store: Store) -> None:
+async def test_slot_of_host_passes_owner_at_its_limit(store: Store) -> None:
     """Two jobs wait for a full host; when it has room, the owner of the first one is full."""
     [on_host] = await added(store, host="web01", owner="x")
     [elsewhere] = await added(store, host="web02", owner="x")
@@ -119,7 +119,7 @@ async def test_place_on_a_host_goes_to_the_next_one_if_an_owner_is_at_its_limit(
     assert await claimed(store, max_calls_per_host=1) == [first]
 
 
-async def test_place_of_an_owner_goes_to_its_next_job_if_a_host_is_full(store: Store) -> None:
+async def test_slot_of_owner_passes_full_host(store: Store) -> None:
     """Two jobs wait for their owner; when it has room, the host of the first one is full."""
     [filler] = await added(store, host="web03", owner="a", max_running=1)
     [first] = await added(store, host="web01", owner="a", max_running=1)
@@ -134,7 +134,7 @@ async def test_place_of_an_owner_goes_to_its_next_job_if_a_host_is_full(store: S
     assert await claimed(store, max_calls_per_host=1) == [first]
 
 
-async def test_jobs_that_wait_for_their_owner_do_not_wait_for_their_host(store: Store) -> None:
+async def test_jobs_that_wait_for_their_owner_wait_for_no_host(store: Store) -> None:
     limited: dict[str, Any] = {"owner": "a", "max_running": 1, "start_within": 5.0}
     [running] = await added(store, host="web02", **limited)
     waiting = await added(store, count=2, **limited)

@@ -29,7 +29,7 @@ def record_and_close(path: Path, denials: list[dict[str, Any]]) -> list[dict[str
     return [entry for entry in entries if entry.get("decision") == "denied"]
 
 
-def test_audit_counts_denials_of_more_peers_than_it_distinguishes(tmp_path: Path) -> None:
+def test_audit_counts_denials_of_too_many_peers_together(tmp_path: Path) -> None:
     first = [{"action": "read", "peer": f"first-{number}", "job": "a"} for number in range(PEERS)]
     others = [
         {"action": action, "peer": f"other-{number}", "job": "a"}
@@ -43,7 +43,7 @@ def test_audit_counts_denials_of_more_peers_than_it_distinguishes(tmp_path: Path
     assert {entry["peer"] for entry in entries if "count" in entry} == {"others"}
 
 
-def test_audit_shared_entry_names_only_what_its_denials_have_in_common(tmp_path: Path) -> None:
+def test_audit_shared_entry_has_what_is_common_to_denials(tmp_path: Path) -> None:
     jobs = ["harmless"] * 11 + ["secret"] * 3
     denials = [{"action": "read", "peer": "attacker", "job": job} for job in jobs]
     [shared] = [entry for entry in record_and_close(tmp_path / "audit.jsonl", denials) if "count" in entry]

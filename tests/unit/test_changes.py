@@ -253,7 +253,7 @@ async def test_a_reader_goes_on_after_its_position() -> None:
     assert fresh.subscription.next_event() is None
 
 
-async def test_a_reader_of_another_start_or_of_too_old_a_position_asks_again() -> None:
+async def test_reader_with_an_unknown_position_gets_a_reset() -> None:
     jobs = Jobs()
     jobs.put(*(summary(str(number)) for number in range(10_001)))
     for after, reason in (
@@ -268,7 +268,7 @@ async def test_a_reader_of_another_start_or_of_too_old_a_position_asks_again() -
     assert jobs.live.resets[Reset.GAP] == 2
 
 
-async def test_a_reader_that_does_not_read_loses_its_events_and_delays_nobody() -> None:
+async def test_reader_that_does_not_read_loses_its_events() -> None:
     jobs = Jobs()
     slow, quick = Reader(jobs), Reader(jobs)
     for number in range(4):

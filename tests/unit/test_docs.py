@@ -151,7 +151,7 @@ BANNED_PHRASES = {
     r"\bthe moment\b": "the time",
     r"\bby way of\b": "through",
     r"\bas it comes\b": "by default; unchanged",
-    r"\bgoes? on\b|\bgoing on\b|\bwent on\b": "continue",
+    r"\bgo(es)? on\b|\bgoing on\b|\bwent on\b": "continue",
     r"\bmerely\b": "only",
     r"\bsome (hundred|thousand)\b": "a number",
 }

@@ -171,7 +171,7 @@ def test_process_groups_of_members() -> None:
     assert groups(process(103, group=0), process(104, group=1)) == set()
 
 
-def test_process_groups_with_other_processes_are_none_of_the_call() -> None:
+def test_process_groups_with_other_processes_are_excluded() -> None:
     member = process(300, has_cookie=True, group=40, session=40)
     service = process(40, 10, group=40, session=40)
     assert groups(MAIN, member, others=(service,)) == {100}

@@ -118,7 +118,7 @@ def test_form_is_refused() -> None:
         check_origin("DELETE", "http", {**HOST, **place}, True)
 
 
-def test_program_without_a_cookie_needs_no_origin_and_with_one_it_does() -> None:
+def test_program_with_a_cookie_needs_an_origin() -> None:
     check_origin("POST", "http", {**HOST, **JSON}, False)
     with pytest.raises(CrossOrigin):
         check_origin("POST", "http", {**HOST, **JSON}, True)

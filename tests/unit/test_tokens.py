@@ -69,7 +69,7 @@ def test_token_is_found_only_with_its_secret(tmp_path: Path) -> None:
     assert not found(store, first + "\n")
 
 
-def test_store_uses_added_tokens_at_once_and_refuses_revoked_ones(tmp_path: Path) -> None:
+def test_store_uses_added_and_refuses_revoked_tokens(tmp_path: Path) -> None:
     file = tmp_path / "tokens"
     store = TokenStore(file)
     text, _ = add_token(file, "shop")
