@@ -49,7 +49,7 @@ class Acceptor(Generic[C]):
     `serve` serves and closes a connection: a coroutine, or a future that is done when the connection is closed, and
     whose cancellation closes it. `reject` sends the reply to a connection over the limit and closes it; while too many
     are being rejected, others are sent `rejection` without waiting. `max_per_peer` returns the maximum number of new
-    connections of one peer; None: there is none. A reload may change what it and `max_connections` return.
+    connections of one peer; None: no limit. A reload may change what it and `max_connections` return.
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class Acceptor(Generic[C]):
         return False
 
     def _make_room(self) -> bool:
-        """Close the oldest new connection; return False if there is none."""
+        """Close the oldest new connection; return False if there is no new one."""
         for connections in (self._new, self._new_of_known):
             if connections:
                 connection = next(iter(connections))

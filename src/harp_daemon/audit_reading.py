@@ -194,7 +194,7 @@ class Page:
     """Entries of an audit file, the newest first."""
 
     entries: list[dict[str, Any]] = field(default_factory=list)
-    next: Cursor | None = None  #: Where to go on; None: there are no older entries here.
+    next: Cursor | None = None  #: Where to continue; None: there are no older entries here.
     examined: int = 0  #: Number of lines that were looked at.
     searched_to: str | None = None  #: The time of the last one.
     problem: str | None = None  #: Why these lines are not as they were written; None: each has the hash after it.
@@ -212,8 +212,8 @@ def read_page(
 ) -> Page:
     """Return up to `limit` entries whose fields match globs, from the newest one, or from a cursor. Raises OSError.
 
-    It reads a limited number of bytes: a page may have fewer entries, or none, and go on. The hashes of all lines that
-    it reads are compared, also with the one that a cursor has from the page before.
+    It reads a limited number of bytes: a page may have fewer entries, or none, although there are more. The hashes of
+    all lines that it reads are compared, also with the one that a cursor has from the page before.
     """
     page = Page(head=read_head(path) or NO_ENTRY)
     with ExitStack() as stack:

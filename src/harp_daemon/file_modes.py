@@ -39,7 +39,7 @@ def _is_writable(status: os.stat_result) -> bool:
 
 
 def describe_reader(path: Path) -> str | None:
-    """Return that every user can read a file, and what to do; None: not every one can."""
+    """Return a warning and what to do if every user can read a file; otherwise None."""
     try:
         readable = path.stat().st_mode & stat.S_IROTH
     except OSError:

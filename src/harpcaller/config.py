@@ -98,7 +98,7 @@ class TLSFiles(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class HTTPSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Section `http`: the HTTP API. Without the section there is none."""
+    """Section `http`: the HTTP API. Without the section no HTTP is served."""
 
     listen: tuple[Address, ...] = (Address("127.0.0.1", 3580),)  #: Listening addresses.
     certfile: Path | None = None  #: PEM file with the certificate of the addresses with TLS, and its chain.

@@ -39,7 +39,7 @@ class SharedAnswers:
         return len(self._answers)
 
     async def get(self, question: Hashable, compute: Callable[[], Awaitable[T]]) -> T:
-        """Return the answer to a question; `compute` is called if there is none. An error is not kept."""
+        """Return the answer to a question; `compute` is called if it is not known. An error is not kept."""
         now = time.monotonic()
         answer = self._answers.get(question)
         if answer is None or (answer.expires_at is not None and answer.expires_at <= now):

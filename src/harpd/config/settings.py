@@ -154,7 +154,7 @@ class Configuration(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     python: Python = Python()
     limits: Limits = Limits()
     exit_info: ExitInfo = ExitInfo()
-    #: The listener for Prometheus; None: there is none.
+    #: The listener for Prometheus; None: metrics are not served.
     metrics: Metrics | None = None
     #: The directory of sockets and state files; None: see `harpd.supervisor.runtime_directory`.
     runtime_directory: str | None = None

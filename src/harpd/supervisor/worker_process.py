@@ -65,7 +65,6 @@ class WorkerProcess:
 
     def __init__(self, output: OutputCollector) -> None:
         self._loop = output.loop
-        self.created_at = self._loop.now()
         self.identity = 0, 0  # its pid and start time; zeros before it was forked
         self.cgroup: Cgroup | None = None
         self.call: WorkerUser | None = None  # None: it is pre-forked or idle, or released
