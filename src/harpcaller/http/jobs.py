@@ -187,7 +187,7 @@ async def wait_until_ended(request: APIRequest, job_id: str, seconds: float) -> 
     if seconds > 0:
         waiting = request.acting.result(job_id)
         try:
-            await request.service.wait(request, waiting, seconds)
+            await request.service.wait(request.http, request.client, waiting, seconds)
         finally:
             waiting.cancel()
 
@@ -213,7 +213,7 @@ async def wait_until_changed(request: APIRequest, job_id: str, seconds: float) -
     end_rights_watch = request.acting.watch_changes(None, check_rights)
     waiting = asyncio.ensure_future(wait())
     try:
-        await request.service.wait(request, waiting, seconds)
+        await request.service.wait(request.http, request.client, waiting, seconds)
     finally:
         end_watch()
         end_rights_watch()
@@ -281,7 +281,7 @@ def address_of(request: APIRequest, job_id: str) -> str:
 async def submit_job(request: APIRequest) -> Response:
     """Store a job, and perhaps wait for its end."""
     received_at = asyncio.get_running_loop().time()
-    request.service.check_waits(request, request.query.wait)
+    request.service.check_waits(request.client, request.query.wait)
     request_id = request_id_of(request)
     call = with_request_id(await decode_body(request, decoder_of(Call)), request_id)
     job_id = await request.acting.submit(call, received_at)
@@ -312,7 +312,7 @@ async def submit_many(request: APIRequest) -> Response:
 async def get_job(request: APIRequest) -> Response:
     """Answer with all of a job but its records."""
     job_id, seconds = job_of(request), request.query.wait
-    request.service.check_waits(request, seconds)
+    request.service.check_waits(request.client, seconds)
     if "if-none-match" not in request.headers:
         await wait_until_ended(request, job_id, seconds)
     elif seconds > 0:
@@ -333,7 +333,7 @@ async def get_end(request: APIRequest) -> Response:
 async def _wait_for_end(request: APIRequest) -> End | None:
     """Return the end of a job, perhaps after a wait; None: it has not ended."""
     job_id, seconds = job_of(request), request.query.wait
-    request.service.check_waits(request, seconds)
+    request.service.check_waits(request.client, seconds)
     await wait_until_ended(request, job_id, seconds)
     return (await request.acting.get_job(job_id)).end
 
@@ -356,7 +356,7 @@ async def cancel_job(request: APIRequest) -> Response:
     """Cancel a job, and perhaps wait for the outcome of its stop."""
     job_id = job_of(request)
     seconds = (await decode_body(request, decoder_of(Cancellation))).wait
-    request.service.check_waits(request, seconds)
+    request.service.check_waits(request.client, seconds)
     await request.acting.require_on_job(Action.CANCEL, job_id)
     cancelled = await request.acting.cancel(job_id)
     if not cancelled:
@@ -365,7 +365,7 @@ async def cancel_job(request: APIRequest) -> Response:
     if seconds:
         waiting = asyncio.ensure_future(request.acting.wait_stopped(job_id))
         try:
-            details = await request.service.wait(request, waiting, seconds)
+            details = await request.service.wait(request.http, request.client, waiting, seconds)
         finally:
             waiting.cancel()
         request.renew_rights()

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -27,9 +27,6 @@ from harpcaller.http.streaming import Streams
 from harpcaller.metrics import Metrics
 from harpcaller.monitoring import Monitor
 from harpcaller.shared_answers import SharedReads
-
-if TYPE_CHECKING:
-    from harpcaller.http.operations import APIRequest
 
 T = TypeVar("T")
 
@@ -116,29 +113,29 @@ class HTTPService:
             detail = f"you have sent more than {most} requests in a second; the limit is http.requests_per_client"
             raise Problem("too_many_requests", detail, retry_after=round(delay, 3))
 
-    def check_waits(self, request: APIRequest, seconds: float) -> None:
+    def check_waits(self, client: Client, seconds: float) -> None:
         """Raise `Problem` if no further request of this client may wait, and this one wants to."""
         if seconds <= 0:
             return
-        settings, owner = self.settings, request.client.owner
+        settings, owner = self.settings, client.owner
         if self.waits >= settings.waits:
             raise Problem("too_many_requests", f"{self.waits} requests wait; the limit is http.waits", retry_after=1)
         if (waits := self._waits_of[owner]) >= settings.waits_per_client:
             detail = f"{waits} of your requests wait; the limit is http.waits_per_client"
             raise Problem("too_many_requests", detail, retry_after=1)
 
-    async def wait(self, request: APIRequest, waiting: asyncio.Future[T], seconds: float) -> T | None:
+    async def wait(self, request: Request, client: Client, waiting: asyncio.Future[T], seconds: float) -> T | None:
         """Wait for a future; return its result, or None if it is not done after some seconds.
 
         Raises what the future raises, and `ClientDisconnect`. The caller cancels the future, and calls `check_waits`
         before a request that has an effect.
         """
-        disconnect = asyncio.ensure_future(wait_disconnected(request.http))
+        disconnect = asyncio.ensure_future(wait_disconnected(request))
         stopping = asyncio.ensure_future(self.stopping.wait())
-        owner = request.client.owner
+        owner = client.owner
         self.waits += 1
         self._waits_of[owner] += 1
-        request.http.state.waits = True
+        request.state.waits = True
         try:
             futures: set[asyncio.Future[Any]] = {waiting, disconnect, stopping}
             await asyncio.wait(futures, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
