@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from harpcaller.secret_arguments import add_key
@@ -238,3 +239,79 @@ def test_many_calls_with_secrets_are_staged_encrypted(system: System, tmp_path: 
     assert system.dispatcher.ask(get_status=last)[0]["call"]["arguments"] == [599, "***"]
     assert files_with(SECRET, tmp_path) == []
     system.dispatcher.control("queue-cancel", '{"q": 2}')
+
+
+def test_secret_is_in_no_answer_over_http_and_no_search_finds_it(tmp_path: Path) -> None:
+    """Each operation, the live events, metrics, the audit files of both daemons, and the table of repeated requests."""
+    key_file, go = tmp_path / "keys", tmp_path / "go"
+    add_key(key_file)
+    settings = {
+        "secrets_key_file": str(key_file),
+        "tokens_file": str(tmp_path / "tokens"),
+        "audit_file": str(tmp_path / "audit.jsonl"),
+        "audit_reads": True,
+        "log_level": "debug",
+        "http": {"listen": ["127.0.0.1:0"]},
+    }
+    harpd = {"audit_file": str(tmp_path / "audit-of-host.jsonl")}
+    seen: list[bytes] = []
+    with running(tmp_path, PROCEDURES, harpd, settings) as system, ExitStack() as stack:
+        dispatcher = system.dispatcher
+        token = dispatcher.control("token", "add", "shop", "--role=admin").stdout.strip()
+        [port] = [event["port"] for event in dispatcher.events("harpcallerd is serving HTTP")]
+        headers = {"Authorization": f"Bearer {token}"}
+        base = f"http://127.0.0.1:{port}"
+        client = stack.enter_context(httpx.Client(base_url=f"{base}/api/v1", headers=headers, timeout=60))
+
+        def ask(method: str, path: str, is_refused: bool = False, **options: Any) -> Any:
+            reply = client.request(method, path, **options)
+            assert reply.is_client_error if is_refused else reply.is_success, (path, reply.text)
+            seen.extend((repr(reply.headers).encode(), reply.content))
+            return reply
+
+        events = stack.enter_context(client.stream("GET", "/events?topics=jobs,counts"))
+        lines = iter(events.iter_lines())
+        call = {"host": "web01", "procedure": "records", "arguments": [SECRET, str(go)], "secrets": ["/0"]}
+        key = {"Idempotency-Key": '"once"'}
+        job = ask("POST", "/jobs", json=call, headers=key).json()["job"]
+        assert ask("POST", "/jobs", json=call, headers=key).json()["job"] == job
+        ask("POST", "/jobs", True, json={**call, "arguments": [f"{SECRET}!", str(go)]}, headers=key)
+        for wrong in ({"secrets": ["/7"]}, {"procedure": None}, {"timeout": -1}, {"info": 1e999}):
+            text = json.dumps({**call, **wrong})
+            ask("POST", "/jobs", True, content=text, headers={"Content-Type": "application/json"})
+        ask("POST", "/me/can", json={"action": "call", "host": "web01", "procedure": "records", "arguments": [SECRET]})
+        failed = {"host": "web01", "procedure": "fail", "arguments": [SECRET], "secrets": ["/0"]}
+        many = ask("POST", "/jobs/many", json={"calls": [failed] * 2}).json()["jobs"]
+        go.touch()
+        for each in (job, *many):
+            ask("GET", f"/jobs/{each}/end?wait=60")
+        ask("POST", f"/jobs/{job}/rerun", True, json={})
+        for path in ("", "/result", "/end", "/records", "/records?form=sse", "/records?form=text"):
+            ask("GET", f"/jobs/{job}{path}")
+        assert b'"got"' in ask("GET", f"/jobs/{job}/records?grep=***").content
+        assert job in ask("GET", "/jobs?arguments=***").text
+        for part in (SECRET, "ter2", "corréct"):
+            quoted = json.dumps(part, ensure_ascii=False)[1:-1]
+            for filter in ("arguments", "info"):
+                # The answer has the filter as it was sent.
+                assert client.get("/jobs", params={filter: quoted, "payloads": "text"}).json()["jobs"] == []
+            assert (
+                client.get("/jobs", params={"q": f"web01 {json.dumps(part, ensure_ascii=False)}"}).json()["jobs"] == []
+            )
+            found = client.get(f"/jobs/{job}/records", params={"grep": part})
+            assert found.is_success
+            assert b'"got"' not in found.content
+        for path in ("/jobs?limit=500", "/jobs/counts?by=state,procedure,end_type", "/jobs/stats", "/queues", "/hosts"):
+            ask("GET", path)
+        assert ask("GET", f"/audit?job={job}&limit=500").json()["entries"]
+        seen += [client.get(f"{base}{path}").content for path in ("/metrics", "/readyz", "/", f"/jobs/{job}")]
+        while SECRET not in (line := next(lines)) and not (job in line and '"returned"' in line):
+            seen.append(line.encode())
+        seen.append(line.encode())
+        events.close()
+        assert of_processes().find(SECRET.encode()) < 0
+        log = "\n".join(system.log_lines()).encode()
+    everything = b"\n".join([*seen, log])
+    assert [form for form in forms(SECRET) if form in everything] == []
+    assert b'"got":"***"' in everything.replace(b" ", b"")
+    assert files_with(SECRET, tmp_path) == []
