@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from harpd.processes.ipc import remove_ipc
 from harpd.supervisor.dynamic_uids import DynamicUids, NoFreeUid
 from support.deadline import wait_until
 from support.harpd import Harpd
@@ -54,6 +55,14 @@ def plant(path):
     shutil.copyfile("/usr/bin/id", path)
     os.chmod(path, 0o6755)
     return os.getuid()
+
+@procedure(uid="dynamic")
+def share(name):
+    import ctypes
+    libc = ctypes.CDLL(None)
+    made = [libc.shmget(0, 4096, 0o1600), libc.msgget(0, 0o1600), libc.semget(0, 1, 0o1600)]
+    open("/dev/shm/" + name, "w").close()
+    return [os.getuid(), made]
 
 @procedure(uid="dynamic")
 def execute(path):
@@ -104,6 +113,32 @@ def test_call_does_not_become_another_user_by_setuid_program(tmp_path: Path) -> 
         uid, effective = running.result("execute", f"{shared}/id")
         assert planted != uid, "the id of the first call is free, and the next one with it is another's"
         assert effective == uid
+
+
+@needs_root
+def test_shared_memory_and_queues_of_a_call_are_removed(tmp_path: Path) -> None:
+    name = f"harpd-test-{os.getpid()}"
+    with supervisor(tmp_path, 1) as running:
+        uid, made = running.result("share", name)
+        assert (uid, min(made) >= 0) == (FIRST, True)
+        assert running.result("ids")[0] == FIRST, "the only id is free again"
+        assert not Path(f"/dev/shm/{name}").exists()
+        for kind, number in zip(("shm", "msg", "sem"), made, strict=True):
+            rows = [line.split() for line in Path(f"/proc/sysvipc/{kind}").read_text().splitlines()[1:]]
+            assert str(number) not in {row[1] for row in rows}, kind
+
+
+@needs_root
+def test_many_objects_of_a_call_are_removed_in_steps() -> None:
+    uid = FIRST + 7777
+    names = [Path(f"/dev/shm/harpd-test-{os.getpid()}-{number}") for number in range(1200)]
+    for name in names:
+        name.touch()
+        os.chown(name, uid, uid)
+    assert remove_ipc(uid) is False
+    assert 0 < sum(name.exists() for name in names) < len(names)
+    assert remove_ipc(uid) is True
+    assert not any(name.exists() for name in names)
 
 
 @needs_root

@@ -6,7 +6,8 @@ also not to one of the same procedure. The ids are those of a range in the confi
 An id is free again when no process has it: processes that a call has left behind keep it. The kernel answers that
 question, `getpriority` finds no process of a user. So an id is safe after the death of a supervisor as well. Two
 supervisors of one harpd can run at the same time, while the older one retires. A lock on the byte of an id, in a file
-that both use, lets only one of them give it to a call that has not taken it yet.
+that both use, lets only one of them give it to a call that has not taken it yet. Shared memory and message queues
+that a call has left are removed first, so that the next call with this id does not find them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from __future__ import annotations
 import fcntl
 import os
 from pathlib import Path
+
+from harpd.processes.ipc import remove_ipc
 
 _LOCK_FILE = "uids.lock"
 
@@ -45,7 +48,7 @@ class DynamicUids:
             uid = self._next if first <= self._next <= last else first
             self._next = uid + 1
             if uid not in self._used and self._lock(uid):
-                if not _has_process(uid):
+                if not _has_process(uid) and remove_ipc(uid):  # a supervisor that was killed has removed none
                     self._used.add(uid)
                     return uid
                 self._unlock(uid)
@@ -57,8 +60,8 @@ class DynamicUids:
         self.collect()
 
     def collect(self) -> None:
-        """Return the ids of ended calls whose last process has ended."""
-        for uid in [uid for uid in self._ended if not _has_process(uid)]:
+        """Return the ids of ended calls whose last process has ended, and that have left nothing."""
+        for uid in [uid for uid in self._ended if not _has_process(uid) and remove_ipc(uid)]:
             self._ended.discard(uid)
             self._used.discard(uid)
             self._unlock(uid)
