@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -53,8 +54,30 @@ def ids():
 @procedure(uid="dynamic")
 def plant(path):
     shutil.copyfile("/usr/bin/id", path)
-    os.chmod(path, 0o6755)
-    return os.getuid()
+    file = os.open(path, os.O_RDONLY)
+    directory = os.open(os.path.dirname(path), os.O_RDONLY)
+    name, make = os.path.basename(path), os.O_WRONLY | os.O_CREAT
+    attempts = [
+        lambda: os.chmod(path, 0o4755),
+        lambda: os.chmod(path, 0o2755),
+        lambda: os.chmod(name, 0o4755, dir_fd=directory),
+        lambda: os.fchmod(file, 0o6755),
+        lambda: os.open(path + "1", make, 0o4755),
+        lambda: os.open("2", make, 0o2755, dir_fd=directory),
+        lambda: os.open(os.path.dirname(path), os.O_TMPFILE | os.O_WRONLY, 0o4755),
+        lambda: os.mknod(path + "3", 0o104755),
+        lambda: subprocess.run(["chmod", "u+s", path], check=True, stderr=subprocess.DEVNULL),
+    ]
+    refused = 0
+    for attempt in attempts:
+        try:
+            attempt()
+        except (PermissionError, subprocess.CalledProcessError):
+            refused += 1
+    os.chmod(path, 0o1755)
+    os.close(os.open(path + "4", make, 0o755))
+    os.close(os.open(path, os.O_RDONLY, 0o7777))
+    return [os.getuid(), refused == len(attempts), os.stat(path).st_mode & 0o7777]
 
 @procedure(uid="dynamic")
 def share(name):
@@ -109,10 +132,21 @@ def test_calls_of_one_procedure_cannot_reach_each_other(tmp_path: Path) -> None:
 def test_call_does_not_become_another_user_by_setuid_program(tmp_path: Path) -> None:
     with supervisor(tmp_path, 2) as running, tempfile.TemporaryDirectory() as shared:
         Path(shared).chmod(0o777)
-        planted = running.result("plant", f"{shared}/id")
-        uid, effective = running.result("execute", f"{shared}/id")
-        assert planted != uid, "the id of the first call is free, and the next one with it is another's"
+        planted = Path(shared, "id")
+        shutil.copyfile("/usr/bin/id", planted)  # as a call on an older harpd could
+        os.chown(planted, FIRST + 1, FIRST + 1)
+        planted.chmod(0o6755)
+        uid, effective = running.result("execute", str(planted))
+        assert uid == FIRST
         assert effective == uid
+
+
+@needs_root
+def test_call_with_dynamic_uid_makes_no_setuid_program(tmp_path: Path) -> None:
+    with supervisor(tmp_path, 1) as running, tempfile.TemporaryDirectory() as shared:
+        Path(shared).chmod(0o777)
+        assert running.result("plant", f"{shared}/id") == [FIRST, True, 0o1755]
+        assert [file.name for file in Path(shared).rglob("*") if file.stat().st_mode & 0o6000] == []
 
 
 @needs_root

@@ -11,6 +11,7 @@ import resource
 
 from harpd.proc import DYNAMIC_UID
 from harpd.processes.prctl import set_no_new_privileges
+from harpd.processes.system_calls import make_no_setuid_programs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -59,6 +60,9 @@ def restrict_process(procedure: Procedure) -> None:
         name = "no_new_privs"
         if gains_no_privileges(procedure):
             set_no_new_privileges()
+        if procedure.uid == DYNAMIC_UID:
+            name = "a filter of system calls"
+            make_no_setuid_programs()
     except (OSError, ValueError) as error:
         raise RestrictionError(f"cannot apply {name}: {error}") from error
     if procedure.environment is not None:
