@@ -20,6 +20,7 @@ import psutil
 import pytest
 
 from support.certificates import server_files
+from support.cgroups import own_cgroup
 from support.daemonlog import DEADLINE
 from support.deadline import wait_until
 from support.harpd import Harpd, is_dead
@@ -572,6 +573,45 @@ def test_frontend_that_cannot_be_killed_ends_the_service(tmp_path: Path, public:
         frontend.kill()  # as the service manager does with all processes of the service
         harpd.start()
         assert frontend_of(harpd).is_running()
+
+
+class ServiceHarpd(UnitHarpd):
+    """A harpd whose frontend service is in a cgroup of its own, as systemd starts it."""
+
+    cgroup = Path()
+
+    def command(self, *options: str) -> list[str]:
+        command = super().command(*options)
+        if options[:1] != ("frontend",):
+            return command
+        enter = f'echo $$ > {self.cgroup}/cgroup.procs && exec "$@"'
+        return ["env", "INVOCATION_ID=1", "sh", "-c", enter, "sh", *command]
+
+
+def test_processes_that_a_dead_frontend_has_left_end_the_service(tmp_path: Path, public: Path) -> None:
+    (public / "taken_over.py").write_text(TAKEN_OVER)
+    changes: Any = {"authentication": {"module": "taken_over"}, "python": {"path": str(public)}}
+    harpd = ServiceHarpd(tmp_path / "harpd", PROCEDURES, {"frontend_user": FRONTEND, **changes}, services=True)
+    with own_cgroup() as place:
+        harpd.cgroup = place / "harpd.service"
+        harpd.cgroup.mkdir()
+        with harpd:
+            frontend = frontend_of(harpd)
+            frontend.kill()  # it has left nothing
+            harpd.wait_event("frontend died")
+            assert harpd.call("version")[-1] == {"result": 1}
+            with harpd.connect() as client:
+                code = "if not os.fork():\n os.setsid(); os.fork() or os.execlp('sleep', 'sleep', '600'); os._exit(0)"
+                code += "\nos.kill(os.getpid(), 9)"
+                client.send(harpd.request("version", [], auth={"user": "attacker", "password": f"# attack\n{code}"}))
+                harpd.wait_event("frontend has left processes; exiting")
+            harpd.kill()
+            left = [int(pid) for pid in (harpd.cgroup / "cgroup.procs").read_text().split()]
+            assert psutil.Process(left[0]).uids() == (FRONTEND,) * 3
+            os.kill(left[0], signal.SIGKILL)  # as the service manager does with all processes of the service
+            wait_until(lambda: not (harpd.cgroup / "cgroup.procs").read_text(), DEADLINE, "an empty service")
+            harpd.start()
+            assert harpd.call("version")[-1] == {"result": 1}
 
 
 def test_other_user_cannot_connect_as_the_frontend(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ from harp_daemon.settings import ConfigError
 from harp_daemon.sockets import Listener
 from harp_daemon.timer_wheel import Backoff
 from harpd.config.loaded import CommandLine, SupervisorConfig
+from harpd.processes.cgroup import Cgroup
 from harpd.supervisor.runtime_directory import open_frontend_directory
 
 log = logging.getLogger("harpd.frontend")
@@ -52,6 +53,8 @@ _EXIT_TIMEOUT = 5.0
 _MIN_DELAY, _MAX_DELAY = 0.1, 30.0
 #: A frontend that ran this many seconds resets the delay.
 _STABLE_TIME = 10.0
+#: How often, and after how many seconds each, processes that a frontend has left are looked for.
+_LEFT_CHECKS, _LEFT_INTERVAL = 10, 0.1
 #: The most bytes of a message.
 MAX_MESSAGE_BYTES = 1 << 16
 
@@ -63,17 +66,24 @@ class FrontendDied(Exception):
 class SeparateFrontend:
     """The frontend in a process of another user, which is started again when it dies.
 
-    `identity`: the user and the group; `directory`: the runtime directory.
+    `identity`: the user and the group; `directory`: the runtime directory; `service`: the cgroup in which there are
+    this process and those of the frontend only.
     """
 
     def __init__(
-        self, config: SupervisorConfig, identity: tuple[int, int], directory: Path, listeners: list[Listener]
+        self,
+        config: SupervisorConfig,
+        identity: tuple[int, int],
+        directory: Path,
+        listeners: list[Listener],
+        service: Cgroup | None = None,
     ) -> None:
         self._config = config
         self._prepared: SupervisorConfig | None = None
         self._identity = identity
         self._directory = directory
         self._listeners = listeners
+        self._service = service
         self._process: _FrontendProcess | None = None
         self._restarting: asyncio.Task[None] | None = None
         self._stopping = False
@@ -114,10 +124,24 @@ class SeparateFrontend:
             delay = self._backoff.next_delay()
             await asyncio.sleep(delay)
             self._backoff.record_attempt()
+            await self._end_left_processes()
             try:
                 await self._launch()
             except (ConfigError, FrontendDied, OSError) as error:
                 log.error("cannot start frontend; retrying", extra={"reason": str(error)})
+
+    async def _end_left_processes(self) -> None:
+        """End this service if a frontend has left processes, which its successor would share its rights with.
+
+        The service manager then kills them all, and starts the service again.
+        """
+        for _ in range(_LEFT_CHECKS):  # a command of the service manager ends soon
+            if self._service is None or self._service.pids() <= {os.getpid()}:
+                return
+            await asyncio.sleep(_LEFT_INTERVAL)
+        log.error("frontend has left processes; exiting")
+        logs.flush()
+        os._exit(1)
 
     async def prepare(self, config: SupervisorConfig) -> None:
         """Have it load a configuration. Raises `ConfigError`."""

@@ -22,6 +22,7 @@ from harpd.control.supervisor_client import SupervisorClient, runtime_directory
 from harpd.frontend.authenticator import BoundedThreadPool, TaskFailed
 from harpd.frontend.monitor import SeparateFrontend
 from harpd.frontend.server import FrontendServer
+from harpd.processes.cgroup import service_cgroup
 from harpd.supervisor.runtime_directory import default_runtime_directory
 
 log = logging.getLogger("harpd.frontend")
@@ -135,7 +136,8 @@ class _FrontendService:
         else:
             assert identity is not None
             self._load = load_supervisor_config
-            self._frontend = SeparateFrontend(config, identity, client.directory, listeners)
+            service = service_cgroup() if frontend_only else None
+            self._frontend = SeparateFrontend(config, identity, client.directory, listeners, service)
 
     async def start(self) -> None:
         """Start the supervisor unless another program does; then accept connections. Raises `SupervisorError`."""

@@ -94,6 +94,19 @@ def delegated_cgroup() -> str | None:
     A cgroup that has processes of its own cannot limit memory and processes of those below it. With
     ``DelegateSubgroup=`` (systemd 254), the daemon is in a cgroup below the delegated one, which has no processes then.
     """
+    own = own_cgroup()
+    return None if own is None else next(filter(_is_delegated, (own.path, os.path.dirname(own.path))), None)
+
+
+def service_cgroup() -> Cgroup | None:
+    """Return this process's cgroup if it is that of a service of systemd, and has no other process yet."""
+    own = own_cgroup()
+    is_own = own is not None and "INVOCATION_ID" in os.environ and own.path.endswith(".service")
+    return own if own is not None and is_own and own.pids() == {os.getpid()} else None
+
+
+def own_cgroup() -> Cgroup | None:
+    """Return the cgroup of this process; None: there is none of version 2 that it can see."""
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
         own = next((line.removeprefix("0::") for line in lines if line.startswith("0::")), None)
@@ -104,8 +117,7 @@ def delegated_cgroup() -> str | None:
         before, _, after = line.partition(" - ")
         root, mounted = before.split()[3:5]
         if own is not None and after.startswith("cgroup2 ") and own.startswith(root):
-            path = os.path.normpath(f"{mounted}/{own.removeprefix(root)}")
-            return next(filter(_is_delegated, (path, os.path.dirname(path))), None)
+            return Cgroup(os.path.normpath(f"{mounted}/{own.removeprefix(root)}"))
     return None
 
 
