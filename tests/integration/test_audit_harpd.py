@@ -153,7 +153,7 @@ def digest(key: bytes, number: int) -> str:
     return blake2b(json.dumps([number]).encode(), key=key, digest_size=16).hexdigest()
 
 
-def test_audit_harpd_failed_logins_without_supervisor_are_recorded_later(tmp_path: Path) -> None:
+def test_audit_harpd_records_logins_after_its_supervisor_is_back(tmp_path: Path) -> None:
     configuration = {"audit_file": str(tmp_path / "audit.jsonl")}
     with Harpd(tmp_path, PROCEDURES, configuration, services=True) as harpd:
         harpd.stop_launcher()

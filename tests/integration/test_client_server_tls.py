@@ -348,7 +348,7 @@ def test_tls_revoked_certificate_closes_its_connection(certified: TLS) -> None:
     assert ask(certified, of_colleague) == {"cancelled": False}
 
 
-def test_tls_expired_certificate_of_a_client_ends_its_connections(certified: TLS) -> None:
+def test_tls_expired_client_certificate_ends_its_connections(certified: TLS) -> None:
     pki = certified.directory / "pki"
     expires = datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=5)
     context = client_context(certified, *make_client(pki, "DNS:guest.example.net", expires=expires))

@@ -363,7 +363,7 @@ def test_audit_file_put_in_place_is_found(path: Path, replace: Callable[[Path], 
     assert len([*search(path, {"action": "audit-gap"}, None)]) == 1
 
 
-def test_audit_chain_that_was_computed_again_is_found_by_the_head(path: Path) -> None:
+def test_audit_chain_computed_again_is_found_by_the_head(path: Path) -> None:
     write(path, 5)
     lines, previous = [], "0" * 64
     for line in path.read_bytes().splitlines():
