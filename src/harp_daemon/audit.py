@@ -5,9 +5,9 @@ the commands.
 
 Theory of operation. All entries that are recorded during one wait for the disk are the next group, with one wait.
 `AuditLog` belongs to an asyncio loop. A group is written by its own thread, or by another thread that is about to
-write what the entries describe: the store's. So a job needs no wakeup for its entries. `DirectAuditLog`, for a loop
-without futures, writes immediately, so that a process that is killed loses nothing. Only the wait for the disk is in a
-thread, soon after.
+store what the entries describe: then they are in the file before that is stored, and one thread waits for each of the
+two files at the same time. `DirectAuditLog`, for a loop without futures, writes immediately, so that a process that is
+killed loses nothing. Only the wait for the disk is in a thread, soon after.
 
 While the file has a `problem`, for example a full disk, entries of new jobs are refused. Entries with `must` cannot be
 refused, because what they describe has happened: they are written into the room that was allocated for them. If even
@@ -26,7 +26,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
@@ -61,10 +61,8 @@ class Recorded:
         self.is_done = False  #: Whether it is on stable storage, or has an error.
         self.error: AuditError | None = None  #: Why it is not.
 
-    def set_done(self, error: AuditError | None = None) -> None:
-        """Set the outcome, apart from that of the future."""
-        self.error = error
-        self.is_done = True
+
+_future_of = attrgetter("future")
 
 
 class _Repetitions:
@@ -138,7 +136,11 @@ class AuditLog:
         self._wakeup_is_due = self._wakeup_is_planned = False
         self._closed = False
         self._problem_logged: str | None = None
-        self._unsynced = False  # whether written entries are not on stable storage yet
+        self._written: list[Recorded] = []  # not synchronized yet
+        self._unsynced = False  # whether the end of the file is not on stable storage yet
+        self._sync_at = 0.0  # monotonic time
+        self._is_committing = False  # whether another thread waits for `_synced`
+        self._synced: SimpleQueue[None] = SimpleQueue()
         self.entries = self.write_errors = 0  #: Number of written entries, and of failed writes.
         self._writing = threading.Lock()  # held by the thread that writes
         self._thread = threading.Thread(target=self._run, name="audit-writer", daemon=True)
@@ -179,16 +181,19 @@ class AuditLog:
             self._is_awaited = True  # after the entry: a thread that writes now may have found none
         return entry
 
-    def write_before_commit(self) -> None:
+    def write_before_commit(self) -> Callable[[], object] | None:
         """Write all recorded entries, if some were recorded for this. Another thread than the loop's may call it.
 
-        They are then on stable storage, or have an error.
+        The log's thread waits for the disk, at the same time as the commit. Returns a function that waits until the
+        entries are on stable storage, to be called after the commit; None: no wait is needed.
         """
         with self._writing:  # until a group that is being written is
-            if self._is_awaited:
-                self._write_recorded(sync=True)
-                if self._is_busy:
-                    self._wakeups.put(False)  # the thread tries again
+            if not self._is_awaited:
+                return None
+            self._write_recorded()
+            self._is_committing = bool(self._written)
+            self._wakeups.put(False)
+            return self._synced.get if self._is_committing else None
 
     def settle(self) -> asyncio.Future[None]:
         """Return a future that is done when all recorded entries are written, or have an error."""
@@ -240,10 +245,11 @@ class AuditLog:
             if self._window is None:
                 self._window = self._loop.call_later(_WINDOW, self._on_window_end)
             if not self._repetitions.admit((fields["action"], fields["decision"], repeats), fields, time.monotonic()):
-                entry.set_done()
+                entry.is_done = True
                 return False
         if self._closed or not (entry.must or self._file.has_room):
-            entry.set_done(AuditError(self.problem or f"{self.path}: it is closed"))
+            entry.error = AuditError(self.problem or f"{self.path}: it is closed")
+            entry.is_done = True
             return False
         return True
 
@@ -277,11 +283,14 @@ class AuditLog:
             with suppress(Empty):  # it is time for another attempt
                 ended = self._wakeups.get(timeout=_RETRY_INTERVAL if self._is_busy else None)
             with self._writing:
-                if self._recorded or self._is_busy:
-                    self._write_recorded(sync=not self._recorded)
+                is_due = not self._recorded or time.monotonic() >= self._sync_at
+                if self._recorded or self._waiting or self._file.problem is not None:
+                    self._write_recorded()
+                # Nobody waits for reports: they are synchronized with others, or soon.
+                if self._unsynced and (is_due or self._is_committing or any(map(_future_of, self._written))):
+                    self._sync_written()
         with self._writing:
-            with suppress(AuditError):
-                self._file.sync()
+            self._sync_written()
             self._file.close()
 
     @property
@@ -291,26 +300,20 @@ class AuditLog:
 
     # With the lock.
 
-    def _write_recorded(self, sync: bool) -> None:
-        """Write all recorded entries. Nobody waits for reports: they are synchronized with others, or soon."""
-        sync = sync or self._is_awaited
+    def _write_recorded(self) -> None:
+        """Write all recorded entries; they are done when they are synchronized, or have an error."""
         self._is_awaited = False
         group = [self._recorded.popleft() for _ in range(len(self._recorded))]
-        futures = [entry.future for entry in group if entry.future is not None]
-        error = None
         try:
-            self._write_group(group, sync or bool(futures))
-        except AuditError as failure:
-            error = failure
+            self._write_group(group)
+        except AuditError as error:
             self.write_errors += 1
+            self._finish(group, error)
+        else:
+            self._written += group
         self._log_problem()
-        for entry in group:
-            entry.set_done(error)
-        if futures:
-            with suppress(RuntimeError):  # the loop is closed
-                self._loop.call_soon_threadsafe(_resolve, futures, error)
 
-    def _write_group(self, group: Sequence[Recorded], sync: bool) -> None:
+    def _write_group(self, group: Sequence[Recorded]) -> None:
         self._file.check_room()
         has_room = self._file.has_room
         self._waiting.add(entry.fields for entry in group if entry.must)
@@ -319,14 +322,37 @@ class AuditLog:
         if entries:
             entries.sort(key=itemgetter("time"))
             self._file.append([*self._waiting.describe_discarded(), *entries])
-            self._unsynced = True
             self.entries += len(entries)
             self._waiting.clear()
-        if sync:
-            self._file.sync()
-            self._unsynced = False
+        if not self._unsynced and group:
+            self._unsynced = True
+            self._sync_at = time.monotonic() + _RETRY_INTERVAL
         if others and not has_room:
             raise AuditError(self._file.problem or f"{self.path}: no room")
+
+    def _sync_written(self) -> None:
+        error = None
+        try:
+            self._file.sync()
+            self._unsynced = False
+        except AuditError as failure:
+            self.write_errors += 1
+            error = failure
+        self._log_problem()
+        written, self._written = self._written, []
+        self._finish(written, error)
+        if self._is_committing:
+            self._is_committing = False
+            self._synced.put(None)
+
+    def _finish(self, entries: Sequence[Recorded], error: AuditError | None) -> None:
+        futures = [entry.future for entry in entries if entry.future is not None]
+        for entry in entries:
+            entry.error = error
+            entry.is_done = True
+        if futures:
+            with suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(_resolve, futures, error)
 
     def _log_problem(self) -> None:
         problem = self._file.problem

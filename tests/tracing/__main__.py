@@ -39,7 +39,8 @@ processes:
   pre-forked worker   the process that is forked in its place, for a later call
 
 Periodic work, for example heartbeats, is separate: the functions that an idle system enters, and that some run does
-without, mark the runs that it disturbed. The median of the other runs is printed.
+without, mark the runs that it disturbed. The median of the other runs is printed; if there is none, as on a busy
+machine, the run with the fewest entries.
 
 exit status: 0 printed, 1 no run was complete, or the system not quiet (one line on stderr), 2 wrong usage
 """
@@ -203,14 +204,14 @@ class System:
 
 
 def median_run(runs: Sequence[Counts], idle: Counts) -> dict[str, Any]:
-    """Return the median of the runs that periodic work did not disturb; of all runs if it disturbed each.
+    """Return the median of the runs that periodic work did not disturb; if it disturbed each, the shortest run.
 
     Periodic work is recognized by functions that an idle system enters and at least one run does not enter.
     """
     periodic = {entry for entry in idle if any(entry not in run for run in runs)}
     undisturbed = [run for run in runs if not periodic & run.keys()]
     ordered = sorted(undisturbed or runs, key=Counter.total)
-    median = ordered[len(ordered) // 2]
+    median = ordered[len(ordered) // 2 if undisturbed else 0]
     processes = []
     for process in _PROCESSES:
         counts = Counter({entry: number for entry, number in median.items() if entry.process == process})
@@ -295,7 +296,7 @@ def page(found: Mapping[str, Any], functions: bool) -> Iterator[str]:
     for title, job in found["jobs"].items():
         runs, disturbed = job["runs"], job["disturbed_runs"]
         yield f"{title}: {job['entries']} function entries, {job['ours']} of them ours"
-        yield f"  median of {len(runs)} runs with {runs[0]} to {runs[-1]}; periodic work disturbed {disturbed} runs"
+        yield f"  one of {len(runs)} runs with {runs[0]} to {runs[-1]}; periodic work disturbed {disturbed} runs"
         yield f"\n  {'':48}{'entries':>8}{'ours':>8}{'library':>8}"
         for process in job["processes"]:
             yield _row(2, process["process"], process["ours"], process["library"])

@@ -46,8 +46,11 @@ def test_audit_calls_are_written_before_their_commit(tmp_path: Path) -> None:
         entries = [log.record_before_commit(call(job), must=True) for job in "ab"]
         log.report("end", job="c")
         assert (written(path), [entry.is_done for entry in entries]) == ([], [False, False])
-        await asyncio.to_thread(log.write_before_commit)
-        assert (written(path), [entry.is_done for entry in entries]) == (["a", "b", "c"], [True, True])
+        wait = await asyncio.to_thread(log.write_before_commit)
+        assert written(path) == ["a", "b", "c"]
+        assert wait is not None
+        await asyncio.to_thread(wait)
+        assert [entry.is_done for entry in entries] == [True, True]
         head = audit_file.read_head(path)
         assert head is not None
         assert head.entry == log.entries + 1  # and the first one, about the file
@@ -61,7 +64,7 @@ def test_audit_reports_alone_do_not_delay_a_commit(tmp_path: Path) -> None:
 
     async def scenario(log: AuditLog) -> None:
         log.report("end", job="a")
-        log.write_before_commit()
+        assert log.write_before_commit() is None
         assert written(path) == []
 
     with_log(path, scenario)
@@ -88,7 +91,7 @@ def test_audit_call_that_cannot_be_written_follows_later(tmp_path: Path, monkeyp
         path.rename(tmp_path / "audit.jsonl.1")
         path.mkdir()  # so that no file can be begun
         entry = log.record_before_commit(call("a"), must=True)
-        await asyncio.to_thread(log.write_before_commit)
+        assert await asyncio.to_thread(log.write_before_commit) is None
         assert isinstance(entry.error, AuditError)
         path.rmdir()
         await log.record("end", None, must=True, job="b")
@@ -105,6 +108,6 @@ def test_audit_call_after_close_has_an_error(tmp_path: Path) -> None:
         assert entry.is_done
         assert isinstance(entry.error, AuditError)
         await log.settle()
-        log.write_before_commit()
+        assert log.write_before_commit() is None
 
     asyncio.run(run())
