@@ -18,7 +18,7 @@ from bench.goals import compare, needed, report
 from bench.harness import Measurement
 from bench.picture import draw
 from bench.processes import ROOT
-from bench.results import OURS, Results, conditions, table, update, write
+from bench.results import F1, F2, F3, OURS, Results, conditions, table, update, write
 from bench.workloads import PARTS, QUICK, Sizes
 
 _EPILOG = """\
@@ -67,7 +67,8 @@ def _measure(options: argparse.Namespace, directory: Path) -> int:
     contenders = [one for one in CONTENDERS if one.name.startswith(tuple(options.only or [""]))]
     facts = {**conditions(directory), "quick": options.quick}
     print(*(f"{name}: {value}" for name, value in facts.items()), sep="\n", flush=True)
-    place = Place(directory, services.peers_python(_say) if options.only != [OURS] else None)
+    has_peers = any(one.name not in (OURS, F1, F2, F3) for one in contenders)
+    place = Place(directory, services.peers_python(_say) if has_peers else None)
     results = Results()
     measurement = Measurement(contenders, sizes, place, results, _say, needed if options.quick else lambda *_: True)
     small, large = ([part for part in chosen if part.large == size] for size in (False, True))

@@ -48,6 +48,7 @@ def test_bench_measures_harp_in_each_row(part: str, tmp_path: Path) -> None:
     floors = {one.name for one in CONTENDERS if one.name.startswith("F") and workloads & one.functions.keys()}
     options = ("--scale=0.001", "--runs=1", f"--directory={work}", f"--output={output}")
     printed = bench(part, "--only=HARP", "--only=F", *options)
+    assert "peers' environment" not in printed, "it is for peers only"
     rows = json.loads(output.read_text())["rows"]
     measured = {row["row"]: row["median"] for row in rows if row["contender"] == "HARP"}
     assert measured.keys() == {row.key for row in PARTS[part].rows}, printed
