@@ -107,6 +107,26 @@ async def test_accounts_are_looked_up_once_for_many_clients(monkeypatch: pytest.
     assert accounts.get_cached(1234) == ("uid:1234",)
 
 
+async def test_slow_directory_gets_few_renewals(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    release = threading.Event()
+
+    def answer(uid: int) -> object:
+        asked.append(uid)
+        release.wait(30)
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", answer)
+    accounts = Accounts()
+    for uid in range(20):
+        accounts.renew(uid)
+    last = accounts.look_up(2000)  # a new client waits for its own
+    await eventually(lambda: len(asked) == 3, what="the lookups")
+    release.set()
+    assert await last == ("uid:2000",)
+    assert sorted(asked) == [0, 1, 2000]
+
+
 def test_token_is_the_strongest_principal_and_has_roles(tmp_path: Path) -> None:
     config = Config(tokens_file=tmp_path / "tokens")
     text, _ = add_token(tmp_path / "tokens", "shop", ["web"])

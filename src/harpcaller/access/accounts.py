@@ -15,6 +15,7 @@ from contextlib import suppress
 
 _LIFETIME = 5.0  # seconds
 _MAX_USERS = 10_000
+_MAX_RENEWALS = 2  #: Maximum number of lookups, of any kind, beside which a user is looked up again.
 
 
 class Accounts:
@@ -37,6 +38,11 @@ class Accounts:
             self._lookups[uid] = lookup
             lookup.add_done_callback(lambda done: self._on_found(uid, done))
         return lookup
+
+    def renew(self, uid: int) -> None:
+        """Look a user up again soon. Few at a time: a directory service that is slow must not occupy all threads."""
+        if len(self._lookups) < _MAX_RENEWALS:
+            self.look_up(uid)
 
     def _on_found(self, uid: int, lookup: asyncio.Future[tuple[str, ...]]) -> None:
         del self._lookups[uid]

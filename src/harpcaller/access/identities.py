@@ -99,7 +99,7 @@ class Identities:
         uid = _user_of(client)
         present = self._accounts.get_cached(uid)
         if present is None:
-            self._accounts.look_up(uid)
+            self._accounts.renew(uid)
             return None
         return None if _with(client, present).principals == principals else USER_CHANGED
 
