@@ -94,7 +94,8 @@ def check(config: Config) -> tuple[list[str], list[str]]:
     if (tls := collect(HostTLS)) is not None:
         warnings += tls.warnings
     errors += _find_expired(config)
-    uses: tuple[Callable[[Config], object], ...] = PolicySource, read_key_file, Identities, _check_http, _check_audit
+    source = collect(PolicySource)
+    uses: tuple[Callable[[Config], object], ...] = read_key_file, Identities, _check_http, _check_audit
     for use in uses:
         collect(use)
     if exposed := ", ".join(map(str, config.unsafe_listeners)):
@@ -106,6 +107,9 @@ def check(config: Config) -> tuple[list[str], list[str]]:
     if config.hosts_file is not None and (readers := describe_reader(config.hosts_file)) is not None:
         warnings.append(f"{config.file}: hosts_file: {readers}")  # it has passwords
     lists = [collect(_read_hosts_file), collect(_run_hosts_script)]
+    if source is not None and not errors:
+        tags = {tag for hosts in lists if hosts for host in hosts.hosts.values() for tag in host.tags or ()}
+        warnings += source.describe_unknown_tags(tags)
     return [*errors, *(str(line) for hosts in lists if hosts is not None for line in hosts.rejected)], warnings
 
 

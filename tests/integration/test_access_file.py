@@ -184,6 +184,11 @@ def test_access_questions_know_the_tags_of_hosts(dispatcher: Harpcallerd, rules:
     assert ask(dispatcher, "who", "--host=web08").stdout == "no rule allows it to any client\n"
     assert ask(dispatcher, "who").stdout == "token:shop: rule 1 (line 1) allows it; tags: prod, eu-*\n"
     assert "  tags: prod, eu-*\n" in ask(dispatcher, "explain", "token:shop").stdout
+    warning = f"{rules}: rule 1 (line 1): tags: no host has one of prod, eu-*"
+    check = ("--test", f"--config={dispatcher.config_file}")
+    assert warning not in dispatcher.control(*check).stderr
+    dispatcher.hosts_file.write_text(lines[1])
+    assert warning in dispatcher.control(*check).stderr, "it may be a typing error"
     dispatcher.hosts_file.unlink()
     assert "note: tags of hosts are unknown: " in ask(dispatcher, *shop, "--host=web07").stdout
 

@@ -7,6 +7,7 @@ can change is an error, too: they could give themselves every right.
 from __future__ import annotations
 
 import time
+from collections.abc import Set
 from typing import Any
 
 from harp_daemon.file_modes import describe_writer
@@ -32,6 +33,13 @@ class PolicySource:
         if self._watched is None:
             return {}
         return {"access_file": str(self._watched.file), "access_sha256": self._watched.value.sha256}
+
+    def describe_unknown_tags(self, tags: Set[str]) -> list[str]:
+        """Return a warning for each rule with tags that no host has, such as mistyped ones; `tags` are all of hosts."""
+        if self._watched is None:
+            return []
+        rules = [rule for rule in self.policy.rules if rule.tags is not None and not rule.tags.match_any(tags)]
+        return [f"{self._watched.file}: {rule.place}: tags: no host has one of {rule.tags}" for rule in rules]
 
     def describe(self) -> dict[str, Any] | None:
         """Return file, number of rules, age in seconds and the error of the latest contents; None without a file."""
