@@ -25,6 +25,14 @@ _OF_ALL = (
     "internal_error",
     "storage_error",
 )
+#: Responses with events are described by one event, as there is no other way in OpenAPI 3.1.
+_EVENTS = "text/event-stream"
+_EVENT = {
+    "type": "object",
+    "description": "One event.",
+    "required": ["event", "data"],
+    "properties": {"id": {"type": "string"}, "event": {"type": "string"}, "data": {"type": "string"}},
+}
 _STATUSES_OF_BODY = (422,)  #: Of `invalid_request`, if the body is JSON, but not what is expected.
 _VARIABLE = re.compile(r"\{(\w+)\}")
 _PATH_SCHEMAS = {"job": UUID}
@@ -82,7 +90,7 @@ def _response(operation: Operation, answer: Answer) -> dict[str, Any]:
         found["content"] = {answer.media_type: {"schema": answer.schema}}
     elif answer.other_media_types:  # several forms; none of them is one JSON value
         kinds = (answer.media_type, *answer.other_media_types)
-        found["content"] = {kind: {"schema": {"type": "string"}} for kind in kinds}
+        found["content"] = {kind: {"schema": _EVENT if kind == _EVENTS else {"type": "string"}} for kind in kinds}
     if answer.headers:
         found["headers"] = {
             name: {"description": meaning, "schema": {"type": "string"}} for name, meaning in answer.headers.items()
