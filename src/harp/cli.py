@@ -362,36 +362,19 @@ def _direct(options: Namespace) -> Exit:
 # The commands of lists load what they need: others start faster without it.
 
 
-def _jobs(options: Namespace) -> Exit:
-    from harp._terminal.lists import list_jobs
+def _list(options: Namespace) -> Exit:
+    from harp._terminal import lists
 
-    list_jobs(_listing_dispatcher(options), options)
-    return Exit.OK
-
-
-def _hosts(options: Namespace) -> Exit:
-    from harp._terminal.lists import list_hosts
-
-    list_hosts(_listing_dispatcher(options), options)
-    return Exit.OK
-
-
-def _queues(options: Namespace) -> Exit:
-    from harp._terminal.lists import list_queues
-
-    list_queues(_listing_dispatcher(options), options)
+    functions = {"jobs": lists.list_jobs, "hosts": lists.list_hosts, "queues": lists.list_queues}
+    functions[options.command](_Caller(**_connection(options)), options)
     return Exit.OK
 
 
 def _show(options: Namespace) -> Exit:
     from harp._terminal.job_page import show_job
 
-    show_job(_listing_dispatcher(options), options, _ADVICE.get)
+    show_job(_Caller(**_connection(options)), options, _ADVICE.get)
     return Exit.OK
-
-
-def _listing_dispatcher(options: Namespace) -> client.HarpCaller:
-    return _Caller(**_connection(options))
 
 
 def _completion(options: Namespace) -> Exit:
@@ -669,13 +652,13 @@ _COMMANDS = (
     ("cancel", _cancel, "cancel a job and print whether this stopped it", "job --wait"),
     (
         "jobs",
-        _jobs,
+        _list,
         "list jobs, the newest first",
         "words --columns --limit --oldest --count --watch --interval --format",
     ),
     ("show", _show, "print a job: why, times, how it ended and what to do, last records", "words --recent --format"),
-    ("hosts", _hosts, "list the hosts of the registry", "words --limit --format"),
-    ("queues", _queues, "list queues with jobs that wait or run", "words --limit --format"),
+    ("hosts", _list, "list the hosts of the registry", "words --limit --format"),
+    ("queues", _list, "list queues with jobs that wait or run", "words --limit --format"),
     ("completion", _completion, "print a script that completes commands, jobs and hosts in a shell", "shell"),
     ("direct", _direct, "call a procedure on a harpd; the password is read from $HARP_PASSWORD", _DIRECT),
 )

@@ -9,24 +9,7 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import Browser, Locator, Page, expect
 
-from support.browser import Pages, Site, eventually, find_axe_violations, running_site
-
-PROCEDURES = """
-import time
-from harpd.proc import procedure
-
-@procedure
-def echo(*values):
-    return list(values)
-
-@procedure
-def fail(text):
-    raise ValueError(text)
-
-@procedure(timeout=600)
-def sleep(seconds):
-    time.sleep(seconds)
-"""
+from support.browser import PROCEDURES, Pages, Site, eventually, find_axe_violations, running_site
 
 
 @pytest.fixture(scope="module")

@@ -28,23 +28,12 @@ _MAX_DESCRIPTION = 60  #: Characters.
 #: What may follow a key of a filter. Times are examples of their form.
 _FILTER_VALUES: Mapping[str, tuple[str, ...]] = {
     "state": ("queued", "running", "returned", "raised", "failed", "cancelled", "open", "ended", "bad"),
-    "from": ("-1h", "-12h", "-1d", "-7d"),
-    "to": ("-1h", "-12h", "-1d", "-7d"),
-    "ended_from": ("-1h", "-12h", "-1d", "-7d"),
-    "ended_to": ("-1h", "-12h", "-1d", "-7d"),
-    "started_from": ("-1h", "-12h", "-1d", "-7d"),
-    "started_to": ("-1h", "-12h", "-1d", "-7d"),
+    **dict.fromkeys(
+        ("from", "to", "ended_from", "ended_to", "started_from", "started_to"), ("-1h", "-12h", "-1d", "-7d")
+    ),
     "stop": ("pending", "confirmed", "failed", "unknown"),
     "holds_slot": ("1", "0"),
-    "host": (),
-    "procedure": (),
-    "owner": (),
-    "queue": (),
-    "end_type": (),
-    "info": (),
-    "arguments": (),
-    "rerun_of": (),
-    "id": (),
+    **dict.fromkeys(("host", "procedure", "owner", "queue", "end_type", "info", "arguments", "rerun_of", "id"), ()),
 }
 
 
