@@ -26,7 +26,6 @@ from harp_daemon.sliced_json import decode_slices
 from harpcaller.access.commands import add_commands, answer_question, parse_queue
 from harpcaller.api.control_client import ControlClient, ControlError, NotRunning
 from harpcaller.config import DEFAULT_FILE, DEFAULT_MAX_AGE, load
-from harpcaller.hosts.registry import read_tags
 from harpcaller.store import StorageError
 
 _SOCKET = Path("/var/run/harpcaller/control")
@@ -261,6 +260,8 @@ def _queue_cancel(parsed: Namespace) -> None:
 
 
 def _access(parsed: Namespace) -> int:
+    from harpcaller.hosts.registry import read_tags  # it imports the event loop, for which other commands need not wait
+
     try:
         lines, status = answer_question(parsed, read_tags)
     except ConfigError as error:
