@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import selectors
 import socket
 import statistics
@@ -46,6 +47,7 @@ _WATCHED, _IDLE = 10, 3.0  #: Jobs that idle streams follow; seconds during whic
 _MANY = 6000
 _RECORD = b'{"packet":'  #: The beginning of a record.
 _TIMEOUT = 60.0
+_TICK = 1 / os.sysconf("SC_CLK_TCK")  #: Seconds of CPU that the kernel counts at once.
 
 
 @dataclass(frozen=True)
@@ -146,12 +148,17 @@ def _exchange(
     count = sum(len(each) - 1 for each in times) + len(requests)
     rate = sum((len(each) - 1) / (each[-1] - each[0]) for each in times)
     took = [after - before for each in times for before, after in pairwise(each)]
-    return _Exchanges(rate, 1e6 * (_cpu(pid) - before) / count, took)
+    return _Exchanges(rate, 1e6 * _cpu_since(pid, before) / count, took)
 
 
 def _cpu(pid: int) -> float:
     """Return the seconds of CPU that a process has needed so far."""
     return sum(psutil.Process(pid).cpu_times()[:2])
+
+
+def _cpu_since(pid: int, before: float) -> float:
+    """Return what it has needed since; at least a tick, below which the kernel's books have nothing."""
+    return max(_cpu(pid) - before, _TICK)
 
 
 def _p99(seconds: Sequence[float]) -> float:
@@ -396,11 +403,11 @@ def http_events(viewers: int, records: int) -> Figures:
 
         before = _cpu(api.dispatcher.pid)
         found, _ = together(_PROCESSES, body)
-        cpu = 1e6 * (_cpu(api.dispatcher.pid) - before) / (viewers * records)
+        cpu = 1e6 * _cpu_since(api.dispatcher.pid, before) / (viewers * records)
         with _floor(api.dispatcher.directory) as (pid, port):
             before = _cpu(pid)
             together(_PROCESSES, partial(_drain, api, port, viewers, records))
-            floor = 1e6 * (_cpu(pid) - before) / (viewers * records)
+            floor = 1e6 * _cpu_since(pid, before) / (viewers * records)
     return {"cpu": cpu, "cpu_floor": cpu / floor, **quantiles([each for took in found for each in took])}
 
 
@@ -457,7 +464,7 @@ def http_viewers(viewers: int, clients: int, count: int) -> Figures:
         def measure() -> tuple[float, float]:
             before = _cpu(api.dispatcher.pid)
             rate = jobs(partial(connect_queue, port=api.dispatcher.port), clients, count)["rate"]
-            return rate, _cpu(api.dispatcher.pid) - before
+            return rate, _cpu_since(api.dispatcher.pid, before)
 
         def measure_beside(number: int) -> tuple[float, float]:
             drain = [sys.executable, "-P", "-m", "bench.http_viewers", str(api.port), api.token, str(viewers)]
