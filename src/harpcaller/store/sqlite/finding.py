@@ -217,7 +217,7 @@ _ENTRY, _PROCEDURE, _ROW, _PAYLOADS = 1, 3, 6, 15
 
 ALL_JOBS = Range("jobs", (Entries("jobs NOT INDEXED"),))
 NO_JOBS = Range("none", ())
-_NOT_RETURNED = "jobs.state IN ('raised', 'failed', 'cancelled')"  # the condition of the index, to the letter
+_NOT_RETURNED = "jobs.ended IS NOT NULL AND jobs.state <> 'returned'"  # the condition of the index, to the letter
 _INDEXES_OF_STATES = {
     State.QUEUED: ("jobs_queued", "jobs.state = 'queued'"),
     State.RUNNING: ("jobs_holding", "jobs.holds_slot = 1 AND jobs.state = 'running'"),

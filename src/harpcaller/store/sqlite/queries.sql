@@ -188,7 +188,7 @@ WITH others AS (
     SELECT 'running', count(*) FROM jobs INDEXED BY jobs_holding WHERE holds_slot = 1 AND state = 'running'
     UNION ALL
     SELECT state, count(*) FROM jobs INDEXED BY jobs_not_returned
-    WHERE state IN ('raised', 'failed', 'cancelled') GROUP BY state
+    WHERE state IN ('raised', 'failed', 'cancelled') AND ended IS NOT NULL AND state <> 'returned' GROUP BY state
 )
 SELECT state, jobs FROM others WHERE jobs > 0
 UNION ALL
