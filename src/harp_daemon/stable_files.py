@@ -10,7 +10,7 @@ from pathlib import Path
 def write_new(
     file: Path, content: bytes, mode: int, prepare: Callable[[int], object] = lambda descriptor: None
 ) -> None:
-    """Write a file that must not exist; after an error there is none. Raises OSError.
+    """Write a file that must not exist; after an error it is removed. Raises OSError.
 
     `prepare` is called with the descriptor before anything is written.
     """

@@ -619,7 +619,7 @@ class Dispatcher:
         return fitting
 
     def find_outage(self, job_id: str) -> float | None:
-        """Return since when the host of an active call has not been reached, in Unix seconds; None: there is none."""
+        """Return since when the host of an active call has not been reached, in Unix seconds; None: it is reached."""
         run = self._runner.runs.get(job_id)
         return None if run is None or run.outage is None else run.outage.since
 

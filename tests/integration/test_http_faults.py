@@ -98,7 +98,7 @@ def test_http_request_at_sigterm_is_answered_that_it_stops(tmp_path: Path) -> No
         assert daemon.wait() == 0
 
 
-def test_http_key_is_of_one_job_whenever_the_dispatcher_is_killed(tmp_path: Path) -> None:
+def test_http_key_is_of_one_job_after_kills_of_the_dispatcher(tmp_path: Path) -> None:
     """Kill -9 at random moments between request and answer, then send the same again."""
     moments = random.Random(SEED)
     sent: dict[str, dict[str, Any]] = {}

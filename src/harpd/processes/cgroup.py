@@ -106,7 +106,7 @@ def service_cgroup() -> Cgroup | None:
 
 
 def own_cgroup() -> Cgroup | None:
-    """Return the cgroup of this process; None: there is none of version 2 that it can see."""
+    """Return the cgroup of this process; None if it can see no cgroup of version 2."""
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
         own = next((line.removeprefix("0::") for line in lines if line.startswith("0::")), None)
