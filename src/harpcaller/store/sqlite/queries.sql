@@ -365,7 +365,7 @@ SELECT place, lane, name, concurrency, queued, (SELECT submitted FROM jobs WHERE
     ) AS own JOIN queues ON queues.lane = own.lane
     WHERE queues.rowid > :after AND (:lane IS NULL OR queues.lane = :lane)
     GROUP BY queues.rowid ORDER BY queues.rowid LIMIT :limit
-);
+) AS own_queues;
 
 -- name: count_queued_of_hosts_and_owners
 SELECT host, count(*) FROM jobs

@@ -233,9 +233,9 @@ def list_queues(db: sqlite3.Connection) -> list[QueueStatus]:
 
 
 def _of_owners(query: str, owners: Iterable[str]) -> tuple[str, dict[str, Any]]:
-    """Return the text of a query on the jobs of some owners, and the parameters that it has for them."""
+    """Return a query on the jobs of some owners, and the parameters that it has for them."""
     values = {f"owner{number}": encode_name(owner) for number, owner in enumerate(dict.fromkeys(owners))}
-    return QUERIES[query].replace(":owners", ", ".join(f":{name}" for name in values)), values
+    return query.replace(":owners", ", ".join(f":{name}" for name in values)), values
 
 
 def find_queues(
@@ -246,7 +246,7 @@ def find_queues(
     With `owners`, only their jobs count: queues without such a job are missing.
     """
     if owners is not None:
-        statement, values = _of_owners("find_queues_of_owners", owners)
+        statement, values = _of_owners(QUERIES["find_queues_of_owners"], owners)
         found = db.execute(statement, {"after": after, "limit": limit, "lane": lane, **values}).fetchall()
         return [
             QueueSummary(place, key.removeprefix("queue:"), Raw(name), concurrency, running, queued, oldest)
@@ -266,12 +266,13 @@ def count_open_of_hosts(db: sqlite3.Connection, owners: Iterable[str] | None = N
 
     With `owners`, of their jobs.
     """
-    names, nothing = ("count_holding_of_hosts", "count_queued_of_hosts"), dict[str, Any]()
+    statements: list[tuple[str, dict[str, Any]]]
     if owners is None:
-        statements = [(QUERIES[name], nothing) for name in names]
+        statements = [(QUERIES["count_holding_of_hosts"], {}), (QUERIES["count_queued_of_hosts"], {})]
     else:
         owners = tuple(owners)
-        statements = [_of_owners(f"{name}_and_owners", owners) for name in names]
+        queries = QUERIES["count_holding_of_hosts_and_owners"], QUERIES["count_queued_of_hosts_and_owners"]
+        statements = [_of_owners(query, owners) for query in queries]
     with snapshot(db):
         holding, queued = (
             {decode_name(host): count for host, count in db.execute(statement, values)}
