@@ -98,6 +98,7 @@ def test_http_request_at_sigterm_is_answered_that_it_stops(tmp_path: Path) -> No
         assert daemon.wait() == 0
 
 
+@pytest.mark.timeout(120 + 30 * KILLS)
 def test_http_key_is_of_one_job_after_kills_of_the_dispatcher(tmp_path: Path) -> None:
     """Kill -9 at random moments between request and answer, then send the same again."""
     moments = random.Random(SEED)

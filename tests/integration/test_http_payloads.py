@@ -8,6 +8,7 @@ import os
 from contextlib import AsyncExitStack
 from pathlib import Path
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +19,7 @@ from support.dispatcher import host_line
 from support.http_api import RunningAPI, running_api
 from support.peers import Peer, PeerConnection, server_context
 
+EXAMPLES = 100 if os.environ.get("HARP_LONG") else 12
 JSON = {"Content-Type": "application/json"}
 SCALARS = st.sampled_from(
     [
@@ -111,6 +113,7 @@ async def check_records(api: RunningAPI, job: str, record: bytes) -> None:
     assert as_text == record + b"\n"
 
 
+@pytest.mark.timeout(120 + 10 * EXAMPLES)
 def test_http_payloads_are_unchanged(tmp_path: Path) -> None:
     with (
         Peer(always=returning_arguments, tls=server_context(server_files(tmp_path))) as peer,
@@ -119,7 +122,7 @@ def test_http_payloads_are_unchanged(tmp_path: Path) -> None:
         stack = AsyncExitStack()
         api = runner.run(stack.enter_async_context(running_api(tmp_path, host_line(peer.port))))
 
-        @settings(max_examples=100 if os.environ.get("HARP_LONG") else 12, deadline=None)
+        @settings(max_examples=EXAMPLES, deadline=None)
         @given(VALUES)
         @example("[1970670598291982290, 1e400, -1E-400, 1.50, %s]" % ("9" * 5000))
         @example('{"b": 1, "a": {"b": 2, "a": 1}, "a": 3, "": null}')
