@@ -297,7 +297,7 @@ def test_record_of_ten_megabytes_opens_whole(site: Site, pages: Pages) -> None:
     assert len(row(page, 0).locator(".log-text").inner_text()) <= 4001
     row(page, 0).get_by_role("button", name="Show all 10.0 MB of record 0").click()
     dialog = page.get_by_role("dialog", name="Record 0")
-    expect(dialog).to_contain_text("10.0 MB")
+    expect(dialog).to_contain_text("10.0 MB", timeout=60_000)
     length = dialog.locator("pre").evaluate("(element) => element.textContent.length")
     assert length == 10_000_002
     page.keyboard.press("Escape")

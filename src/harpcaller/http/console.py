@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import re
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+
+from harpcaller.http.modules import join_modules, shorten
 
 # Nothing is loaded from elsewhere, nothing is framed, and no text becomes script. The policy `harp` makes one script
 # address, the one of the log worker: without it Chromium refuses `new Worker`.
@@ -78,31 +79,16 @@ class StaticFile(NamedTuple):
 
 def read_static_files(directory: Path = _STATIC) -> dict[str, StaticFile]:
     """Return the console's files, by their paths below `directory`; files of other kinds are left out."""
-    files = {}
-    for path in sorted(directory.rglob("*")):
-        media_type = MEDIA_TYPES.get(path.suffix)
-        if media_type is not None and path.is_file():
-            body = shorten(path) if path.suffix == ".mjs" else path.read_bytes()
-            name = path.relative_to(directory).as_posix()
-            files[name] = StaticFile(media_type, body, gzip.compress(body, mtime=0))
-    return files
-
-
-def shorten(module: Path) -> bytes:
-    """Return a module without comment lines and indentation, which are a seventh of what would be sent.
-
-    Empty lines stand in the place of comments, so that the line numbers of errors are those of the source. Vendored
-    modules are sent as they are.
-    """
-    if module.parent.name == "vendor":
-        return module.read_bytes()
-    text = _COMMENT.sub(lambda found: "\n" * found[0].count("\n"), module.read_text())
-    return _INDENTATION.sub("", text).encode()
-
-
-# Lines that begin with a comment, and indentation: no text of the console has such a line, or needs its indentation.
-_COMMENT: Final = re.compile(r"^[ \t]*(?://[^\n]*|/\*.*?\*/[ \t]*)$", re.MULTILINE | re.DOTALL)
-_INDENTATION: Final = re.compile(r"^[ \t]+", re.MULTILINE)
+    sources = {path.stem: path.read_text() for path in directory.glob("*.mjs")}
+    bodies = {name: shorten(text).encode() for name, text in join_modules(sources).items()}
+    for path in directory.rglob("*"):
+        is_joined = path.suffix == ".mjs" and path.parent == directory
+        if path.is_file() and path.suffix in MEDIA_TYPES and not is_joined:
+            bodies[path.relative_to(directory).as_posix()] = path.read_bytes()
+    return {
+        name: StaticFile(MEDIA_TYPES[Path(name).suffix], body, gzip.compress(body, mtime=0))
+        for name, body in sorted(bodies.items())
+    }
 
 
 def hash_files(files: dict[str, StaticFile]) -> str:

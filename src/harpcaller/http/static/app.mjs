@@ -1,86 +1,97 @@
-// The console: frame, router of views, theme, keys. A view is a module of its own that is loaded when it is opened;
-// it exports one component, which gets `{query, id, me}`: the query of the address, the part after the view's name,
+// The console: frame, router of views, login, palette. A view is a component, which gets `{query, id, me}`: the query of the address, the part after the view's name,
 // and the answer of GET /me. `ui.mjs` has what views are made of.
-import { del, get, Problem, tellWatchers, watchRequests } from "./api.mjs";
-import { searched } from "./filters.mjs";
-import { useKeys } from "./keys.mjs";
-import { togglePause, useLiveStatus } from "./live.mjs";
-import { LoginView } from "./login.mjs";
-import { BASE, link, navigate, useRoute } from "./router.mjs";
-import { Empty, Fault, html, Icon, Loading, Menu, Notices, render, setSetting, setTitle, shortTime, useEffect, useErrorBoundary, useRef, useSettings, useState } from "./ui.mjs";
-import { words } from "./words.mjs";
+import { askEarly, del, facts, get, post, togglePause, useLiveStatus } from "./api.mjs";
+import { setSetting, shortTime, visible } from "./formats.mjs";
+import { BASE, COMMON_VIEWS, hostLink, jobLink, link, navigate, searched, useRedraw, useRoute } from "./router.mjs";
+import { Button, Dialog, Empty, Example, Fault, html, Icon, listKeys, Loading, Menu, Notices, render, setTitle, useEffect, useErrorBoundary, useKeys, useRef, useSettings, useState } from "./ui.mjs";
 
-const text = words.frame;
-
-// [the first part of the path, the module, its component]. `id` is the second part of the path.
+// By the first part of the path: the module, the component of its list, and that of one thing, whose id is the second part.
 const VIEWS = {
-  "": { list: ["overview.mjs", "OverviewView"] },
-  jobs: { list: ["jobs.mjs", "JobsView"], one: ["job.mjs", "JobView"] },
-  queues: { list: ["queues.mjs", "QueuesView"], one: ["queues.mjs", "QueueView"] },
-  hosts: { list: ["hosts.mjs", "HostsView"], one: ["hosts.mjs", "HostView"] },
-  audit: { list: ["audit.mjs", "AuditView"] },
-  sessions: { list: ["sessions.mjs", "SessionsView"] },
+  "": ["overview", "OverviewView"],
+  jobs: ["jobs", "JobsView"],
+  "jobs/": ["job", "JobView"],
+  queues: ["lists", "QueuesView"],
+  "queues/": ["lists", "QueueView"],
+  hosts: ["lists", "HostsView"],
+  "hosts/": ["lists", "HostView"],
+  audit: ["lists", "AuditView"],
+  sessions: ["lists", "SessionsView"],
+  keys: ["overview", "OverviewView"],   // under the dialog of all keys
 };
 
 // What the bar shows: [key after g, path, name, the action of GET /me without which it is left out]
 const BAR = [
-  ["o", "/", words.views.overview, "list"],
-  ["j", "/jobs", words.views.jobs, "list"],
-  ["q", "/queues", words.views.queues, "list"],
-  ["h", "/hosts", words.views.hosts, "list"],
-  ["a", "/audit", words.views.audit, "admin"],
+  ["o", "/", "Overview", "list"],
+  ["j", "/jobs", "Jobs", "list"],
+  ["q", "/queues", "Queues", "list"],
+  ["h", "/hosts", "Hosts", "list"],
+  ["a", "/audit", "Audit", "admin"],
 ];
 
-const loaded = new Map();
+// --- views -----------------------------------------------------------------------------------------------------------
 
-/** Load the component of a view; a view that was loaded is there at once. */
-function useView(name, component) {
-  const [, redraw] = useState(0);
-  const key = name + component;
-  if (!loaded.has(key)) {
-    const entry = {};
-    loaded.set(key, entry);
-    import("./" + name).then(
-      (module) => (entry.View = module[component]),
-      (error) => ((entry.error = error), loaded.delete(key)),
-    ).then(() => entry.redraw?.());
+let views = null;   // of all modules of views: {module}, {error}, and when that is known
+
+/** Load the views, once; if that failed, it is tried again when one is opened. */
+function loadViews() {
+  if (!views || views.error) {
+    const entry = (views = {});
+    entry.end = import("./views.mjs").then((module) => (entry.module = module), (error) => (entry.error = error));
   }
-  const entry = loaded.get(key);
-  useEffect(() => {
-    entry.redraw = () => redraw((number) => number + 1);
-    if (entry.View || entry.error) entry.redraw();
-    return () => (entry.redraw = undefined);
-  }, [entry]);
-  return entry;
+  return views;
 }
 
-/** Load the other views when there is time: they open at once then, also while the dispatcher is away. */
-const loadViews = () => Object.values(VIEWS).forEach((view) => Object.values(view).forEach(([name]) => import("./" + name).catch(() => null)));
+function decoded(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text;
+  }
+}
+
+/** Return the view of a path as [module, component], and its id; null: there is none. */
+function findView(path) {
+  const [, first, id, ...rest] = path.split("/");
+  const view = VIEWS[first + (id ? "/" : "")];
+  return view && !rest.length ? [view, id && decoded(id)] : null;
+}
 
 function View({ place, me }) {
-  const [, first, second] = place.path.split("/");
-  const view = VIEWS[first]?.[second ? "one" : "list"];
-  if (place.path === "/keys") return html`<${LoadedView} key="keys" view=${VIEWS[""].list} query=${place.query} me=${me} />`;
-  if (!view || place.path.split("/").length > 3) return html`<${NotFound} />`;
-  return html`<${LoadedView} key=${view[0] + (second || "")} view=${view} query=${place.query} returned=${place.returned} hash=${place.hash} id=${second && decodeURIComponent(second)} me=${me} />`;
+  const [view, id] = findView(place.path) || [];
+  if (!view) return html`<${NotFound} />`;
+  return html`<${LoadedView} key=${view[1] + (id || "")} view=${view} ...${place} id=${id} me=${me} />`;
 }
 
-function LoadedView({ view, ...rest }) {
-  const { View, error } = useView(...view);
-  const [fault, reset] = useErrorBoundary();
+function LoadedView({ view: [name, component], ...rest }) {
+  const entry = useRef(null);
+  entry.current ??= loadViews();
+  const { module, error, end } = entry.current;
+  const redraw = useRedraw();
+  const [fault] = useErrorBoundary();
+  useEffect(() => void (module || end.then(redraw)), []);
   if (error || fault)
-    return html`<div class="page"><${Empty} title=${text.broken}>
-      <p>${error ? text.notLoaded : text.brokenDetail}</p>
+    return html`<div class="page"><${Empty} title="This view stopped by an error">
+      <p>${error ? "The view cannot be loaded: the dispatcher does not answer, or it has another version of this page." : "Reload the page. If it happens again, report the text below."}</p>
       ${fault && html`<pre class="wrap"><code>${String(fault.stack || fault)}</code></pre>`}
-      <p><button class="button primary" onClick=${() => location.reload()}>${text.reload}</button></p>
-    </${Empty}></div>`;
-  return View ? html`<${View} ...${rest} />` : html`<div class="page"><${Loading} /></div>`;
+      <p><${Button} kind="primary" onClick=${() => location.reload()}>Reload<//></p>
+    <//></div>`;
+  return module ? html`<${module[name][component]} ...${rest} />` : html`<div class="page"><${Loading} /></div>`;
 }
 
 function NotFound() {
-  useEffect(() => setTitle(text.notFound), []);
-  return html`<div class="page"><${Empty} title=${text.notFound}><p>${text.notFoundDetail}</p><p><a href=${link("/jobs")}>${words.views.jobs}</a></p></${Empty}></div>`;
+  useEffect(() => setTitle("There is no such page"), []);
+  return html`<div class="page"><${Empty} title=${"There is no such page"}><p>The address may have been cut, or it belongs to another version.</p><p><a href=${link("/jobs")}>Jobs</a></p><//></div>`;
 }
+
+// --- the bar ---------------------------------------------------------------------------------------------------------
+
+// Settings of this browser: name, label, and words of the values
+const CHOICES = [
+  ["theme", "Theme", { system: "system", light: "light", dark: "dark" }],
+  ["times", "Times", { local: "local", utc: "UTC", relative: "relative" }],
+  ["density", "Rows", { compact: "compact", comfortable: "tall" }],
+  ["keys", "Single keys", { on: "on", off: "off" }],
+];
 
 function Choice({ name, label, values }) {
   const chosen = useSettings();
@@ -90,28 +101,25 @@ function Choice({ name, label, values }) {
 }
 
 function Account({ me, logOut, help }) {
-  return html`<${Menu} label=${me.principal + ": " + text.account} icon="menu" kind="quiet account" text=${html`<span class="who">${me.principal}</span>`}>
+  return html`<${Menu} label=${me.principal + ": Account and settings"} icon="menu" kind="quiet account" text=${html`<span class="who">${me.principal}</span>`}>
     ${(close) => html`
-      <div class="menu-head"><strong>${me.principal}</strong><span class="dim">${text.roles(me.roles || [])}</span></div>
-      <${Choice} name="theme" label=${text.theme} values=${text.themes} />
-      <${Choice} name="times" label=${text.times} values=${text.timeStyles} />
-      <${Choice} name="density" label=${text.density} values=${text.densities} />
-      <${Choice} name="keys" label=${text.keys} values=${text.keyStates} />
+      <div class="menu-head"><strong>${me.principal}</strong><span class="dim">${(me.roles || []).join(", ")}</span></div>
+      ${CHOICES.map(([name, label, values]) => html`<${Choice} key=${name} name=${name} label=${label} values=${values} />`)}
       <hr />
-      <button type="button" onClick=${() => { close(); help(); }}>${text.help}</button>
-      <a href=${link("/sessions")} onClick=${close}>${words.views.sessions}</a>
-      <button type="button" onClick=${logOut}>${text.logout}</button>`}
-  </${Menu}>`;
+      <button type="button" onClick=${() => { close(); help(); }}>Keyboard help</button>
+      <a href=${link("/sessions")} onClick=${close}>Sessions</a>
+      <button type="button" onClick=${logOut}>Log out</button>`}
+  <//>`;
 }
 
-function Search({ query }) {
+function Search({ place }) {
   const field = useRef(null);
-  useEffect(() => void (field.current.value = query.get("q") || ""), [query.toString()]);
-  useKeys(text.everywhere, { "/": [() => field.current.select(), text.search] }, 0);
+  useEffect(() => void (field.current.value = (place.path === "/jobs" && place.query.get("q")) || ""), [place]);
+  useKeys("Everywhere", { "/": [() => field.current.select(), "Search jobs"] }, 0);
   function submit(event) {
     event.preventDefault();
     const sought = field.current.value.trim();
-    if (/^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/.test(sought)) navigate(link("/jobs/" + sought));
+    if (/^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/.test(sought)) navigate(jobLink(sought));
     else {
       navigate(link("/jobs", searched(sought)));
       document.getElementById("content").focus();   // the keys of the list work at once
@@ -119,67 +127,174 @@ function Search({ query }) {
   }
   return html`<form class="search" role="search" onSubmit=${submit}>
     <${Icon} name="search" />
-    <input ref=${field} type="search" aria-label=${text.search} placeholder=${text.searchHint} autocomplete="off" spellcheck="false" maxlength="1000" />
+    <input ref=${field} type="search" aria-label="Search jobs" placeholder="Search: id, word, host:web01" autocomplete="off" spellcheck="false" maxlength="1000" />
     <kbd aria-hidden="true">/</kbd>
   </form>`;
 }
 
+const PAUSE = "Pause live updates, or go on";
+const LIVE = {
+  live: ["live", "This page follows all changes. Click to pause."],
+  paused: ["paused", "Paused: the page shows what was. Click to follow again."],
+  away: ["away", "The dispatcher does not answer. The page tries again by itself."],
+  polling: ["every 5 s", "Four tabs follow live already, or a proxy holds streams back: this one asks every 5 s."],
+  connecting: ["connecting", "Connecting to the dispatcher."],
+};
+
 /** The button that says whether the page is live, and pauses it. */
-function Live({ status }) {
-  const { state } = status;
+function Live({ state }) {
   if (state === "off") return null;
   const shown = state === "hidden" ? "connecting" : state;
-  return html`<button type="button" class=${"button quiet live live-" + shown} title=${words.live.title[shown]} aria-pressed=${state === "paused" ? "true" : "false"} onClick=${togglePause}>
-    <${Icon} name=${state === "paused" ? "pause" : "live"} size=${12} /><span>${words.live[shown]}</span></button>`;
+  return html`<button type="button" class=${"button quiet live live-" + shown} title=${LIVE[shown][1]} aria-pressed=${state === "paused"} onClick=${togglePause}>
+    <${Icon} name=${state === "paused" ? "pause" : "live"} size=${12} /><span>${LIVE[shown][0]}</span></button>`;
 }
 
 function Banner({ status, restarted }) {
-  if (status.state === "away") return html`<div class="banner" role="alert"><${Icon} name="warning" />${words.live.banner(shortTime(status.since))}</div>`;
-  if (restarted) return html`<div class="banner" role="status">${text.newVersion} <button class="button small" onClick=${() => location.reload()}>${text.reload}</button></div>`;
-  return null;
+  if (status.state === "away") return html`<div class="banner" role="alert"><${Icon} name="warning" />The dispatcher does not answer since ${shortTime(status.since)}. What you see is from then. Trying again.</div>`;
+  return restarted && html`<div class="banner" role="status">The dispatcher has another version of this page now. <${Button} kind="small" onClick=${() => location.reload()}>Reload<//></div>`;
 }
 
 function Frame({ me, logOut, restarted }) {
   const place = useRoute();
   const status = useLiveStatus();
-  const [over, setOver] = useState(null);   // the dialog over the view: "palette" or "keys"
+  const [over, setOver] = useState(null);   // the dialog over the view: Palette or KeyHelp
   const bar = BAR.filter(([, , , action]) => !me.can || me.can.includes(action));
-  const open = (name) => setOver((now) => (now === name ? null : name));
-  useKeys(text.everywhere, {
-    ...Object.fromEntries(bar.map(([key, path, name]) => ["g " + key, [() => navigate(link(path)), words.palette.goTo(name)]])),
-    ".": [togglePause, words.palette.pause],
-    "ctrl+k": [() => open("palette"), words.palette.open],
-    "?": [() => open("keys"), words.palette.help],
+  const toggle = (dialog) => setOver((now) => (now === dialog ? null : dialog));
+  const help = () => toggle("keys");
+  const goTo = bar.map(([key, path, name]) => ["Go to " + name, () => navigate(link(path)), key]);
+  useKeys("Everywhere", {
+    ...Object.fromEntries(goTo.map(([name, go, key]) => ["g " + key, [go, name]])),
+    ".": [togglePause, PAUSE],
+    "ctrl+k": [() => toggle("palette"), "Open the command palette"],
+    "?": [help, "Show all keys"],
   }, 0);
-  useEffect(() => void setTimeout(loadViews, 1_000), []);
   useEffect(() => {
     if (place.path === "/keys") setOver("keys");
   }, [place.path]);
   const actions = [
-    ...Object.entries(text.themes).map(([value, word]) => [words.palette.theme(word), () => setSetting("theme", value)]),
-    ...Object.entries(text.timeStyles).map(([value, word]) => [words.palette.times(word), () => setSetting("times", value)]),
-    [words.palette.help, () => setOver("keys")],
-    [words.palette.pause, togglePause],
-    [words.palette.goTo(words.views.sessions), () => navigate(link("/sessions"))],
-    [text.logout, logOut],
+    ...goTo,
+    ...COMMON_VIEWS.map(([name, search]) => [`Jobs: ${name}`, () => navigate(link("/jobs", new URLSearchParams(search)))]),
+    ...CHOICES.slice(0, 2).flatMap(([name, label, values]) => Object.entries(values).map(([value, word]) => [label + ": " + word, () => setSetting(name, value)])),
+    ["Show all keys", help],
+    [PAUSE, togglePause],
+    ["Go to Sessions", () => navigate(link("/sessions"))],
+    ["Log out", logOut],
   ];
   return html`
-    <a class="skip" href="#content" data-in-page>${text.skip}</a>
+    <a class="skip" href="#content" data-in-page>Skip to the content</a>
     <header class="bar">
       <a class="brand" href=${link("/")}>HARP</a>
-      <nav aria-label=${text.nav}>${bar.map(
+      <nav aria-label="Views">${bar.map(
         ([, path, name]) => html`<a key=${path} href=${link(path)} aria-current=${(path === "/" ? place.path === "/" : place.path.startsWith(path)) ? "page" : undefined}>${name}</a>`,
       )}</nav>
-      <${Search} query=${place.query} />
-      <${Live} status=${status} />
-      <${Account} me=${me} logOut=${logOut} help=${() => setOver("keys")} />
+      <${Search} place=${place} />
+      <${Live} state=${status.state} />
+      <${Account} me=${me} logOut=${logOut} help=${help} />
     </header>
     <${Banner} status=${status} restarted=${restarted} />
     <main id="content" tabindex="-1" data-scroll><${View} place=${place} me=${me} /></main>
-    ${over === "palette" && html`<${LoadedView} view=${["palette.mjs", "Palette"]} close=${() => setOver(null)} actions=${actions} views=${bar.map(([, path, name]) => [words.palette.goTo(name), () => navigate(link(path))])} />`}
-    ${over === "keys" && html`<${LoadedView} view=${["palette.mjs", "KeyHelp"]} close=${() => setOver(null)} />`}
+    ${over === "palette" && html`<${Palette} close=${() => setOver(null)} actions=${actions} />`}
+    ${over === "keys" && html`<${KeyHelp} close=${() => setOver(null)} />`}
     <${Notices} />`;
 }
+
+// --- dialogs over any view ---------------------------------------------------------------------------------------------
+
+/** A field and a list: views, actions, saved searches, hosts and procedures by name. `actions`: [[name, function], ...]. */
+function Palette({ close, actions }) {
+  const [sought, setSought] = useState("");
+  const [names, setNames] = useState([]);
+  const [at, setAt] = useState(0);
+  const list = useRef(null);
+  useEffect(() => {
+    get("/jobs/counts", { by: "procedure,host" }).then(({ by }) =>
+      setNames([
+        ...(by.host || []).map(({ value }) => [`Host ${visible(value)}`, () => navigate(hostLink(value))]),
+        ...(by.procedure || []).map(({ value }) => [`Jobs of ${visible(value)}`, () => navigate(link("/jobs", { procedure: value }))]),
+      ]), () => null);
+  }, []);
+  const wanted = sought.toLowerCase().split(/\s+/);
+  const found = [...actions, ...names].filter(([name]) => wanted.every((word) => name.toLowerCase().includes(word))).slice(0, 12);
+  if (sought.trim()) found.push([`Search jobs for “${sought.trim()}”`, () => navigate(link("/jobs", { q: sought.trim() }))]);
+  const place = Math.min(at, found.length - 1);
+  function run(entry) {
+    close();
+    entry?.[1]();
+  }
+  function keys(event) {
+    const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
+    if (!step && event.key !== "Enter") return;
+    event.preventDefault();
+    if (step) setAt((place + step + found.length) % found.length);
+    else run(found[place]);
+  }
+  useEffect(() => list.current?.querySelector('[aria-selected="true"]')?.scrollIntoView({ block: "nearest" }), [place, sought]);
+  return html`<${Dialog} title="Go to or do" close=${close} kind="palette">
+    <input type="text" role="combobox" aria-expanded="true" aria-controls="palette" aria-activedescendant=${found.length ? "palette-" + place : undefined} aria-label="Go to or do" autofocus autocomplete="off" spellcheck="false" placeholder="View, action, host, procedure…"
+      value=${sought} onInput=${(event) => (setSought(event.target.value), setAt(0))} onKeyDown=${keys} />
+    <ul id="palette" role="listbox" aria-label="Go to or do" ref=${list}>${found.map((entry, number) => html`<li key=${entry[0]} id=${"palette-" + number} role="option" aria-selected=${number === place} onClick=${() => run(entry)} onPointerMove=${() => number !== place && setAt(number)}>${entry[0]}</li>`)}</ul>
+  <//>`;
+}
+
+const KEY_NAMES = { "ctrl+k": "Ctrl K", ArrowDown: "↓", ArrowUp: "↑", Escape: "Esc" };
+
+/** All keys that work in the view that is open. */
+function KeyHelp({ close }) {
+  return html`<${Dialog} title="Keys" close=${close} kind="wide">
+    <div class="key-help">${listKeys().map(([title, keys]) => html`<section key=${title}><h3>${title}</h3><dl>${keys.map(([key, meaning]) => html`<div key=${key}><dt>${key.split(" ").map((part) => html`<kbd key=${part}>${KEY_NAMES[part] || part}</kbd> `)}</dt><dd>${meaning}</dd></div>`)}</dl></section>`)}</div>
+    <p class="dim">Single keys can be switched off in the menu at the top right.</p>
+  <//>`;
+}
+
+// --- the login page: it shows nothing else to a visitor, not even which part of a login was wrong ------------------------
+
+/** Log in with the link's secret (in the fragment, which browsers do not send), a token, or name and password. `done` follows. */
+function LoginView({ done }) {
+  const [busy, setBusy] = useState(false);
+  const [fault, setFault] = useState(null);
+  const field = useRef(null), name = useRef(null);
+  const [secret] = useState(() => new URLSearchParams(location.hash.slice(1)).get("k"));
+
+  async function logIn(credentials) {
+    setBusy(true);
+    setFault(null);
+    try {
+      await post("/session", credentials, { quiet: true });
+      done();
+    } catch (error) {
+      setFault(error.status === 429 ? `Too many attempts. Try again in ${error.retryAfter || 60} s.` : error.status ? "That did not work. A link works once and for five minutes; a token or a password must be right, and a token must not be expired or revoked." : error.detail);
+      setBusy(false);
+      field.current?.focus();
+    }
+  }
+  useEffect(() => {
+    setTitle("Log in");
+    if (!secret) return;
+    history.replaceState(null, "", location.pathname + location.search);   // the secret leaves the address bar
+    logIn({ link: secret });
+  }, []);
+  function submit(event) {
+    event.preventDefault();
+    const user = name.current.value.trim(), password = field.current.value;
+    if (password) logIn(user ? { user, password } : { token: password.trim() });
+  }
+  return html`<main class="login">
+    <form onSubmit=${submit}>
+      <h1><svg class="logo" viewBox="0 0 32 32" width="36" height="36" aria-hidden="true"><rect width="32" height="32" rx="7" /><path d="M9 6v20M23 6v20M9 16h14M16 9v3M16 20v3" /></svg>HARP</h1>
+      <p>${busy && secret ? "Logging in with the link" : "Open a login link, paste a token, or enter name and password."}</p>
+      ${fault && html`<p class="form-fault" role="alert"><${Icon} name="warning" /><span>${fault}</span></p>`}
+      <label for="name">Name (only with a password)</label>
+      <input ref=${name} id="name" autocomplete="username" autocapitalize="none" spellcheck="false" disabled=${busy} />
+      <label for="token">Token or password</label>
+      <input ref=${field} id="token" type="password" autocomplete="current-password" spellcheck="false" required disabled=${busy} />
+      <button class="button primary" disabled=${busy}>Log in</button>
+      <p class="dim">On the dispatcher's machine, this command prints a link for one login:</p><${Example}>harpcallerd web-login<//>
+      <p class="dim">This one prints a token that can be used again:</p><${Example}>harpcallerd token add NAME --role=viewer<//>
+    </form>
+  </main>`;
+}
+
+// --- the page ----------------------------------------------------------------------------------------------------------
 
 /** Return whether the dispatcher now has another version of this page. */
 async function hasOtherVersion() {
@@ -200,14 +315,14 @@ function App() {
       setMe(await get("/me"));
       setError(null);
     } catch (problem) {
-      if (problem instanceof Problem && problem.status === 401) setMe(null);
+      if (problem.status === 401) setMe(null);
       else setError(problem);
     }
   }
   useEffect(() => {
     ask();
-    tabs.onmessage = ({ data }) => (data === "logout" ? tellWatchers({ loggedOut: true }) : ask());
-    return watchRequests((fact) => {
+    tabs.onmessage = ({ data }) => (data === "logout" ? facts.tell({ loggedOut: true }) : ask());
+    return facts.follow((fact) => {
       if (fact.loggedOut) setMe(null);
       if (fact.restarted) hasOtherVersion().then(setRestarted, () => null);
     });
@@ -220,7 +335,7 @@ function App() {
   async function logOut() {
     await del("/session", { quiet: true }).catch(() => null);
     tabs.postMessage("logout");
-    tellWatchers({ loggedOut: true });
+    facts.tell({ loggedOut: true });
   }
   function loggedIn() {
     tabs.postMessage("login");
@@ -232,4 +347,8 @@ function App() {
   return html`<${Frame} me=${me} logOut=${logOut} restarted=${restarted} />`;
 }
 
+// The views, and a job, are asked for while the dispatcher is asked who is logged in.
+loadViews();
+const [, opened] = /^\/jobs\/([0-9a-f-]{36})$/.exec(location.pathname.slice(BASE.length)) || [];
+if (opened) askEarly("/jobs/" + opened, { payloads: "text" });
 render(html`<${App} />`, document.getElementById("app"));

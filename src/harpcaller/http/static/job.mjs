@@ -1,17 +1,20 @@
 // One job: what it is, why it is so, how its time was spent, its output as it comes, and how it ended.
-import { address, get, newKey, post, Problem, send, tellWatchers } from "./api.mjs";
-import { appendText, decodeString, indent, makeTree, members, visible } from "./json.mjs";
-import { jobWords as text } from "./job-words.mjs";
-import { useKeys } from "./keys.mjs";
-import { useLive } from "./live.mjs";
-import { appendOutput, size } from "./log.mjs";
+import { address, facts, get, newKey, post, Problem, send, useLive } from "./api.mjs";
+import { callOf, count, duration, queueName, size, visible } from "./formats.mjs";
+import { appendText, decodeString, indent, makeTree, members } from "./json.mjs";
+import { appendOutput } from "./log.mjs";
 import { Output } from "./output.mjs";
-import { link, listAddress, navigate } from "./router.mjs";
-import { Button, copy, CopyMenu, Dialog, duration, Fault, html, Icon, Loading, notify, setTitle, State, Time, useEffect, useLayoutEffect, useMemo, useNow, useRef, useState, workerAddress } from "./ui.mjs";
-import { words } from "./words.mjs";
+import { ENDED, hostLink, jobLink, link, listAddress, navigate } from "./router.mjs";
+import { Button, copy, copyItems, Dialog, Facts, Fault, html, Icon, Loading, Menu, notify, setTitle, State, Time, useEffect, useKeys, useLayoutEffect, useMemo, useNow, useRef, useState, workerAddress } from "./ui.mjs";
 
-const ENDED = ["returned", "raised", "failed", "cancelled"];
-const TABS = Object.keys(text.tabs);
+const TAB_NAMES = { output: "Output", result: "Result", arguments: "Arguments", process: "Process", details: "Details" };
+const TABS = Object.keys(TAB_NAMES);
+const STOPS = {
+  pending: "Stop: the host has not confirmed yet that no process is left.",
+  confirmed: "Stop confirmed: no process of the call is left.",
+  failed: "Stop failed: processes survive, or the host was lost.",
+  unknown: "Stop unknown: the host cannot report it.",
+};
 const MOST_TEXT = 262144; // characters that are shown at once
 
 // --- the job and its stream ----------------------------------------------------------------------------------------
@@ -62,7 +65,7 @@ function useJob(id) {
     });
     const stop = mine.listen((message) => {
       if (message.ended) load();
-      else if (message.refused) message.refused.status === 401 ? tellWatchers({ loggedOut: true }) : load();
+      else if (message.refused) message.refused === 401 ? facts.tell({ loggedOut: true }) : load();
     });
     let hiding = null;
     const onHidden = () => {
@@ -141,26 +144,25 @@ export function JobView({ id, query, hash }) {
   useEffect(() => setFavicon(job?.state), [job?.state]);
   useEffect(() => () => setFavicon(null), []);
   const allowed = job ? rights(job) : {};
-  useKeys(words.views.jobs, {
-    ...Object.fromEntries(TABS.map((name, i) => [String(i + 1), [() => open(name), text.output.keys.tab(text.tabs[name])]])),
-    u: [() => (history.length > 1 && document.referrer ? history.back() : navigate(listAddress())), text.output.keys.back],
-    c: [() => job && !allowed.cancel && setDialog("cancel"), text.cancel],
-    r: [() => job && !allowed.rerun && setDialog("rerun"), text.rerun],
+  useKeys("Jobs", {
+    ...Object.fromEntries(TABS.map((name, i) => [String(i + 1), [() => open(name), `tab ${TAB_NAMES[name]}`]])),
+    u: [() => (history.length > 1 && document.referrer ? history.back() : navigate(listAddress())), "back to the list"],
+    c: [() => job && !allowed.cancel && setDialog("cancel"), "Cancel"],
+    r: [() => job && !allowed.rerun && setDialog("rerun"), "Re-run"],
   });
 
   // The right to read it may also end while it is shown.
   if (error && (!job || error.status === 404)) {
     if (error.status === 404)
-      return html`<div class="page"><div class="empty"><h1>${text.unknown}</h1><p>${text.unknownDetail}</p><p><code>${id}</code></p><p><a class="button" href=${listAddress()}>${text.toJobs}</a></p></div></div>`;
+      return html`<div class="page"><div class="empty"><h1>No such job</h1><p>The id is mistyped, the job was deleted after its time, or it is not yours to read.</p><p><code>${id}</code></p><p><a class="button" href=${listAddress()}>All jobs</a></p></div></div>`;
     return html`<div class="page"><${Fault} error=${error} retry=${retry} /></div>`;
   }
   if (!job) return html`<div class="page"><${Loading} /></div>`;
-  const count = job.records.count;
   return html`<article class="job">
     ${error instanceof Problem && html`<${Fault} error=${error} retry=${retry} />`}
     <${Header} job=${job} allowed=${allowed} skew=${skew} ask=${setDialog} />
     <${Timeline} job=${job} skew=${skew} />
-    <${Tabs} shown=${shown} open=${open} count=${count} client=${client} state=${job.state} />
+    <${Tabs} shown=${shown} open=${open} stored=${job.records.count} client=${client} state=${job.state} />
     <section class=${"job-panel panel-" + shown} role="tabpanel" id="panel" aria-labelledby=${"tab-" + shown} tabindex=${shown === "output" ? undefined : "0"}>
       ${shown === "output" && html`<${Output} job=${job} client=${client} query=${query} hash=${hash} change=${change} openResult=${() => open("result")} />`}
       ${shown === "result" && html`<${Result} job=${job} ask=${setDialog} allowed=${allowed} />`}
@@ -184,66 +186,52 @@ function rights(job) {
   const hasEnded = ENDED.includes(job.state);
   const can = (action) => job.can?.includes(action) ?? true; // else the dispatcher decides
   return {
-    cancel: hasEnded ? text.whyNot.ended : can("cancel") ? null : text.whyNot.cancel,
-    rerun: can("rerun") ? null : text.whyNot.rerun,
-    release: !job.holds_slot ? text.whyNot.noSlot : !hasEnded ? text.whyNot.running : can("release") ? null : text.whyNot.release,
+    cancel: hasEnded ? "The job has ended." : can("cancel") ? null : "You have no right to cancel this job.",
+    rerun: can("rerun") ? null : "You have no right to read this job and to call its procedure again.",
+    release: !job.holds_slot ? "The job holds no slot." : !hasEnded ? "A slot can be released when the job has ended." : can("release") ? null : "You have no right to release the slot of this job.",
   };
 }
 
-/** The arguments as in a call: ("blog", 3) or {"db": "orders"}. */
-function signature(job) {
-  const sent = (job.arguments ?? "").trim();
-  const short = sent.length > 90 ? sent.slice(0, 90) + "..." : sent;
-  return sent.startsWith("[") ? "(" + (sent.length > 90 ? short.slice(1) : sent.slice(1, -1)) + ")" : "(" + short + ")";
-}
+/** The call: backup("orders"), or list({"db": "orders"}). */
+const callText = (job) => callOf(job.procedure, (job.arguments ?? "").trim(), 90).join("");
 
 function Header({ job, allowed, skew, ask }) {
   const hasEnded = ENDED.includes(job.state);
   const now = useNow(!hasEnded) + skew;
   const { submit, start, end } = job.time;
-  const spent = hasEnded ? (start ? text.took(duration(end - start)) : "") : start ? text.runs(duration(Math.max(0, now - start))) : text.waits(duration(Math.max(0, now - submit)));
-  const action = (name, kind) => {
+  const spent = hasEnded ? (start ? `took ${duration(end - start)}` : "") : start ? `runs for ${duration(Math.max(0, now - start))}` : `waits for ${duration(Math.max(0, now - submit))}`;
+  const action = (name, label, kind) => {
     const why = allowed[name];
-    return html`<${Button} kind=${kind} disabled=${!!why} why=${why} onClick=${() => ask(name)} aria-describedby=${why ? "why-not-" + name : undefined}>${text[name]}</${Button}>
+    return html`<${Button} kind=${kind} disabled=${!!why} why=${why} onClick=${() => ask(name)} aria-describedby=${why ? "why-not-" + name : undefined}>${label}<//>
       ${why && html`<span class="hidden" id=${"why-not-" + name}>${why}</span>`}`;
   };
   return html`<header class="job-head">
     <div class="job-title">
-      <a class="job-back" href=${listAddress()}><${Icon} name="left" size=${12} />${words.views.jobs}</a>
-      <h1><span class="job-call"><${Text} value=${job.procedure + signature(job)} /></span> <span class="dim">${text.on}</span> <a href=${link("/hosts/" + encodeURIComponent(job.host))}><${Text} value=${job.host} /></a></h1>
+      <a class="job-back" href=${listAddress()}><${Icon} name="left" size=${12} />Jobs</a>
+      <h1><span class="job-call">${callText(job)}</span> <span class="dim">on</span> <a href=${hostLink(job.host)}>${visible(job.host)}</a></h1>
       <span class="job-state" data-state=${job.state}><${State} state=${job.state} /> <span class="dim">${spent}</span></span>
-      <span class="job-actions" role="group" aria-label=${text.actions}>
-        ${action("cancel", hasEnded ? "" : "danger")}
-        ${action("rerun", "")}
-        ${(job.holds_slot && hasEnded) && action("release", "danger")}
-        <${CopyMenu} id=${job.job} />
+      <span class="job-actions" role="group" aria-label="Actions">
+        ${action("cancel", "Cancel", hasEnded ? "" : "danger")}
+        ${action("rerun", "Re-run", "")}
+        ${(job.holds_slot && hasEnded) && action("release", "Release slot", "danger")}
+        <${Menu} label="Copy as" icon="copy" text="Copy">${(close) => copyItems(job.job, close)}<//>
       </span>
     </div>
-    <p class=${"job-why" + (job.state === "failed" || job.state === "raised" ? " is-bad" : "")}><${Text} value=${job.why ?? ""} /></p>
-    ${job.stop && html`<p class=${"job-stop stop-" + job.stop}>${text.stop[job.stop]}</p>`}
+    <p class=${"job-why" + (job.state === "failed" || job.state === "raised" ? " is-bad" : "")}>${visible(job.why)}</p>
+    ${job.stop && html`<p class=${"job-stop stop-" + job.stop}>${STOPS[job.stop]}</p>`}
     <p class="job-facts dim">
-      <span>${text.submitted} <${Time} at=${submit} />${job.owner && html` ${text.by(visible(job.owner))}`}</span>
-      ${end && html`<span>${text.ended} <${Time} at=${end} /></span>`}
-      ${job.queue && html`<span>${text.queue} <a href=${link("/jobs", { queue: job.queue.id })}><code><${Text} value=${job.queue.name ?? job.queue.id} /></code></a>${job.position ? ", " + text.position(job.position) : ""}</span>`}
-      ${job.holds_slot && hasEnded && html`<span class="warn">${text.slot}</span>`}
-      ${job.rerun_of && html`<span>${text.rerunOf} <a href=${link("/jobs/" + job.rerun_of)}><code>${job.rerun_of.slice(0, 8)}</code></a></span>`}
+      <span>Submitted <${Time} at=${submit} />${job.owner && html` by ${visible(job.owner)}`}</span>
+      ${end && html`<span>ended <${Time} at=${end} /></span>`}
+      ${job.queue && html`<span>Queue <a href=${link("/jobs", { queue: job.queue.id })}><code>${queueName(job.queue)}</code></a>${job.position ? ", " + `position ${job.position}` : ""}</span>`}
+      ${job.holds_slot && hasEnded && html`<span class="warn">holds a slot</span>`}
+      ${job.rerun_of && html`<span>Re-run of <a href=${jobLink(job.rerun_of)}><code>${job.rerun_of.slice(0, 8)}</code></a></span>`}
       <code class="job-id">${job.job}</code>
     </p>
   </header>`;
 }
 
-/** Text of jobs and hosts, with what one does not see shown. */
-function Text({ value }) {
-  const element = useRef(null);
-  useLayoutEffect(() => {
-    element.current.replaceChildren();
-    appendText(element.current, String(value));
-  }, [value]);
-  return html`<span ref=${element}></span>`;
-}
-
-function Tabs({ shown, open, count, client, state }) {
-  const [live, setLive] = useState(count);
+function Tabs({ shown, open, stored, client, state }) {
+  const [live, setLive] = useState(stored);
   useEffect(() => client.listen((message) => message.count !== undefined && setLive(message.count)), [client]);
   function keys(event) {
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
@@ -253,13 +241,26 @@ function Tabs({ shown, open, count, client, state }) {
     document.getElementById("tab-" + name).focus();
   }
   return html`<div class="tabs" role="tablist" onKeyDown=${keys}>${TABS.map((name) => html`
-    <button key=${name} type="button" role="tab" id=${"tab-" + name} aria-selected=${shown === name ? "true" : "false"} aria-controls="panel" tabindex=${shown === name ? "0" : "-1"} onClick=${() => open(name)}>
-      ${text.tabs[name]}${name === "output" && html` <span class="tab-count">${Math.max(live, count).toLocaleString("en")}</span>`}${name === "result" && (state === "raised" || state === "failed") && html` <span class=${"state-" + state}><${Icon} name=${state} size=${11} /></span>`}
+    <button key=${name} type="button" role="tab" id=${"tab-" + name} aria-selected=${shown === name} aria-controls="panel" tabindex=${shown === name ? "0" : "-1"} onClick=${() => open(name)}>
+      ${TAB_NAMES[name]}${name === "output" && html` <span class="tab-count">${count(Math.max(live, stored))}</span>`}${name === "result" && (state === "raised" || state === "failed") && html` <span class=${"state-" + state}><${Icon} name=${state} size=${11} /></span>`}
     </button>`)}</div>`;
 }
 
 // --- timeline ------------------------------------------------------------------------------------------------------
 
+const PHASES = {
+  accept: "accept the request",
+  store: "store the job",
+  wait: "wait for a slot",
+  connect: "connect to the host",
+  authenticate: "authenticate",
+  fork: "start the process",
+  run: "run",
+  unmeasured: "not measured",
+  other: "transfer and store records",
+  store_end: "store the end",
+  deliver: "deliver the end",
+};
 const BEFORE = ["accept", "store"];
 const AFTER = ["store_end", "deliver"];
 
@@ -308,25 +309,25 @@ function Timeline({ job, skew }) {
   const percent = (value) => `${Math.min(100, Math.max(0, value * 100)).toFixed(3)}%`;
   const logOf = (seconds) => Math.max(0, Math.log10(Math.max(seconds, 1e-5) / 1e-5)) / Math.max(1e-9, Math.log10(Math.max(most, 1e-4) / 1e-5));
   if (!rows.length) return null;
-  const spoken = inside.map((row) => `${text.timeline.phases[row.name] ?? row.name} ${duration(row.length)}`).join(", ");
+  const spoken = inside.map((row) => `${PHASES[row.name] ?? row.name} ${duration(row.length)}`).join(", ");
   return html`<details class="timeline">
     <summary>
-      <span class="hidden">${text.timeline.summary(spoken)}</span>
-      <span class="band" aria-hidden="true">${inside.map((row) => html`<span key=${row.name} class=${"phase phase-" + row.name + (row.isLive ? " is-live" : "")} style=${{ flexGrow: Math.max(row.length / most, 0.002) }} title=${`${text.timeline.phases[row.name]}: ${duration(row.length)}`}>
+      <span class="hidden">Timeline: ${spoken}</span>
+      <span class="band" aria-hidden="true">${inside.map((row) => html`<span key=${row.name} class=${"phase phase-" + row.name + (row.isLive ? " is-live" : "")} style=${{ flexGrow: Math.max(row.length / most, 0.002) }} title=${`${PHASES[row.name]}: ${duration(row.length)}`}>
         <span>${row.name.replace("_", " ")} ${duration(row.length).replaceAll(" ", "\u00a0")}</span></span>`)}</span>
     </summary>
     <div class="timeline-body">
       <table>
-        <caption class="hidden">${text.timeline.title}</caption>
-        <thead><tr><th scope="col">${text.timeline.phase}</th><th scope="col" class="phase-bar"><label><input type="checkbox" checked=${isLog} onChange=${(event) => setLog(event.target.checked)} /> ${text.timeline.log}</label></th><th scope="col" class="num">${text.timeline.starts}</th><th scope="col" class="num">${text.timeline.length}</th><th scope="col" class="num">${text.timeline.share}</th></tr></thead>
+        <caption class="hidden">Timeline</caption>
+        <thead><tr><th scope="col">Phase</th><th scope="col" class="phase-bar"><label><input type="checkbox" checked=${isLog} onChange=${(event) => setLog(event.target.checked)} /> Logarithmic bars</label></th><th scope="col" class="num">Starts at</th><th scope="col" class="num">Length</th><th scope="col" class="num">Share</th></tr></thead>
         <tbody>${rows.map((row) => html`<tr key=${row.name} data-phase=${row.name} data-seconds=${row.length}>
-          <th scope="row">${text.timeline.phases[row.name] ?? row.name}</th>
+          <th scope="row">${PHASES[row.name] ?? row.name}</th>
           <td class="phase-bar"><span class=${"bar-fill phase-" + row.name + (row.isLive ? " is-live" : "")} style=${isLog ? { width: percent(logOf(row.length)) } : { marginLeft: percent((row.start ?? 0) / most * 0.99), width: percent(row.length / most) }}></span></td>
           <td class="num">${row.start === null ? "" : row.start ? "+" + duration(row.start) : "0"}</td>
           <td class="num">${duration(row.length)}</td>
           <td class="num">${row.start === null || AFTER.includes(row.name) ? "" : share(row.length / most)}</td>
         </tr>`)}</tbody>
-        <tfoot><tr data-seconds=${total}><th scope="row">${hasEnded ? text.timeline.total : text.timeline.soFar}</th><td></td><td></td><td class="num">${duration(total)}</td><td></td></tr></tfoot>
+        <tfoot><tr data-seconds=${total}><th scope="row">${hasEnded ? "From submission to end" : "From submission until now"}</th><td></td><td></td><td class="num">${duration(total)}</td><td></td></tr></tfoot>
       </table>
     </div>
   </details>`;
@@ -355,44 +356,39 @@ function Payload({ value, href, name }) {
       else appendText(block, shown.slice(at, at + 16384));
     }
   }, [value, mode, isWhole]);
-  const modes = { formatted: text.payload.formatted, exact: text.payload.exact, ...(isContainer && { tree: text.payload.tree }) };
+  const modes = { formatted: "Formatted", exact: "As sent", ...(isContainer && { tree: "Tree" }) };
   return html`<div class="payload">
     <div class="payload-bar">
-      <div class="segmented" role="group" aria-label=${text.payload.view}>${Object.entries(modes).map(([key, label]) => html`<button key=${key} type="button" class="button small" aria-pressed=${mode === key ? "true" : "false"} onClick=${() => setMode(key)}>${label}</button>`)}</div>
+      <div class="segmented" role="group" aria-label="Show as">${Object.entries(modes).map(([key, label]) => html`<button key=${key} type="button" class="button small" aria-pressed=${mode === key} onClick=${() => setMode(key)}>${label}</button>`)}</div>
       <span class="dim">${size(value.length)}</span>
-      <${Button} kind="small" icon="copy" onClick=${() => copy(value)}>${words.copy}</${Button}>
-      ${href && html`<a class="button small" href=${href} download>${text.payload.download}</a>`}
+      <${Button} kind="small" icon="copy" onClick=${() => copy(value)}>Copy<//>
+      ${href && html`<a class="button small" href=${href} download>Download</a>`}
     </div>
     <pre class=${"wrap payload-text" + (mode === "tree" ? " is-tree" : "")} ref=${element} tabindex="0" aria-label=${name}></pre>
-    ${isCut && html`<p>${text.payload.cut(size(full.length))} <${Button} kind="small" onClick=${() => setWhole(true)}>${text.payload.showAll(size(full.length))}</${Button}></p>`}
+    ${isCut && html`<p>The first part of ${size(full.length)}. <${Button} kind="small" onClick=${() => setWhole(true)}>Show all ${size(full.length)}<//></p>`}
   </div>`;
 }
 
 /** The text of a payload: a member of an answer with payloads=text, or a value that is not text yet. */
 const textOf = (value) => (typeof value === "string" ? value : JSON.stringify(value ?? null));
 
-function Facts({ facts }) {
-  const known = facts.filter(([, value]) => value !== null && value !== undefined && value !== "");
-  return known.length > 0 && html`<dl class="pairs">${known.map(([name, value]) => html`<div key=${name}><dt>${name}</dt><dd>${typeof value === "string" || typeof value === "number" ? html`<${Text} value=${value} />` : value}</dd></div>`)}</dl>`;
-}
-
 // --- result --------------------------------------------------------------------------------------------------------
 
 function Result({ job, ask, allowed }) {
   const end = useEnd(job);
-  if (!ENDED.includes(job.state)) return html`<p class="dim">${text.result.notYet}</p>`;
+  if (!ENDED.includes(job.state)) return html`<p class="dim">The job has not ended. Its result will be here.</p>`;
   if (end.error) return html`<${Fault} error=${end.error} />`;
-  if (end.large) return html`<p>${text.result.large(size(end.large.bytes))} <${Button} onClick=${end.read}>${text.result.show}</${Button}>
-    ${job.state === "returned" && html` <a class="button" href=${address(`/jobs/${job.job}/result`, { download: 1 })} download>${text.payload.download}</a>`}</p>`;
+  if (end.large) return html`<p>The value has ${size(end.large.bytes)}. <${Button} onClick=${end.read}>Show it<//>
+    ${job.state === "returned" && html` <a class="button" href=${address(`/jobs/${job.job}/result`, { download: 1 })} download>Download</a>`}</p>`;
   if (!end.value) return html`<${Loading} lines=${3} />`;
   const { result, exception, error } = members(end.value);
-  if (result !== undefined) return html`<h2><${State} state="returned" /></h2><${Payload} value=${result} name=${text.tabs.result} href=${address(`/jobs/${job.job}/result`, { download: 1 })} />`;
+  if (result !== undefined) return html`<h2><${State} state="returned" /></h2><${Payload} value=${result} name="Result" href=${address(`/jobs/${job.job}/result`, { download: 1 })} />`;
   if (exception) return html`<${Raised} job=${job} exception=${readError(exception)} />`;
   if (error) return html`<${Failed} job=${job} error=${readError(error)} ask=${ask} allowed=${allowed} />`;
   const { stop_request: stop } = job;
   return html`<h2><${State} state="cancelled" /></h2>
-    <${Facts} facts=${[[text.result.requester, stop?.by], [text.result.reason, stop?.why], [text.result.at, stop?.at && html`<${Time} at=${stop.at} />`]]} />
-    ${job.stop && html`<p>${text.stop[job.stop]}</p>`}`;
+    <${Facts} facts=${[["Requested by", stop?.by], ["Reason", stop?.why], ["At", stop?.at && html`<${Time} at=${stop.at} />`]]} />
+    ${job.stop && html`<p>${STOPS[job.stop]}</p>`}`;
 }
 
 /** The text of the closing line of a job; a long one is read when it is asked for. */
@@ -423,11 +419,11 @@ function readError(value) {
 
 function Raised({ job, exception }) {
   const traceback = job.exit_info?.traceback;
-  return html`<h2 class="end-title"><${State} state="raised" /> <code><${Text} value=${exception.type} /></code></h2>
-    <p class="end-message"><${Text} value=${exception.message} /></p>
-    <${Facts} facts=${[[text.result.module, exception.module]]} />
-    <h3>${text.result.traceback}</h3>
-    ${traceback ? html`<${Lines} value=${traceback} name=${text.result.traceback} />` : html`<p class="dim">${text.result.noTraceback}</p>`}`;
+  return html`<h2 class="end-title"><${State} state="raised" /> <code>${visible(exception.type)}</code></h2>
+    <p class="end-message">${visible(exception.message)}</p>
+    <${Facts} facts=${[["Module", exception.module]]} />
+    <h3>Traceback</h3>
+    ${traceback ? html`<${Lines} value=${traceback} name="Traceback" />` : html`<p class="dim">The host sent no traceback. It does with exit_info.traceback in harpd's configuration; harpd's log always has it.</p>`}`;
 }
 
 /** Text of several lines from a host. */
@@ -451,74 +447,74 @@ function Failed({ job, error, ask, allowed }) {
   }, []);
   const entries = known && Object.hasOwn(known, error.type) ? known[error.type] : [];
   const concernsHost = /host|network|certificate|protocol|calls|connections|auth|shutdown|procedure_loading|system_error|call_died/.test(error.type);
-  return html`<h2 class="end-title"><${State} state="failed" /> <code><${Text} value=${error.type} /></code></h2>
-    <p class="end-message"><${Text} value=${error.message} /></p>
-    ${entries.length ? entries.map(([cause, cure], i) => html`<dl class="pairs causes" key=${i}><div><dt>${text.result.cause}</dt><dd>${cause}</dd></div><div><dt>${text.result.cure}</dt><dd>${cure}</dd></div></dl>`) : known && html`<p>${text.result.unknownType}</p>`}
+  return html`<h2 class="end-title"><${State} state="failed" /> <code>${visible(error.type)}</code></h2>
+    <p class="end-message">${visible(error.message)}</p>
+    ${entries.length ? entries.map(([cause, cure], i) => html`<dl class="pairs causes" key=${i}><div><dt>Cause</dt><dd>${cause}</dd></div><div><dt>What to do</dt><dd>${cure}</dd></div></dl>`) : known && html`<p>This type is not in the documentation; treat it as a failure of the network or of the host.</p>`}
     <p class="next-steps">
-      <${Button} disabled=${!!allowed.rerun} why=${allowed.rerun} onClick=${() => ask("rerun")}>${text.rerun}</${Button}>
-      ${concernsHost && html` <a class="button" href=${link("/hosts/" + encodeURIComponent(job.host))}>${text.result.hostPage(visible(job.host))}</a>`}
+      <${Button} disabled=${!!allowed.rerun} why=${allowed.rerun} onClick=${() => ask("rerun")}>Re-run<//>
+      ${concernsHost && html` <a class="button" href=${hostLink(job.host)}>Look at host ${visible(job.host)}</a>`}
     </p>
-    ${error.data && html`<h3>${text.result.data}</h3><${Payload} value=${error.data} name=${text.result.data} />`}`;
+    ${error.data && html`<h3>Data</h3><${Payload} value=${error.data} name="Data" />`}`;
 }
 
 // --- arguments, process, details -----------------------------------------------------------------------------------
 
 function Arguments({ job }) {
   const { limits } = job;
-  return html`<h2>${text.tabs.arguments}</h2><${Payload} value=${textOf(job.arguments)} name=${text.tabs.arguments} />
+  return html`<h2>Arguments</h2><${Payload} value=${textOf(job.arguments)} name="Arguments" />
     <h2>Info</h2><${Payload} value=${textOf(job.info)} name="Info" />
-    ${limits && html`<h2>${text.limits}</h2><${Facts} facts=${Object.entries(limits).map(([name, value]) => [name, value === null ? null : name === "running" ? value : duration(value)])} />`}`;
+    ${limits && html`<h2>Limits</h2><${Facts} facts=${Object.entries(limits).map(([name, value]) => [name, value === null ? null : name === "running" ? value : duration(value)])} />`}`;
 }
+
+const ENDED_BY = { itself: "itself", limit: "a limit", cancel: "a cancel", shutdown: "the end of harpd", lost_contact: "lost contact", out_of_memory: "too little memory", unknown: "unknown" };
 
 function Process({ job }) {
   const { exit_info: exit, call, stop_report: report, stop_request: stop } = job;
-  if (!exit && !call && !report && !stop) return html`<p class="dim">${ENDED.includes(job.state) ? text.process.neverRan : text.process.none}</p>`;
-  const words = text.process;
+  if (!exit && !call && !report && !stop) return html`<p class="dim">${ENDED.includes(job.state) ? "The job had no process." : "Nothing is known of a process yet."}</p>`;
   const stderr = exit?.stderr && [exit.stderr].flat().join("\n");
   const time = (at) => at && html`<${Time} at=${at} />`;
   return html`
     ${exit && html`<${Facts} facts=${[
-      [words.exit, exit.exit === undefined || exit.exit === null ? null : html`<span class=${exit.exit ? "bad" : ""}>${exit.exit}</span>`],
-      [words.signal, exit.signal && html`<span class="bad"><${Text} value=${exit.signal} /></span>`],
-      [words.by, exit.by && (words.byWhom[exit.by] ?? exit.by) + (exit.by_whom ? ` (${exit.by_whom})` : "")],
-      [words.cpu, exit.cpu === null || exit.cpu === undefined ? null : duration(exit.cpu)],
-      [words.memory, exit.memory && size(exit.memory)],
-      [words.started, time(exit.started)],
-      [words.ended, time(exit.ended)],
+      ["Exit code", exit.exit === undefined || exit.exit === null ? null : html`<span class=${exit.exit ? "bad" : ""}>${exit.exit}</span>`],
+      ["Signal", exit.signal && html`<span class="bad">${visible(exit.signal)}</span>`],
+      ["Ended by", exit.by && (ENDED_BY[exit.by] ?? exit.by) + (exit.by_whom ? ` (${exit.by_whom})` : "")],
+      ["CPU time", exit.cpu === null || exit.cpu === undefined ? null : duration(exit.cpu)],
+      ["Most memory", exit.memory && size(exit.memory)],
+      ["Started", time(exit.started)],
+      ["Ended", time(exit.ended)],
     ]} />`}
     ${call && html`<${Facts} facts=${[
-      [words.address, call.address && `${call.address}:${call.port}`],
-      [words.attempts, call.attempts],
-      [words.contact, time(call.last_contact)],
-      [words.outage, call.outage && html`<span class="bad">${time(call.outage.since)} <${Text} value=${outage(call.outage)} /></span>`],
-      [words.resumable, call.resumable === undefined ? null : call.resumable ? words.yes : words.no],
-      [words.instance, call.instance && html`<code><${Text} value=${call.instance} /></code>`],
+      ["Address", call.address && `${call.address}:${call.port}`],
+      ["Attempts to connect", call.attempts],
+      ["Last contact", time(call.last_contact)],
+      ["Unreachable since", call.outage && html`<span class="bad">${time(call.outage.since)} ${visible(outage(call.outage))}</span>`],
+      ["Survives a lost connection", call.resumable === undefined ? null : call.resumable ? "yes" : "no"],
+      ["Supervisor", call.instance && html`<code>${visible(call.instance)}</code>`],
     ]} />`}
     ${(report || stop) && html`<${Stop} job=${job} report=${report} stop=${stop} />`}
-    ${exit && html`<h2>${words.stderr}</h2>${stderr === "" ? html`<p class="dim">${words.emptyStderr}</p>` : stderr ? html`<${Lines} value=${stderr} name=${words.stderr} />` : html`<p class="dim">${words.noStderr}</p>`}`}`;
+    ${exit && html`<h2>Last lines of stderr</h2>${stderr === "" ? html`<p class="dim">It wrote nothing to stderr.</p>` : stderr ? html`<${Lines} value=${stderr} name="Last lines of stderr" />` : html`<p class="dim">The host sent no stderr. It does with exit_info.stderr in harpd's configuration.</p>`}`}`;
 }
 
 const outage = ({ attempts, error }) => `(${attempts}) ${typeof error === "string" ? error : (error?.message ?? "")}`;
 
 function Stop({ job, report, stop }) {
-  const words = text.process;
   const survivors = new Set((report?.survivors ?? []).map((process) => process.pid));
   const listed = report?.processes ?? [];
   const missing = (report?.survivors ?? []).filter(({ pid }) => !listed.some((process) => process.pid === pid));
   const row = (process, isMain) => html`<li key=${process.pid} class=${survivors.has(process.pid) ? "survivor" : ""} data-pid=${process.pid}>
-    <code class="pid">${process.pid}</code> <code><${Text} value=${process.command || (isMain ? words.call : "?")} /></code>
-    <span class="dim">${process.signals?.length ? words.sent(process.signals.join(", ")) : ""}</span>
-    ${survivors.has(process.pid) ? html`<strong class="bad"><${Icon} name="warning" /> ${words.survives}</strong>` : html`<span>${process.ended ? words.endedAs(process.ended) : ""}</span>`}
+    <code class="pid">${process.pid}</code> <code>${visible(process.command || (isMain ? "The call's process" : "?"))}</code>
+    <span class="dim">${process.signals?.length ? `sent ${process.signals.join(", ")}` : ""}</span>
+    ${survivors.has(process.pid) ? html`<strong class="bad"><${Icon} name="warning" /> survives</strong>` : html`<span>${process.ended ? `ended: ${process.ended}` : ""}</span>`}
   </li>`;
-  return html`<h2>${words.report}</h2>
-    <${Facts} facts=${[[text.result.requester, stop?.by], [text.result.reason, stop?.why], [text.result.at, stop?.at && html`<${Time} at=${stop.at} />`]]} />
-    ${report?.known === false && html`<p>${words.unknownCall}</p>`}
-    ${report?.host_lost && html`<p class="bad">${words.lost} <${Text} value=${outage(report.host_lost)} /></p>`}
-    ${report?.released !== undefined && html`<p>${words.releasedBy}</p>`}
+  return html`<h2>Stop report</h2>
+    <${Facts} facts=${[["Requested by", stop?.by], ["Reason", stop?.why], ["At", stop?.at && html`<${Time} at=${stop.at} />`]]} />
+    ${report?.known === false && html`<p>The host did not know the call.</p>`}
+    ${report?.host_lost && html`<p class="bad">The host was declared lost. ${visible(outage(report.host_lost))}</p>`}
+    ${report?.released !== undefined && html`<p>An administrator released the slot.</p>`}
     ${listed.length > 0 && html`
-      <p>${words.found(report.found ?? listed.length, report.surviving ?? survivors.size)}. <span class=${report.complete ? "dim" : "warn"}>${report.complete ? words.complete : words.incomplete}</span></p>
+      <p>${report.found ?? listed.length} ${report.found === 1 ? "process" : "processes"} found, ${report.surviving ?? survivors.size} surviving. <span class=${report.complete ? "dim" : "warn"}>${report.complete ? "No process can have escaped." : "A process may have escaped: the host has no cgroup for its calls."}</span></p>
       <ul class="processes">${row(listed[0], true)}${(listed.length > 1 || missing.length > 0) && html`<li class="branch"><ul>${[...listed.slice(1), ...missing].map((process) => row(process, false))}</ul></li>`}</ul>
-      ${report.found > listed.length && html`<p class="dim">${words.more(report.found - listed.length)}</p>`}`}`;
+      ${report.found > listed.length && html`<p class="dim">${report.found - listed.length} more are not listed.</p>`}`}`;
 }
 
 function Details({ job }) {
@@ -538,7 +534,7 @@ function Details({ job }) {
     return () => closing.abort();
   }, [job]);
   if (error) return html`<${Fault} error=${error} />`;
-  return body === null ? html`<${Loading} />` : html`<${Payload} value=${body} name=${text.tabs.details} href=${address("/jobs/" + job.job, { payloads: "raw" })} />`;
+  return body === null ? html`<${Loading} />` : html`<${Payload} value=${body} name="Details" href=${address("/jobs/" + job.job, { payloads: "raw" })} />`;
 }
 
 // --- actions -------------------------------------------------------------------------------------------------------
@@ -567,28 +563,28 @@ function Confirm({ title, children, label, kind, action, close }) {
   return html`<${Dialog} title=${title} close=${close}>
     ${children}
     ${error && html`<${Fault} error=${error} />`}
-    <footer><${Button} onClick=${close}>${text.back}</${Button}><${Button} kind=${kind} disabled=${isBusy} onClick=${run}>${label}</${Button}></footer>
-  </${Dialog}>`;
+    <footer><${Button} onClick=${close}>Back<//><${Button} kind=${kind} disabled=${isBusy} onClick=${run}>${label}<//></footer>
+  <//>`;
 }
 
-const named = (job) => html`<p class="mono"><${Text} value=${job.procedure + signature(job)} /> ${text.on} <${Text} value=${job.host} /></p>`;
+const named = (job) => html`<p class="mono">${callText(job)} on ${visible(job.host)}</p>`;
 
 function CancelDialog({ job, close, reload }) {
-  return html`<${Confirm} title=${text.cancelTitle} label=${text.doCancel} kind="danger" close=${close} action=${async () => {
+  return html`<${Confirm} title="Cancel this job?" label="Cancel the job" kind="danger" close=${close} action=${async () => {
     const { cancelled } = await post(`/jobs/${job.job}/cancel`, {});
-    notify(cancelled ? text.cancelled : text.notCancelled);
+    notify(cancelled ? "The job is cancelled." : "The job had ended before.");
     close();
     reload();
-  }}>${named(job)}<p>${job.state === "queued" ? text.cancelQueued : text.cancelRunning(visible(job.host))}</p></${Confirm}>`;
+  }}>${named(job)}<p>${job.state === "queued" ? "It has not started. It will not run." : `It runs: its process on ${visible(job.host)} and all processes that it started are stopped.`}</p><//>`;
 }
 
 function ReleaseDialog({ job, close, reload }) {
-  return html`<${Confirm} title=${text.releaseTitle} label=${text.doRelease} kind="danger" close=${close} action=${async () => {
+  return html`<${Confirm} title="Release the slot of this job?" label="Release the slot" kind="danger" close=${close} action=${async () => {
     const { released } = await post(`/jobs/${job.job}/release`, {});
-    notify(released ? text.released : text.notReleased);
+    notify(released ? "The slot is released." : "The job held no slot.");
     close();
     reload();
-  }}>${named(job)}<p>${text.releaseDetail(visible(job.host))}</p></${Confirm}>`;
+  }}>${named(job)}<p>Its queue and ${visible(job.host)} then count the job as over, even if processes of it still run there. Look at the host first.</p><//>`;
 }
 
 function RerunDialog({ job, close }) {
@@ -598,20 +594,20 @@ function RerunDialog({ job, close }) {
   useEffect(() => {
     get("/hosts").then(({ hosts }) => setHosts(hosts.map(({ name }) => name)), () => null); // a help that not all may see
   }, []);
-  return html`<${Confirm} title=${text.rerunTitle} label=${text.doRerun} kind="primary" close=${close} action=${async () => {
+  return html`<${Confirm} title="Re-run this job" label="Re-run" kind="primary" close=${close} action=${async () => {
     const changes = host === job.host ? {} : { host };
     const made = await post(`/jobs/${job.job}/rerun`, changes, { headers: { "Idempotency-Key": `${key}-${encodeURIComponent(host).slice(0, 200)}` } });
-    notify(text.rerunDone);
+    notify("This is the new job.");
     close();
-    navigate(link("/jobs/" + made.job));
+    navigate(jobLink(made.job));
   }}>
-    <p>${text.rerunDetail}</p>
+    <p>A new job with the same procedure, arguments, info, queue and limits. The arguments stay as they are, to the byte.</p>
     <div class="fields">
-      <label for="rerun-host">${text.host}</label>
+      <label for="rerun-host">Host</label>
       <input id="rerun-host" list="rerun-hosts" autocomplete="off" spellcheck="false" value=${host} onInput=${(event) => setHost(event.target.value.trim())} />
       <datalist id="rerun-hosts">${hosts.map((name) => html`<option key=${name} value=${name} />`)}</datalist>
-      <span>${text.procedure}</span><code><${Text} value=${job.procedure} /></code>
-      <span>${text.argumentsNamed}</span><pre class="wrap rerun-arguments" tabindex="0"><${Text} value=${textOf(job.arguments).slice(0, 20000)} /></pre>
+      <span>Procedure</span><code>${visible(job.procedure)}</code>
+      <span>Arguments</span><pre class="wrap rerun-arguments" tabindex="0">${visible(textOf(job.arguments).slice(0, 20000))}</pre>
     </div>
-  </${Confirm}>`;
+  <//>`;
 }

@@ -1,16 +1,9 @@
 // JSON as its exact text. Nothing here makes a number of JavaScript, which would change it: 2^80, 1.50, 1e400.
+import { codeOf, HIDDEN } from "./formats.mjs";
 
-const HIDDEN = new RegExp(
-  "[\\0-\\x08\\x0b-\\x1f\\x7f-\\x9f\\xad\\u061c\\u115f\\u1160\\u180e\\u200b-\\u200f\\u2028-\\u202e\\u2060-\\u206f\\ufeff\\ufff9-\\ufffb]" +
-  "|[\\ud800-\\udbff](?![\\udc00-\\udfff])|(?<![\\ud800-\\udbff])[\\udc00-\\udfff]", "g");
 const SPACE = /[ \t\n\r]*/y;
 const MOST_CHILDREN = 500; // of one object or array that the tree shows at once
 
-/** Return how a control or invisible character is written: \x1b, \u202e. */
-function name(character) {
-  const code = character.charCodeAt(0);
-  return code < 256 ? "\\x" + code.toString(16).padStart(2, "0") : "\\u" + code.toString(16).padStart(4, "0");
-}
 
 /** Append text to an element. Characters that one does not see, or that turn text around, are shown by their codes. */
 export function appendText(parent, text) {
@@ -19,15 +12,12 @@ export function appendText(parent, text) {
     if (found.index > done) parent.append(text.slice(done, found.index));
     const code = parent.appendChild(document.createElement("span"));
     code.className = "hidden-character";
-    code.textContent = name(found[0]);
+    code.textContent = codeOf(found[0]);
     done = found.index + found[0].length;
   }
   if (done < text.length) parent.append(done ? text.slice(done) : text);
   return parent;
 }
-
-/** Return the text with those characters as codes, for titles and attributes. */
-export const visible = (text) => text.replace(HIDDEN, name);
 
 /** Return the text of a JSON string; also of one that is cut. Of other JSON: null. */
 export function decodeString(json) {

@@ -3,13 +3,16 @@
 // From the page: {open}, {view}, {find}, {whole}, {seek}, {pause}. To the page: {count, ..., view, found}, {whole},
 // {sought}, {ended}, {refused}, {unread}. Records are cut out of the lines as text; no number in them is ever read.
 
+import { sleep, takeSlot } from "./slots.mjs";
+
 const PAGE = 1000; // records of a page
 const MOST_CACHED = 32 * 2 ** 20; // characters of all pages: 64 MB at most
 const MOST_KEPT = 65536; // characters of one record; the rest is counted only
 const MOST_SENT = 4200; // characters of one record that a row of the view has
 const MOST_MATCHES = 1000000;
 const TICK = 80; // milliseconds between two messages to the page
-const LATE = 20000; // milliseconds after which a page is asked for again
+const LATE = 20000; // milliseconds after which a page is asked for again, and a silent stream is taken for one that a proxy holds back
+const PART = "limit=10000&bytes=8388608"; // of what is asked for at once
 const PREFIX = /^\{"packet":(\d+),"time":([^,]+),"data":/;
 
 let base = ""; // the address of the job's records
@@ -64,13 +67,14 @@ function get(number) {
 
 // Reading lines. A line longer than `most` is cut, so that a record of any size needs little memory.
 
-async function readLines(response, most, onLine) {
+async function readLines(response, most, onLine, onData) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let head = "";
   let length = 0;
   for (;;) {
     const { done, value } = await reader.read();
-    if (done) return length === 0;
+    if (done) return;
+    onData();
     let start = 0;
     for (let end; (end = value.indexOf("\n", start)) >= 0; start = end + 1) {
       if (length) {
@@ -87,93 +91,68 @@ async function readLines(response, most, onLine) {
   }
 }
 
-/** Return [number, time, text, length] of a line with a record, else null. */
-function parse(line, length) {
-  const found = PREFIX.exec(line);
-  if (!found) return null;
-  const start = found[0].length;
-  const whole = length - start - 1;
-  return [Number(found[1]), Number(found[2]), line.slice(start, start + whole), whole];
-}
+/** An answer that is no success, which would be the same again; `status` is that of the answer. */
+class Refused extends Error {}
 
-class Refused extends Error {
-  constructor(status, detail) {
-    super(detail);
-    this.status = status;
+/** Ask for records; call `onRecord([number, time, text, length])` for each, and return the line after the last one. */
+async function read(query, signal, onRecord, most = MOST_KEPT, onData = () => null) {
+  const response = await fetch(`${base}${query}&timed=1`, { signal, headers: { Accept: "application/jsonl, application/problem+json" } });
+  if (!response.ok) {
+    const { status } = response;
+    const { detail } = await response.json().catch(() => ({}));
+    throw Object.assign(new (status === 429 || status >= 500 ? Error : Refused)(detail ?? response.statusText), { status });
   }
+  let last = "";
+  await readLines(response, most + 100, (line, length) => {
+    const [head, number, time] = PREFIX.exec(line) ?? [];
+    if (!head) return void (last = line);
+    const whole = length - head.length - 1;
+    onRecord([Number(number), Number(time), line.slice(head.length, head.length + whole), whole]);
+  }, onData);
+  return last;
 }
-
-async function request(query, signal) {
-  const response = await fetch(base + query, { signal, headers: { Accept: "application/jsonl, application/problem+json" } });
-  if (response.ok) return response;
-  const problem = await response.json().catch(() => ({}));
-  throw new Refused(response.status, problem.detail ?? response.statusText);
-}
-
-const sleep = (ms, signal) => new Promise((resolve) => {
-  const waiting = setTimeout(resolve, ms);
-  signal?.addEventListener("abort", () => { clearTimeout(waiting); resolve(); });
-});
 
 // Live.
-
-/** Hold one of the locks that count the streams of all tabs; false: none is free. A browser has few connections. */
-async function takeSlot(signal) {
-  if (!navigator.locks) return true;
-  for (let number = 1; number <= 4; number++) {
-    const isTaken = await new Promise((resolve) => {
-      navigator.locks.request("harp-stream-" + number, { ifAvailable: true }, (lock) => {
-        resolve(Boolean(lock));
-        return lock && new Promise((release) => (signal.aborted ? release() : signal.addEventListener("abort", release, { once: true })));
-      }).catch(() => resolve(false));
-    });
-    if (isTaken) return true;
-  }
-  return false;
-}
 
 async function follow() {
   const controller = (follower = new AbortController());
   const { signal } = controller;
-  const isLive = await takeSlot(signal);
+  let isLive = await takeSlot(signal);
   let pause = 250;
   let next = Math.max(0, count - 500);
   while (!signal.aborted && !hasEnded) {
-    let isOver = false;
-    let isFull = false;
+    let last = "";
+    const silence = new AbortController(); // the dispatcher sends an empty line every 15 s
+    const watchdog = setTimeout(() => {
+      isLive = false;
+      silence.abort();
+    }, LATE);
     try {
-      const response = await request(`since=${next}&${isLive ? "follow=1" : "limit=10000&bytes=8388608"}&timed=1`, signal);
-      await readLines(response, MOST_KEPT + 100, (line, length) => {
-        const record = parse(line, length);
+      last = await read(`since=${next}&${isLive ? "follow=1" : PART}`, AbortSignal.any([signal, silence.signal]), (record) => {
         pause = 250;
-        if (record) {
-          keep(...record);
-          next = record[0] + 1;
-          if (next > count) {
-            bytes += record[3];
-            count = next;
-          }
-          isDirty = true;
-          schedule();
-        } else if (line.startsWith('{"continue"')) isFull = JSON.parse(line).next < count;
-        else if (!line.startsWith('{"interrupted"')) isOver = true;
-      });
+        keep(...record);
+        next = record[0] + 1;
+        if (next > count) {
+          bytes += record[3];
+          count = next;
+        }
+        isDirty = true;
+        schedule();
+      }, MOST_KEPT, () => clearTimeout(watchdog));
     } catch (error) {
-      if (signal.aborted) return;
-      if (error instanceof Refused && error.status !== 429 && error.status < 500) {
-        postMessage({ refused: { status: error.status } });
-        return;
-      }
+      if (error instanceof Refused && !signal.aborted) return postMessage({ refused: error.status });
+    } finally {
+      clearTimeout(watchdog);
     }
     if (signal.aborted) return;
-    if (isOver) {
+    const isCut = last === "" || last.startsWith('{"interrupted"');
+    if (!isCut && !last.startsWith('{"continue"')) {
       controller.abort(); // this gives the lock back
       hasEnded = true;
       report();
-      postMessage({ ended: true });
-      return;
+      return postMessage({ ended: true });
     }
-    if (isFull) continue;
+    if (!isCut && JSON.parse(last).next < count) continue;
     await sleep(isLive ? pause : 5000, signal);
     pause = Math.min(pause * 2, 5000);
   }
@@ -230,24 +209,22 @@ async function load(first, last) {
   const isMatches = view.list === "matches";
   // The whole page, unless its records are so long that the wanted ones would come late.
   const since = isMatches || (first - page) * averageLength > 2 ** 19 || get(page).length > 1 ? first : page;
-  const mine = (loading = { first: since, last: isMatches ? last : page + PAGE - 1, controller: new AbortController() });
   const filter = isMatches ? search.query : "";
-  const limit = isMatches ? 200 : page + PAGE - since;
+  const end = last - (last % PAGE) + PAGE; // of the page of the last one: a window over two pages needs one answer
+  const limit = isMatches ? 200 : end - since;
+  const mine = (loading = { first: since, last: isMatches ? last : end - 1, controller: new AbortController() });
   let problem = null;
   try {
     const signal = AbortSignal.any([mine.controller.signal, AbortSignal.timeout(LATE)]);
-    const response = await request(`since=${since}&limit=${limit}&bytes=1048576&timed=1${filter}`, signal);
-    let read = 0;
+    let number = 0;
     let size = 0;
-    await readLines(response, MOST_KEPT + 100, (line, length) => {
-      const record = parse(line, length);
-      if (!record) return;
+    await read(`since=${since}&limit=${limit}&bytes=1048576${filter}`, signal, (record) => {
       keep(...record);
-      if (record[0] >= count) count = record[0] + 1;
-      read++;
+      count = Math.max(count, record[0] + 1);
+      number++;
       size += record[3];
     });
-    if (read) averageLength = size / read;
+    if (number) averageLength = size / number;
     else problem = "no records came";
   } catch (error) {
     if (mine.controller.signal.aborted) return;
@@ -282,29 +259,22 @@ class Search {
   async run() {
     const { signal } = this.controller;
     while (!signal.aborted) {
-      let next = null;
+      let last = "";
       try {
-        const response = await request(`since=${this.scanned}&limit=10000&bytes=8388608&timed=1${this.query}`, signal);
-        await readLines(response, MOST_KEPT + 100, (line, length) => {
-          const record = parse(line, length);
-          if (record) {
-            if (this.matches.length < 2000) keep(...record);
-            if (this.matches.length < MOST_MATCHES) this.matches.push(record[0]);
-            else this.isMost = true;
-          } else if (line.startsWith('{"continue"')) next = JSON.parse(line).next;
-          else next = Infinity;
+        last = await read(`since=${this.scanned}&${PART}${this.query}`, signal, (record) => {
+          if (this.matches.length < 2000) keep(...record);
+          if (this.matches.length < MOST_MATCHES) this.matches.push(record[0]);
+          else this.isMost = true;
         });
       } catch (error) {
         if (signal.aborted) return;
-        if (error instanceof Refused && error.status < 500 && error.status !== 429) {
-          postMessage({ unread: error.message });
-          return;
-        }
+        if (error instanceof Refused) return postMessage({ unread: error.message });
         await sleep(1000, signal);
         continue;
       }
+      const next = last.startsWith('{"continue"') ? JSON.parse(last).next : last ? Infinity : this.scanned;
       if (signal.aborted) return;
-      this.scanned = Math.min(next ?? this.scanned, Math.max(count, this.scanned));
+      this.scanned = Math.min(next, Math.max(count, this.scanned));
       this.isDone = next === Infinity || this.scanned >= count || this.isMost;
       isDirty = true;
       schedule();
@@ -338,13 +308,7 @@ class Search {
 
 async function readWhole(number) {
   try {
-    let text = null;
-    const response = await request(`since=${number}&limit=1&bytes=8388608&timed=1`);
-    await readLines(response, Infinity, (line, length) => {
-      const record = parse(line, length);
-      if (record && record[0] === number) text = record[2];
-    });
-    postMessage({ whole: { number, text } });
+    await read(`since=${number}&limit=1&bytes=8388608`, null, ([found, , text]) => found === number && postMessage({ whole: { number, text } }), Infinity);
   } catch (error) {
     postMessage({ unread: error.message });
   }

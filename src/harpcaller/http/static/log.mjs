@@ -3,6 +3,7 @@
 // The view is anchored at a record and the pixels of it that are above the window, so that rows may have any height and
 // nothing moves when records are added. The native scroll bar shows the place; a long way moves it by fraction.
 
+import { count, size } from "./formats.mjs";
 import { appendText, decodeString, makeTree } from "./json.mjs";
 
 const MOST_SPACE = 8000000; // pixels; browsers end at 16 million
@@ -107,13 +108,6 @@ function cut(text) {
   return text.slice(0, at);
 }
 
-/** The size of text in words: 65,536 bytes are "64 kB". */
-export function size(bytes) {
-  if (bytes < 1000) return `${bytes} B`;
-  if (bytes < 999500) return `${(bytes / 1000).toPrecision(3).replace(/\.0+$/, "")} kB`;
-  return `${(bytes / 1e6).toPrecision(bytes < 1e7 ? 2 : 3)} MB`;
-}
-
 /**
  * The window. `element` is empty and has a size; `send` posts to the worker; `on` has the callbacks `state(values)`,
  * `select(first, last)` and `whole(number)`. `formatTime(seconds)` returns the text of a record's time, or null.
@@ -137,6 +131,7 @@ export class LogWindow {
     this.first = 0; // the first row in the window,
     this.skip = 0; // and how many of its pixels are above
     this.isFollowing = false;
+    this.isPlaced = false; // it asks for rows when it is known where it opens
     this.rowHeight = 20; // of a row with one line
     this.average = 20; // height of the rows that were drawn lately
     this.firstHeight = 20;
@@ -193,6 +188,7 @@ export class LogWindow {
   }
 
   ask() {
+    if (!this.isPlaced) return;
     const rows = this.capacity;
     this.viewId = (this.viewId ?? 0) + 1;
     const view = this.isFollowing
@@ -205,6 +201,7 @@ export class LogWindow {
   // What the user does.
 
   setFollowing(isFollowing) {
+    this.isPlaced = true;
     if (this.isFollowing === isFollowing) return;
     this.isFollowing = isFollowing;
     this.isAtEnd = false;
@@ -234,6 +231,7 @@ export class LogWindow {
 
   /** Show a row in the window, a little below its top. */
   show(index) {
+    this.isPlaced = true;
     this.isFollowing = this.isAtEnd = false;
     this.first = Math.max(0, Math.min(index - Math.floor(this.capacity / 4), this.total - 1));
     this.skip = 0;
@@ -244,6 +242,7 @@ export class LogWindow {
   }
 
   showEnd() {
+    this.isPlaced = true;
     this.isFollowing = false;
     this.isAtEnd = true;
     this.ask();
@@ -476,7 +475,7 @@ export class LogWindow {
       if (action !== "whole") made.setAttribute("aria-expanded", String(opened === action));
     };
     if (length > text.length) button("whole", `Show all ${size(length)}`, `Show all ${size(length)} of record ${number}`);
-    else if (shown.length < whole.length || opened === "more") button("more", opened === "more" ? "Less" : `${(whole.length - shown.length).toLocaleString("en")} more characters`);
+    else if (shown.length < whole.length || opened === "more") button("more", opened === "more" ? "Less" : `${count(whole.length - shown.length)} more characters`);
     else if (isContainer && text.length > 2) button("tree", opened === "tree" ? "Hide tree" : "Tree", `Tree of record ${number}`);
     if (opened === "tree") element.append(makeTree(text));
     return element;

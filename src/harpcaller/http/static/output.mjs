@@ -1,16 +1,12 @@
 // The output of a job: tools, the window of rows, and what is happening.
 import { address } from "./api.mjs";
-import { useKeys } from "./keys.mjs";
+import { count, plural, readClock, size } from "./formats.mjs";
 import { appendText } from "./json.mjs";
-import { jobWords } from "./job-words.mjs";
-import { LogWindow, size } from "./log.mjs";
-import { link } from "./router.mjs";
-import { Button, copy, Dialog, html, Icon, Menu, notify, setting, useEffect, useLayoutEffect, useRef, useSettings, useState } from "./ui.mjs";
-import { words } from "./words.mjs";
+import { LogWindow } from "./log.mjs";
+import { ENDED } from "./router.mjs";
+import { Button, copy, copyJobLink, Dialog, html, Icon, Menu, useEffect, useKeys, useLayoutEffect, useRef, useSettings, useState } from "./ui.mjs";
 
-const text = jobWords.output;
-const ENDED = ["returned", "raised", "failed", "cancelled"];
-const two = (number) => String(number).padStart(2, "0");
+const TIME_STYLES = { abs: "time of day", rel: "since the start", off: "no times" };
 
 /** Return the records that a hash names, "#r5" or "#r5-9", as [first, last]; else null. */
 export function readHash(hash) {
@@ -21,13 +17,7 @@ export function readHash(hash) {
 function makeFormat(times, start) {
   if (times === "off") return () => null;
   if (times === "rel") return (seconds) => (seconds - start >= 0 ? "+" : "") + (seconds - start).toFixed(3);
-  const isUTC = setting("times") === "utc";
-  return (seconds) => {
-    const date = new Date(seconds * 1000);
-    if (Number.isNaN(date.getTime())) return "";
-    const milli = String(date.getUTCMilliseconds()).padStart(3, "0");
-    return isUTC ? date.toISOString().slice(11, 23) : `${two(date.getHours())}:${two(date.getMinutes())}:${two(date.getSeconds())}.${milli}`;
-  };
+  return (seconds) => readClock(seconds)[1];
 }
 
 export function Output({ job, client, query, hash, change, openResult }) {
@@ -151,58 +141,58 @@ export function Output({ job, client, query, hash, change, openResult }) {
   function copyLink() {
     const [first, last] = range ?? [log.current.selected[0] >= 0 ? log.current.selected[0] : view.number, null];
     const part = last !== null && last !== first ? `#r${first}-${last}` : `#r${first}`;
-    copy(location.origin + link("/jobs/" + job.job) + part, text.linked + " " + part.slice(2));
+    copyJobLink(job.job, part);
   }
   const flip = (name, isOn) => change({ [name]: isOn ? "1" : "" });
   const nextTimes = { abs: "rel", rel: "off", off: "abs" };
 
-  useKeys(jobWords.tabs.output, {
-    "ctrl+f": [() => field.current.select(), text.keys.find],
-    G: [toEnd, text.keys.end],
-    "g g": [toTop, text.keys.top],
-    n: [() => seek(true), text.keys.next],
-    N: [() => seek(false), text.keys.previous],
-    w: [() => flip("wrap", !isWrapped), text.keys.wrap],
-    t: [() => change({ times: nextTimes[times] === "abs" ? "" : nextTimes[times] }), text.keys.times],
-    y: [copyLink, text.keys.link],
-    p: [pause, text.keys.pause],
+  useKeys("Output", {
+    "ctrl+f": [() => field.current.select(), "find in the output"],
+    G: [toEnd, "end, and follow"],
+    "g g": [toTop, "top"],
+    n: [() => seek(true), "next match"],
+    N: [() => seek(false), "previous match"],
+    w: [() => flip("wrap", !isWrapped), "wrap lines"],
+    t: [() => change({ times: nextTimes[times] === "abs" ? "" : nextTimes[times] }), "times"],
+    y: [copyLink, "copy link to record"],
+    p: [pause, "pause or follow"],
   }, 2);
 
   const records = `/jobs/${job.job}/records`;
   const newer = Math.max(0, live.count - 1 - (view.last ?? view.number));
   const isPaused = !view.isFollowing && !hasEnded;
   return html`<div class="output">
-    <div class="output-bar" role="toolbar" aria-label=${jobWords.tabs.output}>
-      <form role="search" aria-label=${text.keys.find} onSubmit=${find} class="find">
-        <input ref=${field} type="search" aria-label=${text.find} placeholder=${text.find} defaultValue=${needle} maxlength="500" spellcheck="false" autocomplete="off"
+    <div class="output-bar" role="toolbar" aria-label="Output">
+      <form role="search" aria-label="find in the output" onSubmit=${find} class="find">
+        <input ref=${field} type="search" aria-label="Find in all records" placeholder="Find in all records" defaultValue=${needle} maxlength="500" spellcheck="false" autocomplete="off"
           onInput=${(event) => event.target.value === "" && needle && change({ find: "", only: "" })} />
         <span class="find-count" role="status">${needle && found && found.text === needle ? matches(found, place) : ""}</span>
-        <${Button} kind="quiet small" icon="up" aria-label=${text.previous} title=${text.previous} onClick=${() => seek(false)} />
-        <${Button} kind="quiet small" icon="down" aria-label=${text.next} title=${text.next} onClick=${() => seek(true)} />
-        <label class="check"><input type="checkbox" checked=${isOnly} disabled=${!needle} onChange=${(event) => flip("only", event.target.checked)} /> ${text.only}</label>
+        <${Button} kind="quiet small" icon="up" aria-label="Previous match" title="Previous match" onClick=${() => seek(false)} />
+        <${Button} kind="quiet small" icon="down" aria-label="Next match" title="Next match" onClick=${() => seek(true)} />
+        <label class="check"><input type="checkbox" checked=${isOnly} disabled=${!needle} onChange=${(event) => flip("only", event.target.checked)} /> Matches only</label>
       </form>
       <span class="output-tools">
-        ${!hasEnded && html`<${Button} kind=${"small" + (view.isFollowing ? " is-on" : "")} icon=${view.isFollowing ? "pause" : "play"} onClick=${pause} aria-pressed=${view.isFollowing ? "true" : "false"}>${view.isFollowing ? text.pause : text.follow}</${Button}>`}
-        <${Button} kind=${"small" + (isWrapped ? " is-on" : "")} aria-pressed=${isWrapped ? "true" : "false"} onClick=${() => flip("wrap", !isWrapped)}>${text.wrap}</${Button}>
-        <select aria-label=${text.times} title=${text.times} value=${times} onChange=${(event) => change({ times: event.target.value === "abs" ? "" : event.target.value })}>
-          ${Object.entries(text.timeStyles).map(([value, word]) => html`<option key=${value} value=${value}>${word}</option>`)}
+        ${!hasEnded && html`<${Button} kind=${"small" + (view.isFollowing ? " is-on" : "")} icon=${view.isFollowing ? "pause" : "running"} onClick=${pause} aria-pressed=${view.isFollowing}>${view.isFollowing ? "Pause" : "Follow"}<//>`}
+        <${Button} kind=${"small" + (isWrapped ? " is-on" : "")} aria-pressed=${isWrapped} onClick=${() => flip("wrap", !isWrapped)}>Wrap<//>
+        <select aria-label="Times" title="Times" value=${times} onChange=${(event) => change({ times: event.target.value === "abs" ? "" : event.target.value })}>
+          ${Object.entries(TIME_STYLES).map(([value, word]) => html`<option key=${value} value=${value}>${word}</option>`)}
         </select>
-        <${Button} kind="small" onClick=${toTop}>${text.top}</${Button}>
-        <${Button} kind="small" onClick=${toEnd}>${text.end}</${Button}>
-        <${Menu} label=${text.download} text=${text.download} kind="small">${() => html`
-          <a href=${address(records, { download: 1 })} download>${text.downloads.jsonl}</a>
-          <a href=${address(records, { download: 1, form: "text" })} download>${text.downloads.text}</a>
-          ${needle && html`<a href=${address(records, { download: 1, grep: needle, fold: 1 })} download>${text.downloads.matches}</a>`}`}</${Menu}>
+        <${Button} kind="small" onClick=${toTop}>Top<//>
+        <${Button} kind="small" onClick=${toEnd}>End<//>
+        <${Menu} label="Download" text="Download" kind="small">${() => html`
+          <a href=${address(records, { download: 1 })} download>All records, as JSON Lines</a>
+          <a href=${address(records, { download: 1, form: "text" })} download>All records, as text</a>
+          ${needle && html`<a href=${address(records, { download: 1, grep: needle, fold: 1 })} download>Matches, as JSON Lines</a>`}`}<//>
       </span>
     </div>
     <div class="log-shell">
       <div class="log" ref=${shell}></div>
-      ${total === 0 && html`<div class="log-empty">${isOnly ? html`<p>${found?.isDone ? text.noMatch : ""}</p>` : !hasEnded ? html`<p>${text.noneYet}</p>` : html`<p>${job.time.start ? text.none : text.neverRan}</p><${Button} onClick=${openResult}>${text.toResult}</${Button}>`}</div>`}
+      ${total === 0 && html`<div class="log-empty">${isOnly ? html`<p>${found?.isDone ? "no match" : ""}</p>` : !hasEnded ? html`<p>No records yet. They appear here as soon as they are stored.</p>` : html`<p>${job.time.start ? "This job has no records. Its result is what it returned." : "This job has no records: it never ran."}</p><${Button} onClick=${openResult}>Show the result<//>`}</div>`}
     </div>
     <div class="log-status">
-      ${unread ? html`<span class="bad">${text.unread(unread)}</span>` : hasEnded ? html`<span>${text.records(live.count)}</span>` : view.isFollowing ? html`<span class="following"><${Icon} name="live" /> ${text.following}</span>` : html`<span class="warn"><${Icon} name="pause" /> ${text.pausedAt(view.number)}</span>`}
-      ${isPaused && html`<span>${text.newer(Math.max(0, live.count - view.number))} <${Button} kind="small" onClick=${toEnd}>${text.follow}</${Button}></span>`}
-      ${!hasEnded && html`<span>${text.records(live.count)}${live.rate >= 1 ? ", " + text.rate(Math.round(live.rate)) : ""}</span>`}
+      ${unread ? html`<span class="bad">Records could not be read: ${unread}. The page tries again.</span>` : hasEnded ? html`<span>${plural(live.count, "record")}</span>` : view.isFollowing ? html`<span class="following"><${Icon} name="live" /> Following</span>` : html`<span class="warn"><${Icon} name="pause" /> Paused at record ${count(view.number)}</span>`}
+      ${isPaused && html`<span>${count(Math.max(0, live.count - view.number))} newer <${Button} kind="small" onClick=${toEnd}>Follow<//></span>`}
+      ${!hasEnded && html`<span>${plural(live.count, "record")}${live.rate >= 1 ? ", " + count(Math.round(live.rate)) + "/s" : ""}</span>`}
       <span class="dim">${size(live.bytes)}</span>
     </div>
     ${whole && html`<${Whole} whole=${whole} close=${() => setWhole(null)} />`}
@@ -210,10 +200,10 @@ export function Output({ job, client, query, hash, change, openResult }) {
 }
 
 function matches(found, place) {
-  const all = found.count.toLocaleString("en") + (found.isMost ? "+" : "");
-  const rest = found.isDone ? "" : ` (${text.searching(found.scanned.toLocaleString("en"))})`;
-  if (!found.count) return found.isDone ? text.noMatch : rest;
-  return place ? text.of((place.index + 1).toLocaleString("en"), all, rest) : all + rest;
+  const all = count(found.count) + (found.isMost ? "+" : "");
+  const rest = found.isDone ? "" : ` (searched ${count(found.scanned)} records)`;
+  if (!found.count) return found.isDone ? "no match" : rest;
+  return place ? `${count(place.index + 1)} of ${all}${rest}` : all + rest;
 }
 
 /** A record of any size, as its text. Blocks that are not seen cost nothing to lay out. */
@@ -227,8 +217,8 @@ function Whole({ whole: { number, text: value }, close }) {
       appendText(block, value.slice(at, at + 16384));
     }
   }, [value]);
-  return html`<${Dialog} title=${text.whole(number)} close=${close} kind="wide">
-    <p><span class="dim">${size(value.length)}</span> <${Button} kind="small" icon="copy" onClick=${() => copy(value)}>${words.copy}</${Button}></p>
-    <pre class="wrap whole" ref=${element} tabindex="0" aria-label=${text.whole(number)}></pre>
-  </${Dialog}>`;
+  return html`<${Dialog} title=${"Record " + count(number)} close=${close} kind="wide">
+    <p><span class="dim">${size(value.length)}</span> <${Button} kind="small" icon="copy" onClick=${() => copy(value)}>Copy<//></p>
+    <pre class="wrap whole" ref=${element} tabindex="0" aria-label=${"Record " + count(number)}></pre>
+  <//>`;
 }

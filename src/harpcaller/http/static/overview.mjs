@@ -1,28 +1,33 @@
 // What is going on, what is wrong, and where it goes wrong: each number is a link to the jobs that it counts.
-import { get } from "./api.mjs";
-import { callOf, sourcesOf } from "./rows.mjs";
-import { useLive } from "./live.mjs";
-import { link, navigate } from "./router.mjs";
-import { count, Fault, fullTime, html, Icon, Loading, queueName, setTitle, State, STATES, Time, useEffect, useRef, useState, visible } from "./ui.mjs";
-import { words } from "./words.mjs";
+import { get, useLive } from "./api.mjs";
+import { callOf, count, fullTime, plural, queueName, sourcesOf, visible } from "./formats.mjs";
+import { hostLink, jobLink, link, navigate } from "./router.mjs";
+import { Choose, Fault, html, Icon, Loading, setTitle, State, STATES, Strip, Time, useEffect, useRef, useSoon, useState } from "./ui.mjs";
 
-const text = words.overview;
-const SPANS = { "1h": ["-1h", 60], "24h": ["-24h", 3600], "7d": ["-7d", 3600] };
-const ASK_EVERY = 5_000;
+// name: [from, seconds of a bar, in a tab, in a sentence]
+const SPANS = { "1h": ["-1h", 60, "1 hour", "in the last hour"], "24h": ["-24h", 3600, "24 hours", "in the last 24 hours"], "7d": ["-7d", 3600, "7 days", "in the last 7 days"] };
+const BARS = "Ended jobs over time, by state";
 const SERIES = ["returned", "cancelled", "raised", "failed"];   // from the ground up: what is wrong stands on top
 
+/** Return the number of jobs in some states. */
+const sumOf = (entries, states) => (entries || []).filter(({ value }) => states.includes(value)).reduce((sum, entry) => sum + entry.count, 0);
+/** Return a number in words: ">10,000" where counting stopped. */
+const shownCount = (entry) => (entry?.more ? ">" : "") + count(entry?.count ?? 0);
+const None = () => html`<p class="dim calm"><${Icon} name="returned" /> None</p>`;
+
 /** Bars of the ends in each step of time. Each bar is a link to its jobs; the table below says the same in words. */
-function Bars({ stats, step }) {
-  const most = Math.max(4, ...stats.buckets.map((bucket) => SERIES.reduce((sum, name) => sum + bucket[name], 0)));
+function Bars({ stats: { buckets, step } }) {
+  const most = Math.max(4, ...buckets.map((bucket) => SERIES.reduce((sum, name) => sum + bucket[name], 0)));
   const [width, height] = [720, 112];
-  const each = width / stats.buckets.length;
-  const jobs = (bucket) => link("/jobs", { ended_from: String(bucket.at), ended_to: String(bucket.at + step) });
-  const said = (bucket) => `${fullTime(bucket.at).slice(0, 16)}: ` + SERIES.filter((name) => bucket[name]).map((name) => `${count(bucket[name])} ${words.states[name]}`).join(", ");
+  const each = width / buckets.length;
+  const jobs = (bucket) => link("/jobs", { ended_from: bucket.at, ended_to: bucket.at + step });
+  const said = (bucket) => `${fullTime(bucket.at).slice(0, 16)}: ` + SERIES.filter((name) => bucket[name]).map((name) => `${count(bucket[name])} ${name}`).join(", ");
+  const line = (y, kind) => html`<line class=${kind} x1="0" x2=${width} y1=${y} y2=${y} />`;
   return html`<div class="bars">
     <span class="most" aria-hidden="true">${count(most)}</span>
-    <svg viewBox=${`0 0 ${width} ${height}`} preserveAspectRatio="none" role="img" aria-label=${text.barsLabel}>
-      <line x1="0" x2=${width} y1=".5" y2=".5" /><line x1="0" x2=${width} y1=${height / 2} y2=${height / 2} /><line class="ground" x1="0" x2=${width} y1=${height - 0.5} y2=${height - 0.5} />
-      ${stats.buckets.map((bucket, place) => {
+    <svg viewBox=${`0 0 ${width} ${height}`} preserveAspectRatio="none" role="img" aria-label=${BARS}>
+      ${line(0.5)}${line(height / 2)}${line(height - 0.5, "ground")}
+      ${buckets.map((bucket, place) => {
         let top = height;
         return html`<g key=${bucket.at} class="bar-of" onClick=${() => navigate(jobs(bucket))}>
           <title>${said(bucket)}</title>
@@ -35,35 +40,31 @@ function Bars({ stats, step }) {
         </g>`;
       })}
     </svg>
-    <div class="scale dim" aria-hidden="true"><${Time} at=${stats.buckets[0]?.at} /><span>${words.now}</span></div>
-    <div class="hidden"><table><caption>${text.barsLabel}</caption><tbody>${stats.buckets.filter((bucket) => SERIES.some((name) => bucket[name])).map((bucket) => html`<tr key=${bucket.at}><td><a href=${jobs(bucket)} tabindex="-1">${said(bucket)}</a></td></tr>`)}</tbody></table></div>
+    <div class="scale dim" aria-hidden="true"><${Time} at=${buckets[0].at} /><span>now</span></div>
+    <div class="hidden"><table><caption>${BARS}</caption><tbody>${buckets.filter((bucket) => SERIES.some((name) => bucket[name])).map((bucket) => html`<tr key=${bucket.at}><td><a href=${jobs(bucket)} tabindex="-1">${said(bucket)}</a></td></tr>`)}</tbody></table></div>
   </div>`;
 }
 
-function Wrong({ icon = "warning", kind, href, children }) {
-  return html`<li class=${kind}><a href=${href}><${Icon} name=${icon} /><span>${children}</span><${Icon} name="right" size=${12} /></a></li>`;
-}
+const Wrong = ({ kind = "bad", href, children }) => html`<li class=${kind}><a href=${href}><${Icon} name="warning" /><span>${children}</span><${Icon} name="right" size=${12} /></a></li>`;
 
-function Breakdown({ title, values, href, name }) {
+function Breakdown({ title, values, href }) {
   const most = Math.max(1, ...values.map((entry) => entry.count));
   return html`<section class="card"><h2>${title}</h2>
-    ${values.length === 0 ? html`<p class="dim calm"><${Icon} name="ok" /> ${text.none}</p>` : html`<ul class="breakdown">${values.slice(0, 8).map((entry) => html`<li key=${entry.value}><a href=${href(entry.value)}>
+    ${values.length === 0 ? html`<${None} />` : html`<ul class="breakdown">${values.slice(0, 8).map((entry) => html`<li key=${entry.value}><a href=${href(entry.value)}>
       <span class="value" title=${visible(entry.value)}>${visible(entry.value)}</span>
       <span class="meter" aria-hidden="true"><i style=${{ width: (entry.count / most) * 100 + "%" }} /></span>
-      <span class="num">${entry.more ? ">" : ""}${count(entry.count)}</span></a></li>`)}</ul>`}
+      <span class="num">${shownCount(entry)}</span></a></li>`)}</ul>`}
   </section>`;
 }
 
-export function OverviewView({ query, me }) {
+export function OverviewView({ query }) {
   const span = SPANS[query.get("span")] ? query.get("span") : "1h";
-  const [from, step] = SPANS[span];
+  const [from, step, , spoken] = SPANS[span];
   const [data, setData] = useState(null);
   const [error, setError] = useState(null);
-  const asking = useRef({ timer: 0, at: 0 }).current;
-  async function ask() {
-    asking.timer = 0;
-    asking.at = Date.now();
-    const mine = span;
+  const latest = useRef(span);
+  latest.current = span;
+  const soon = useSoon(async () => {
     // What a principal may not see is left out; the rest stays.
     const optional = (request) => request.catch((fault) => (fault.status === 403 || fault.status === 404 ? null : Promise.reject(fault)));
     try {
@@ -76,24 +77,18 @@ export function OverviewView({ query, me }) {
         optional(get("/queues", { limit: 500, payloads: "text" })),
         get("/jobs", { state: "bad", limit: 8, payloads: "text" }),
       ]);
-      if (asking.span !== mine) return;
-      setData({ now: now.by.state, bad: bad.by, slots: slots.by.state, stats, hosts, queues, recent: recent.jobs });
+      if (latest.current !== span) return;
+      setData({ now: now.by.state, bad: bad.by, slots: slots.by.state, stats, hosts, queues: queues?.queues || [], recent: recent.jobs });
       setError(null);
     } catch (fault) {
       setError(fault);
     }
-  }
-  const soon = () => asking.timer || (asking.timer = setTimeout(ask, Math.max(0, asking.at + ASK_EVERY - Date.now())));
+  }, 5_000, span);
   useEffect(() => {
-    asking.span = span;
-    setTitle(words.views.overview);
-    ask();
+    setTitle("Overview");
+    soon.now();
     const timer = setInterval(() => document.hidden || soon(), 10_000);   // hosts and bars change without any job
-    return () => {
-      clearInterval(timer);
-      clearTimeout(asking.timer);
-      asking.timer = 0;
-    };
+    return () => clearInterval(timer);
   }, [span]);
   useLive("counts", "", {
     counts({ by }) {
@@ -102,55 +97,47 @@ export function OverviewView({ query, me }) {
     },
     refresh: soon,
   });
-  if (!data) return html`<div class="page">${error ? html`<${Fault} error=${error} retry=${ask} />` : html`<${Loading} lines=${10} />`}</div>`;
+  if (!data) return html`<div class="page"><h1 class="hidden">Overview</h1>${error ? html`<${Fault} error=${error} retry=${soon.now} />` : html`<${Loading} lines=${10} />`}</div>`;
 
-  const here = new Map(data.now.map((entry) => [entry.value, entry]));
-  const hosts = data.hosts?.hosts || [];
   const faults = sourcesOf(data.hosts?.registry).map((source) => source.error).filter(Boolean);
-  const queues = data.queues?.queues || [];
-  const down = hosts.filter((host) => host.state === "down");
-  const full = queues.filter((queue) => queue.queued > 0 && !queue.paused && queue.running >= (queue.set?.concurrency ?? queue.concurrency));
-  const paused = queues.filter((queue) => queue.paused);
-  const stuck = data.slots.filter((entry) => entry.value !== "queued" && entry.value !== "running").reduce((sum, entry) => sum + entry.count, 0);
-  const badNow = data.bad.state.filter((entry) => entry.value === "failed" || entry.value === "raised").reduce((sum, entry) => sum + entry.count, 0);
-  const badFilter = (name, value) => link("/jobs", { state: "bad", ended_from: from, [name]: value });
+  const down = (data.hosts?.hosts || []).filter((host) => host.state === "down");
+  const full = data.queues.filter((queue) => queue.queued > 0 && queue.running >= queue.concurrency);
+  const stuck = sumOf(data.slots, SERIES);
+  const bad = sumOf(data.bad.state, ["failed", "raised"]);
+  const badLink = (filter) => link("/jobs", { state: "bad", ended_from: from, ...filter });
+  const breakdown = (title, name) => html`<${Breakdown} title=${title} values=${data.bad[name] || []} href=${(value) => badLink({ [name]: value })} />`;
   return html`<div class="page overview">
-    <h1 class="hidden">${words.views.overview}</h1>
-    ${error && html`<div class="strip bad" role="alert"><${Icon} name="warning" /> ${error.detail || words.fault.awayDetail}</div>`}
-    <ul class="tiles" aria-label=${text.now}>${STATES.map((state) => {
-      const entry = here.get(state);
-      return html`<li key=${state} class=${entry?.count ? "" : "zero"}><a href=${link("/jobs", { state })}><${State} state=${state} /><strong>${entry?.more ? ">" : ""}${count(entry?.count ?? 0)}</strong></a></li>`;
+    <h1 class="hidden">Overview</h1>
+    ${error && html`<${Strip}>${error.detail || error.message}<//>`}
+    <ul class="tiles" aria-label="Jobs by state now">${Object.keys(STATES).map((state) => {
+      const entry = data.now.find(({ value }) => value === state);
+      return html`<li key=${state} class=${entry?.count ? "" : "zero"}><a href=${link("/jobs", { state })}><${State} state=${state} /><strong>${shownCount(entry)}</strong></a></li>`;
     })}</ul>
-    <section class="card attention"><h2>${text.wrongTitle}</h2>
+    <section class="card attention"><h2>What needs attention</h2>
       <ul class="wrong">
-        ${faults.map((fault) => html`<${Wrong} key=${fault} kind="bad" href=${link("/hosts")}>${text.registry(visible(fault))}</${Wrong}>`)}
-        ${down.slice(0, 5).map((host) => html`<${Wrong} key=${host.name} kind="bad" href=${link("/hosts/" + encodeURIComponent(host.name))}><b>${visible(host.name)}</b> ${text.hostDown} ${host.since && html`<${Time} at=${host.since} />`}${host.queued ? " · " + text.waiting(count(host.queued)) : ""}${host.error && html` <span class="dim">${visible(host.error)}</span>`}</${Wrong}>`)}
-        ${down.length > 5 && html`<${Wrong} kind="bad" href=${link("/hosts", { state: "down" })}>${text.moreHosts(down.length - 5)}</${Wrong}>`}
-        ${stuck > 0 && html`<${Wrong} kind="bad" href=${link("/jobs", { state: "ended", holds_slot: 1 })}>${text.stuck(count(stuck), stuck)}</${Wrong}>`}
-        ${full.slice(0, 5).map((queue) => html`<${Wrong} key=${queue.id} kind="warn" href=${link("/jobs", { queue: queue.id, state: "open" })}><code>${queueName(queue)}</code> ${text.full(count(queue.queued))}</${Wrong}>`)}
-        ${paused.slice(0, 5).map((queue) => html`<${Wrong} key=${queue.id} kind="warn" icon="pause" href=${link("/queues/" + queue.id)}><code>${queueName(queue)}</code> ${text.paused(visible(queue.paused.by))}</${Wrong}>`)}
-        ${badNow > 0 && html`<${Wrong} kind="warn" href=${link("/jobs", { state: "bad", ended_from: from })}>${text.badJobs(count(badNow), badNow)} ${text.spans[span]}</${Wrong}>`}
-        ${!down.length && !stuck && !full.length && !paused.length && !badNow && !faults.length && html`<li class="calm good"><${Icon} name="ok" /> ${text.allWell(text.spans[span])}</li>`}
+        ${faults.map((fault) => html`<${Wrong} key=${fault} href=${link("/hosts")}>The hosts registry cannot be read: ${visible(fault)}<//>`)}
+        ${down.slice(0, 5).map((host) => html`<${Wrong} key=${host.name} href=${hostLink(host.name)}><b>${visible(host.name)}</b> is down since ${host.since && html`<${Time} at=${host.since} />`}${host.queued ? " · " + `${count(host.queued)} waiting` : ""}${host.error && html` <span class="dim">${visible(host.error)}</span>`}<//>`)}
+        ${down.length > 5 && html`<${Wrong} href=${link("/hosts", { state: "down" })}>${down.length - 5} more hosts are down<//>`}
+        ${stuck > 0 && html`<${Wrong} href=${link("/jobs", { state: "ended", holds_slot: 1 })}>${plural(stuck, "ended job")} still ${stuck === 1 ? "holds its slot" : "hold their slots"}<//>`}
+        ${full.slice(0, 5).map((queue) => html`<${Wrong} key=${queue.id} kind="warn" href=${link("/jobs", { queue: queue.id, state: "open" })}><code>${queueName(queue)}</code> is full: ${count(queue.queued)} waiting<//>`)}
+        ${bad > 0 && html`<${Wrong} kind="warn" href=${badLink()}>${plural(bad, "job")} failed or raised ${spoken}<//>`}
+        ${!faults.length && !down.length && !stuck && !full.length && !bad && html`<li class="calm good"><${Icon} name="returned" /> Nothing: all known hosts are up, no queue is full, and no job failed ${spoken}.</li>`}
       </ul>
     </section>
     <section class="card ends">
-      <div class="card-head"><h2>${text.bars}</h2>
-        <span class="legend" aria-hidden="true">${[...SERIES].reverse().map((name) => html`<span key=${name}><i class=${"fill-" + name} />${words.states[name]}</span>`)}</span>
-        <nav class="choose" aria-label=${text.span}>${Object.keys(SPANS).map((name) => html`<a key=${name} href=${link("/", name === "1h" ? {} : { span: name })} aria-current=${name === span ? "true" : undefined}>${text.tabs[name]}</a>`)}</nav>
+      <div class="card-head"><h2>Ended jobs</h2>
+        <span class="legend">${[...SERIES].reverse().map((name) => html`<span key=${name} title=${STATES[name]}><i class=${"fill-" + name} />${name}</span>`)}</span>
+        <${Choose} label="Time span" links=${Object.keys(SPANS).map((name) => [link("/", { span: name === "1h" ? "" : name }), SPANS[name][2], name === span])} />
       </div>
-      ${data.stats.buckets.length > 0 && html`<${Bars} stats=${data.stats} step=${data.stats.step} />`}
+      ${data.stats.buckets.length > 0 && html`<${Bars} stats=${data.stats} />`}
     </section>
-    <div class="thirds">
-      <${Breakdown} title=${text.byType(text.spans[span])} values=${data.bad.end_type || []} href=${(value) => badFilter("end_type", value)} />
-      <${Breakdown} title=${text.byProcedure(text.spans[span])} values=${data.bad.procedure || []} href=${(value) => badFilter("procedure", value)} />
-      <${Breakdown} title=${text.byHost(text.spans[span])} values=${data.bad.host || []} href=${(value) => badFilter("host", value)} />
-    </div>
-    <section class="card"><div class="card-head"><h2>${text.recent}</h2><a href=${link("/jobs", { state: "bad" })}>${text.all}</a></div>
-      ${data.recent.length === 0 ? html`<p class="dim calm"><${Icon} name="ok" /> ${text.none}</p>` : html`<div class="table-scroll"><table class="plain">
-        <thead class="hidden"><tr><th>${words.jobs.columns.state}</th><th>${words.jobs.columns.job}</th><th>${words.jobs.columns.host}</th><th>${words.jobs.columns.end}</th><th>${words.jobs.columns.ended}</th></tr></thead>
+    <div class="thirds">${breakdown(`Errors ${spoken}`, "end_type")}${breakdown(`Failed or raised ${spoken}, by procedure`, "procedure")}${breakdown(`Failed or raised ${spoken}, by host`, "host")}</div>
+    <section class="card"><div class="card-head"><h2>Latest failed or raised jobs</h2><a href=${link("/jobs", { state: "bad" })}>Show all</a></div>
+      ${data.recent.length === 0 ? html`<${None} />` : html`<div class="table-scroll"><table class="plain">
+        <thead class="hidden"><tr><th>State</th><th>Job</th><th>Host</th><th>Reason</th><th>Ended</th></tr></thead>
         <tbody>${data.recent.map((row) => {
-          const [name, args] = callOf(row);
-          return html`<tr key=${row.job}><td class="fit"><${State} state=${row.state} /></td><td class="cut third"><a href=${link("/jobs/" + row.job)}><b>${name}</b></a><span class="mono dim">${args}</span></td><td class="fit">${visible(row.host)}</td>
+          const [name, args] = callOf(row.procedure, row.arguments_preview);
+          return html`<tr key=${row.job}><td class="fit"><${State} state=${row.state} /></td><td class="cut third"><a href=${jobLink(row.job)}><b>${name}</b></a><span class="mono dim">${args}</span></td><td class="fit">${visible(row.host)}</td>
             <td class="cut"><b class=${row.state === "failed" ? "bad" : "warn"}>${visible(row.end_type)}</b>${row.end_message ? ": " + visible(row.end_message) : ""}</td><td class="fit num"><${Time} at=${row.time.end} /></td></tr>`;
         })}</tbody></table></div>`}
     </section>
