@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 from playwright.sync_api import Browser, Locator, Page, expect
 
 from support.browser import PROCEDURES, Pages, Site, eventually, find_axe_violations, running_site
+from support.jobs import new_id
 
 
 @pytest.fixture(scope="module")
@@ -467,6 +469,7 @@ def test_restart_below_a_base_path_shows_a_banner_and_catches_up(browser: Browse
 
 # --- for everyone -----------------------------------------------------------------------------------------------------
 
+NARROW = {"width": 320, "height": 640}
 VIEWS = ["/", "/jobs", "/jobs?host=web99", "/queues", "/hosts", "/hosts/web01", "/sessions", "/audit"]
 
 
@@ -490,9 +493,54 @@ def test_views_have_no_axe_violation(pages: Pages, filled: Site, theme: str) -> 
     assert found == []
 
 
+@pytest.mark.parametrize(
+    "options", [{"color_scheme": "light"}, {"color_scheme": "dark"}, {"viewport": NARROW}], ids=str
+)
+def test_error_states_have_no_axe_violation(browser: Browser, tmp_path: Path, options: dict[str, Any]) -> None:
+    found: list[str] = []
+    with running_site(tmp_path, PROCEDURES) as site, Pages(browser, site, site.log_in()) as pages:
+        pages.allow("40[04]|ERR_|Failed to load resource")
+        job = site.finish("echo", 1)
+        page = pages.context(**options).new_page()
+
+        def examine(name: str) -> None:
+            page.wait_for_timeout(400)  # what is drawn late is examined, too
+            found.extend(f"{name}: {violation}" for violation in find_axe_violations(page))
+
+        for path, text in (
+            ("/jobs?stat=failed", "stat"),
+            (f"/jobs/{new_id()}", "No such job"),
+            (f"/queues/{'0' * 32}", "no such queue"),
+            ("/hosts/nohost", "no such host"),
+            ("/audit?from=yesterday", "got yesterday"),
+        ):
+            page.goto(site.url + path)
+            expect(page.locator("#content")).to_contain_text(text)
+            examine(path)
+        for path in ("/", "/jobs", "/queues", "/hosts", f"/jobs/{job}"):
+            page.goto(site.url + path)
+            expect(page.locator(".loading")).to_have_count(0)
+            expect(page.locator(".page, .jobs, .job").first).to_be_visible()
+        site.system.dispatcher.kill()
+        for path in ("/jobs", "/queues", "/audit", "/"):
+            # The page is there; what it asks for is not answered.
+            page.evaluate(
+                """(path) => {
+                history.pushState(null, "", path);
+                dispatchEvent(new PopStateEvent("popstate"));
+            }""",
+                path,
+            )
+            expect(page.locator(".banner")).to_contain_text("does not answer since")
+            examine(f"away, {path}")
+        expect(page.get_by_role("alert").first).to_be_visible()
+        site.system.dispatcher.start()
+    assert found == []
+
+
 def test_narrow_views_fit_and_have_no_axe_violation(pages: Pages, filled: Site) -> None:
     pages.allow("404")
-    page = pages.context(viewport={"width": 320, "height": 640}, has_touch=True).new_page()
+    page = pages.context(viewport=NARROW, has_touch=True).new_page()
     found = []
     for path in VIEWS:
         page.goto(filled.url + path)
