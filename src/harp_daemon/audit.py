@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -386,7 +387,7 @@ class DirectAuditLog:
         self._call_later = call_later
         self._repetitions = _Repetitions()
         self._waiting = _Waiting[dict[str, Any]]()
-        self._timer_is_set = False
+        self._timer_at = math.inf  # monotonic time
         self._written = threading.Event()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._sync_repeatedly, name="audit-sync", daemon=True)
@@ -435,12 +436,13 @@ class DirectAuditLog:
         self._file.close()
 
     def _set_timer(self, seconds: float) -> None:
-        if not self._timer_is_set:
-            self._timer_is_set = True
+        at = time.monotonic() + seconds
+        if at < self._timer_at:
+            self._timer_at = at
             self._call_later(seconds, self._on_timer)
 
     def _on_timer(self) -> None:
-        self._timer_is_set = False
+        self._timer_at = math.inf
         self._waiting.add(self._repetitions.end_window(time.monotonic()))
         self._write_waiting()
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import resource
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +84,32 @@ def test_audit_has_an_entry_about_those_that_were_discarded(
     found = [(entry["action"], entry.get("job"), entry.get("count")) for entry in written]
     ends = [("end", job, None) for job in ("8", "9", "10", "11", "last")]
     assert [one for one in found if one[0] != "audit-file"] == [("audit-lost", None, 8), *ends]
+
+
+@contextmanager
+def no_file_may_grow() -> Iterator[None]:
+    """Let each write behind the end of a file of more than one byte fail, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+
+
+def test_direct_log_tries_again_soon_while_a_window_is_open(tmp_path: Path) -> None:
+    timers: list[tuple[float, Callable[[], None]]] = []
+    log = DirectAuditLog(tmp_path / "audit.jsonl", 1 << 20, lambda *timer: timers.append(timer))
+    try:
+        log.record("login", "denied", must=True, repeats="peer")
+        assert [seconds for seconds, _ in timers] == [60]
+        with no_file_may_grow():
+            log.record("end", None, must=True, job="a")
+        assert [seconds for seconds, _ in timers] == [60, 1]
+        assert '"a"' not in log.path.read_text()
+        timers[1][1]()
+        assert '"a"' in log.path.read_text()
+    finally:
+        log.close()
