@@ -35,10 +35,11 @@ log = logging.getLogger(__name__)
 _EVENT_ID = re.compile(r"([0-9a-f]{1,16})-([A-Za-z0-9_-]{1,100})", re.ASCII)
 _MAX_JOBS = 10_000  #: Number of jobs whose latest change is kept; each needs about 200 bytes.
 _INTERVAL = 0.25  #: Minimum seconds between two events about jobs.
-_LONG_INTERVAL = 2.0  #: The same while many readers follow many changes.
+_LONG_INTERVAL = 4.0  #: The same while many readers follow many changes.
 _SHARE = 0.04  #: Share of the processor that events may take before the interval becomes longer.
-#: Approximate costs in seconds: of a row that is read and encoded, of an event that is sent, and of each of its bytes.
-_ROW_COST, _EVENT_COST, _BYTE_COST = 60e-6, 60e-6, 2e-9
+#: Approximate costs in seconds: of a row that is read and encoded, of an event that is sent, of each of its bytes, and
+#: of the list that its reader asks for if it has not all changes.
+_ROW_COST, _EVENT_COST, _BYTE_COST, _LIST_COST = 60e-6, 30e-6, 2e-9, 300e-6
 _DELAY = 0.02  #: Seconds from a change to its event, so that changes that come together are one event.
 _PAGE = 500  #: Maximum number of jobs in one read of the store, and in one step of the event loop.
 _MAX_ROWS = 200  #: Maximum number of rows, and of ids, in an event.
@@ -381,7 +382,8 @@ class LiveJobs:
         for group in groups.values():
             event = group.make_event(until)
             if event is not None:
-                cost += len(group.members) * (_EVENT_COST + len(event.data) * _BYTE_COST)
+                of_event = _EVENT_COST + len(event.data) * _BYTE_COST + (_LIST_COST if group.more else 0.0)
+                cost += len(group.members) * of_event
             for subscription in group.members:
                 # It may have got a reset meanwhile: then its reader asks for everything again.
                 if subscription in self._subscriptions and subscription.known == group.known:
