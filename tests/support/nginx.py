@@ -46,8 +46,13 @@ http {{
 
 def find_nginx() -> str | None:
     """Return the path of the system's nginx, or of the one that `./dev test` has unpacked; None: there is none."""
-    unpacked = Path(sys.prefix, "nginx/usr/sbin/nginx")
-    return shutil.which("nginx") or shutil.which("/usr/sbin/nginx") or (str(unpacked) if unpacked.is_file() else None)
+    unpacked = str(Path(sys.prefix, "nginx/usr/sbin/nginx"))
+    for name in ("nginx", "/usr/sbin/nginx", unpacked):
+        program = shutil.which(name)
+        # An unpacked program may lack a library of the system.
+        if program is not None and not subprocess.run([program, "-v"], capture_output=True, check=False).returncode:
+            return program
+    return None
 
 
 @contextmanager
