@@ -171,7 +171,8 @@ async def test_cancelling_a_job_needs_the_right_to_it(tmp_path: Path) -> None:
     with scripted_harpd(tmp_path) as peer:
         async with under_rules(tmp_path, host_line(peer.port)) as dispatcher:
             hanging = await ActingAs(dispatcher, SHOP).submit(call("hang"))
-            await is_running(dispatcher, hanging)
+            # Before its request is sent, a stop would be confirmed.
+            await eventually(lambda: "hang" in [one["procedure"] for one in peer.requests], what="the call")
             for client in (OTHER, READER, NOBODY, LEGACY, STRANGER):
                 acting = ActingAs(dispatcher, client)
                 assert await acting.cancel(hanging) is await acting.cancel(new_id()) is False

@@ -15,6 +15,7 @@ from harpcaller.http.lists import JobFilterQuery
 from harpcaller.model.job_filters import KEYS
 from harpcaller.model.jobs import State
 from harpcaller.store.sqlite.counting import FACETS as STORED_FACETS
+from support.deadline import eventually
 from support.dispatcher import host_line, until
 from support.http_api import RunningAPI, running_api
 from support.peers import Peer
@@ -93,7 +94,9 @@ async def test_http_submit_many_is_all_or_none(tmp_path: Path, peer: Peer) -> No
 
 async def test_http_wait_ends_with_the_job_or_the_time(tmp_path: Path, peer: Peer) -> None:
     async with running_api(tmp_path, host_line(peer.port)) as api:
+        earlier = len(peer.requests)
         job_id = await running_job(api)
+        await eventually(lambda: len(peer.requests) > earlier, what="the call: before it, a stop would be confirmed")
         loop = asyncio.get_running_loop()
         before = loop.time()
         late = await api.client.get(f"/jobs/{job_id}/end?wait=0.3")

@@ -242,6 +242,7 @@ async def test_clients_that_wait_are_counted_while_they_do(tmp_path: Path) -> No
     with scripted_harpd(tmp_path) as host:
         async with monitored(tmp_path, host_line(host.port)) as (dispatcher, monitor):
             job = await dispatcher.submit(call("hang"), "test")
+            await eventually(lambda: host.requests, what="the call: before it, a stop would be confirmed")
             waiting = [dispatcher.result(job) for _ in range(3)]
             stream = dispatcher.stream(job, 0, None, True, lambda: None)
             _, during = await scraped(monitor)

@@ -241,6 +241,9 @@ async def test_resumable_run_data_after_the_end_is_ignored(tmp_path: Path) -> No
 # Time.
 
 
+LIMIT = 3.0
+
+
 async def test_resumable_run_buffered_result_is_not_too_late(tmp_path: Path) -> None:
     """The call ended in time, during an outage. The host enforces the limits and reports the end."""
     may_answer = threading.Event()
@@ -261,9 +264,9 @@ async def test_resumable_run_buffered_result_is_not_too_late(tmp_path: Path) -> 
 
     with playing(tmp_path, call_list(), begin, call_list(), late) as peer:
         async with running(tmp_path, host_line(peer.port), resumable_calls=True) as dispatcher:
-            job_id = await dispatcher.submit(call(timeout=0.4, max_exec_time=0.4), "test")
-            await lost(dispatcher, job_id)
-            over = time.monotonic() + 0.5
+            job_id = await dispatcher.submit(call(timeout=LIMIT, max_exec_time=LIMIT), "test")
+            await lost(dispatcher, job_id)  # within the limit, which is long for a slow machine
+            over = time.monotonic() + LIMIT
             await eventually(lambda: time.monotonic() > over, what="the end of the limits")
             assert (await dispatcher.get_job(job_id)).end is None
             may_answer.set()
