@@ -1,7 +1,8 @@
 """The whole system on one machine, explained as it runs: `./dev demo`, `./dev demo --keep`.
 
 It creates a private directory with a certificate authority and starts harpd and harpcallerd on free ports of
-127.0.0.1. Then it runs the tour in tour.py, shows the Python code of each step, and stops the daemons.
+127.0.0.1. Then it runs the tour in tour.py, shows the Python code of each step, and stops the daemons. With --keep
+it runs some jobs in place of the tour, one of them a backup that fails, and the daemons stay until Ctrl-C.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import inspect
 import json
 import os
 import re
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -28,6 +31,9 @@ import harp
 
 HERE = Path(__file__).parent
 USER, PASSWORD = "demo", "only for this demo"
+DATABASES = {"db01": "orders", "db02": "customers", "db03": "articles"}  # by host
+DAMAGED = "customers"
+HOSTS = ("localhost", *DATABASES)  # all are the same harpd
 START_DEADLINE = 60.0  # seconds
 STOP_DEADLINE = 30.0
 
@@ -43,12 +49,14 @@ authentication:
     {user}: "plain:{password}"
 runtime_directory: {directory}/run
 default_user: {default_user}
+exit_info: {{stderr: true, traceback: true}}   # the tabs Process and Result of a job's page show them
 strict_modes: false   # this copy of the project may belong to another user than the one who tries it
 """
 
 HARPCALLER_TOML = """\
 listen = ["127.0.0.1:0", {calls}]
 tokens_file = {tokens_file}
+audit_file = {audit_file}
 http = {{listen = ["127.0.0.1:0"]}}
 stream_directory = {stream_directory}
 hosts_file = {hosts_file}
@@ -107,14 +115,15 @@ def system(directory: Path) -> Iterator[tuple[int, int]]:
         )
         hosts = directory / "hosts.json"
         credentials = {"user": USER, "password": PASSWORD}
-        host = {"hostname": "localhost", "address": "127.0.0.1", "port": harpd_port, "credentials": credentials}
-        hosts.write_text(json.dumps(host) + "\n")
+        host = {"address": "127.0.0.1", "port": harpd_port, "credentials": credentials}
+        hosts.write_text("".join(json.dumps({"hostname": name, **host}) + "\n" for name in HOSTS))
         hosts.chmod(0o600)
         paths = {
             "calls": f"unix:{directory / 'calls'}",
             "stream_directory": directory / "jobs",
             "hosts_file": hosts,
             "tokens_file": directory / "tokens",
+            "audit_file": directory / "audit.jsonl",
             "ca_file": directory / "ca.pem",
         }
         toml.write_text(HARPCALLER_TOML.format(**{key: json.dumps(str(path)) for key, path in paths.items()}))
@@ -152,26 +161,39 @@ def show_step(number: int, step: tour.Step, arguments: tour.System) -> None:
 
 
 INSTRUCTIONS = """
-Both daemons keep running, and have run some jobs. This link opens the console in a browser, once within 5 minutes:
+Both daemons keep running, and have run some jobs. The backup of db02 has failed: see its records and its cause.
+This link opens the console in a browser, once within 5 minutes:
 
    {link}
 
-Another link: ./dev run harpcallerd --socket={directory}/control web-login
-
 In another terminal, from this directory:
 
-   ./dev run harp --dispatcher=unix:{directory}/calls jobs
-   ./dev run harp --dispatcher=unix:{directory}/calls show state:bad
-   ./dev run harp --dispatcher=localhost:{harpcallerd} call --wait localhost disk_usage /
-   ./dev run harpcallerd --socket={directory}/control list --all
-   TOKEN=$(./dev run harpcallerd --socket={directory}/control token add web --role=operator)
+   export HARP_DISPATCHER=unix:{directory}/calls
+   ./dev run harp jobs
+   ./dev run harp jobs backup
+   ./dev run harp show backup state:bad
+   ./dev run harp hosts
+   ./dev run harp call --wait db01 disk_usage /
+   ./dev run harp call --follow db01 count 5
+
+No command lists the procedures of a host from afar; this one, on the host, prints them:
+
+   ./dev run harpd --config={directory}/harpd.conf status
+
+The dispatcher has its own commands. The first prints another link for a browser, the last a token for the HTTP API,
+which {http}/docs describes:
+
+   export CONTROL={directory}/control
+   ./dev run harpcallerd --socket=$CONTROL web-login
+   ./dev run harpcallerd --socket=$CONTROL list --all
+   TOKEN=$(./dev run harpcallerd --socket=$CONTROL token add web --role=operator)
    curl -H "Authorization: Bearer $TOKEN" {http}/api/v1/jobs
-   curl -H "Authorization: Bearer $TOKEN" -H "Content-Type: application/json" \\
-        -d '{{"host": "localhost", "procedure": "count", "arguments": [3]}}' '{http}/api/v1/jobs?wait=10'
-   ./dev run python
+
+From Python (./dev run python), through the dispatcher and without it:
+
    >>> import harp
-   >>> rpc = harp.HarpCaller("localhost", {harpcallerd})
-   >>> rpc.localhost.current_time().get()
+   >>> rpc = harp.HarpCaller("unix:{directory}/calls")
+   >>> rpc.db01.current_time().get()
    >>> server = harp.HarpServer("localhost", "{user}", "{password}", {harpd}, ca_file="{directory}/ca.pem")
    >>> server.current_time()
 
@@ -179,9 +201,32 @@ The logs are {directory}/harpd.log and {directory}/harpcallerd.log.
 Ctrl-C here stops both and removes the directory."""
 
 
-def submit_samples(harpcallerd_port: int) -> None:
-    """Run some jobs, of which two fail, so that lists have something to show."""
-    host = harp.HarpCaller("localhost", harpcallerd_port).localhost
+def make_databases(directory: Path) -> None:
+    """Create the databases that the jobs back up, for the user of the calls. A page of one table is damaged."""
+    for name in DATABASES.values():
+        file = directory / f"{name}.sqlite"
+        connection = sqlite3.connect(file)
+        for table in ("accounts", "addresses", "invoices", "payments"):
+            connection.execute(f"CREATE TABLE {table} (id INTEGER PRIMARY KEY, text TEXT)")
+            rows = [(None, f"{table} of {name}")] * 200
+            connection.executemany(f"INSERT INTO {table} VALUES (?, ?)", rows)  # noqa: S608 - names from above
+        connection.commit()
+        [page] = connection.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'invoices'").fetchone()
+        [size] = connection.execute("PRAGMA page_size").fetchone()
+        connection.close()
+        if name == DAMAGED:
+            with file.open("r+b") as damaged:
+                damaged.seek((page - 1) * size)
+                damaged.write(bytes(size))
+    if os.geteuid() == 0:
+        for path in (directory, *directory.iterdir()):
+            shutil.chown(path, "nobody")
+
+
+def submit_samples(harpcallerd_port: int, data: Path) -> None:
+    """Run some jobs, of which three fail, so that lists have something to show."""
+    rpc = harp.HarpCaller("localhost", harpcallerd_port)
+    host = rpc.localhost
     jobs = [
         host(queue={"nightly": "reports"}).disk_usage("/"),
         host(queue=None, info={"ticket": 7}).count(5, 0),
@@ -189,6 +234,13 @@ def submit_samples(harpcallerd_port: int) -> None:
         host.disk_usage("/no such directory"),
     ]
     for job in jobs:
+        job.result(wait=True)
+    make_databases(data)
+    backups = [
+        rpc.host(name, queue={"backup": name}, max_exec_time=500).backup(str(data / f"{database}.sqlite"))
+        for name, database in DATABASES.items()
+    ]
+    for job in backups:
         job.result(wait=True)
 
 
@@ -199,22 +251,27 @@ def login_link(directory: Path) -> str:
 
 
 def wait_for_interrupt(directory: Path, harpcallerd_port: int, harpd_port: int) -> None:
-    """Print how to use the daemons, then wait for Ctrl-C or SIGTERM."""
-    submit_samples(harpcallerd_port)
-    link = login_link(directory)
-    http = link.partition("/login")[0]
-    fields = {"directory": directory, "user": USER, "password": PASSWORD, "link": link, "http": http}
+    """Run the jobs, print how to use the daemons, then wait for Ctrl-C or SIGTERM."""
     stopped = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: stopped.set())
-    print(INSTRUCTIONS.format(harpcallerd=harpcallerd_port, harpd=harpd_port, **fields), flush=True)
-    stopped.wait()
+    with tempfile.TemporaryDirectory(prefix="harp-demo-data-") as data:
+        submit_samples(harpcallerd_port, Path(data))
+        link = login_link(directory)
+        http = link.partition("/login")[0]
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, frame: stopped.set())
+        fields = {"directory": directory, "user": USER, "password": PASSWORD, "link": link, "http": http}
+        print(INSTRUCTIONS.format(harpd=harpd_port, **fields), flush=True)
+        stopped.wait()
 
 
 def main() -> int:
     """Run the demo."""
     parser = argparse.ArgumentParser(prog="./dev demo", description=__doc__)
-    parser.add_argument("--keep", action="store_true", help="keep the daemons running and show how to use them")
+    parser.add_argument(
+        "--keep",
+        action="store_true",
+        help="no tour: run some jobs, print how to use the daemons, and keep them until Ctrl-C",
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="harp-demo-") as name:
         directory = Path(name)
@@ -223,14 +280,15 @@ def main() -> int:
             with system(directory) as (harpcallerd_port, harpd_port):
                 if options.keep:
                     wait_for_interrupt(directory, harpcallerd_port, harpd_port)
-                    return 0
-                arguments = tour.System(harpcallerd_port, harpd_port, USER, PASSWORD, str(directory / "ca.pem"))
-                for number, step in enumerate(tour.STEPS, 1):
-                    show_step(number, step, arguments)
+                else:
+                    arguments = tour.System(harpcallerd_port, harpd_port, USER, PASSWORD, str(directory / "ca.pem"))
+                    for number, step in enumerate(tour.STEPS, 1):
+                        show_step(number, step, arguments)
         except (DemoError, harp.HarpException) as error:
             print(f"demo: {error}", file=sys.stderr)
             return 1
-    print("\nBoth daemons have stopped. `./dev demo --keep` keeps them running for your own experiments.")
+    more = "Their directory is removed." if options.keep else "`./dev demo --keep` keeps them for your own experiments."
+    print(f"\nBoth daemons have stopped. {more}")
     return 0
 
 

@@ -6,7 +6,10 @@ lines that it prints go to the log of harpd.
 
 import os
 import shutil
+import sqlite3
+import sys
 import time
+from pathlib import Path
 
 from harpd.proc import Result, procedure, streaming_procedure
 
@@ -81,3 +84,19 @@ def logs_in_next_minutes(minutes):
         time.sleep(0.1)
         yield f"minute {minute}: all is well"
     yield Result({"messages": minutes})
+
+
+@streaming_procedure
+def backup(file):
+    """Write each table of an SQLite file into a text file in the directory `<file>.backup`."""
+    directory = Path(f"{file}.backup")
+    directory.mkdir(exist_ok=True)
+    database = sqlite3.connect(f"file:{file}?mode=ro", uri=True)
+    tables = [name for (name,) in database.execute("SELECT name FROM sqlite_schema WHERE type = 'table' ORDER BY name")]
+    for table in tables:
+        print("reading table", table, file=sys.stderr)  # to the log of harpd
+        yield {"table": table, "state": "reading"}
+        rows = database.execute(f'SELECT * FROM "{table}"').fetchall()  # noqa: S608 - its own name
+        (directory / table).write_text("".join(f"{row}\n" for row in rows))
+        yield {"table": table, "state": "saved", "rows": len(rows)}
+    yield Result({"directory": str(directory), "tables": len(tables)})

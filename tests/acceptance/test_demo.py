@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -56,22 +55,38 @@ def test_demo_runs_to_its_end_and_exits_with_0(environment: dict[str, str]) -> N
         assert re.search(pattern, done.stdout, re.MULTILINE), f"{pattern} is missing in:\n{done.stdout}"
 
 
-def test_demo_with_keep_leaves_it_running(environment: dict[str, str]) -> None:
+def test_demo_with_keep_has_a_failed_backup_with_its_records_and_cause(environment: dict[str, str]) -> None:
+    """The printed commands work in the order in which they are printed, in one shell."""
     with subprocess.Popen([*DEMO, "--keep"], env=environment, stdout=subprocess.PIPE, text=True) as demo:
         try:
             assert demo.stdout is not None
             printed = "".join(iter(demo.stdout.readline, "Ctrl-C here stops both and removes the directory.\n"))
-            outputs = []
-            for found in re.findall(r"\./dev run (harp .*)", printed):
+            exports, commands = commands_of(printed)
+            outputs = {}
+            for command in commands:
+                script = f"{exports}{command}"
                 answer = subprocess.run(
-                    shlex.split(found), env=environment, capture_output=True, text=True, check=False
+                    ["sh", "-euc", script], env=environment, capture_output=True, text=True, timeout=60, check=False
                 )
-                assert answer.returncode == 0, answer.stderr
-                outputs.append(answer.stdout)
-            jobs, page, result = outputs
-            assert jobs.count('"state": "returned"') >= 3
-            assert json.loads(page)["end"]["exception"]["type"] in ("ZeroDivisionError", "FileNotFoundError")
-            assert '"total"' in result
+                assert answer.returncode == 0, (command, answer.stderr)
+                outputs[command] = answer.stdout
+            assert outputs["harp jobs"].count('"state": "returned"') >= 3
+            assert outputs["harp jobs backup"].count('"procedure": "backup"') == 3
+            page = json.loads(outputs["harp show backup state:bad"])
+            assert page["host"] == "db02"
+            assert page["end"]["exception"]["type"] == "DatabaseError"
+            assert "malformed" in page["end"]["exception"]["message"]
+            assert page["recent_records"][-1]["data"] == {"table": "invoices", "state": "reading"}
+            info = json.dumps(page)
+            assert "reading table invoices" in info, "the last lines of stderr"
+            assert "Traceback" in info
+            assert outputs["harp hosts"].count('"up"') == 4
+            assert '"total"' in outputs["harp call --wait db01 disk_usage /"]
+            [status] = [output for command, output in outputs.items() if command.endswith(" status")]
+            assert "logs_in_next_minutes" in status
+            directory = re.search(r"unix:(\S+)/calls", printed)
+            assert directory is not None
+            assert '"db02"' in Path(directory[1], "audit.jsonl").read_text()
             link = re.search(r"^ +(http://127\.0\.0\.1:\d+/login)#k=\S{40,}$", printed, re.MULTILINE)
             assert link is not None
             with urllib.request.urlopen(link[1], timeout=60) as response:
@@ -81,7 +96,15 @@ def test_demo_with_keep_leaves_it_running(environment: dict[str, str]) -> None:
         finally:
             demo.send_signal(signal.SIGINT)
             assert demo.wait(60) == 0
+        assert "Both daemons have stopped." in demo.stdout.read()
         wait_until(lambda: all(is_dead(member.pid) for member in family), 60, "the end of the demo's processes")
+
+
+def commands_of(printed: str) -> tuple[str, list[str]]:
+    """Return the exports and the commands of harp and harpd that the demo prints; they run in this environment."""
+    lines = re.findall(r"^   (\w.*)$", printed.replace("./dev run ", ""), re.MULTILINE)
+    exports = "".join(f"{line}\n" for line in lines if line.startswith("export "))
+    return exports, [line for line in lines if line.startswith(("harp", "TOKEN="))]
 
 
 @pytest.fixture(scope="module")
