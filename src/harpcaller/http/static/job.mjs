@@ -26,7 +26,7 @@ function useJob(id) {
   const [turn, setTurn] = useState(0);
   const client = useRef(null);
   const known = useRef({ job: null, at: 0, skew: 0, again: null, reading: 0 });
-  client.current ??= makeClient();
+  client.current ??= takeClient();
 
   /** Read the job. Without its payloads, which never change, unless it has none yet or it has ended. */
   async function load() {
@@ -118,6 +118,15 @@ function makeClient() {
     },
     close: () => worker.terminate(),
   };
+}
+
+// A worker takes long to start. Where the address names a job, it starts while the dispatcher is asked who is logged in.
+let early = /\/jobs\/[0-9a-f-]{36}$/.test(location.pathname) ? makeClient() : null;
+
+function takeClient() {
+  const client = early ?? makeClient();
+  early = null;
+  return client;
 }
 
 // --- the page ------------------------------------------------------------------------------------------------------
