@@ -11,6 +11,7 @@ from pathlib import Path
 
 from openapi_spec_validator import validate
 from uvicorn.protocols.http import httptools_impl
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from harp.protocol.dispatcher import Call
@@ -85,3 +86,4 @@ def test_http_uvicorn_has_the_names_that_the_server_uses() -> None:
         assert f"self.{attribute}" in source
     for attribute in ("response_complete", "response_started", "keep_alive", "disconnected", "message_event"):
         assert f"self.{attribute}" in inspect.getsource(httptools_impl.RequestResponseCycle)
+    assert "self.write_paused" in inspect.getsource(FlowControl)
