@@ -186,10 +186,13 @@ def _print_value(value: Any) -> Exit:
     return Exit.OK
 
 
-def _print_all(values: Iterable[Any]) -> Exit:
+def _print_all(values: Iterable[Any]) -> int:
+    """Print each value on a line of its own; return how many there were."""
+    number = 0
     for value in values:
         _print_value(value)
-    return Exit.OK
+        number += 1
+    return number
 
 
 # The commands: each prints its output and returns the exit code.
@@ -332,8 +335,10 @@ def _why(options: Namespace) -> Exit:
 def _records(options: Namespace) -> Exit:
     job = _job(options)
     read = job.follow if options.command == "follow" else job.stream
-    _print_all(read(options.since, options.recent, options.numbered, timed=options.timed))
+    number = _print_all(read(options.since, options.recent, options.numbered, timed=options.timed))
     if options.command == "follow":
+        if number == 0 and options.since is None and options.recent is None:
+            _report("the job has ended, and no record came; harp read prints those that were stored before")
         job.get()  # raises how the job ended
     return Exit.OK
 
@@ -356,7 +361,10 @@ def _direct(options: Namespace) -> Exit:
     tls = {"tls_minimum": options.tls_minimum, "verify_hostname": options.verify_hostname}
     server = direct.HarpServer(**options.address, **access, **tls)
     result = direct.HarpProcedure(server, options.procedure)(*options.arguments, **_named(options))
-    return _print_all(result) if isinstance(result, direct.HarpStreamIterator) else _print_value(result)
+    if not isinstance(result, direct.HarpStreamIterator):
+        return _print_value(result)
+    _print_all(result)
+    return Exit.OK
 
 
 # The commands of lists load what they need: others start faster without it.
@@ -647,8 +655,13 @@ _COMMANDS = (
     ("status", _status, "print a job's call, and when it was submitted, started and ended", "job"),
     ("details", _details, "print all that is known about a job: queue, host, call, stop report, end", "job"),
     ("why", _why, "explain in one sentence why a job waits, runs or ended", "job"),
-    ("follow", _records, "print a job's records as they arrive, until it ends", _STREAM),
-    ("read", _records, "print a job's stored records", _STREAM),
+    (
+        "follow",
+        _records,
+        "print a job's records that arrive from now on, until it ends; all of them with --since 0",
+        _STREAM,
+    ),
+    ("read", _records, "print a job's stored records, also after its end", _STREAM),
     ("cancel", _cancel, "cancel a job and print whether this stopped it", "job --wait"),
     (
         "jobs",
@@ -657,7 +670,12 @@ _COMMANDS = (
         "words --columns --limit --oldest --count --watch --interval --format",
     ),
     ("show", _show, "print a job: why, times, how it ended and what to do, last records", "words --recent --format"),
-    ("hosts", _list, "list the hosts of the registry", "words --limit --format"),
+    (
+        "hosts",
+        _list,
+        "list the hosts of the registry; `harpd status` on a host prints its procedures",
+        "words --limit --format",
+    ),
     ("queues", _list, "list queues with jobs that wait or run", "words --limit --format"),
     ("completion", _completion, "print a script that completes commands, jobs and hosts in a shell", "shell"),
     ("direct", _direct, "call a procedure on a harpd; the password is read from $HARP_PASSWORD", _DIRECT),

@@ -201,6 +201,15 @@ def test_command_prints_output_and_exits(line: str, scripts: list[Script], outpu
     assert bool(reports) == has_error
 
 
+def test_follow_of_an_ended_job_says_where_its_records_are() -> None:
+    """The protocol begins with the next record, and an ended job has none."""
+    with Peer(answering({"continue": True}), answering({"result": 1})) as peer:
+        done = harp("follow", JOB, HARP_DISPATCHER=f"{peer.host}:{peer.port}")
+    assert (done.stdout, done.returncode) == ("", Exit.OK)
+    [report] = done.stderr.splitlines()
+    assert report.startswith("harp: the job has ended, and no record came; harp read ")
+
+
 @pytest.mark.parametrize(
     ("type", "advice"),
     [
@@ -357,7 +366,7 @@ def test_interruption_reports_reconnecting_once(line: str, first: list[object]) 
     with Peer(answering(*first), answering(), answering({"result": 1})) as peer:
         done = harp(*line.split(), HARP_DISPATCHER=f"{peer.host}:{peer.port}")
     assert done.returncode == Exit.OK, done.stderr
-    [report] = done.stderr.splitlines()
+    [report] = [line for line in done.stderr.splitlines() if "no record came" not in line]
     assert re.fullmatch(r"harp: .*; reconnecting", report)
 
 

@@ -63,7 +63,8 @@ async def test_http_docs_lead_to_a_job_that_is_followed(tmp_path: Path, peer: Pe
         token, *steps = commands_of(reply.text.partition('id="operations"')[0])
         assert "harpcallerd token add" in token
         call = '"disk_usage", "arguments": ["/var"]'
-        assert sum(call in step for step in steps) == 3
+        assert sum(call in step for step in steps) == 2
+        assert '"count", "arguments": [5]' in steps[2]
         assert f"API={root}/api/v1\n" in steps[0]
         counting = "\n".join(steps).replace(call, '"count", "arguments": [3]')
         output = await run(counting, TOKEN=api.token)
@@ -71,7 +72,7 @@ async def test_http_docs_lead_to_a_job_that_is_followed(tmp_path: Path, peer: Pe
         assert json.loads(me)["principal"] == "token:admin"
         assert [host["name"] for host in json.loads(hosts)["hosts"]] == ["web01"]
         assert json.loads(waited)["end"] == {"result": "counted"}
-        assert [json.loads(line).get("data") for line in followed] == [0, 1, 2, None]
+        assert [json.loads(line).get("data") for line in followed] == [0, 1, 2, 3, 4, None]
         assert json.loads(followed[-1]) == {"result": "counted"}
         assert json.loads(once)["procedure"] == "count"
         assert json.loads(listed)["jobs"] == []

@@ -100,6 +100,10 @@ async def test_http_wrong_paths_and_methods_are_problems(tmp_path: Path) -> None
         assert page.headers["content-type"] == "text/html; charset=utf-8"
         assert all(f'id="{code}"' in page.text for code in CODES)
         assert is_problem(await api.client.get(f"http://127.0.0.1:{api.port}/api/v1/jobs"), 404, "not_found")
+        for path in ("/api", "/api/v1", "/api/v1/", "/openapi.json", "/api/openapi.json"):
+            reply = await api.client.get(f"http://127.0.0.1:{api.port}/harp{path}")
+            assert is_problem(reply, 404, "not_found"), path
+            assert "/harp/docs" in reply.json()["detail"]
         for job in (UNKNOWN, "x", UNKNOWN.upper(), "x" * 2000, "%00", "../x%2f"):
             reply = await api.client.get(f"/jobs/{job}/end")
             assert is_problem(reply, 404, "not_found" if "/" in job else "invalid_jobid"), job

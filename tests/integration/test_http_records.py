@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from harpcaller.access.tokens import revoke_token
 from harpcaller.config import HTTPSettings
+from harpcaller.http.app import OPERATIONS
 from support.daemonlog import DEADLINE
 from support.dispatcher import host_line
 from support.http_api import RunningAPI, running_api
@@ -196,6 +198,20 @@ async def test_events_have_numbers_and_stop_browsers_at_the_end(api: RunningAPI,
     assert (again.status_code, again.content) == (204, b"")
     async with opened(api, path, accept=EVENTS, last_event_id="2") as events:
         assert (await events.event())["event"] == "end"
+
+
+async def test_follow_without_a_start_sends_no_stored_record(api: RunningAPI, peer: Peer) -> None:
+    job, conn = await feeding(api, peer, "a", "b")
+    conn.reply({"result": None})
+    assert (await api.client.get(f"/jobs/{job}/end?wait=30")).status_code == 200
+    path = f"/jobs/{job}/records?follow=1"
+    for form, expected in ("jsonl", [{"result": None}]), ("jsonl&since=1", ["b", {"result": None}]):
+        lines = await lines_of(api, f"{path}&form={form}")
+        assert [line.get("data", line) for line in lines] == expected
+    events = (await api.client.get(f"{path}&form=sse")).text
+    assert re.findall("^event: (.*)$", events, re.MULTILINE) == ["end"]
+    [operation] = [one for one in OPERATIONS if one.operation_id == "read_records"]
+    assert "follow=1&since=0" in operation.description
 
 
 async def test_rows_of_the_job_come_with_its_records(api: RunningAPI, peer: Peer) -> None:

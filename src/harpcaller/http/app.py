@@ -95,8 +95,8 @@ class HTTPApp:
         self._templates = [
             (f"{self._base}{each.route}".split("/"), each) for each in endpoints if "{" in each.route
         ]  # the parts of a path, of which those in braces are parameters
-        others = [Mount(self._base, Router(routes, False, _not_found))] if self._base else routes
-        self._others = Router(others, redirect_slashes=False, default=_not_found)
+        others = [Mount(self._base, Router(routes, False, self._not_found))] if self._base else routes
+        self._others = Router(others, redirect_slashes=False, default=self._not_found)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, also with a problem if that fails."""
@@ -159,6 +159,9 @@ class HTTPApp:
                     return endpoint
         return self._others
 
+    async def _not_found(self, scope: Scope, receive: Receive, send: Send) -> None:
+        raise Problem("not_found", f"there is nothing at this path; the page {self._base}/docs lists what there is")
+
     def _check_host(self, scope: Scope) -> None:
         values = tuple([value for name, value in scope["headers"] if name == b"host"])
         local = scope.get("server")
@@ -179,10 +182,6 @@ def _check_host(values: tuple[bytes, ...], hosts: tuple[str, ...], local_address
 
 
 _METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
-
-
-async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
-    raise Problem("not_found", "there is nothing at this path; the page /docs lists what there is")
 
 
 async def _settle(error: Exception, service: HTTPService, request: Request) -> Problem:

@@ -53,9 +53,14 @@ _POLICY: Final = (
     f"default-src 'none'; style-src 'sha256-{_STYLE_HASH}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
-_CALL: Final = '{"host": "web01", "procedure": "disk_usage", "arguments": ["/var"]}'
-_BODY: Final = f"""-H "Content-Type: application/json" \\
-  -d '{_CALL}'"""
+
+def _body(call: str) -> str:
+    return f"""-H "Content-Type: application/json" \\
+  -d '{call}'"""
+
+
+_BODY: Final = _body('{"host": "web01", "procedure": "disk_usage", "arguments": ["/var"]}')
+_STREAMING_BODY: Final = _body('{"host": "web01", "procedure": "count", "arguments": [5]}')
 
 
 class _Step(NamedTuple):
@@ -82,7 +87,8 @@ _STEPS: Final = (
     _Step(
         "Submit a job and wait for its end",
         text="Replace `web01` by one of your hosts, which `GET /hosts` lists, and `disk_usage` by a procedure of this "
-        "host. `wait` is the maximum number of seconds; a longer job is not stopped. `end` has the returned value.",
+        "host; `harpd status` on the host prints them, no request does. "
+        "`wait` is the maximum number of seconds; a longer job is not stopped. `end` has the returned value.",
         commands=f"""\
 curl -sS -H "$AUTH" "$API/hosts"
 curl -sS -H "$AUTH" {_BODY} \\
@@ -90,10 +96,13 @@ curl -sS -H "$AUTH" {_BODY} \\
     ),
     _Step(
         "Submit a job and follow it",
-        text="The response to a submission has the id of the job. Its records come as lines of JSON when they are "
-        "stored; the last line is the end of the job. With `form=sse` they come as server-sent events.",
+        text="`count` is a placeholder: replace it, and its argument, by a procedure of your host that yields records; "
+        "`count` of HARP's example procedures yields five. The response to a submission has the id of the job. Its "
+        "records come as lines of JSON when they are stored; the last line is the end of the job. With `form=sse` they "
+        "come as server-sent events. Without `since=0`, a response with `follow` leaves out the records that are "
+        "stored already.",
         commands=f"""\
-JOB=$(curl -sS -H "$AUTH" {_BODY} \\
+JOB=$(curl -sS -H "$AUTH" {_STREAMING_BODY} \\
   "$API/jobs?payloads=none" | grep -o '"job": *"[^"]*"' | head -n 1 | cut -d '"' -f 4)
 curl -sSN -H "$AUTH" "$API/jobs/$JOB/records?follow=1&since=0\"""",
     ),

@@ -48,7 +48,7 @@ def openapi_document(operations: Sequence[Operation], base_path: str = "") -> di
         "info": {
             "title": "HARP",
             "version": __version__,
-            "description": "Jobs of a dispatcher over HTTP. See docs/http-api.md.",
+            "description": f"Jobs of a dispatcher over HTTP. The page {base_path}/docs leads to a first job.",
             "license": {"name": "MIT", "identifier": "MIT"},
         },
         "externalDocs": {"description": "The operations, for people.", "url": f"{base_path}/docs"},

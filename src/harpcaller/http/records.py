@@ -41,10 +41,13 @@ _PAGE_RECORDS, _PAGE_BYTES = 1000, 1024 * 1024  #: Limits of a response that doe
 _STEP_BYTES = 1024 * 1024  #: Bytes that are looked through in one step.
 
 
+_SINCE = "number of the first record; default: 0, with `follow` that of the next record that comes"
+
+
 class RecordsQuery(Struct, frozen=True, forbid_unknown_fields=True):
     """The parameters of `read_records`."""
 
-    since: Annotated[int, Meta(ge=0, description="number of the first record")] | None = None
+    since: Annotated[int, Meta(ge=0, description=_SINCE)] | None = None
     recent: Annotated[int, Meta(ge=0, description="that many of the newest records")] | None = None
     before: Annotated[int, Meta(ge=0, description="the records before this number, `limit` of them")] | None = None
     limit: Annotated[int, Meta(ge=1, le=10_000, description="maximum number of records")] | None = None
@@ -706,6 +709,10 @@ async def _send_many(request: APIRequest, jobs: Mapping[str, int | None]) -> Res
 
 
 _RECORDS_RULES = """\
+Without `since`, `recent` and `before`, the response begins with the first record, but with `follow` after the
+records that are stored already, as `recent=0` does: of a job that has ended, only the end comes. For all records and
+those to come, send `follow=1&since=0`.
+
 JSON Lines have a line `{"packet":N,"time":T,"data":ANY}` for each record, in this spelling, and a last line:
 the end of the job as in the client protocol, `{"continue":true,"next":N}` if there may be more, or
 `{"interrupted":REASON,"next":N}`. A response without a last line is incomplete; continue with `since`.
