@@ -255,7 +255,7 @@ async def test_http_viewer_changes_nothing(tmp_path: Path, peer: Peer) -> None:
 ON_JOBS = tuple(name for name, row in ROWS.items() if row["other"] == 404 and "session" not in name)
 #: Those that find the job in different ways.
 TIMED = ("get_job", "get_result", "cancel_job", "rerun_job", "read_records", "ask_me")
-_PAIRS, _ATTEMPTS, _MOST = 30, 4, 0.002
+_PAIRS, _ATTEMPTS, _MOST = 30, 12, 0.002
 
 
 def comparable(reply: httpx.Response, job: str) -> tuple[Any, ...]:
