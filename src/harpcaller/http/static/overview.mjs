@@ -58,7 +58,7 @@ function Breakdown({ title, values, href }) {
 }
 
 export function OverviewView({ query }) {
-  const span = SPANS[query.get("span")] ? query.get("span") : "1h";
+  const span = SPANS[query.get("span")] ? query.get("span") : "24h";
   const [from, step, , spoken] = SPANS[span];
   const [data, setData] = useState(null);
   const [error, setError] = useState(null);
@@ -127,7 +127,7 @@ export function OverviewView({ query }) {
     <section class="card ends">
       <div class="card-head"><h2>Ended jobs</h2>
         <span class="legend">${[...SERIES].reverse().map((name) => html`<span key=${name} title=${STATES[name]}><i class=${"fill-" + name} />${name}</span>`)}</span>
-        <${Choose} label="Time span" links=${Object.keys(SPANS).map((name) => [link("/", { span: name === "1h" ? "" : name }), SPANS[name][2], name === span])} />
+        <${Choose} label="Time span" links=${Object.keys(SPANS).map((name) => [link("/", { span: name === "24h" ? "" : name }), SPANS[name][2], name === span])} />
       </div>
       ${data.stats.buckets.length > 0 && html`<${Bars} stats=${data.stats} />`}
     </section>
