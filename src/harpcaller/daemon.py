@@ -220,7 +220,7 @@ async def run(
             controller.serve([control])
             clients.serve(listeners)
             if http is not None:
-                http.serve(http_listeners)
+                http.serve(http_listeners, listeners)
             audit.report("start", **_describe_program(config, dispatcher))
             on_ready()
             starting_up = asyncio.create_task(health.notify_when_ready())

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import Browser, Locator, Page, expect
 
+import harp
 from support.browser import PROCEDURES, Pages, Site, eventually, find_axe_violations, running_site
 from support.jobs import new_id
 
@@ -258,6 +259,30 @@ def test_row_menu_copies_and_filters(pages: Pages, filled: Site) -> None:
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Enter")
     expect(page).to_have_url(re.compile(r"procedure=fail&host=web01$"))
+
+
+def test_copied_lines_of_harp_and_python_reach_this_dispatcher(pages: Pages, filled: Site) -> None:
+    """The dispatcher of the tests has no default port."""
+    job, port = filled.finish("echo", "copied"), filled.system.dispatcher.port
+    page = pages.open(f"/jobs/{job}")
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    copied = {}
+    for name in ("harp", "Python"):
+        page.get_by_title("Copy as").click()
+        page.get_by_role("button", name=f"Copy {name}").click()
+        expect(page.locator(".notice").last).to_contain_text(name)
+        copied[name] = page.evaluate("navigator.clipboard.readText()")
+    assert copied["harp"] == f"harp --dispatcher=127.0.0.1:{port} show {job}"
+    assert eval(copied["Python"], {"harp": harp}) == ["copied"]
+
+
+def test_account_menu_leads_to_the_pages_of_the_http_api(pages: Pages, filled: Site) -> None:
+    page = pages.open("/jobs")
+    page.get_by_role("button", name="Account and settings").click()
+    for name, path in ("HTTP API", "/docs"), ("OpenAPI document", "/api/v1/openapi.json"):
+        address = page.get_by_role("link", name=name).get_attribute("href")
+        assert address == path
+        assert page.request.get(filled.url + address).ok
 
 
 def test_columns_and_theme_are_remembered(pages: Pages, filled: Site) -> None:

@@ -68,6 +68,12 @@ def test_http_is_the_same_on_all_addresses(daemon: Daemon) -> None:
     assert mode == 0o660
 
 
+def test_http_me_names_the_port_of_the_client_api(daemon: Daemon) -> None:
+    with daemon.client() as client:
+        server = client.get("/me").json()["server"]
+    assert (server["port"], server["tls"]) == (daemon.port, False)
+
+
 def test_http_tls_clients_without_tls_are_closed(daemon: Daemon) -> None:
     port = daemon.http_ports[1]
     with socket.create_connection(("127.0.0.1", port), 20) as connection:

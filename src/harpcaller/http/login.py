@@ -9,6 +9,7 @@ Spec: docs/http-api.md, Login.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.responses import Response
@@ -17,6 +18,7 @@ from harp import __version__
 from harp.protocol import schema
 from harp.protocol.schema import check, reject_unknown_keys, required_string
 from harp_daemon.sliced_json import decode_slices
+from harp_daemon.sockets import Listener
 from harpcaller.access import AuthError
 from harpcaller.access.attempts import peer_of
 from harpcaller.access.client import Client
@@ -154,9 +156,17 @@ async def get_me(request: APIRequest) -> Response:
             "roles": list(client.roles),
             "session": None if session is None else {"id": session.id, "expires": session.expires},
             "can": [str(action) for action in request.acting.list_actions()],
-            "server": {"version": __version__, "now": time.time()},
+            "server": {"version": __version__, "now": time.time(), **_describe_calls(request.service.calls)},
         }
     )
+
+
+def _describe_calls(listeners: Sequence[Listener]) -> dict[str, Any]:
+    """Return the port of the client API, and whether it speaks TLS; None without an address that has a port."""
+    for listener in listeners:
+        if listener.path is None:
+            return {"port": listener.fields["port"], "tls": listener.is_tls}
+    return {"port": None, "tls": None}
 
 
 async def ask_me(request: APIRequest) -> Response:
@@ -212,7 +222,16 @@ _ME = {
         "roles": {"type": "array", "items": {"type": "string"}},
         "session": {"type": ["object", "null"]},
         "can": {"type": "array", "items": {"enum": [*Action]}, "description": "actions that some rule allows"},
-        "server": {"type": "object"},
+        "server": {
+            "type": "object",
+            "required": ["version", "now", "port", "tls"],
+            "properties": {
+                "version": {"type": "string"},
+                "now": {"type": "number"},
+                "port": {"type": ["integer", "null"], "description": "where `harp.HarpCaller` connects"},
+                "tls": {"type": ["boolean", "null"], "description": "whether this port speaks TLS"},
+            },
+        },
     },
 }
 

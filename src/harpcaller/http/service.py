@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
 from harp_daemon.memory_quota import MemoryQuota, Reservation
+from harp_daemon.sockets import Listener
 from harpcaller.access.client import Client
 from harpcaller.access.enforcement import Rates
 from harpcaller.access.identities import Identities
@@ -60,6 +61,7 @@ class HTTPService:
         self.health = health  #: The checks of readiness.
         self.metrics = metrics  #: What is counted.
         self.pages = SharedReads()  #: The pages of lists that are being read.
+        self.calls: Sequence[Listener] = ()  #: The addresses of the client API.
         self.waits = 0  #: Number of requests that wait for a job.
         self._waits_of: Counter[str] = Counter()  # by principal
         self._rates = Rates()  # of requests

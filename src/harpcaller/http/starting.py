@@ -88,9 +88,9 @@ class HTTPAPI:
     def _open_tls(config: Config) -> ServerTLS | None:
         return None if config.http is None else open_tls(config, config.http)
 
-    def serve(self, listeners: Sequence[Listener]) -> None:
-        """Accept connections from the listeners."""
-        self._listeners = listeners
+    def serve(self, listeners: Sequence[Listener], calls: Sequence[Listener] = ()) -> None:
+        """Accept connections from the listeners. `calls` are those of the client API."""
+        self._listeners, self.service.calls = listeners, calls
         self.server.serve(listeners)
 
     def prepare_reload(self, config: Config) -> Callable[[], None]:

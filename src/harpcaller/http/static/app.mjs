@@ -3,7 +3,7 @@
 import { askEarly, del, facts, get, post, togglePause, useLiveStatus } from "./api.mjs";
 import { setSetting, shortTime, visible } from "./formats.mjs";
 import { BASE, COMMON_VIEWS, hostLink, jobLink, link, navigate, searched, useRedraw, useRoute } from "./router.mjs";
-import { Button, Dialog, Empty, Example, Fault, html, Icon, listKeys, Loading, Menu, Notices, render, setTitle, useEffect, useErrorBoundary, useKeys, useRef, useSettings, useState } from "./ui.mjs";
+import { Button, Dialog, Empty, Example, Fault, html, Icon, listKeys, Loading, Menu, Notices, render, setCalls, setTitle, useEffect, useErrorBoundary, useKeys, useRef, useSettings, useState } from "./ui.mjs";
 
 // By the first part of the path: the module, the component of its list, and that of one thing, whose id is the second part.
 const VIEWS = {
@@ -108,6 +108,8 @@ function Account({ me, logOut, help }) {
       <hr />
       <button type="button" onClick=${() => { close(); help(); }}>Keyboard help</button>
       <a href=${link("/sessions")} onClick=${close}>Sessions</a>
+      <a href=${link("/docs")} target="_blank">HTTP API</a>
+      <a href=${link("/api/v1/openapi.json")} target="_blank">OpenAPI document</a>
       <button type="button" onClick=${logOut}>Log out</button>`}
   <//>`;
 }
@@ -312,7 +314,9 @@ function App() {
   const [restarted, setRestarted] = useState(false);
   async function ask() {
     try {
-      setMe(await get("/me"));
+      const answer = await get("/me");
+      setCalls(answer.server);
+      setMe(answer);
       setError(null);
     } catch (problem) {
       if (problem.status === 401) setMe(null);

@@ -271,14 +271,26 @@ export async function copy(text, what = "") {
 /** Copy the address of a job. */
 export const copyJobLink = (id, hash = "") => copy(location.origin + jobLink(id) + hash, "link");
 
+/** Where the dispatcher takes calls: the members `port` and `tls` of `server` in the answer of GET /me. */
+let calls = {};
+export const setCalls = (server) => (calls = server);
+
+/** How `harp` and Python name the dispatcher; the default port is left out. Nothing without a TCP address. */
+function callers(id) {
+  const { port, tls } = calls, isUsual = port === 3502;
+  return port && {
+    harp: `harp --dispatcher=${location.hostname}${isUsual ? "" : ":" + port}${tls ? " --tls" : ""} show ${id}`,
+    Python: `harp.HarpCaller("${location.hostname.replace(/[[\]]/g, "")}"${isUsual ? "" : ", " + port}${tls ? ", tls=True" : ""}).job("${id}").result()`,
+  };
+}
+
 /** Lines of a menu that copy a job's id, link, or a line of curl, harp or Python. */
 export const copyItems = (id, close) =>
   Object.entries({
     id,
     link: location.origin + jobLink(id),
     curl: `curl -H "Authorization: Bearer $HARP_TOKEN" ${location.origin}${link("/api/v1/jobs/" + id)}`,
-    harp: `harp show ${id}`,
-    Python: `harp.HarpCaller("${location.hostname}").job("${id}").result()`,
+    ...callers(id),
   }).map(([name, spelling]) => html`<button key=${name} type="button" onClick=${() => { close(); copy(spelling, name); }}>
       <span>Copy ${name}</span><code class="dim">${spelling}</code></button>`);
 
