@@ -96,7 +96,8 @@ def backup(file):
     for table in tables:
         print("reading table", table, file=sys.stderr)  # to the log of harpd
         yield {"table": table, "state": "reading"}
-        rows = database.execute(f'SELECT * FROM "{table}"').fetchall()  # noqa: S608 - its own name
+        query = f'SELECT * FROM "{table}"'  # noqa: S608 - the database itself has named it
+        rows = database.execute(query).fetchall()
         (directory / table).write_text("".join(f"{row}\n" for row in rows))
         yield {"table": table, "state": "saved", "rows": len(rows)}
     yield Result({"directory": str(directory), "tables": len(tables)})

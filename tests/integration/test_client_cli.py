@@ -201,6 +201,10 @@ def test_command_prints_output_and_exits(line: str, scripts: list[Script], outpu
     assert bool(reports) == has_error
 
 
+def test_help_of_hosts_says_where_their_procedures_are_listed() -> None:
+    assert "`harpd status` on a host prints its procedures" in harp("hosts", "--help").stdout
+
+
 def test_follow_of_an_ended_job_says_where_its_records_are() -> None:
     """The protocol begins with the next record, and an ended job has none."""
     with Peer(answering({"continue": True}), answering({"result": 1})) as peer:
