@@ -13,7 +13,7 @@ from io import TextIOWrapper
 from typing import TYPE_CHECKING, Any, TextIO
 
 from harp import __version__, client, direct
-from harp._core.values import CALL_NOT_FINISHED, Result, Secret, check_token
+from harp._core.values import CALL_NOT_FINISHED, ID_LENGTH, Result, Secret, check_token
 from harp.contexts import Context, config_file, context_names, read_context, read_token
 from harp.errors import (
     AccessDenied,
@@ -21,6 +21,7 @@ from harp.errors import (
     CancelledException,
     CommunicationError,
     HarpException,
+    NotSupported,
     RateLimited,
     RemoteError,
     RemoteException,
@@ -290,7 +291,16 @@ def _ask_for_secret(name: str) -> str:
 
 
 def _job(options: Namespace) -> client.RemoteCall:
-    return _dispatcher(options).job(options.job)
+    """Return the job whose id, or the beginning of its id, is given. Only a beginning needs a request."""
+    caller = _dispatcher(options)
+    if len(options.job) == ID_LENGTH:
+        return caller.job(options.job)
+    from harp._terminal.lists import find_id
+
+    try:
+        return caller.job(find_id(caller, options.job) or options.job)
+    except NotSupported:  # an older dispatcher knows whole ids only
+        return caller.job(options.job)
 
 
 def _call(options: Namespace) -> Exit:
@@ -344,7 +354,10 @@ def _records(options: Namespace) -> Exit:
 
 
 def _cancel(options: Namespace) -> Exit:
-    cancelled = _job(options).cancel(wait=options.wait)
+    job = _job(options)
+    cancelled = job.cancel(wait=options.wait)
+    if not cancelled:
+        job.submit_time()  # raises if there is no such job: the reply to a cancel is the same for one that has ended
     _print_value(cancelled)
     return Exit.OK if cancelled else Exit.CANCELLED
 
@@ -596,6 +609,7 @@ _FORMAT = {
     "help": "table, json (an array) or lines (JSON, one per line); default: table on a terminal, otherwise lines",
 }
 _ARGUMENTS |= {
+    "job": {"metavar": "JOB", "help": "a job id, or at least 8 characters of its beginning"},
     "words": {"metavar": "WORD", "nargs": "*", "default": (), "help": "a part of the name"},
     "jobs words": {
         "metavar": "WORD",

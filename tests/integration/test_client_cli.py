@@ -27,6 +27,8 @@ STATUS = {
     "time": {"submit": 1, "start": 2, "end": 3},
     "info": None,
 }
+UNKNOWN = {"error": {"type": "invalid_jobid", "message": "there is no such job"}}
+OLDER = {"error": {"type": "invalid_request", "message": "expected exactly one of procedure, cancel, get_result"}}
 DETAILS = {"job": JOB, "state": "queued", "why": "it waits"}
 
 
@@ -159,7 +161,15 @@ CASES: list[tuple[str, list[Script], str, Exit]] = [
         Exit.FAILED,
     ),
     (f"cancel {JOB}", [answering({"cancelled": True})], "true\n", Exit.OK),
-    (f"cancel {JOB}", [answering({"cancelled": False})], "false\n", Exit.CANCELLED),
+    (f"cancel {JOB}", [answering({"cancelled": False}), answering(STATUS)], "false\n", Exit.CANCELLED),
+    (f"cancel {JOB}", [answering({"cancelled": False}), answering(UNKNOWN)], "", Exit.FAILED),
+    ("cancel nonsense", [answering({"cancelled": False}), answering(UNKNOWN)], "", Exit.FAILED),
+    (
+        f"why {JOB[:18]}",  # an older dispatcher has no lists: it knows the text as it is
+        [answering(OLDER), answering(UNKNOWN, request={"harpcaller": 1, "get_details": JOB[:18]})],
+        "",
+        Exit.FAILED,
+    ),
     (
         "call web01 p --wait 5 -5.5e3 -x",
         [],

@@ -421,7 +421,9 @@ def test_command_show_prints_all_of_a_job(system: System) -> None:
         r'^ +2 .*\{"table": "orders", "error": "write failed", "device": "/dev/sdb1"\}$',
     ):
         assert re.search(expected, done.stdout, re.MULTILINE), (expected, done.stdout)
+    assert "process " not in done.stdout, "an exit status of 0 would read as a success"
     (page,) = lines(system, "show", failed.id, "--recent", "1")
+    assert page["exit_info"].items() >= {"exit": 0, "by": "itself"}.items()
     assert page["end"]["exception"]["type"] == "OSError"
     assert page["recent_records"][0]["data"]["error"] == "write failed"
     assert [record["packet"] for record in page["recent_records"]] == [2]
@@ -444,6 +446,33 @@ def test_command_show_finds_a_job_by_words_or_start_of_its_id(system: System) ->
     for unknown in ("00000000-0000", "00000000-0000-7000-8000-000000000000", "procedure:nothing"):
         missing = run(system, "show", unknown)
         assert (missing.returncode, missing.stdout) == (Exit.FAILED, ""), missing.stderr
+
+
+@pytest.mark.parametrize("command", ["result", "status", "details", "why", "follow", "read", "cancel"])
+def test_commands_accept_the_beginning_of_an_id(system: System, command: str) -> None:
+    (job, *_) = [found.id for found in system.rpc.jobs("procedure:clear_cache").all()]
+    ids = [found.id for found in system.rpc.jobs().all()]
+    beginning = next(job[:end] for end in range(8, 36) if sum(each.startswith(job[:end]) for each in ids) == 1)
+    expected, done = run(system, command, job), run(system, command, beginning)
+    assert (done.stdout, done.returncode) == (expected.stdout, expected.returncode), done.stderr
+    assert "there is no job" not in done.stderr
+    several = run(system, command, job[:8])
+    assert several.returncode == Exit.USAGE
+    same = [each for each in ids if each.startswith(job[:8])]
+    assert sum(each in several.stderr for each in same) == min(10, len(same)) > 1
+    missing = run(system, command, "00000000-0000")
+    assert (missing.returncode, missing.stdout) == (Exit.FAILED, "")
+    assert "there is no job whose id begins with 00000000-0000" in missing.stderr
+
+
+def test_cancel_tells_an_ended_job_from_an_unknown_one(system: System) -> None:
+    (ended, *_) = system.rpc.jobs("procedure:clear_cache").all()
+    done = run(system, "cancel", ended.id)
+    assert (done.stdout, done.stderr, done.returncode) == ("false\n", "", Exit.CANCELLED)
+    for unknown in ("nonsense", "00000000-0000-7000-8000-000000000000"):
+        done = run(system, "cancel", unknown)
+        assert (done.stdout, done.returncode) == ("", Exit.FAILED)
+        assert f"there is no job {unknown}" in done.stderr
 
 
 def test_watch_in_a_pipe_prints_each_change(system: System) -> None:

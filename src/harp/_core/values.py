@@ -24,6 +24,8 @@ from harp.protocol.ends import Cancelled, End, Failed, Raised, Returned
 from harp.protocol.json_text import NotJSON, Raw, dumps
 from harp.protocol.schema import is_count, is_seconds, is_seconds_or_zero
 
+ID_LENGTH: Final = 36  #: Characters of a job id.
+
 
 def missing_attribute(name: str, owner: object) -> AttributeError:
     """Return the error for a name that begins with an underscore: Python, copy, pickle and debuggers look them up."""

@@ -80,10 +80,17 @@ def _page(
         yield from _entry("ended", format_time(ended, now, is_short=False) + took)
     yield from _end(result, advise)
     if (stop := details.get("stop")) is not None:
-        request = _object(details, "stop_request")
-        by = f", requested by {request['by']}" if request.get("by") else ""
+        by = f", requested by {who}" if (who := _requester(_object(details, "stop_request"))) else ""
         yield from _entry("stop", f"{stop}{by}", "" if stop == "confirmed" else "bad")
-    yield from _exit(_object(details, "exit_info"))
+    yield from _exit(_object(details, "exit_info"), result)
+
+
+def _requester(stop_request: Mapping[str, Any]) -> str | None:
+    """Return who has stopped a job: the principal, as that of its owner, or what an older dispatcher knows."""
+    principal, address = stop_request.get("principal"), stop_request.get("by")
+    if isinstance(principal, str):
+        return f"{principal} ({address})" if principal.startswith("anonymous@") else principal
+    return None if address is None else str(address)
 
 
 def _end(result: Any, advise: Callable[[str], str | None]) -> Iterator[Line]:
@@ -101,9 +108,11 @@ def _end(result: Any, advise: Callable[[str], str | None]) -> Iterator[Line]:
             yield from _entry("result", json.dumps(result), "good")
 
 
-def _exit(info: Mapping[str, Any]) -> Iterator[Line]:
+def _exit(info: Mapping[str, Any], result: Any) -> Iterator[Line]:
     how = [f"{name} {info[name]}" for name in ("exit", "signal") if info.get(name) is not None]
-    if how:
+    # An exit status of 0 is news only if the job failed: beside an exception it would read as a success.
+    is_usual = info.get("exit") == 0 and info.get("by", "itself") == "itself"
+    if how and (isinstance(result, RemoteError) or not is_usual):
         by = f", ended by {info['by']}" if info.get("by") else ""
         yield from _entry("process", f"{how[0]}{by}")
     for key in ("stderr", "traceback"):

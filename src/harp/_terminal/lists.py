@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from harp._core.lists import HostSummary, JobSummary, QueueSummary
+from harp._core.values import ID_LENGTH
 from harp._net.sync import ListIterator
 from harp._terminal.tables import (
     MIN_FLEXIBLE,
@@ -38,6 +39,8 @@ _MAX_GONE = 100
 _BAD = ("raised", "failed")  #: The states of jobs that ended with an error.
 #: The length of job ids of which the end is omitted: that of the time and the version, and more of them.
 _SHORT_IDS = (18, 23)
+_MIN_BEGINNING = 8  #: Characters that the beginning of a job id must have, so that it is no word to search for.
+_MAX_NAMED = 10  #: Maximum number of ids that an error lists.
 
 
 class _Field(NamedTuple):
@@ -257,7 +260,7 @@ def _lay_out_jobs(
 
 
 def _shorten_id(jobs: Sequence[JobSummary], field: _Field, cell: Span) -> Span:
-    """Return a job's id as the beginning that no other listed job has; `harp show` takes it, too."""
+    """Return a job's id as the beginning that no other listed job has; commands that take a job take it, too."""
     if field is not JOB_COLUMNS["job"]:
         return cell
     for length in _SHORT_IDS:
@@ -398,12 +401,28 @@ def find_job(caller: HarpCaller, words: Sequence[str]) -> tuple[str, bool]:
     `HarpException` if several ids have this beginning.
     """
     filter = " ".join(words)
-    is_beginning = len(words) == 1 and len(filter) >= 8 and not set(filter.lower()) - set("0123456789abcdef-")
-    if is_beginning and len(filter) == 36:
-        return filter, False
+    if (job_id := find_id(caller, filter)) is not None:
+        return job_id, False
     found = caller.jobs(filter, limit=2).all()
     if not found:
         raise RemoteError("invalid_jobid", f"no job matches {filter!r}")
-    if is_beginning and len(found) > 1:
-        raise HarpException(f"several jobs begin with {filter}: {', '.join(job.id for job in found)}, perhaps more")
     return found[0].id, len(found) > 1
+
+
+def find_id(caller: HarpCaller, text: str) -> str | None:
+    """Return the job id that a text is or begins; None: the text has another form.
+
+    Only the beginning of an id, of at least 8 characters, needs a request. Raises `RemoteError` if no id that the
+    client may list has this beginning, and `HarpException` with the ids if several have it.
+    """
+    if len(text) < _MIN_BEGINNING or set(text.lower()) - set("0123456789abcdef-"):
+        return None
+    if len(text) == ID_LENGTH:
+        return text
+    found = [job.id for job in caller.jobs(text, limit=_MAX_NAMED + 1)]
+    if not found:
+        raise RemoteError("invalid_jobid", f"there is no job whose id begins with {text}")
+    if len(found) > 1:
+        more = ", and more" if len(found) > _MAX_NAMED else ""
+        raise HarpException(f"several jobs begin with {text}: {', '.join(found[:_MAX_NAMED])}{more}")
+    return found[0]
