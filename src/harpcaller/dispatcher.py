@@ -390,10 +390,10 @@ class Dispatcher:
     async def cancel(self, job_id: str, client: str | None = None, principal: str | None = None) -> bool:
         """Cancel a queued or running job; return False if it has ended or is unknown.
 
-        Its call is not started after this function has returned. `client` is the address in the stop request;
-        `principal` is for the audit.
+        Its call is not started after this function has returned. `client` is the address, and
+        `principal` the name of the client in the stop request; the latter is also for the audit.
         """
-        before = await self.store.cancel_job(job_id, self._wall(), self._cancelled_by(client))
+        before = await self.store.cancel_job(job_id, self._wall(), self._cancelled_by(client, principal))
         if before is not None:
             await self._report_cancelled([job_id], principal)
             await self._stop_cancelled(job_id, before, client)
@@ -405,7 +405,7 @@ class Dispatcher:
 
         Each step is a separate transaction, so that other writes do not wait for all steps.
         """
-        stop_request, cancelled = self._cancelled_by(client), 0
+        stop_request, cancelled = self._cancelled_by(client, principal), 0
         while True:
             jobs = await self.store.cancel_queue(queue, self._wall(), stop_request, limit=_CANCEL_STEP)
             await self._report_cancelled([job_id for job_id, _ in jobs], principal)
@@ -861,8 +861,9 @@ class Dispatcher:
             raise ProtocolError("secrets: the dispatcher has no keys for secret arguments; set secrets_key_file")
         return self._secret_keys
 
-    def _cancelled_by(self, client: str | None) -> Raw:
-        return dumps({"why": "cancelled", "by": client, "at": self._wall()})
+    def _cancelled_by(self, client: str | None, principal: str | None) -> Raw:
+        named = {} if principal is None else {"principal": principal}
+        return dumps({"why": "cancelled", "by": client, **named, "at": self._wall()})
 
     async def _report_cancelled(self, job_ids: Sequence[str], principal: str | None) -> None:
         if self.audit.log is None:

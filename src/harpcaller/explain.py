@@ -6,7 +6,9 @@ Spec: docs/protocol.md, Details.
 from __future__ import annotations
 
 import datetime
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from harp.protocol.ends import Failed, Raised
 from harp.protocol.json_text import Envelope, Raw, dumps, loads
@@ -75,11 +77,11 @@ _PUBLIC = frozenset({"administrator", "dispatcher"})  # in place of a client's a
 
 
 def _stop_request(metadata: JobMetadata, context: ExplainContext) -> Raw | None:
-    """Return who stopped the job, without the address of a client that the reader must not know."""
+    """Return who stopped the job, without the names of a client that the reader must not know."""
     stop_request = metadata.stop_request
     if stop_request is None or context.sees_others or loads(stop_request).get("by") in _PUBLIC:
         return stop_request
-    return dumps({key: value for key, value in loads(stop_request).items() if key != "by"})
+    return dumps({key: value for key, value in loads(stop_request).items() if key not in ("by", "principal")})
 
 
 def _phases(job: Job, metadata: JobMetadata) -> Envelope:
@@ -182,9 +184,17 @@ def _how_ended(details: JobDetails, context: ExplainContext) -> str:
     if job.state is State.RETURNED:
         return f"it returned{after}"
     stop_request = _stop_request(details.metadata, context)
-    client = loads(stop_request).get("by") if stop_request else None
-    by = f" by {client}" if client else ""
+    requester = _requester(loads(stop_request)) if stop_request else None
+    by = f" by {requester}" if requester else ""
     return f"it was cancelled{by} at {_format_time(job.ended)}{', before it started' if job.started is None else ''}"
+
+
+def _requester(stop_request: Mapping[str, Any]) -> str | None:
+    """Return who cancelled a job: the principal, as that of its owner; jobs of earlier versions have no principal."""
+    principal, address = stop_request.get("principal"), stop_request.get("by")
+    if principal is None:
+        return None if address is None else str(address)
+    return f"{principal} ({address})" if principal.startswith("anonymous@") else str(principal)
 
 
 def _stop(details: JobDetails, context: ExplainContext) -> str:
@@ -196,7 +206,8 @@ def _stop(details: JobDetails, context: ExplainContext) -> str:
             return "; its stop is pending: the host has not confirmed it yet"
         case StopState.CONFIRMED:
             count = report.get("found")
-            return f"; its stop is confirmed{f' ({count} processes)' if count else ''}"
+            noun = "process" if count == 1 else "processes"
+            return f"; its stop is confirmed{f' ({count} {noun})' if count else ''}"
         case StopState.FAILED:
             pids = ", ".join(str(process["pid"]) for process in report.get("survivors", ()))
             reason = f"processes survive on its host: {pids}" if pids else "the host is lost"

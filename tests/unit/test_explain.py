@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from harp.protocol.ends import Failed, Returned
-from harp.protocol.json_text import Raw
+from harp.protocol.ends import Cancelled, Failed, Returned
+from harp.protocol.json_text import Raw, dumps
 from harpcaller.config import Config
 from harpcaller.explain import ExplainContext, describe_job
-from harpcaller.model.jobs import NO_METADATA, Job, JobDetails, JobMetadata, QueuePosition, State
+from harpcaller.model.jobs import NO_METADATA, Job, JobDetails, JobMetadata, QueuePosition, State, StopState
 from harpcaller.runs.host_starts import FailingStarts
 
 CONTEXT = ExplainContext(
@@ -104,6 +104,33 @@ def test_why_of_a_queued_job_names_the_full_limit(held: int, on_host: int, why: 
     position = QueuePosition(1, 1, held, ("other",) * held, on_host)
     context = replace(CONTEXT, config=Config(max_calls_per_host=100))
     assert describe_job(JobDetails(job, NO_METADATA, 0, position), context)["why"] == why
+
+
+@pytest.mark.parametrize(
+    ("requester", "found", "why"),
+    [
+        (
+            {"by": "uid:0", "principal": "uid:root"},
+            1,
+            "by uid:root at 1970-01-01T00:00:09+00:00; its stop {} (1 process)",
+        ),
+        (
+            {"by": "192.0.2.1:7", "principal": "anonymous@[::]:3502"},
+            2,
+            "by anonymous@[::]:3502 (192.0.2.1:7) at 1970-01-01T00:00:09+00:00; its stop {} (2 processes)",
+        ),
+        ({"by": "192.0.2.1:7"}, 0, "by 192.0.2.1:7 at 1970-01-01T00:00:09+00:00; its stop {}"),
+        ({"by": None}, None, "at 1970-01-01T00:00:09+00:00; its stop {}"),
+    ],
+)
+def test_why_of_a_cancelled_job_has_the_name_that_owners_have(
+    requester: dict[str, Any], found: int | None, why: str
+) -> None:
+    call = "web01", "p", Raw(b"[]"), 1.0, 1.0, None, Raw(b"null"), 1.0, 2.0, 9.0
+    job = Job("id", State.CANCELLED, *call, Cancelled(), 0, stop=StopState.CONFIRMED)
+    given = JobMetadata(stop_request=dumps({"why": "cancelled", **requester}), stop_report=dumps({"found": found}))
+    expected = f"it was cancelled {why.format('is confirmed')}"
+    assert describe_job(JobDetails(job, given, 0, None), CONTEXT)["why"] == expected
 
 
 def test_why_of_a_job_whose_owner_has_reached_its_limit() -> None:

@@ -396,7 +396,7 @@ function Result({ job, ask, allowed }) {
   if (error) return html`<${Failed} job=${job} error=${readError(error)} ask=${ask} allowed=${allowed} />`;
   const { stop_request: stop } = job;
   return html`<h2><${State} state="cancelled" /></h2>
-    <${Facts} facts=${[["Requested by", stop?.by], ["Reason", stop?.why], ["At", stop?.at && html`<${Time} at=${stop.at} />`]]} />
+    <${Facts} facts=${[["Requested by", stop?.principal ?? stop?.by], ["Reason", stop?.why], ["At", stop?.at && html`<${Time} at=${stop.at} />`]]} />
     ${job.stop && html`<p>${STOPS[job.stop]}</p>`}`;
 }
 
