@@ -245,10 +245,12 @@ def _release_slot(parsed: Namespace) -> None:
 def _queue_list(parsed: Namespace) -> None:
     full = parsed.full
     del parsed.full
-    if full or parsed.queue is not None:
+    if parsed.queue is not None:
         _print_reply(parsed)
-    else:
-        _print_lines(decode_slices(item).payload("queue") for item in _send(parsed))
+        return
+    queues = _send(parsed)
+    if not _print_lines(queues if full else (decode_slices(item).payload("queue") for item in queues)):
+        print_escaped("harpcallerd: no queue has a queued or running job", file=sys.stderr)
 
 
 def _queue_cancel(parsed: Namespace) -> None:
@@ -362,10 +364,14 @@ def _print_reply(parsed: Namespace) -> None:
     _print_lines(_send(parsed))
 
 
-def _print_lines(lines: Iterable[Raw]) -> None:
+def _print_lines(lines: Iterable[Raw]) -> int:
+    """Print lines; return their number."""
+    count = 0
     for line in lines:
         # They may have any character as it is; only surrogates are always escaped.
         sys.stdout.buffer.write(escape_controls(line.decode()).encode() + b"\n")
+        count += 1
+    return count
 
 
 def _send(parsed: Namespace) -> Iterator[Raw]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from support.daemonlog import DEADLINE
 from support.deadline import wait_until
 from support.harpcallerd import Harpcallerd
 
+PAGE = Path(__file__).parents[2] / "docs" / "access.md"
 RULES = """\
 [roles]
 ops = ["cert:*.ops.example.net", "uid:alice"]
@@ -191,6 +194,31 @@ def test_access_questions_know_the_tags_of_hosts(dispatcher: Harpcallerd, rules:
     assert warning in dispatcher.control(*check).stderr, "it may be a typing error"
     dispatcher.hosts_file.unlink()
     assert "note: tags of hosts are unknown: " in ask(dispatcher, *shop, "--host=web07").stdout
+
+
+def test_access_questions_of_the_page_print_what_it_shows(dispatcher: Harpcallerd, rules: Path) -> None:
+    page = PAGE.read_text()
+    (example,) = re.findall(r"^```toml\n(\[roles\]\n.*?)^```", page, re.MULTILINE | re.DOTALL)
+    rules.write_text(example)
+    (shown,) = re.findall(r"^```console\n(.*?)^```", page.partition("### Questions")[2], re.MULTILINE | re.DOTALL)
+    questions = re.findall(r"^\$ harpcallerd access (.*)\n((?:[^$].*\n)+)", shown, re.MULTILINE)
+    assert [question.split()[0] for question, _ in questions] == ["who", "test", "explain"]
+    for question, printed in questions:
+        assert ask(dispatcher, *shlex.split(question)).stdout == printed, question
+
+
+def test_principal_that_nobody_can_have_is_named(dispatcher: Harpcallerd, rules: Path) -> None:
+    rules.write_text('[roles]\nops = ["user:alice"]\n[[rule]]\nwho = ["role:ops"]\nallow = ["call"]\n')
+    warning = "user:{0}: no client has such a principal; that of a login is login:{0}"
+    done = dispatcher.control("--test", f"--config={dispatcher.config_file}")
+    assert f"warning: {rules}: {warning.format('alice')}\n" in done.stderr
+    note = f"note: {warning.format('alice')}\n"
+    assert note in ask(dispatcher, "who").stdout
+    assert f"{note}" in ask(dispatcher, "explain", "token:shop").stdout
+    assert f"note: {warning.format('bob')}\n{note}" in ask(dispatcher, "test", "--as=user:bob").stdout
+    rules.write_text('[[rule]]\nwho = ["login:alice"]\nallow = ["call"]\n')
+    assert "no client" not in ask(dispatcher, "who").stdout
+    assert "no client" not in dispatcher.control("--test", f"--config={dispatcher.config_file}").stderr
 
 
 def test_access_explain_shows_all_rights(dispatcher: Harpcallerd) -> None:

@@ -95,6 +95,13 @@ def test_list_shows_jobs(dispatcher: Harpcallerd) -> None:
     assert dispatcher.listed("queue-list", "{}") == []
 
 
+@pytest.mark.parametrize("options", [(), ("--full",)])
+def test_queue_list_without_queues_says_so(dispatcher: Harpcallerd, options: tuple[str, ...]) -> None:
+    done = dispatcher.control("queue-list", *options)
+    message = "harpcallerd: no queue has a queued or running job\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", message)
+
+
 def test_queue_list_names_can_be_cancelled(dispatcher: Harpcallerd) -> None:
     with dispatcher.connect() as client:
         client.send(
