@@ -411,3 +411,27 @@ def test_secret_of_a_call_is_in_no_file_and_no_process_list(harp: Harp, tmp_path
         assert harp("cancel", job, **environment).stdout == "true\n"
     assert places_of(secret.encode(), directory) == []
     assert places_of(job.encode(), directory)  # the search finds what is there
+
+
+OWN_JOBS = '[[rule]]\nwho = ["token:shop", "token:other"]\nallow = ["call", "read", "cancel", "list"]\n'
+
+
+def test_cancel_of_a_job_of_somebody_else_is_that_of_an_unknown_one(harp: Harp, tmp_path: Path) -> None:
+    directory = tmp_path / "d"
+    directory.mkdir()
+    (tmp_path / "access.toml").write_text(OWN_JOBS)
+    settings = {"access_file": str(tmp_path / "access.toml"), "tokens_file": str(tmp_path / "tokens")}
+    with scripted_harpd(directory) as peer, Harpcallerd(directory, {"web01": peer.port}, settings=settings) as found:
+        tokens = {name: found.control("token", "add", name).stdout.strip() for name in ("shop", "other")}
+
+        def run(name: str, *arguments: str) -> tuple[int, str, str]:
+            done = harp(*arguments, HARP_DISPATCHER=f"{found.host}:{found.port}", HARP_TOKEN=tokens[name])
+            return done.returncode, done.stdout, done.stderr
+
+        job, unknown = run("shop", "call", "web01", "hang")[1].strip(), "00000000-0000-7000-8000-000000000000"
+        for length, reason in (36, "there is no job"), (18, "there is no job whose id begins with"):
+            for each in (job, unknown):
+                denied = (Exit.FAILED, "", f"harp: invalid_jobid: {reason} {each[:length]}\n")
+                assert run("other", "cancel", each[:length]) == denied
+        assert run("shop", "cancel", job[:18]) == (Exit.OK, "true\n", "")
+        assert run("shop", "cancel", job) == (Exit.CANCELLED, "false\n", "")
