@@ -243,9 +243,10 @@ class AuditLog:
         """Return whether an entry is to be written; otherwise its outcome is set."""
         fields = entry.fields
         if repeats is not None:
+            now = time.monotonic()  # before the timer begins, so that the window has ended when it runs
             if self._window is None:
                 self._window = self._loop.call_later(_WINDOW, self._on_window_end)
-            if not self._repetitions.admit((fields["action"], fields["decision"], repeats), fields, time.monotonic()):
+            if not self._repetitions.admit((fields["action"], fields["decision"], repeats), fields, now):
                 entry.is_done = True
                 return False
         if self._closed or not (entry.must or self._file.has_room):
@@ -404,8 +405,9 @@ class DirectAuditLog:
         """Write an entry, as `AuditLog.record`; raise `AuditError` if an entry without `must` cannot be written."""
         entry = {"time": time.time(), "action": action, "decision": decision, **fields}
         if repeats is not None:
+            now = time.monotonic()  # before the timer begins, so that the window has ended when it runs
             self._set_timer(_WINDOW)
-            if not self._repetitions.admit((action, decision, repeats), entry, time.monotonic()):
+            if not self._repetitions.admit((action, decision, repeats), entry, now):
                 return
         if must:
             self._waiting.add([entry])

@@ -6,8 +6,10 @@ import asyncio
 import json
 import resource
 import signal
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,23 @@ def test_audit_shared_entry_has_what_is_common_to_denials(tmp_path: Path) -> Non
     denials = [{"action": "read", "peer": "attacker", "job": job} for job in jobs]
     [shared] = [entry for entry in record_and_close(tmp_path / "audit.jsonl", denials) if "count" in entry]
     assert (shared["count"], shared["peer"], "job" in shared) == (4, "attacker", False)
+
+
+def test_audit_timer_ends_the_window_that_began_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, path, timers = count(1000.0, 0.001), tmp_path / "audit.jsonl", list[tuple[float, Callable[[], None]]]()
+
+    def call_later(seconds: float, function: Callable[[], None]) -> None:
+        timers.append((time.monotonic() + seconds, function))
+
+    with closing(DirectAuditLog(path, 10**8, call_later)) as log:
+        with monkeypatch.context() as patched:
+            patched.setattr(time, "monotonic", lambda: next(clock))  # it is later with each look at it
+            for _ in range(15):
+                log.record("read", "denied", repeats="peer", peer="peer")
+            due_at, on_timer = timers[0]
+            patched.setattr(time, "monotonic", lambda: due_at)
+            on_timer()
+        assert '"count":5' in path.read_text()
 
 
 @pytest.mark.parametrize("direct", [True, False])
