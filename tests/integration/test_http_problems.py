@@ -43,6 +43,12 @@ def is_problem(reply: httpx.Response, status: int, code: str, detail: str = "") 
     return detail in problem["detail"]
 
 
+async def test_http_parameter_of_a_path_may_look_like_its_template(tmp_path: Path) -> None:
+    async with running_api(tmp_path) as api:
+        assert is_problem(await api.client.get("/jobs/%7Bjob%7D"), 404, "invalid_jobid")
+        assert is_problem(await api.client.get("/hosts/%7Bhost%7D"), 404, "not_found")
+
+
 async def test_http_invalid_bodies_are_problems(tmp_path: Path) -> None:
     async with running_api(tmp_path) as api:
 

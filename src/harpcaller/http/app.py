@@ -153,9 +153,9 @@ class HTTPApp:
         parts = scope["path"].split("/")
         for template, endpoint in self._templates:
             if len(template) == len(parts):
-                pairs = [pair for pair in zip(template, parts, strict=True) if pair[0] != pair[1]]
-                if all(name.startswith("{") and part for name, part in pairs):
-                    scope["path_params"] = {name[1:-1]: part for name, part in pairs}
+                pairs = list(zip(template, parts, strict=True))
+                if all(part if name.startswith("{") else name == part for name, part in pairs):
+                    scope["path_params"] = {name[1:-1]: part for name, part in pairs if name.startswith("{")}
                     return endpoint
         return self._others
 
