@@ -121,6 +121,34 @@ async def test_http_user_who_leaves_a_group_loses_a_stream(tmp_path: Path, monke
             assert (await client.get("/hosts")).status_code == 403
 
 
+async def test_http_token_or_session_keeps_no_principal_of_a_revoked_certificate(tmp_path: Path) -> None:
+    server_files(tmp_path)
+    shop = make_client(tmp_path, "DNS:shop")
+    rules = '[[rule]]\nwho = ["cert:shop"]\nallow = ["list"]\n'
+    async with running_api(tmp_path, rules=rules, http=settings_of(tmp_path)) as api:
+        headers = api.headers_of("app", "web")
+        api.refresh()
+        async with (
+            client_of(api, shop, Origin=f"https://localhost:{api.port}") as with_session,
+            client_of(api, shop, **headers) as with_token,
+            client_of(api, shop, **headers) as reader,
+        ):
+            link = api.api.make_login_link("alice", (), None).partition("#k=")[2]
+            await with_session.post("/session", json={"link": link})
+            for client in (with_session, with_token):
+                assert (await client.get("/me")).json()["can"] == ["list"]
+            stream = asyncio.create_task(last_of_stream(reader))
+            await eventually(lambda: api.api.service.streams.kinds.total() == 1, what="the stream")
+            tls = api.api.server.tls
+            assert tls is not None
+            write_revocations(tmp_path, shop[0])
+            await eventually(lambda: tls.context is not None and bool(tls.version), what="the list of revocations")
+            assert '"reason":"access"' in await asyncio.wait_for(stream, 30)
+            for client in (with_session, with_token):  # the same connections
+                me = await client.get("/me")
+                assert (me.status_code, me.json()["can"]) == (200, [])
+
+
 async def last_of_stream(client: httpx.AsyncClient) -> str:
     """Follow events until the stream ends; return its last line."""
     async with client.stream("GET", "/events", headers={"Accept": "application/jsonl"}, timeout=30) as reply:

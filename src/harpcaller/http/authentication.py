@@ -38,6 +38,11 @@ async def authenticate(request: Request, service: HTTPService) -> Proof:
     if header is not None and (known := _repeat_token(request, header, service)) is not None:
         return known
     connection = await identify_connection(request, service)
+    find_connection_error = _watch_connection(request, connection, service)
+    cookie = cookie_of(request, service)
+    if (header is not None or cookie is not None) and find_connection_error() is not None:
+        connection = replace(connection, principals=connection.principals[-1:])  # the other proof counts alone
+        find_connection_error = _watch_connection(request, connection, service)
     if header is not None:
         if (found := _BEARER.fullmatch(header)) is None:
             raise AuthError(f'Authorization: expected "Bearer TOKEN"; {_HINT}')
@@ -46,29 +51,35 @@ async def authenticate(request: Request, service: HTTPService) -> Proof:
         def find_token_error() -> str | None:
             tokens = service.identities().tokens
             is_current = tokens is not None and tokens.is_current(token)
-            return None if is_current else "the token was revoked, or has expired"
+            return find_connection_error() if is_current else "the token was revoked, or has expired"
 
         proof = Proof(client, find_token_error)
         if not connection.listener.startswith("unix:"):  # the groups of its user may change
             request.state.connection.token_proof = KnownToken(header.encode("latin-1"), token, proof)
         return proof
-    cookie = cookie_of(request, service)
     check_request_origin(request, service)
     if cookie is not None:
-        return _of_session(connection, cookie, service)
+        return _of_session(connection, cookie, service, find_connection_error)
     if len(connection.principals) == 1:
         raise AuthError(_NO_PROOF)
-    find_certificate_error: Callable[[], str | None] = request.state.connection.find_error
+    if (error := find_connection_error()) is not None:
+        raise AuthError(error)
+    return Proof(replace(connection, authenticated=True), find_connection_error)
+
+
+def _watch_connection(request: Request, client: Client, service: HTTPService) -> Callable[[], str | None]:
+    """Return a function that returns why what a connection proves of a client is void; None: it is not."""
     bare: Client = request.state.client
+    find_certificate_error: Callable[[], str | None] = request.state.connection.find_error
 
     def find_error() -> str | None:
-        if connection.listener.startswith("unix:"):
-            return service.identities().find_user_error(bare, connection.principals)
+        if len(client.principals) == 1:  # it proves nothing
+            return None
+        if client.listener.startswith("unix:"):
+            return service.identities().find_user_error(bare, client.principals)
         return find_certificate_error()
 
-    if (error := find_error()) is not None:
-        raise AuthError(error)
-    return Proof(replace(connection, authenticated=True), find_error)
+    return find_error
 
 
 def _repeat_token(request: Request, header: str, service: HTTPService) -> Proof | None:
@@ -82,7 +93,9 @@ def _repeat_token(request: Request, header: str, service: HTTPService) -> Proof 
     return known.proof
 
 
-def _of_session(connection: Client, cookie: str, service: HTTPService) -> Proof:
+def _of_session(
+    connection: Client, cookie: str, service: HTTPService, find_connection_error: Callable[[], str | None]
+) -> Proof:
     sessions = service.sessions
     session = sessions.find(cookie)
     if session is None:
@@ -95,7 +108,8 @@ def _of_session(connection: Client, cookie: str, service: HTTPService) -> Proof:
     def find_error() -> str | None:
         present = sessions.get_token(session)
         is_same = present is None or present.roles == roles
-        return None if sessions.is_current(session) and is_same else "the session has ended; log in again"
+        is_valid = sessions.is_current(session) and is_same
+        return find_connection_error() if is_valid else "the session has ended; log in again"
 
     return Proof(client, find_error, session)
 
