@@ -513,7 +513,7 @@ def _add_access_commands(add: _Add) -> None:
     option = add(
         "web-login", _web_login, "print a link that logs in to the console once, within 5 minutes"
     ).add_argument
-    option("--as", dest="name", metavar="NAME", help="the principal is login:NAME (default: the user)")
+    option("--as", dest="name", metavar="NAME", help="the principal is user:NAME (default: the user)")
     option("--role", metavar="ROLE", action="append", help="viewer, operator, admin (default), or one of access_file")
     option("--hours", metavar="H", type=_hours, help="end the session after H hours (default: session_age)")
     add_commands(_add_config(add("access", _access, "ask the access file who may do what; needs no daemon")))

@@ -109,7 +109,7 @@ def check(config: Config) -> tuple[list[str], list[str]]:
     lists = [collect(_read_hosts_file), collect(_run_hosts_script)]
     if source is not None and not errors:
         tags = {tag for hosts in lists if hosts for host in hosts.hosts.values() for tag in host.tags or ()}
-        warnings += [*source.describe_unknown_tags(tags), *source.describe_unproven()]
+        warnings += source.describe_unknown_tags(tags)
     return [*errors, *(str(line) for hosts in lists if hosts is not None for line in hosts.rejected)], warnings
 
 

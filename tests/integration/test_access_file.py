@@ -207,20 +207,6 @@ def test_access_questions_of_the_page_print_what_it_shows(dispatcher: Harpcaller
         assert ask(dispatcher, *shlex.split(question)).stdout == printed, question
 
 
-def test_principal_that_nobody_can_have_is_named(dispatcher: Harpcallerd, rules: Path) -> None:
-    rules.write_text('[roles]\nops = ["user:alice"]\n[[rule]]\nwho = ["role:ops"]\nallow = ["call"]\n')
-    warning = "user:{0}: no client has such a principal; that of a login is login:{0}"
-    done = dispatcher.control("--test", f"--config={dispatcher.config_file}")
-    assert f"warning: {rules}: {warning.format('alice')}\n" in done.stderr
-    note = f"note: {warning.format('alice')}\n"
-    assert note in ask(dispatcher, "who").stdout
-    assert f"{note}" in ask(dispatcher, "explain", "token:shop").stdout
-    assert f"note: {warning.format('bob')}\n{note}" in ask(dispatcher, "test", "--as=user:bob").stdout
-    rules.write_text('[[rule]]\nwho = ["login:alice"]\nallow = ["call"]\n')
-    assert "no client" not in ask(dispatcher, "who").stdout
-    assert "no client" not in dispatcher.control("--test", f"--config={dispatcher.config_file}").stderr
-
-
 def test_access_explain_shows_all_rights(dispatcher: Harpcallerd) -> None:
     done = ask(dispatcher, "explain", "token:shop", "anonymous@127.0.0.1:3502")
     assert (done.returncode, done.stderr) == (0, "")

@@ -208,7 +208,7 @@ async def statuses(clients: Clients, job: str, names: tuple[str, ...]) -> dict[s
 
 async def begin_session(clients: Clients, name: str) -> str:
     """Begin a session that nobody uses; return its id."""
-    _, session = await clients.api.api.service.sessions.begin(f"login:{name}", (name,))
+    _, session = await clients.api.api.service.sessions.begin(f"user:{name}", (name,))
     return session.id
 
 

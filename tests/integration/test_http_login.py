@@ -45,7 +45,7 @@ async def test_http_link_logs_in_once_and_logout_ends_the_session(tmp_path: Path
         link = api.api.make_login_link("alice", ("viewer",), None)
         assert link.startswith(f"http://127.0.0.1:{api.port}/login#k=")
         reply = await alice.post("/session", json={"link": secret_of(link)})
-        assert (reply.status_code, reply.json()["principal"]) == (201, "login:alice")
+        assert (reply.status_code, reply.json()["principal"]) == (201, "user:alice")
         cookie = reply.headers["set-cookie"]
         assert cookie.startswith("harp=")
         assert {part.strip() for part in cookie.split(";")[1:]} == {"HttpOnly", "Path=/", "SameSite=strict"}
@@ -53,7 +53,7 @@ async def test_http_link_logs_in_once_and_logout_ends_the_session(tmp_path: Path
         again = await alice.post("/session", json={"link": secret_of(link)})
         assert (again.status_code, again.json()["code"]) == (401, "auth_error")
         me = (await alice.get("/me")).json()
-        assert (me["principal"], me["roles"], me["can"]) == ("login:alice", ["viewer"], ["read", "list", "metrics"])
+        assert (me["principal"], me["roles"], me["can"]) == ("user:alice", ["viewer"], ["read", "list", "metrics"])
         assert me["session"]["expires"] == reply.json()["expires"]
         kept = alice.cookies["harp"]
         out = await alice.delete("/session")
@@ -178,8 +178,8 @@ async def test_http_sessions_are_ended_by_owner_and_administrator(tmp_path: Path
             return sessions
 
         [own] = await listed(alice)
-        assert (own["principal"], own["current"], "sha256" in own) == ("login:alice", True, False)
-        assert [one["principal"] for one in await listed(root)] == ["login:alice", "login:bob", "login:root"]
+        assert (own["principal"], own["current"], "sha256" in own) == ("user:alice", True, False)
+        assert [one["principal"] for one in await listed(root)] == ["user:alice", "user:bob", "user:root"]
         for path in (f"/sessions/{own['id']}", "/sessions/0123456789abcdef"):
             refused = await bob.delete(path)
             assert (refused.status_code, refused.json()["code"]) == (404, "not_found")
@@ -193,7 +193,7 @@ async def test_http_login_replaces_the_session_of_the_browser(tmp_path: Path) ->
         await log_in(api, client, "viewer", name="alice")
         before = client.cookies["harp"]
         await log_in(api, client, "viewer", name="bob")
-        assert (await client.get("/me")).json()["principal"] == "login:bob"
+        assert (await client.get("/me")).json()["principal"] == "user:bob"
         async with httpx.AsyncClient(base_url=api.client.base_url, headers={"Cookie": f"harp={before}"}) as old:
             assert (await old.get("/me")).status_code == 401
 

@@ -48,7 +48,7 @@ async def test_http_password_logs_in_with_the_roles_of_the_user(tmp_path: Path, 
     http = write_users(file, "# comment", "", alice, bob)
     async with running_api(tmp_path, rules=None, http=http) as api, browser(api) as client, browser(api) as other:
         reply = await log_in(client, "alice", "open sesame")
-        assert (reply.status_code, reply.json()["principal"]) == (201, "login:alice")
+        assert (reply.status_code, reply.json()["principal"]) == (201, "user:alice")
         assert (await client.get("/me")).json()["roles"] == ["viewer", "operator"]
         assert (await log_in(other, "bob", "friend")).status_code == 201
         assert (await other.get("/me")).json()["can"] == []

@@ -68,7 +68,7 @@ async def test_http_certificate_is_a_principal_and_no_page_can_use_it(tmp_path: 
             login = await client.post("/session", json={"link": link.partition("#k=")[2]}, headers=origin)
             assert login.headers["set-cookie"].startswith("__Host-harp=")
             assert "Secure" in login.headers["set-cookie"]
-            assert (await client.get("/me")).json()["principal"] == "login:alice"
+            assert (await client.get("/me")).json()["principal"] == "user:alice"
         async with client_of(api, other) as client:
             assert (await client.get("/me")).json()["can"] == []
             assert (await client.get("/hosts")).status_code == 403

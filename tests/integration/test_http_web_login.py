@@ -45,14 +45,14 @@ def test_web_login_session_survives_a_killed_dispatcher(tmp_path: Path) -> None:
         assert app.post("/session", json={"token": token}).status_code == 201
         with closing(alice), closing(gone), closing(app):
             root = gone.get("/me").json()
-            assert (root["roles"], root["principal"].startswith("login:")) == (["admin"], True)
+            assert (root["roles"], root["principal"].startswith("user:")) == (["admin"], True)
             assert gone.delete("/session").status_code == 204
             cookie = dict(alice.cookies)
             dispatcher.restart(kill=True)
             base = f"http://127.0.0.1:{port_of(dispatcher)}/api/v1"
             with httpx.Client(base_url=base, cookies=cookie) as again:
                 me = again.get("/me").json()
-                assert (me["principal"], me["roles"]) == ("login:alice", ["viewer", "operator"])
+                assert (me["principal"], me["roles"]) == ("user:alice", ["viewer", "operator"])
                 assert me["session"]["expires"] == login["expires"]
                 assert 3000 < login["expires"] - me["server"]["now"] <= 3600
             with httpx.Client(base_url=base, cookies=dict(app.cookies)) as again:
@@ -70,18 +70,18 @@ def test_web_login_session_survives_a_killed_dispatcher(tmp_path: Path) -> None:
     entries = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
     actions = [(entry["action"], entry["principal"]) for entry in entries if "principal" in entry]
     assert ("web-login", "administrator") in actions
-    assert ("login", "login:alice") in actions
+    assert ("login", "user:alice") in actions
     assert ("login", "token:app") in actions
     assert ("logout", root["principal"]) in actions
 
 
 def test_web_login_refuses_what_would_open_nothing(tmp_path: Path) -> None:
-    rules = '[roles]\nops = []\n\n[[rule]]\nwho = ["role:ops", "login:carol"]\nallow = ["list"]\n'
+    rules = '[roles]\nops = []\n\n[[rule]]\nwho = ["role:ops", "user:carol"]\nallow = ["list"]\n'
     (tmp_path / "access.toml").write_text(rules)
     with Harpcallerd(tmp_path, settings={"http": HTTP, "access_file": "access.toml"}) as dispatcher:
         refused = dispatcher.control("web-login", "--as=alice")
         assert refused.returncode == 1
-        assert "no rule allows anything to login:alice, role:admin" in refused.stderr
+        assert "no rule allows anything to user:alice, role:admin" in refused.stderr
         for options in (("--as=alice", "--role=ops"), ("--as=carol",)):
             client, _ = log_in(link_of(dispatcher, *options))
             with closing(client):

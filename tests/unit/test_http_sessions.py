@@ -33,21 +33,21 @@ def opened(directory: Path, clock: Clock | None = None, tokens: TokenStore | Non
 
 async def test_session_survives_a_restart_and_its_file_has_no_secret(tmp_path: Path) -> None:
     before = opened(tmp_path)
-    secret, session = await before.begin("login:alice", ("viewer",), agent="x" * 1000, address="127.0.0.1")
+    secret, session = await before.begin("user:alice", ("viewer",), agent="x" * 1000, address="127.0.0.1")
     assert secret not in (tmp_path / "sessions").read_text()
     assert (tmp_path / "sessions").stat().st_mode & 0o777 == 0o600
     after = opened(tmp_path)
     found = after.find(secret)
     assert found is not None
-    assert (found.id, found.principal, found.roles, len(found.agent)) == (session.id, "login:alice", ("viewer",), 200)
+    assert (found.id, found.principal, found.roles, len(found.agent)) == (session.id, "user:alice", ("viewer",), 200)
     assert (after.find(secret[:-1]), after.find(""), after.find("\ud800"), after.find("x" * 10_000)) == (None,) * 4
     assert (secret not in repr(session), session.sha256 not in repr(session)) == (True, True)
 
 
 async def test_session_ends_by_logout_also_after_a_restart(tmp_path: Path) -> None:
     before = opened(tmp_path)
-    secret, session = await before.begin("login:alice")
-    other, _ = await before.begin("login:bob")
+    secret, session = await before.begin("user:alice")
+    other, _ = await before.begin("user:bob")
     assert (await before.end(session.id), await before.end(session.id)) == (True, False)
     for one in (before, opened(tmp_path)):
         assert one.find(secret) is None
@@ -57,27 +57,27 @@ async def test_session_ends_by_logout_also_after_a_restart(tmp_path: Path) -> No
 async def test_session_ends_without_use_and_by_its_age(tmp_path: Path) -> None:
     clock = Clock()
     store = opened(tmp_path, clock)
-    idle, _ = await store.begin("login:alice")
-    used, session = await store.begin("login:bob")
-    short, _ = await store.begin("login:carol", seconds=60)
+    idle, _ = await store.begin("user:alice")
+    used, session = await store.begin("user:bob")
+    short, _ = await store.begin("user:carol", seconds=60)
     clock.now += 60
     assert (store.find(short), store.find(used) is None) == (None, False)
     for _ in range(13):
         clock.now += DAY / 2 - 1
         assert store.find(used) is not None
         assert store.find(idle) is None
-    assert [one.principal for one in store.list()] == ["login:bob"]
+    assert [one.principal for one in store.list()] == ["user:bob"]
     clock.now += DAY / 2 - 1
     assert (clock.now > session.expires, store.find(used)) == (True, None)
-    _, session = await store.begin("login:dora", seconds=365 * DAY)
+    _, session = await store.begin("user:dora", seconds=365 * DAY)
     assert session.expires == clock.now + 7 * DAY
-    assert [json.loads(line)["principal"] for line in store.file.read_text().splitlines()] == ["login:dora"]
+    assert [json.loads(line)["principal"] for line in store.file.read_text().splitlines()] == ["user:dora"]
 
 
 async def test_last_use_is_written_at_the_end(tmp_path: Path) -> None:
     clock = Clock()
     before = opened(tmp_path, clock)
-    secret, _ = await before.begin("login:alice")
+    secret, _ = await before.begin("user:alice")
     clock.now += DAY / 3
     assert before.find(secret) is not None
     await before.aclose()
@@ -125,7 +125,7 @@ async def test_links_and_sessions_are_bounded(tmp_path: Path, monkeypatch: pytes
     secrets = []
     for _ in range(4):
         clock.now += 1
-        secrets.append((await store.begin("login:alice"))[0])
+        secrets.append((await store.begin("user:alice"))[0])
     assert [store.find(secret) is not None for secret in secrets] == [False, True, True, True]
 
 
@@ -141,7 +141,7 @@ def test_name_of_a_link_is_checked(tmp_path: Path, name: str) -> None:
 async def test_file_that_cannot_be_used_ends_all_sessions(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    secret, session = await opened(tmp_path).begin("login:alice")
+    secret, session = await opened(tmp_path).begin("user:alice")
     file = tmp_path / "sessions"
     match damage:
         case "mode":
@@ -157,7 +157,7 @@ async def test_file_that_cannot_be_used_ends_all_sessions(
 
 async def test_session_lasts_without_its_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = Sessions(tmp_path / "missing" / "sessions", lambda: DAY, lambda: DAY, lambda: None)
-    secret, _ = await store.begin("login:alice")
+    secret, _ = await store.begin("user:alice")
     assert store.find(secret) is not None
     assert "cannot write sessions" in caplog.text
     os.mkdir(tmp_path / "missing")
@@ -170,8 +170,8 @@ async def test_one_client_ends_no_sessions_of_others(tmp_path: Path, monkeypatch
     monkeypatch.setattr("harpcaller.http.sessions._MAX_SESSIONS", 10)
     monkeypatch.setattr("harpcaller.http.sessions._MAX_OF_PRINCIPAL", 3)
     sessions = opened(tmp_path)
-    victim, _ = await sessions.begin("login:victim")
+    victim, _ = await sessions.begin("user:victim")
     for _ in range(12):
-        await sessions.begin("login:attacker")
+        await sessions.begin("user:attacker")
     assert sessions.find(victim) is not None
     assert len(sessions.list()) == 4

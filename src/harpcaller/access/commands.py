@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -14,7 +14,7 @@ from harpcaller.access.client import Client
 from harpcaller.access.explain import explain_clients, explain_decision, explain_rights
 from harpcaller.access.policy import Action, Policy, Target, load
 from harpcaller.access.rules import ON_JOBS, ROLE, TOKEN
-from harpcaller.access.rules_file import describe_unproven, is_principal
+from harpcaller.access.rules_file import is_principal
 from harpcaller.access.tokens import TokenError, read_tokens
 from harpcaller.config import Config
 from harpcaller.config import load as load_config
@@ -99,15 +99,13 @@ def _test(parsed: Namespace) -> tuple[list[str], int]:
     client = _client(parsed.principals, files)
     target = _target(parsed, client.owner if action in ON_JOBS else None)
     allowed = files.policy.decide(client, action, target).allowed
-    lines = explain_decision(files.policy, client, action, target)
-    return _with_notes(lines, files, parsed.principals), 0 if allowed else 1
+    return _with_notes(explain_decision(files.policy, client, action, target), files), 0 if allowed else 1
 
 
 def _explain(parsed: Namespace) -> tuple[list[str], int]:
     _check_principals(parsed.principals)
     files = _read_files(parsed)
-    lines = explain_rights(files.policy, _client(parsed.principals, files))
-    return _with_notes(lines, files, parsed.principals), 0
+    return _with_notes(explain_rights(files.policy, _client(parsed.principals, files)), files), 0
 
 
 def _who(parsed: Namespace) -> tuple[list[str], int]:
@@ -116,9 +114,8 @@ def _who(parsed: Namespace) -> tuple[list[str], int]:
     return _with_notes(explain_clients(files.policy, Action(parsed.action), target, files.tokens), files), 0
 
 
-def _with_notes(lines: list[str], files: _Files, principals: Iterable[str] = ()) -> list[str]:
-    unproven = describe_unproven([*principals, *files.policy.find_principals()])
-    return [*lines, *(f"note: {note}" for note in (*files.notes, *unproven))]
+def _with_notes(lines: list[str], files: _Files) -> list[str]:
+    return [*lines, *(f"note: {note}" for note in files.notes)]
 
 
 def _read_files(parsed: Namespace) -> _Files:

@@ -9,7 +9,7 @@ a set of bits each, which is cached. Bit 0 is the first rule. Only the rules tha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
@@ -139,10 +139,6 @@ class Policy:
         """Return the principals that a text in `who` means: those of a role and the role itself, or the text."""
         of_role = self.roles.get(text.removeprefix(ROLE), ()) if text.startswith(ROLE) else ()
         return Principals((text, *of_role))
-
-    def find_principals(self) -> Iterator[str]:
-        """Yield the principals, and globs of them, that the rules name; those of a role in its place."""
-        return (text for rule in self.rules for text in rule.who.texts)
 
     def find_scope(self, client: Client, action: Action) -> Scope:
         """Return to which jobs a client may do something, as far as that depends on their owners only."""

@@ -41,9 +41,8 @@ from harpcaller.config import MAX_SECONDS
 T = TypeVar("T")
 
 _HEADER = re.compile(rb"[ \t]*\[\[[ \t]*rule[ \t]*\]\][ \t]*(?:#.*)?")
-_PRINCIPAL = re.compile(r"\*|(?:(?:token|cert|login|user|uid|gid):|anonymous@).+", re.DOTALL)
-_PREFIXES = ("token:", "cert:", "login:", "uid:", "gid:", ROLE, "anonymous@")
-_UNPROVEN = "user:"
+_PRINCIPAL = re.compile(r"\*|(?:(?:token|cert|user|uid|gid):|anonymous@).+", re.DOTALL)
+_PREFIXES = ("token:", "cert:", "user:", "uid:", "gid:", ROLE, "anonymous@")
 _RATE = re.compile(r"([1-9]\d{0,8})/(s|min|h)", re.ASCII)
 _BYTES = re.compile(r"([1-9]\d{0,17}) ?(B|KiB|MiB|GiB)", re.ASCII)
 _UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
@@ -151,12 +150,6 @@ def _near(text: str) -> str:
 def is_principal(text: str) -> bool:
     """Return whether a text has the form of a principal, or of a glob of principals."""
     return _PRINCIPAL.fullmatch(text) is not None
-
-
-def describe_unproven(texts: Iterable[str]) -> list[str]:
-    """Return a warning for each text that no client can prove: `user:` is accepted, but no login gives it."""
-    names = [text.removeprefix(_UNPROVEN) for text in dict.fromkeys(texts) if text.startswith(_UNPROVEN)]
-    return [f"{_UNPROVEN}{name}: no client has such a principal; that of a login is login:{name}" for name in names]
 
 
 # Rules.

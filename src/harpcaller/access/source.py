@@ -14,7 +14,6 @@ from harp_daemon.file_modes import describe_writer
 from harp_daemon.settings import ConfigError
 from harp_daemon.watched_file import WatchedFile
 from harpcaller.access.policy import ALLOW_ALL, Policy, parse
-from harpcaller.access.rules_file import describe_unproven
 from harpcaller.config import Config, file_errors
 
 
@@ -41,12 +40,6 @@ class PolicySource:
             return []
         rules = [rule for rule in self.policy.rules if rule.tags is not None and not rule.tags.match_any(tags)]
         return [f"{self._watched.file}: {rule.place}: tags: no host has one of {rule.tags}" for rule in rules]
-
-    def describe_unproven(self) -> list[str]:
-        """Return a warning for each principal of the rules that no client can have."""
-        if self._watched is None:
-            return []
-        return [f"{self._watched.file}: {reason}" for reason in describe_unproven(self.policy.find_principals())]
 
     def describe(self) -> dict[str, Any] | None:
         """Return file, number of rules, age in seconds and the error of the latest contents; None without a file."""

@@ -280,10 +280,10 @@ class ControlServer(Server):
         acting.require(Action.ADMIN)
         if self._login_link is None:
             raise ProtocolError("there is no HTTP API: section http is not set; set it and restart")
-        login = Client((f"login:{name}",), "http", "", roles=tuple(roles or ()), needs_role=True)
+        login = Client((f"user:{name}",), "http", "", roles=tuple(roles or ()), needs_role=True)
         policy = self._dispatcher.access.policy_of(login)
         if not any(policy.may_ever(login, action) for action in Action):
-            who = f"login:{name}" + "".join(f", role:{role}" for role in login.roles)
+            who = f"user:{name}" + "".join(f", role:{role}" for role in login.roles)
             where = (
                 self._dispatcher.config.access_file or "without access_file, the roles are viewer, operator and admin"
             )

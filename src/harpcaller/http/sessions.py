@@ -28,7 +28,7 @@ from harpcaller.access.users import User, Users
 
 log = logging.getLogger(__name__)
 
-LOGIN = "login:"  #: The beginning of the principal of a session that no token began.
+LOGIN = "user:"  #: The beginning of the principal of a session that no token began.
 LINK_SECONDS = 300.0  #: Seconds for which a one-time link is valid.
 _MAX_LINKS, _MAX_SESSIONS = 100, 1000  #: Beyond these numbers, the oldest ones end.
 _MAX_OF_PRINCIPAL = 50  #: The same for each principal, so that one client does not end the sessions of others.
@@ -53,7 +53,7 @@ class Session(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     id: Annotated[str, Meta(pattern=r"^[0-9a-f]{16}\Z")]  #: Its public name.
     sha256: Digest  #: Of the secret in the cookie.
-    principal: str  #: `login:NAME`, or the principal of its token.
+    principal: str  #: `user:NAME`, or the principal of its token.
     created: Time
     seen: Time  #: The last use.
     expires: Time
