@@ -150,7 +150,7 @@ def test_ended_call_is_stored_for_its_client(harpd: Harpd) -> None:
         client.message()
     wait_until(lambda: harpd.status()["calls"] == 0, DEADLINE, "the end of the call")
     calls = harpd.list_calls()
-    assert calls.keys() == {"harp", "calls", "instance", "features"}
+    assert calls.keys() == {"harp", "calls", "instance", "features", "version"}
     assert client.call in calls["calls"]
     assert calls["instance"] == harpd.status()["instance"]
     with harpd.attach(client.call) as again:

@@ -68,7 +68,7 @@ def test_running_daemon_counts_jobs_requests_and_connections(dispatcher: Harpcal
     assert more("harp_log_messages_total", "info") > 0
     assert more("harp_audit_entries_total") > 0
     assert after["harp_audit_write_errors_total",] == 0
-    assert after["harp_loop_lag_seconds_count",] > 0
+    wait_until(lambda: scrape(dispatcher)["harp_loop_lag_seconds_count",] > 0, what="a measured delay")
     assert after["harp_request_memory_limit_bytes",] == 256 * 1024 * 1024
 
 
