@@ -19,6 +19,7 @@ class CuttingProxy:
         pattern: bytes of the requests whose responses are cut.
         cuts: how many are cut; the others pass.
         longest: the greatest number of bytes until a cut.
+        least: the least number of bytes until a cut.
         seed: for the random numbers of bytes.
 
     Attributes:
@@ -26,10 +27,10 @@ class CuttingProxy:
         cuts: how many responses it has cut.
     """
 
-    def __init__(self, target: int, pattern: bytes, cuts: int, longest: int, seed: str) -> None:
+    def __init__(self, target: int, pattern: bytes, cuts: int, longest: int, least: int, seed: str) -> None:
         self.port = 0
         self.cuts = 0
-        self._target, self._pattern, self._most, self._longest = target, pattern, cuts, longest
+        self._target, self._pattern, self._most, self._range = target, pattern, cuts, (least, longest)
         self._random = random.Random(seed)
 
     async def serve(self, ready: threading.Event, stop: asyncio.Event) -> None:
@@ -81,7 +82,7 @@ class CuttingProxy:
     async def _send(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, left: list[int]) -> None:
         while data := await reader.read(_CHUNK):
             is_cut = self._pattern in data and self.cuts < self._most
-            left[:] = [self._random.randrange(1, self._longest)] if is_cut else []
+            left[:] = [self._random.randrange(*self._range)] if is_cut else []
             writer.write(data)
             await writer.drain()
 
@@ -98,9 +99,11 @@ class CuttingProxy:
 
 
 @contextmanager
-def cutting(target: int, pattern: bytes, cuts: int, longest: int, seed: str = "1") -> Iterator[CuttingProxy]:
+def cutting(
+    target: int, pattern: bytes, cuts: int, longest: int, least: int = 1, seed: str = "1"
+) -> Iterator[CuttingProxy]:
     """Run a proxy in a thread."""
-    proxy = CuttingProxy(target, pattern, cuts, longest, seed)
+    proxy = CuttingProxy(target, pattern, cuts, longest, least, seed)
     ready = threading.Event()
     stop: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
 

@@ -66,16 +66,27 @@ export async function send(method, path, { params, body, headers, signal, quiet 
   }
   const problem = await response.json().catch(() => ({}));   // a proxy sends a page
   if (response.status === 401 && !quiet) facts.tell({ loggedOut: true });
-  if ([502, 503, 504].includes(response.status) && !problem.code) {
-    facts.tell({ away: true });   // a proxy answers for a dispatcher that is away
+  if (response.status < 400 || ([502, 503, 504].includes(response.status) && !problem.code)) {
+    facts.tell({ away: true });   // the status line was cut, or a proxy answers for a dispatcher that is away
     throw new Away();
   }
   throw new Problem(response.status, problem, Number(response.headers.get("Retry-After")) || undefined);
 }
 
+/** Return the value of a response's body. Throws `Away` if it was cut. */
+export async function bodyOf(response) {
+  try {
+    return await response.json();
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    facts.tell({ away: true });
+    throw new Away();
+  }
+}
+
 const ask = async (...request) => {
   const response = await send(...request);
-  return response.status === 204 ? null : response.json();
+  return response.status === 204 ? null : bodyOf(response);
 };
 export const get = (path, params, options) => ask("GET", path, { params, ...options });
 export const post = (path, body, options) => ask("POST", path, { body, ...options });

@@ -1,5 +1,5 @@
 // One job: what it is, why it is so, how its time was spent, its output as it comes, and how it ended.
-import { address, facts, get, newKey, post, Problem, send, useLive } from "./api.mjs";
+import { address, bodyOf, facts, get, newKey, post, Problem, send, useLive } from "./api.mjs";
 import { callOf, count, duration, queueName, size, visible } from "./formats.mjs";
 import { appendText, decodeString, indent, makeTree, members } from "./json.mjs";
 import { appendOutput } from "./log.mjs";
@@ -40,12 +40,16 @@ function useJob(id) {
         const response = await send("GET", "/jobs/" + id, { params: { payloads } });
         const late = new Date(response.headers.get("Date") ?? Date.now()) / 1000 - Date.now() / 1000;
         now.skew = Math.abs(late) > 2 ? late : 0;
-        return response.json();
+        return bodyOf(response);
       };
       let found = await read(isNew ? "text" : "none");
       if (!isNew && ENDED.includes(found.state)) found = await read("text");
       if (number !== now.reading) return;
-      now.job = { ...now.job, ...found };
+      const { state, records } = (now.job = { ...now.job, ...found });
+      if (!now.isOpen) {
+        now.isOpen = true;
+        client.current.post({ open: { base: location.origin + address(`/jobs/${id}/records?`), count: records.count, bytes: records.bytes, hasEnded: ENDED.includes(state) } });
+      }
       setJob(now.job);
       setError(null);
     } catch (problem) {
@@ -58,11 +62,8 @@ function useJob(id) {
   useEffect(() => {
     const mine = client.current;
     const { current: now } = known;
-    load().then(() => {
-      if (!now.job || client.current !== mine) return;
-      const { state, records } = now.job;
-      mine.post({ open: { base: location.origin + address(`/jobs/${id}/records?`), count: records.count, bytes: records.bytes, hasEnded: ENDED.includes(state) } });
-    });
+    now.isOpen = false;
+    load();
     const stop = mine.listen((message) => {
       if (message.ended) load();
       else if (message.refused) message.refused === 401 ? facts.tell({ loggedOut: true }) : load();

@@ -1,5 +1,5 @@
 // The list of jobs: filters that are counts, live rows, and only as many rows in the page as can be seen.
-import { facts, get, useLive } from "./api.mjs";
+import { Away, facts, get, useLive } from "./api.mjs";
 import { callOf, count, duration, fullTime, plural, queueName, setSetting, settings, shortDuration, visible } from "./formats.mjs";
 import { COMMON_VIEWS, hostLink, jobLink, link, navigate, normal, partsOf, toggled, useRedraw, valuesOf, withValue } from "./router.mjs";
 import { Button, Clear, copyItems, copyJobLink, Dialog, Empty, Example, Fault, html, Icon, Loading, Menu, menuIsOpen, setTitle, State, STATES, Strip, Time, useEffect, useKeys, useLayoutEffect, useMemo, useNow, useRef, useSettings, useSoon, useState } from "./ui.mjs";
@@ -63,7 +63,7 @@ class JobList {
       for (const row of page.jobs) if (!this.byId.has(row.job)) this.#put(row, this.rows.length);
       this.#setEnd(page, limit);
     } catch (error) {
-      if (error.name !== "AbortError") this.error = error;
+      this.#fail(error);
     }
     this.loading = null;
     this.changed();
@@ -136,9 +136,15 @@ class JobList {
       this.error = null;
       return page;
     } catch (error) {
-      if (error.name !== "AbortError") this.error = error;
+      this.#fail(error);
       return null;
     }
+  }
+
+  #fail(error) {
+    if (error.name === "AbortError") return;
+    this.error = error;
+    if (error instanceof Away) setTimeout(() => this.error === error && this.refresh(), 2_000);
   }
 
   #ask(options, signal) {

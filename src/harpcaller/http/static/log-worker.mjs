@@ -100,7 +100,9 @@ async function read(query, signal, onRecord, most = MOST_KEPT, onData = () => nu
   if (!response.ok) {
     const { status } = response;
     const { detail } = await response.json().catch(() => ({}));
-    throw Object.assign(new (status === 429 || status >= 500 ? Error : Refused)(detail ?? response.statusText), { status });
+    // A status line that was cut is one, too: "HTTP/1.1 20".
+    const mayPass = status < 400 || status === 429 || status >= 500;
+    throw Object.assign(new (mayPass ? Error : Refused)(detail ?? response.statusText), { status });
   }
   let last = "";
   await readLines(response, most + 100, (line, length) => {
