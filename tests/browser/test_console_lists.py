@@ -430,6 +430,8 @@ def _settled(tabs: list[Page]) -> int:
 def test_paused_page_holds_still_and_catches_up(pages: Pages, filled: Site) -> None:
     page = pages.open("/jobs")
     expect(page.locator(".live-live")).to_be_visible()
+    # When this row is there, the page has had the answer to what it asks at the start of the stream.
+    expect(row(page, filled.finish("echo", "before the pause"))).to_be_visible()
     page.keyboard.press(".")
     expect(page.locator(".live-paused")).to_be_visible()
     job = filled.finish("echo", "while paused")

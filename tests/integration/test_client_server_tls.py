@@ -169,7 +169,7 @@ def test_tls_handshake_is_limited_in_time(dispatcher: TLS, sent: int) -> None:
     with socket.create_connection((dispatcher.host, dispatcher.port), DEADLINE) as client:
         client.sendall(outgoing.read()[:sent])
         assert client.recv(1000) == b""
-    assert dispatcher.events("TLS handshake failed", reason="it took too long")
+    wait_until(lambda: dispatcher.events("TLS handshake failed", reason="it took too long"), DEADLINE, "the event")
 
 
 def test_tls_clients_that_vanish_in_the_handshake_leave_nothing(dispatcher: TLS) -> None:
