@@ -44,6 +44,7 @@ class HostState:
     next_attempt: float | None  #: When a failing host is tried again.
     daemon: Mapping[str, Any] | None  #: What its harpd supports, and its version; None: unknown.
     round_trip: float | None  #: Seconds from the latest heartbeat to its reply; None: none was sent yet.
+    clock_skew: float | None  #: Seconds by which its clock is ahead, at least; None: none of its calls has ended yet.
     certificate_end: float | None  #: When the latest accepted certificate ends, Unix time; None: no connection yet.
     source: str | None = None  #: The file or script that it is from.
 
@@ -109,5 +110,6 @@ def _describe(
         next_attempt=None if described is None else described["next"],
         daemon=None if supported is None else supported.describe(),
         round_trip=connects.round_trips.get(name),
+        clock_skew=connects.clock_skews.get(name),
         certificate_end=connects.certificate_ends.get(name),
     )

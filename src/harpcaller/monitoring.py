@@ -70,6 +70,7 @@ class _Hosts(NamedTuple):
     are_failing: frozenset[str]
     certificate_ends: dict[str, float]
     round_trips: dict[str, float]
+    clock_skews: dict[str, float]
 
 
 class Monitor:
@@ -180,6 +181,7 @@ class Monitor:
             counter("harp_record_bytes_total", "Bytes of stored records.", metrics.record_bytes),
             counter("harp_pruned_jobs_total", "Jobs that were deleted.", metrics.deleted),
             counter("harp_feed_changes_total", "Changes of jobs for live lists.", dispatcher.changes.number),
+            gauge("harp_feed_subscribers", "Live lists that follow these changes.", dispatcher.live.subscribers),
         ]
 
     def _access_families(self) -> list[Family]:
@@ -247,6 +249,7 @@ class Monitor:
         count, full = (None, None) if gauges is None else (gauges.queues, gauges.full_queues)
         return [
             gauge("harp_queues", "Queues with jobs.", count),
+            gauge("harp_queues_paused", "Paused queues; always 0, as queues cannot be paused yet.", 0),
             gauge("harp_queues_full", "Queues without a free slot.", full),
             labelled("harp_queue_jobs", "gauge", "Jobs of the queues in metrics_queues.", ("queue", "state"), jobs),
         ]
@@ -329,7 +332,7 @@ class Monitor:
         names = [host.hostname for host in dispatcher.registry.list_hosts()]
         connects = dispatcher.connects
         connects.forget_others(names)
-        known = connects.certificate_ends.copy(), connects.round_trips.copy()
+        known = connects.certificate_ends.copy(), connects.round_trips.copy(), connects.clock_skews.copy()
         return _Hosts(names, running, *dispatcher.list_host_states(), *known)
 
     def _host_families(self, hosts: _Hosts, gauges: StoreGauges | None, settings: MonitorSettings) -> list[Family]:
@@ -340,7 +343,7 @@ class Monitor:
         named = [(name, f'{{host="{escape(name)}"}} ') for name in shown]
         known = [(name, label) for name, label in named if name in up or name in down]
         queued = None if gauges is None else gauges.queued_of_hosts
-        running, ends, trips = hosts.running, hosts.certificate_ends, hosts.round_trips
+        running, ends, trips, skews = hosts.running, hosts.certificate_ends, hosts.round_trips, hosts.clock_skews
         expiry = "harp_host_certificate_expiry_timestamp_seconds"
         return [
             labelled("harp_hosts", "gauge", "Hosts.", ("state",), {(state,): count for state, count in states.items()}),
@@ -373,6 +376,12 @@ class Monitor:
                 "gauge",
                 "From the latest heartbeat for a call of the host to its reply.",
                 [f"harp_host_rtt_seconds{label}{trips[name]}" for name, label in named if name in trips],
+            ),
+            Family(
+                "harp_host_clock_skew_seconds",
+                "gauge",
+                "By how much the clock of the host is ahead, at least; negative: behind.",
+                [f"harp_host_clock_skew_seconds{label}{skews[name]}" for name, label in named if name in skews],
             ),
         ]
 

@@ -12,9 +12,11 @@ from cryptography.x509 import load_pem_x509_certificate
 
 from harpcaller.dispatcher import Dispatcher
 from harpcaller.host_states import HostState, Reachability
+from harpcaller.metrics import Metrics
+from harpcaller.monitoring import Monitor
 from support.dispatcher import call, host_line, running
 from support.peers import PeerConnection
-from support.resumable_host import acknowledged, acknowledgement, call_list, lost, playing, started
+from support.resumable_host import acknowledged, acknowledgement, call_list, ends, lost, playing, started
 
 
 async def reached(dispatcher: Dispatcher, wanted: Reachability) -> HostState:
@@ -107,3 +109,25 @@ async def test_host_shows_its_certificate_round_trip_and_version(tmp_path: Path)
             assert answered.is_set()
             assert 0.02 <= found < 30
             await dispatcher.cancel(job_id)
+
+
+async def test_host_shows_by_how_much_its_clock_differs(tmp_path: Path) -> None:
+    ahead = 100.0
+
+    def begin(conn: PeerConnection) -> None:
+        started(conn)
+        now = time.time() + ahead
+        ends(conn, {"exit_info": {"exit": 0, "by": "itself", "started": now, "ended": now}}, {"result": 1})
+
+    metrics = Metrics()
+    with playing(tmp_path, call_list(), begin) as peer:
+        async with running(tmp_path, host_line(peer.port), resumable_calls=True, metrics=metrics) as dispatcher:
+            monitor = Monitor(dispatcher, metrics)
+            assert (await state_of(dispatcher)).clock_skew is None
+            assert b"\nharp_host_clock_skew_seconds" not in await monitor.scrape()
+            began_at = time.time()
+            await dispatcher.result(await dispatcher.submit(call(), "test"))
+            found = (await state_of(dispatcher)).clock_skew
+            assert found is not None
+            assert ahead - (time.time() - began_at) <= found <= ahead
+            assert f'\nharp_host_clock_skew_seconds{{host="web01"}} {found}\n'.encode() in await monitor.scrape()

@@ -27,6 +27,8 @@ PAGE = (ROOT / "docs/monitoring.md").read_text()
 RARE = {
     "up": {"job", "instance"},
     "harp_hosts_refresh_timestamp_seconds": set[str](),
+    "harp_host_rtt_seconds": {"host"},
+    "harp_host_clock_skew_seconds": {"host"},
     "harp_certificate_expiry_timestamp_seconds": {"file"},
     "harp_store_errors_total": {"verb"},
     "harp_auth_failures_total": {"api"},

@@ -15,6 +15,7 @@ from harp.protocol.json_text import Raw, dumps
 from harpcaller.config import Config
 from harpcaller.explain import ExplainContext, describe_job
 from harpcaller.model.jobs import NO_METADATA, Job, JobDetails, JobMetadata, QueuePosition, State, StopState
+from harpcaller.model.phases import narrow_clock_skew
 from harpcaller.runs.host_starts import FailingStarts
 
 CONTEXT = ExplainContext(
@@ -165,3 +166,21 @@ def test_why_of_a_job_whose_host_accepts_no_starts() -> None:
     assert describe_job(details, CONTEXT)["failed_starts"] is None
     failing.may_try = True
     assert describe_job(details, replace(CONTEXT, failing=failing))["why"] == "2 jobs are before it, position 3"
+
+
+@pytest.mark.parametrize(
+    ("known", "began", "finished", "expected"),
+    [
+        (None, 101.0, 109.0, 0.0),  # between -1 and 1: the clocks may agree
+        (0.5, 101.0, 109.0, 0.5),  # as far as is known already
+        (None, 161.0, 169.0, 59.0),  # between 59 and 61
+        (None, 41.0, 49.0, -59.0),  # between -61 and -59
+        (59.0, 101.0, 109.0, 1.0),  # the clock was set
+        (0.5, 101.0, 169.0, 0.5),  # it was set during the call
+        (0.5, None, 109.0, 0.5),
+        (None, 161.0, "x", None),
+    ],
+)
+def test_clock_skew_is_the_nearest_that_fits(known: float | None, began: Any, finished: Any, expected: Any) -> None:
+    exit_info = Raw(json.dumps({"started": began, "ended": finished}).encode())
+    assert narrow_clock_skew(known, 100.0, 110.0, exit_info) == expected

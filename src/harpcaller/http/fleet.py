@@ -188,6 +188,7 @@ def show_host(state: HostState) -> dict[str, Any]:
         "next_attempt": state.next_attempt,
         "daemon": None if state.daemon is None else dict(state.daemon),
         "rtt": None if state.round_trip is None else round(state.round_trip, 6),
+        "clock_skew": None if state.clock_skew is None else round(state.clock_skew, 3),
         "certificate": None if state.certificate_end is None else {"not_after": state.certificate_end},
         "source": state.source,
     }
@@ -252,6 +253,10 @@ HOST = {
         "rtt": {
             **_NUMBER_OR_NULL,
             "description": "seconds from the latest heartbeat to the reply; null: no call has been long enough for one",
+        },
+        "clock_skew": {
+            **_NUMBER_OR_NULL,
+            "description": "seconds by which its clock is ahead, at least; negative: behind; null: no call has ended",
         },
         "certificate": {
             "type": ["object", "null"],

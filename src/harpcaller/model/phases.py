@@ -34,6 +34,22 @@ def measure_phases(
     return phases
 
 
+def narrow_clock_skew(skew: float | None, started: float | None, ended: float, exit_info: Raw | None) -> float | None:
+    """Return the clock skew of a host that fits one of its calls and is nearest to `skew`; None: unknown.
+
+    The clock skew is by how many seconds the host's clock is ahead. The process of a call began after its job got the
+    slot, at `started`, and its end was received before `ended`: so the skew is between two values. They are far apart
+    if the start of the process or the end took long to arrive, not if the call ran long.
+    """
+    began, finished, _, _ = _read_times(exit_info)
+    if started is None or began is None or finished is None:
+        return skew
+    least, most = finished - ended, began - started
+    if least > most:  # one of the clocks was set during the call
+        return skew
+    return min(max(skew or 0.0, least), most)
+
+
 class _Times(Struct):
     """The times in exit info, as they are."""
 

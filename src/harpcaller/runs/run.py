@@ -765,6 +765,8 @@ class Run:
                     ended = context.wall() - (time.monotonic() - write_started_at)
                     of_call = self._connect_seconds, self._exit_info
                     context.metrics.record_end(self.job, ended, write_started_at, *of_call)
+                    if context.tls.connects is not None:
+                        context.tls.connects.record_call(self.job, ended, self._exit_info)
                 by = "host" if self._stop_report is not None else None
                 context.audit.report_end(job_id, self.job, end, "dispatcher" if outcome.stop_request else by)
                 self._end_fields = {"end": state_of(end).value}
