@@ -52,6 +52,14 @@ def test_shorter_module_has_the_tokens_of_its_source(name: str) -> None:
         ("`a  ${ b  +  `c  ${ { d:  1 } }  e` }  // f`", "`a  ${b+`c  ${{d:1}}  e`}  // f`"),
         ("`<a>\n    <b  c=${ d } />\n  </a>`", "`<a>\n<b  c=${d} />\n</a>`"),
         (r"`a \` \${ b  c` + d", r"`a \` \${ b  c`+d"),
+        ("if (a(b)) /c  d/.test(e)", "if(a(b))/c  d/.test(e)"),
+        ('while (a) /c  "/.test(e) || (f) / g  / h;', 'while(a)/c  "/.test(e)||(f)/g/h;'),
+        ("for await (a of b) /c  d/.test(e)", "for await(a of b)/c  d/.test(e)"),
+        ("a.with(1) / c  / d", "a.with(1)/c/d"),
+        ("a.return / c  / d", "a.return/c/d"),
+        ("else /c  d/.test(e)", "else/c  d/.test(e)"),
+        ("a++ / c  / d; --a", "a++/c/d;--a"),
+        ("`${ (a) / c  / d } ${ /e  f/.g }`", "`${(a)/c/d} ${/e  f/.g}`"),
     ],
 )
 def test_shorter_source_is_as_expected(source: str, shorter: str) -> None:
@@ -66,10 +74,19 @@ def test_any_source_keeps_its_tokens(parts: list[str]) -> None:
     assert tokens(shorten(source)) == tokens(source)
 
 
-def test_source_that_is_no_module_is_refused() -> None:
-    for source in ("a `b", 'a "b'):
-        with pytest.raises(ValueError, match="not a module"):
-            list(tokenize(source))
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ("a `b\nc", "line 3: the template has no end: `b"),
+        ('a "b\n";', 'line 3: the text has no end: "b'),
+        ("return /b [\n]/", "line 3: the regular expression has no end: /b ["),
+    ],
+)
+def test_source_that_cannot_be_read_is_refused_with_its_line(source: str, problem: str) -> None:
+    module = f'import {{\n  x }} from "./app.mjs";\n{source}'
+    sources = {**dict.fromkeys(("app", "overview", "jobs", "lists", "log-worker"), ""), "job": module}
+    with pytest.raises(ValueError, match=re.escape(f"job.mjs, {problem}")):
+        join_modules(sources)
 
 
 def test_modules_are_joined_in_the_order_of_their_imports() -> None:
@@ -82,41 +99,34 @@ def test_modules_are_joined_in_the_order_of_their_imports() -> None:
     }
     joined = join_modules(sources)
     assert joined["app.mjs"].splitlines() == [
-        'import * as $htm from "./vendor/htm.mjs";',
-        "const $base = (() => {",
-        "const { default: htm } = $htm;",
-        "const one = 1;",
-        "async function two() {}",
-        "return { one, two };",
+        'import*as $htm from"./vendor/htm.mjs";',
+        "const $base=(()=>{const{default:htm}=$htm;const one=1;async function two(){}",
+        "return{one,two}",
         "})();",
-        "const $app = (() => {",
-        "const { one } = $base;",
-        "one();",
-        "return {  };",
+        "const $app=(()=>{const{one}=$base;one();",
+        "return{}",
         "})();",
-        "export { $base as base };",
+        "export{$base as base};",
     ]
     views = joined["views.mjs"].splitlines()
     assert views[:2] == [
-        'import * as $preact from "./vendor/preact.mjs";',
-        'import { base as $base } from "./app.mjs";',
+        'import*as $preact from"./vendor/preact.mjs";',
+        'import{base as $base}from"./app.mjs";',
     ]
-    assert "const { one, two } = $base;" in views
-    assert "return { h };" in views
-    assert views[-1] == "export { $overview as overview, $jobs as jobs, $lists as lists, $job as job };"
-    assert "const $base = (() => {" in joined["log-worker.mjs"], "a worker runs apart from the page"
+    assert "const $jobs=(()=>{const{one,two}=$base;const{h}=$preact;" in views
+    assert "return{h}" in views
+    assert views[-1] == "export{$overview as overview,$jobs as jobs,$lists as lists,$job as job};"
+    assert "const $base=(()=>{" in joined["log-worker.mjs"], "a worker runs apart from the page"
 
 
 @pytest.mark.parametrize("line", ["export let a = 1;", 'import * as a from "./base.mjs";', "export default a;"])
 def test_module_that_cannot_be_joined_is_refused(line: str) -> None:
     sources = {**dict.fromkeys(("app", "overview", "jobs", "lists", "log-worker"), ""), "job": line + "\n"}
-    with pytest.raises(ValueError, match=r"job\.mjs: an import or export"):
+    with pytest.raises(ValueError, match=r"job\.mjs, line 1: an import or export"):
         join_modules(sources)
 
 
 def test_all_modules_of_the_console_are_sent_once() -> None:
     joined = join_modules(SOURCES)
-    sent = [
-        name for file in ("app.mjs", "views.mjs") for name in re.findall(r"^const \$(\w+) = \(", joined[file], re.M)
-    ]
+    sent = [name for file in ("app.mjs", "views.mjs") for name in re.findall(r"^const \$(\w+)=\(", joined[file], re.M)]
     assert sorted([*sent, "log-worker"]) == sorted(SOURCES)

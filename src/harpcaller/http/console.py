@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from harpcaller.http.modules import join_modules, shorten
+from harpcaller.http.modules import join_modules
 
 # Nothing is loaded from elsewhere, nothing is framed, and no text becomes script. The policy `harp` makes one script
 # address, the one of the log worker: without it Chromium refuses `new Worker`.
@@ -80,7 +80,7 @@ class StaticFile(NamedTuple):
 def read_static_files(directory: Path = _STATIC) -> dict[str, StaticFile]:
     """Return the console's files, by their paths below `directory`; files of other kinds are left out."""
     sources = {path.stem: path.read_text() for path in directory.glob("*.mjs")}
-    bodies = {name: shorten(text).encode() for name, text in join_modules(sources).items()}
+    bodies = {name: text.encode() for name, text in join_modules(sources).items()}
     for path in directory.rglob("*"):
         is_joined = path.suffix == ".mjs" and path.parent == directory
         if path.is_file() and path.suffix in MEDIA_TYPES and not is_joined:

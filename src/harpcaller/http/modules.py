@@ -6,7 +6,8 @@ file each module is a function that returns what it exports; nothing else change
 own, to the byte.
 
 Shortening takes out comments, indentation, and spaces that no program needs. A lexer is enough for this, since names
-and statements stay as they are: the shorter file has the tokens of the source, in the same order.
+and statements stay as they are: the shorter file has the tokens of the source, in the same order. Whether `/` begins a
+regular expression depends on what is before it. What the lexer cannot read is an error with its file and line.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ _EXPORT_LIST: Final = re.compile(r"^export \{ ([^}]*) \};\n", re.MULTILINE)
 
 
 def join_modules(sources: Mapping[str, str]) -> dict[str, str]:
-    """Return the files of `FILES`, which export each of their modules by its name.
+    """Return the files of `FILES`, shortened, which export each of their modules by its name.
+
+    Raises ValueError with the file and, in most cases, the line of a module that cannot be joined or read.
 
     Args:
         sources: the text of each module, by its name without `.mjs`. It imports by whole lines, and exports constants,
@@ -42,14 +45,12 @@ def join_modules(sources: Mapping[str, str]) -> dict[str, str]:
         vendored: dict[str, None] = {}
         for entry in entries:
             _collect(entry, sources, [] if is_worker else of_frame, ordered, vendored)
-        head = [f'import * as {_variable(name)} from "./{name}.mjs";' for name in vendored]
+        head = [f'import*as {_variable(name)} from"./{name}.mjs";' for name in vendored]
         if of_frame and not is_worker:
-            head.append(
-                f'import {{ {", ".join(f"{name} as {_variable(name)}" for name in of_frame)} }} from "./app.mjs";'
-            )
+            head.append(f'import{{{",".join(f"{name} as {_variable(name)}" for name in of_frame)}}}from"./app.mjs";')
         names = [name for name in ordered if name != "app" and not is_worker]
-        tail = f"export {{ {', '.join(f'{_variable(name)} as {name}' for name in names)} }};" if names else ""
-        joined[file] = "\n".join([*head, *(_wrap(name, sources[name]) for name in ordered), tail])
+        tail = [f"export{{{','.join(f'{_variable(name)} as {name}' for name in names)}}};"] if names else []
+        joined[file] = "\n".join([*head, *(_wrap(name, sources[name]) for name in ordered), *tail, ""])
         if not of_frame:
             of_frame = names
     return joined
@@ -68,20 +69,25 @@ def _collect(
 
 
 def _wrap(name: str, source: str) -> str:
-    """Return a module as a constant: an object of what it exports."""
+    """Return a module, shortened, as a constant: an object of what it exports."""
     exports = _EXPORT.findall(source)
     for listed in _EXPORT_LIST.findall(source):
         exports += listed.split(", ")
-    body = _EXPORT.sub("", _EXPORT_LIST.sub("", source))
+    body = _EXPORT.sub("", _EXPORT_LIST.sub("\n", source))
     body = _IMPORT.sub(
         lambda found: (
             f"const {found[1] if found[1][0] == '{' else f'{{ default: {found[1]} }}'} = {_variable(found[2])};\n"
         ),
         body,
     )
-    if re.search(r"^(?:import|export)\b", body, re.MULTILINE):
-        raise ValueError(f"{name}.mjs: an import or export that cannot be joined")
-    return f"const {_variable(name)} = (() => {{\n{body}return {{ {', '.join(exports)} }};\n}})();"
+    if other := re.search(r"^(?:import|export)\b", body, re.MULTILINE):
+        line = body.count("\n", 0, other.start()) + 1
+        raise ValueError(f"{name}.mjs, line {line}: an import or export that cannot be joined; see join_modules")
+    try:
+        shorter = shorten(body)
+    except ValueError as error:
+        raise ValueError(f"{name}.mjs, {error}") from error
+    return f"const {_variable(name)}=(()=>{{{shorter}return{{{','.join(exports)}}}\n}})();"
 
 
 def _variable(name: str) -> str:
@@ -90,23 +96,29 @@ def _variable(name: str) -> str:
 
 _CODE: Final = re.compile(
     r"""(?P<space>(?:\s|//[^\n]*|/\*.*?\*/)+)"""
-    r"""|(?P<text>"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')"""
+    r"""|(?P<text>"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*')"""
     r"""|(?P<word>[\w$]+)"""
-    r"""|(?P<mark>[^"'`])""",
+    r"""|(?P<mark>\+\+|--|[^"'`])""",
     re.DOTALL,
 )
-_REGEX: Final = re.compile(r"/(?:\\.|\[(?:\\.|[^\]\\])*\]|[^/\\\[])+/\w*")
+_REGEX: Final = re.compile(r"/(?:\\.|\[(?:\\.|[^\]\\\n])*\]|[^/\\\[\n])+/\w*")
 _TEMPLATE: Final = re.compile(r"(?:\\.|\$(?!\{)|[^`\\$])*(?:`|\$\{)", re.DOTALL)
-_BEFORE_REGEX: Final = frozenset("(,=:[!&|?{};+-*%~^<>") | {"return", "typeof", "case", "of", "in", "void", ""}
+_WORDS_BEFORE_VALUE: Final = "await case delete do else in instanceof new of return throw typeof void yield"
+#: A `/` after these begins a regular expression; after others, it is a division.
+_BEFORE_VALUE: Final = frozenset(["", *"(,=:[!&|?{};+-*%~^<>", *_WORDS_BEFORE_VALUE.split()])
+_WORDS_BEFORE_STATEMENT: Final = frozenset({"if", "while", "for", "with"})  #: A statement follows their parentheses.
 
 
 def tokenize(source: str) -> Iterator[tuple[str, str]]:
     """Yield the kind and the text of each token; together the texts are the source.
 
     The kinds are `space` (with comments), `text`, `template` (one piece between expressions), `regex`, `word`, `mark`.
+    Raises ValueError with the line.
     """
     place, before = 0, ""
+    is_value_next = True  # so a `/` is no division
     depths: list[int] = []  # of open braces, in each template whose expression is open
+    opened: list[bool] = []  # for each open parenthesis: whether a statement follows it
     while place < len(source):
         found = None
         kind = ""
@@ -116,28 +128,38 @@ def tokenize(source: str) -> Iterator[tuple[str, str]]:
             start = place
         elif source[place] == "`":
             found, kind, start = _TEMPLATE.match(source, place + 1), "template", place
-        elif source[place] == "/" and before in _BEFORE_REGEX and source[place + 1] not in "/*":
+        elif source[place] == "/" and is_value_next and source[place + 1 : place + 2] not in ("/", "*"):
             found, kind, start = _REGEX.match(source, place), "regex", place
         else:
             found, start = _CODE.match(source, place), place
             kind = found.lastgroup or "" if found else ""
         if found is None:
-            raise ValueError(f"not a module: {source[place : place + 40]!r}")
+            line, snippet = source.count("\n", 0, place) + 1, source[place : place + 40].partition("\n")[0]
+            what = "regular expression" if kind == "regex" else "template" if kind == "template" else "text"
+            raise ValueError(f"line {line}: the {what} has no end: {snippet}; write it in another way if it has one")
         place = found.end()
         token = source[start:place]
         if kind == "template" and token.endswith("${"):
             depths.append(0)
         elif kind == "mark" and depths:
             depths[-1] += {"{": 1, "}": -1}.get(token, 0)
-        if kind != "space":
-            before = token
         yield kind, token
+        if kind == "space" or (before, token) == ("for", "await"):
+            continue
+        leads_statement, before = before in _WORDS_BEFORE_STATEMENT, "." + token if before == "." else token
+        is_value_next = before in _BEFORE_VALUE or (kind == "template" and token.endswith("${"))
+        match token:
+            case "(":
+                opened.append(leads_statement)
+            case ")" if opened:
+                is_value_next = opened.pop()
 
 
 def shorten(source: str) -> str:
     """Return a module without comments and needless spaces.
 
-    Line feeds between tokens stay, because a statement may end by one; in templates, indentation goes.
+    Line feeds between tokens stay, because a statement may end by one; in templates, indentation goes. Raises
+    ValueError with the line that cannot be read.
     """
     pieces: list[str] = []
     space = ""
