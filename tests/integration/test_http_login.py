@@ -61,6 +61,29 @@ async def test_http_link_logs_in_once_and_logout_ends_the_session(tmp_path: Path
         assert (await alice.get("/me", headers={"Cookie": f"harp={kept}"})).status_code == 401
 
 
+async def test_http_login_of_a_stranger_is_no_denial(tmp_path: Path) -> None:
+    """A page asks who is logged in, and for the job of its address, before it shows the login."""
+    file = tmp_path / "audit.jsonl"
+    async with running_api(tmp_path, rules=None, audit_file=file) as api, browser(api) as alice:
+        for path in ("/me", f"/jobs/{'0' * 8}-0000-0000-0000-{'0' * 12}"):
+            assert (await alice.get(path)).status_code == (await alice.head(path)).status_code == 401
+        await log_in(api, alice, "viewer")
+        assert not denials(file)
+        for cookie in ("harp=ended", ""):
+            refused = [
+                await alice.get("/me", headers={"Cookie": cookie, "Authorization": "" if cookie else "Bearer x"}),
+                await alice.post("/jobs", json={}, headers={"Cookie": cookie}),
+                await alice.post("/session", json={"link": "wrong"}, headers={"Cookie": cookie}),
+            ]
+            assert [reply.status_code for reply in refused] == [401] * 3
+        assert len(denials(file)) == 6
+
+
+def denials(audit_file: Path) -> list[Any]:
+    entries = [json.loads(line) for line in audit_file.read_text().splitlines()]
+    return [entry for entry in entries if entry.get("decision") == "denied"]
+
+
 async def test_http_token_logs_in_and_its_session_ends_with_it(tmp_path: Path) -> None:
     async with running_api(tmp_path, rules=None) as api, browser(api) as shop:
         api.headers_of("shop", "viewer")

@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from harpcaller.access import AuthError, Refusal
 from harpcaller.access.client import Client
 from harpcaller.http import audit, events, fleet, jobs, lists, login, records
-from harpcaller.http.authentication import authenticate, check_request_origin, identify_connection
+from harpcaller.http.authentication import NoProof, authenticate, check_request_origin, identify_connection
 from harpcaller.http.guards import check_host
 from harpcaller.http.openapi import encode_document
 from harpcaller.http.operations import TAG, TAG_HEADER, UNCHANGED, Answer, APIRequest, Operation, has_tag, tag_of
@@ -188,7 +188,9 @@ async def _settle(error: Exception, service: HTTPService, request: Request) -> P
     """Return the problem of an error, after its entry in the audit file, and the delay of a wrong token."""
     if isinstance(error, AuthError):
         service.metrics.auth_failures[("http",)] += 1
-        service.acting_as(request.state.client).record_unauthenticated(error)
+        # A page asks who is logged in before a login. Nothing is refused then that an auditor looks for.
+        if not (isinstance(error, NoProof) and request.method in ("GET", "HEAD")):
+            service.acting_as(request.state.client).record_unauthenticated(error)
     if isinstance(error, Refusal) and error.recorded is not None:
         await asyncio.wait([error.recorded])
         error.recorded.exception()  # it is refused all the same

@@ -32,6 +32,10 @@ _HINT = "on the dispatcher's machine, `harpcallerd token add NAME --role=operato
 _NO_PROOF = f"the request needs the header `Authorization: Bearer TOKEN`, or the cookie of a session; {_HINT}"
 
 
+class NoProof(AuthError):
+    """A request without anything that could prove who its client is."""
+
+
 async def authenticate(request: Request, service: HTTPService) -> Proof:
     """Return the proof of a request. Raises `AuthError`, and `CrossOrigin` if a foreign page may have caused it."""
     header = request.headers.get("authorization")
@@ -61,7 +65,7 @@ async def authenticate(request: Request, service: HTTPService) -> Proof:
     if cookie is not None:
         return _of_session(connection, cookie, service, find_connection_error)
     if len(connection.principals) == 1:
-        raise AuthError(_NO_PROOF)
+        raise NoProof(_NO_PROOF)
     if (error := find_connection_error()) is not None:
         raise AuthError(error)
     return Proof(replace(connection, authenticated=True), find_connection_error)
