@@ -615,8 +615,8 @@ _ARGUMENTS |= {
         "metavar": "WORD",
         "nargs": "*",
         "default": (),
-        "help": "KEY:VALUE, such as state:bad (raised or failed), host:web*, from:-12h; or a text in procedure, host, "
-        "info or message",
+        "help": "KEY:VALUE, such as state:bad (raised or failed), host:web*, from:-12h, from:yesterday; or a text in "
+        "procedure, host, info or message; arguments:TEXT looks in the arguments",
     },
     "show words": {"metavar": "JOB", "nargs": "+", "help": "a job id, its beginning, or words as of harp jobs"},
     "show --recent": {

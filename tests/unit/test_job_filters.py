@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -70,11 +73,12 @@ def test_search_text_gives_the_filter(text: str, expected: dict[str, Any]) -> No
         ("procedure:" + ",".join(map(str, range(501))), "procedure", "at most 500 values"),
         ("queue:mine", "queue", "expected the id of a queue"),
         ("queue:-,-", "queue", "expected one value"),
-        ("from:yesterday", "from", "expected Unix seconds"),
-        ("from:2026-01-31", "from", "expected Unix seconds"),
-        ("from:2026-01-31T12:00:00", "from", "expected Unix seconds"),
-        ("from:nan", "from", "expected Unix seconds"),
-        ("from:-1", "from", "expected Unix seconds"),
+        ("from:tomorrow", "from", "expected today, yesterday, 2026-01-31, 2026-01-31T12:00:00Z, Unix seconds, or"),
+        ("from:2026-02-31", "from", "expected today"),
+        ("from:0001-01-01", "from", "expected today"),
+        ("from:2026-01-31T12:00:00", "from", "expected today"),
+        ("from:nan", "from", "expected today"),
+        ("from:-1", "from", "expected today"),
         ("from:1 from:2", "from", "expected one value"),
         ("stop:maybe", "stop", "expected pending, confirmed, failed, unknown"),
         ("holds_slot:yes", "holds_slot", "expected 1 or 0"),
@@ -110,9 +114,37 @@ def test_parameters_of_a_query_are_the_words_of_a_search() -> None:
         parse_filter([("limit", "1")], NOW)
 
 
+@pytest.fixture
+def in_new_york(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Run the test in another time zone, in which a day of March has 23 hours."""
+    monkeypatch.setenv("TZ", "EST5EDT,M3.2.0,M11.1.0")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+@pytest.mark.usefixtures("in_new_york")
+@pytest.mark.parametrize(
+    ("text", "begin"),
+    [
+        ("today", "2027-03-15T00:00:00-04:00"),
+        ("yesterday", "2027-03-14T00:00:00-05:00"),
+        ("2027-03-14", "2027-03-14T00:00:00-05:00"),
+        ("2027-01-31", "2027-01-31T00:00:00-05:00"),
+    ],
+)
+def test_days_begin_at_midnight_of_the_dispatcher(text: str, begin: str) -> None:
+    now = datetime.fromisoformat("2027-03-16T03:00:00Z").timestamp()  # still the 15th there
+    found = parse_search(f"from:{text}", now)
+    assert found.submitted.since == datetime.fromisoformat(begin).timestamp()
+    assert parse_search(found.normal_form(), now) == found
+
+
 def test_relative_times_have_one_normal_form() -> None:
     """A cursor belongs to a normal form, and the next page is asked for later."""
-    assert parse_search("from:-2h", NOW).normal_form() == parse_search("from:-2h", NOW + 60).normal_form()
+    for text in ("from:-2h", "from:yesterday to:today"):
+        assert parse_search(text, NOW).normal_form() == text == parse_search(text, NOW + 60).normal_form()
 
 
 NAMES = st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="*"), min_size=1, max_size=9))

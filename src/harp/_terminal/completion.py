@@ -29,7 +29,8 @@ _MAX_DESCRIPTION = 60  #: Characters.
 _FILTER_VALUES: Mapping[str, tuple[str, ...]] = {
     "state": ("queued", "running", "returned", "raised", "failed", "cancelled", "open", "ended", "bad"),
     **dict.fromkeys(
-        ("from", "to", "ended_from", "ended_to", "started_from", "started_to"), ("-1h", "-12h", "-1d", "-7d")
+        ("from", "to", "ended_from", "ended_to", "started_from", "started_to"),
+        ("-1h", "-12h", "-1d", "-7d", "today", "yesterday"),
     ),
     "stop": ("pending", "confirmed", "failed", "unknown"),
     "holds_slot": ("1", "0"),

@@ -61,7 +61,13 @@ class JobFilterQuery(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     info: Annotated[str | None, Meta(description="A part of the JSON text of `info`.")] = None
     arguments: Annotated[str | None, Meta(description="A part of the JSON text of the arguments.")] = None
     rerun_of: Annotated[str | None, Meta(description="Jobs that repeat this one.")] = None
-    q: Annotated[str | None, Meta(description="A search text: `key:value` words, and words to look for.")] = None
+    q: Annotated[
+        str | None,
+        Meta(
+            description="A search text: `key:value` words, and words to look for in host, procedure, `info` and the "
+            "message of the end."
+        ),
+    ] = None
 
     def parse(self, now: float) -> JobFilter:
         """Return the filter. Raises `InvalidFilter`; `now` is Unix seconds."""

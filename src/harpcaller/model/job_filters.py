@@ -1,4 +1,4 @@
-"""Filters of jobs: which jobs a list, a count or a stream of changes has. Pure: `now` is an argument.
+"""Filters of jobs: which jobs a list, a count or a stream of changes has. `now` is an argument; days are local ones.
 
 A filter has the same words everywhere: as the parameters of a query (`parse_filter`), and as one text for people
 (`parse_search`), in which words without a key are searched for in several places. `JobFilter.normal_form` is the text
@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from datetime import datetime
+from datetime import date, datetime, timedelta
 from difflib import get_close_matches
 from functools import lru_cache
 from math import isfinite
@@ -33,6 +33,8 @@ MAX_TEXT = 1000  #: Maximum length of a value that is searched for in a text, in
 _MAX_NAME = 255
 _RELATIVE = re.compile(r"-(\d{1,9})([smhd])", re.ASCII)
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_DAYS_AGO = {"today": 0, "yesterday": 1}
+_DATE = re.compile(r"\d{4}-\d{2}-\d{2}", re.ASCII)
 _MAX_SUGGESTIONS = 20  #: Maximum number of unknown keys that are compared with the known ones, which takes long.
 _LATEST = 253402300800.0  # the year 10000
 _ID_CHARACTERS = re.compile(r"[0-9a-f-]{8,36}", re.ASCII)
@@ -328,18 +330,24 @@ def _read_id_start(name: str, values: list[str], now: float, fields: dict[str, A
 
 
 def parse_time(name: str, text: str, now: float) -> float:
-    """Return a time in Unix seconds: of a number, of a date and time by RFC 3339, or of ``-2h`` (s, m, h, d)."""
+    """Return a time in Unix seconds: of a number, of a date and time by RFC 3339, or of ``-2h`` (s, m, h, d).
+
+    A date, ``today`` and ``yesterday`` are the midnight before this day, in the time zone of the dispatcher.
+    """
     if relative := _RELATIVE.fullmatch(text):
         return now - int(relative[1]) * _UNITS[relative[2]]
+    if text in _DAYS_AGO:
+        text = (date.fromtimestamp(now) - timedelta(_DAYS_AGO[text])).isoformat()
     time: float | None = None
     try:
         time = float(text)
     except ValueError:
-        with suppress(ValueError):
+        with suppress(ValueError, OverflowError):
             moment = datetime.fromisoformat(text)
-            time = moment.timestamp() if moment.tzinfo is not None else None
+            time = moment.timestamp() if moment.tzinfo is not None or _DATE.fullmatch(text) else None
     if time is None or not isfinite(time) or not 0 <= time < _LATEST:
-        expected = "Unix seconds, 2026-01-31T12:00:00Z, or a time before now such as -15m, -2h or -7d"
+        days = "today, yesterday, 2026-01-31, 2026-01-31T12:00:00Z"
+        expected = f"{days}, Unix seconds, or a time before now such as -15m, -2h or -7d"
         raise InvalidFilter(name, f"expected {expected}, got {text[:40]}")
     return time
 
@@ -351,7 +359,7 @@ def _time(field: str, is_since: bool) -> _Part:
         text = _one(name, values)
         before: Span = fields.get(field, ANY_TIME)
         written = {name: getattr(before, name) for name in Span.__struct_fields__}
-        relative = text if _RELATIVE.fullmatch(text) else ""
+        relative = text if text in _DAYS_AGO or _RELATIVE.fullmatch(text) else ""
         fields[field] = Span(**written | {side: parse_time(name, text, now), f"{side}_text": relative})
 
     def write(found: JobFilter) -> Iterator[str]:
