@@ -183,23 +183,8 @@ def test_output_of_endless_child_does_not_delay_end(supervisor: Supervisor, tmp_
     assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
 
 
-@pytest.mark.timeout(400)
 def test_zygote_hanging_is_replaced_and_calls_continue(tmp_path: Path) -> None:
     """An abandoned start never happens, even when the zygote continues."""
-    for attempt in range(3):
-        directory = tmp_path / str(attempt)
-        directory.mkdir()
-        try:
-            start_while_zygote_hangs(directory)
-        except (ValueError, TimeoutError, psutil.NoSuchProcess):
-            # On a busy machine the call may get a process that was there before, or a new zygote: another scenario.
-            if attempt == 2:
-                raise
-        else:
-            return
-
-
-def start_while_zygote_hangs(tmp_path: Path) -> None:
     with Supervisor(tmp_path / "supervisor", PROCEDURES + OWN, kill_grace=0.3) as supervisor:
         zygote = psutil.Process(supervisor.status()["zygote"])
         with supervisor.call_resumable("wait_for", str(tmp_path / "go")) as before:

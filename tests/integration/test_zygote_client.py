@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from harpd.supervisor import zygote_client
@@ -25,6 +26,19 @@ from harpd.proc import procedure
 def same(value):
     return value
 """
+#: The zygote halts in its next fork, before it closes a descriptor that is the worker's.
+HALTING_FORK = (
+    PROCEDURES
+    + """
+own, close, file = os.getpid(), os.close, __file__ + ".halt"
+def close_halting(descriptor):
+    if os.getpid() == own and os.path.exists(file):
+        os.unlink(file)
+        os.kill(own, 19)
+    close(descriptor)
+os.close = close_halting
+"""
+)
 HANGING_FORK = PROCEDURES + "os.register_at_fork(before=lambda: time.sleep(3600))\n"
 #: How many workers are forked ahead.
 PREFORKED = 4
@@ -35,6 +49,7 @@ class IdleCall:
 
     def __init__(self) -> None:
         self.failures: list[str] = []
+        self.statuses: list[int] = []  # of its worker
 
     def on_forked(self) -> None:
         pass
@@ -43,7 +58,7 @@ class IdleCall:
         self.failures.append(reason)
 
     def on_reaped(self, status: int, cpu: float | None, memory: int | None) -> None:
-        pass
+        self.statuses.append(status)
 
 
 class Clock:
@@ -62,6 +77,7 @@ class Clock:
             "default_group": None,
             "descriptors": 1000,
         }
+        self.halt = file.with_name(f"{file.name}.halt")  # see `HALTING_FORK`
         self.loop = EventLoop()
         self.offset = 0.0
         boot_time = self.loop.now
@@ -160,5 +176,30 @@ def test_zygote_that_hangs_in_its_first_fork_is_killed(tmp_path: Path) -> None:
         yield lambda: clock.lost
         assert clock.loaded == [None]
         yield lambda: os.waitid(os.P_PID, clock.zygote.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+
+    clock.run(steps())
+
+
+def test_zygote_halted_in_a_fork_has_no_dead_worker_get_a_call(tmp_path: Path) -> None:
+    """A worker that was reported to the supervisor has the only copy of its channel's end, which shows its death."""
+    clock, before, late = Clock(tmp_path, HALTING_FORK), IdleCall(), IdleCall()
+
+    def steps() -> Iterator[Callable[[], object]]:
+        yield lambda: len(clock.zygote.worker_identities()) == PREFORKED
+        clock.halt.touch()
+        zygote = psutil.Process(clock.zygote.pid)
+        used = clock.zygote.assign(before, "a call", "same")  # so that the next one is forked
+        yield lambda: zygote.status() == psutil.STATUS_STOPPED
+        preforked = [process for process in zygote.children() if process.pid != used.identity[0]]
+        assert len(preforked) == PREFORKED
+        for process in preforked:
+            process.kill()
+        yield lambda: all(process.status() == psutil.STATUS_ZOMBIE for process in preforked)
+        abandoned = clock.zygote.assign(late, "a call", "same")
+        yield lambda: late.failures or late.statuses
+        assert (len(late.failures), late.statuses) == (1, [])
+        assert before.statuses == []
+        for worker in (used, abandoned):
+            worker.release()
 
     clock.run(steps())

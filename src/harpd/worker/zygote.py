@@ -144,11 +144,14 @@ class _Zygote:
             pid = os.fork()
             if not pid:
                 self._run_worker(worker, *descriptors)
-            self._send({"forked": pid})
+            reply: dict[str, Any] = {"forked": pid}
         except OSError as error:
-            self._send({"failed": f"cannot create a process: {error.strerror}"})
+            reply = {"failed": f"cannot create a process: {error.strerror}"}
+        # Before the reply: from then on, the supervisor sees the worker's death by its channel, although this process
+        # may be halted anywhere.
         for descriptor in descriptors:
             os.close(descriptor)
+        self._send(reply)
         return True
 
     def _run_worker(self, worker: Worker, channel: int, stdout: int, stderr: int) -> NoReturn:
