@@ -303,13 +303,13 @@ class ActingAs:
         """Return all details of a job; the ids of other jobs are replaced by their number, unless it may read these."""
         return (await self.describe(job_id))[1]
 
-    async def describe(self, job_id: str) -> tuple[JobDetails, dict[str, Any]]:
-        """Return what is stored of a job, and what `details` returns."""
+    async def describe(self, job_id: str, is_new: bool = False) -> tuple[JobDetails, dict[str, Any]]:
+        """Return what is stored of a job, and what `details` returns; `is_new`: the client has just submitted it."""
         began_at, denied = time.monotonic(), list[Subject]()
         decides = self._is_restricted and self._general_rights is None
         rights = (self._may_read, self._sees_others, self._permit_reads(denied)) if decides else ()
         try:
-            stored, details = await self._dispatcher.describe(job_id, *rights)
+            stored, details = await self._dispatcher.describe(job_id, *rights, is_new=is_new)
         except UnknownJob:
             if not self._is_restricted and not self._records_reads:
                 raise

@@ -458,15 +458,19 @@ class Dispatcher:
         may_read: Callable[[Subject], bool] | None = None,
         sees_others: Callable[[Job], bool] = lambda job: True,
         permits: Callable[[Subject], bool] | None = None,
+        *,
+        is_new: bool = False,
     ) -> tuple[JobDetails, dict[str, Any]]:
         """Return what is stored of a job, and what `details` returns.
 
         Ids of jobs for which `may_read` returns False are replaced by their number. If `sees_others` returns False for
-        the job, its position is among the jobs of its owner. `permits` is as in `get_job`. Spec: docs/protocol.md,
-        Details.
+        the job, its position is among the jobs of its owner; then `permits`, which is as in `get_job`, is needed.
+        `is_new`: the job was just submitted, with short payloads. Spec: docs/protocol.md, Details.
         """
         if permits is None:
-            details = await self.store.get_details(job_id)
+            details = self.store.get_new_details(job_id) if is_new else None
+            if details is None:
+                details = await self.store.get_details(job_id)
         else:
             details = await self.store.get_permitted_details(job_id, permits, SUBJECT_BYTES)
         position, hidden = details.queue_position, 0

@@ -70,7 +70,10 @@ def describe_job(details: JobDetails, context: ExplainContext) -> Envelope:
 
 
 def _position(waiting: QueuePosition, context: ExplainContext) -> int:
-    return waiting.position if context.sees_others else waiting.position_of_owner
+    if context.sees_others:
+        return waiting.position
+    assert waiting.position_of_owner is not None
+    return waiting.position_of_owner
 
 
 _PUBLIC = frozenset({"administrator", "dispatcher"})  # in place of a client's address
@@ -142,7 +145,7 @@ def _why_queued(job: Job, waiting: QueuePosition | None, context: ExplainContext
         return "the store cannot write data of running calls; no job starts until it can"
     if context.active_calls >= context.config.max_calls:
         return f"the dispatcher is full ({context.active_calls} of {context.config.max_calls} calls), {position}"
-    if waiting.position > waiting.position_of_owner and not context.sees_others:
+    if not context.sees_others and waiting.position > _position(waiting, context):
         return f"jobs of other owners are before it, {position}"
     if waiting.position > 1:
         return f"{waiting.position - 1} jobs are before it, {position}"

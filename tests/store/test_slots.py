@@ -12,7 +12,7 @@ from harp.protocol.json_text import Raw
 from harpcaller.model.jobs import QueuePosition, State, StopState
 from harpcaller.store import QueueStatus
 from harpcaller.store.sqlite import Store
-from support.jobs import ENDS, added, claimed, job_in, new_job
+from support.jobs import ENDS, added, claimed, job_in, new_id, new_job
 
 Reopen = Callable[[], Awaitable[Store]]
 
@@ -217,7 +217,7 @@ async def test_list_slot_holders_is_in_order_of_submission(store: Store) -> None
 
 
 async def waiting_of(store: Store, job_id: str) -> QueuePosition:
-    waiting = (await store.get_details(job_id)).queue_position
+    waiting = (await store.get_permitted_details(job_id, lambda job: True, 100)).queue_position
     assert waiting is not None
     return waiting
 
@@ -230,7 +230,9 @@ async def test_queue_position_of_a_job_with_a_queue(store: Store) -> None:
     await store.cancel_job(ids[15], 6.0)
     others = await added(store) + await added(store, host="other", queue={"q": 1})
     assert await claimed(store) == [ids[12], *others]
-    first = QueuePosition(1, 12, slots_held=12, slot_holders=tuple(ids[1:11]), slots_held_on_host=13)
+    first = QueuePosition(
+        1, 12, slots_held=12, slot_holders=tuple(ids[1:11]), slots_held_on_host=13, position_of_owner=1
+    )
     assert await waiting_of(store, ids[13]) == first
     assert await waiting_of(store, ids[14]) == replace(first, position=2, position_of_owner=2)
     assert await waiting_of(store, ids[19]) == replace(first, position=6, position_of_owner=6)
@@ -241,7 +243,7 @@ async def test_queue_position_of_a_job_without_a_queue(store: Store) -> None:
     ids = await added(store, count=4)
     assert await claimed(store, max_calls_per_host=3) == [*queued, *ids[:2]]
     assert await waiting_of(store, ids[2]) == QueuePosition(
-        1, None, slots_held=2, slot_holders=tuple(ids[:2]), slots_held_on_host=3
+        1, None, slots_held=2, slot_holders=tuple(ids[:2]), slots_held_on_host=3, position_of_owner=1
     )
     assert (await waiting_of(store, ids[3])).position == 2
 
@@ -250,4 +252,23 @@ async def test_head_of_a_full_host_starts_first_when_released(store: Store) -> N
     busy = await added(store)
     waits = await added(store, queue={}, concurrency=5)
     assert await claimed(store, max_calls_per_host=1) == busy
-    assert await waiting_of(store, waits[0]) == QueuePosition(1, 5, slots_held=0, slot_holders=(), slots_held_on_host=1)
+    expected = QueuePosition(1, 5, slots_held=0, slot_holders=(), slots_held_on_host=1, position_of_owner=1)
+    assert await waiting_of(store, waits[0]) == expected
+
+
+async def test_details_of_a_new_job_are_those_that_a_thread_reads(store: Store) -> None:
+    ids = await added(store, count=3, queue={})
+    assert await claimed(store) == ids[:1]
+    for job_id in ids:
+        assert store.get_new_details(job_id) == await store.get_details(job_id)
+    assert store.get_new_details(new_id()) is None
+
+
+async def test_details_of_a_new_job_count_limited_numbers(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long queue is counted by a thread."""
+    monkeypatch.setattr("harpcaller.store.sqlite._COUNTED_AT_ONCE", 3)
+    ids = await added(store, count=3, queue={})
+    assert [store.get_new_details(job_id) is None for job_id in ids] == [False, False, True]
+    waiting = (await store.get_details(ids[2])).queue_position
+    assert waiting is not None
+    assert waiting.position == 3

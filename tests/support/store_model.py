@@ -253,8 +253,7 @@ class ModelStore:
         on_host = sum(other.host == job.host for other in self.list_slot_holders())
         of_owner = 0 if job.max_running is None else self._count_running(job.owner)
         position = queued.index(job.id) + 1
-        own = sum(self.jobs[each][1].owner == job.owner for each in queued[:position])
-        return QueuePosition(position, limit, len(holders), tuple(holders[:10]), on_host, of_owner, own)
+        return QueuePosition(position, limit, len(holders), tuple(holders[:10]), on_host, of_owner)
 
     def read_records(self, job_id: str, first: int) -> Records:
         found = self.records.get(job_id, [])[first:]

@@ -245,10 +245,10 @@ def etag_of(job: Job) -> str:
     return f"{job.state.value}.{job.stop.value if job.stop else '-'}.{int(job.holds_slot)}"
 
 
-async def show_job(request: APIRequest, job_id: str, form: str) -> tuple[Job, Envelope]:
-    """Return a job, and the object `Job`. Raises `UnknownJob`."""
+async def show_job(request: APIRequest, job_id: str, form: str, is_new: bool = False) -> tuple[Job, Envelope]:
+    """Return a job, and the object `Job`; `is_new`: the request has just submitted it. Raises `UnknownJob`."""
     acting = request.acting
-    stored, details = await acting.describe(job_id)
+    stored, details = await acting.describe(job_id, is_new)
     job = stored.job
     base = address_of(request, job.id)
     end = None if job.end is None else encode_object(job.end)
@@ -285,15 +285,16 @@ async def submit_job(request: APIRequest) -> Response:
     request_id = request_id_of(request)
     call = with_request_id(await decode_body(request, decoder_of(Call)), request_id)
     job_id = await request.acting.submit(call, received_at)
-    return await show_submitted(request, job_id, request.query.wait)
+    return await show_submitted(request, job_id, request.query.wait, len(request.body) < LONG_LINE)
 
 
-async def show_submitted(request: APIRequest, job_id: str, wait: float = 0.0) -> Response:
-    """Return the response to a submission: the job, perhaps after its end."""
+async def show_submitted(request: APIRequest, job_id: str, wait: float = 0.0, is_short: bool = False) -> Response:
+    """Return the response to a submission: the job, perhaps after its end. `is_short`: its payloads are short."""
     headers = {"Location": address_of(request, job_id), **repeated_headers(request)}
     try:
         await wait_until_ended(request, job_id, wait)
-        _, shown = await show_job(request, job_id, request.query.payloads)
+        is_new = is_short and not wait and not request.acting.is_repeated
+        _, shown = await show_job(request, job_id, request.query.payloads, is_new)
     except (UnknownJob, AccessDenied, StorageError):  # the job is stored, but cannot be shown
         shown = Envelope(job=job_id)
     return json_response(shown, 201, headers)

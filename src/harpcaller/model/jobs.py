@@ -222,7 +222,7 @@ class QueuePosition(Struct, frozen=True):
     slot_holders: tuple[str, ...]  # ids of the oldest of these jobs
     slots_held_on_host: int  # number of jobs that hold a slot on its host, with or without a queue
     slots_held_by_owner: int = 0  # number of jobs of its owner that hold a slot, if the job has `max_running`
-    position_of_owner: int = 1  # among the queued jobs of its lane and its owner, from 1
+    position_of_owner: int | None = None  # among the queued jobs of its lane and its owner, if it was asked for
 
 
 class JobDetails(Struct, frozen=True):

@@ -227,10 +227,13 @@ SELECT call, stop_request, stop_report, exit_info FROM outcomes WHERE job = :seq
 SELECT coalesce(sum(length(bytes) - count + 1), 0) FROM records WHERE job = :seq;
 
 -- name: queue_position
+-- The position is at most :most, if that is not negative.
 SELECT
     (
-        SELECT count(*) FROM jobs INDEXED BY jobs_queued_of_lane
-        WHERE lane = waiting.lane AND state = 'queued' AND seq <= waiting.seq
+        SELECT count(*) FROM (
+            SELECT 1 FROM jobs INDEXED BY jobs_queued_of_lane
+            WHERE lane = waiting.lane AND state = 'queued' AND seq <= waiting.seq LIMIT :most
+        ) AS counted
     ),
     queues.concurrency,
     (SELECT count(*) FROM jobs INDEXED BY jobs_holding WHERE holds_slot = 1 AND lane = waiting.lane),
@@ -239,10 +242,10 @@ SELECT
         SELECT count(*) FROM jobs
         WHERE seq IN (SELECT seq FROM jobs INDEXED BY jobs_holding WHERE holds_slot = 1) AND owner IS waiting.owner
     ) END,
-    (
+    CASE WHEN :with_owner THEN (
         SELECT count(*) FROM jobs INDEXED BY jobs_queued_of_lane
         WHERE lane = waiting.lane AND state = 'queued' AND seq <= waiting.seq AND owner IS waiting.owner
-    )
+    ) END
 FROM jobs AS waiting JOIN calls ON calls.job = waiting.seq LEFT JOIN queues ON queues.lane = waiting.lane
 WHERE waiting.seq = :seq;
 

@@ -25,6 +25,7 @@ from harpcaller.store.sqlite.rows import (
 )
 
 _PAGE_BYTES = 8 * 1024 * 1024  # A page of a list ends when its payloads have this size.
+ALL_QUEUED = -1  #: In place of a maximum number of queued jobs that are counted.
 _MAX_HOLDERS = 10  # Maximum number of slot holders in a queue position.
 
 
@@ -68,14 +69,17 @@ def _find_row(db: sqlite3.Connection, job_id: str) -> Sequence[Any]:
     return row
 
 
-def get_details(db: sqlite3.Connection, job_id: str) -> JobDetails:
-    """Return a job with everything that is stored about it, from one snapshot. Raises `UnknownJob`."""
+def get_details(db: sqlite3.Connection, job_id: str, with_owner: bool = False, most: int = ALL_QUEUED) -> JobDetails:
+    """Return a job with everything that is stored about it, from one snapshot. Raises `UnknownJob`.
+
+    With `with_owner` also its position among the jobs of its owner. Queued jobs are counted up to `most`.
+    """
     with snapshot(db):
         row = _find_row(db, job_id)
         job, seq = decode_job(row), row[0]
         columns = db.execute(QUERIES["get_metadata"], {"seq": seq}).fetchone() or ()
         [(record_bytes,)] = db.execute(QUERIES["record_bytes"], {"seq": seq}).fetchall()
-        waiting = _queue_position(db, seq) if job.state is State.QUEUED else None
+        waiting = _queue_position(db, seq, with_owner, most) if job.state is State.QUEUED else None
     metadata = JobMetadata(*(None if column is None else Raw(column) for column in columns))
     return JobDetails(job, metadata, record_bytes, waiting, None if job.queue is None else queue_id(row[1]))
 
@@ -83,15 +87,19 @@ def get_details(db: sqlite3.Connection, job_id: str) -> JobDetails:
 def get_permitted_details(
     db: sqlite3.Connection, job_id: str, permits: Callable[[Subject], bool], max_bytes: int
 ) -> JobDetails:
-    """Return what `get_details` does for a job that is permitted as in `get_permitted_job`. Raises `UnknownJob`."""
+    """Return what `get_details` does for a job that is permitted as in `get_permitted_job`. Raises `UnknownJob`.
+
+    Its position among the jobs of its owner is known.
+    """
     subject = find_subjects(db, (job_id,), max_bytes).get(job_id)
     if subject is None or not permits(subject):
         raise UnknownJob(job_id)
-    return get_details(db, job_id)
+    return get_details(db, job_id, with_owner=True)
 
 
-def _queue_position(db: sqlite3.Connection, seq: int) -> QueuePosition:
-    [(position, concurrency, slots_held, *others)] = db.execute(QUERIES["queue_position"], {"seq": seq}).fetchall()
+def _queue_position(db: sqlite3.Connection, seq: int, with_owner: bool, most: int) -> QueuePosition:
+    parameters = {"seq": seq, "with_owner": with_owner, "most": most}
+    [(position, concurrency, slots_held, *others)] = db.execute(QUERIES["queue_position"], parameters).fetchall()
     holders = db.execute(QUERIES["slot_holders"], {"seq": seq, "limit": _MAX_HOLDERS}).fetchall()
     return QueuePosition(position, concurrency, slots_held, tuple(job_id for (job_id,) in holders), *others)
 
