@@ -19,7 +19,6 @@ others of that minute share one, with a count.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
 import threading
@@ -30,9 +29,12 @@ from contextlib import suppress
 from operator import attrgetter, itemgetter
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from harp_daemon.audit_file import AuditError, AuditFile
+
+if TYPE_CHECKING:  # large, and harpd's supervisor has another loop
+    import asyncio
 
 __all__ = ["AuditError", "AuditLog", "DirectAuditLog"]
 
@@ -125,6 +127,8 @@ class AuditLog:
     """An audit log whose entries are recorded in the loop in which it was made. Raises `AuditError`."""
 
     def __init__(self, path: Path, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
+        import asyncio
+
         self.path = path
         self._file = AuditFile(path, max_bytes)
         self._loop = asyncio.get_running_loop()
@@ -237,7 +241,7 @@ class AuditLog:
                 self._window.cancel()
             self._end_window(float("inf"))
             self._wakeups.put(True)
-            await asyncio.to_thread(self._thread.join)
+            await self._loop.run_in_executor(None, self._thread.join)
 
     def _admit(self, entry: Recorded, repeats: Hashable) -> bool:
         """Return whether an entry is to be written; otherwise its outcome is set."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import logging.config
 import re
 import sys
 import threading
@@ -203,6 +202,8 @@ def configure(
 
 def _apply(config: Mapping[str, Any]) -> None:
     """Apply a configuration for `logging.config.dictConfig`, and put a queue before each of its handlers."""
+    import logging.config  # large, and only needed here
+
     try:
         # Existing loggers continue to log even if the configuration does not name them.
         logging.config.dictConfig({"version": 1, **config, "disable_existing_loggers": False})

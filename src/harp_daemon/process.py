@@ -114,6 +114,7 @@ def tune_memory(retained_bytes: int, mapped_bytes: int) -> None:
     gc.freeze()
     with suppress(AttributeError, OSError):  # another C library
         libc = ctypes.CDLL(None)
+        libc.malloc_trim(0)  # loading the modules has left 1 MB of free memory
         libc.mallopt(_M_TRIM_THRESHOLD, retained_bytes)
         libc.mallopt(_M_MMAP_THRESHOLD, mapped_bytes)
 

@@ -10,8 +10,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from harp.protocol.printing import print_escaped
-from harp_daemon.audit_commands import add_commands as add_audit_commands
-from harp_daemon.audit_commands import run as run_on_audit_file
 from harp_daemon.event_loop import run
 from harp_daemon.exposition import render
 from harp_daemon.process import ProcessError, detach, occupy_standard_descriptors, pidfile
@@ -115,8 +113,10 @@ def _run_command(options: CommandLine) -> int:
 
 
 def _audit(arguments: list[str]) -> int:
+    from harp_daemon import audit_commands  # large, and the daemon does not need it
+
     command_line = argparse.ArgumentParser(prog="harpd audit", description="Prove and search the audit file.")
-    add_audit_commands(command_line, "harpd")
+    audit_commands.add_commands(command_line, "harpd")
     with written_output("harpd"):
         parsed = command_line.parse_args(arguments)
     config = getattr(parsed, "config", Path(_CONFIG))
@@ -125,7 +125,7 @@ def _audit(arguments: list[str]) -> int:
             file = parsed.file or load(config).audit_file
             if file is None:
                 raise ConfigError(f"{config}: audit_file: not set: nothing is recorded; use --file")
-            return run_on_audit_file(parsed, Path(file))
+            return audit_commands.run(parsed, Path(file))
     except ConfigError as error:
         reason = str(error)
     except OSError as error:

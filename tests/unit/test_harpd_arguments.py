@@ -117,5 +117,12 @@ def test_zygote_imports_are_lean(tmp_path: Path) -> None:
     assert not heavy & loaded(tmp_path, plain)
 
 
+def test_supervisor_imports_are_lean() -> None:
+    """These modules need 3 MB on each host."""
+    program = "import sys, harpd.supervisor.main; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True)
+    assert not {"asyncio", "ssl", "subprocess", "yaml", "logging.config", "argparse"} & set(done.stdout.split())
+
+
 def test_preload_inspect_if_calls_need_it(tmp_path: Path) -> None:
     assert "inspect" in loaded(tmp_path, "from harpd.proc import *\n@procedure\ndef f(*a): return a\n")

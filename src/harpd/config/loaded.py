@@ -28,7 +28,6 @@ from typing import Any
 import msgspec
 
 from harp_daemon import logs
-from harp_daemon.audit_file import AuditError, check_usable
 from harp_daemon.expiry import Validity, read_validities
 from harp_daemon.file_modes import describe_reader, describe_writer
 from harp_daemon.process import describe_exit
@@ -374,6 +373,8 @@ def _load_everything(options: CommandLine) -> list[str]:
     except ResolveError as error:
         raise ConfigError(f"{options.config}: network.address: {error}") from error
     if (audit_file := config.configuration.audit_file) is not None:
+        from harp_daemon.audit_file import AuditError, check_usable  # large, and the daemon does not need it
+
         try:
             check_usable(Path(audit_file))
         except AuditError as error:
