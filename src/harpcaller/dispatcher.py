@@ -152,7 +152,7 @@ class Dispatcher:
         self._runner = Runner(lambda: self.registry.is_ready, wall())
         self.registry = HostsRegistry(config, self._on_hosts_changed)
         self.access.use_tags(self.registry.list_tags())
-        self._pruner = Pruner(store, wall, lambda: self.config.max_age_seconds)
+        self._pruner = Pruner(store, wall, lambda: self.config.max_age_seconds, on_deleted=self._notifier.forget_ends)
         self._group = asyncio.TaskGroup()
         # A call that a host lists, and that has no run, is an orphan.
         self._orphan_reaper = OrphanReaper(self._group, self._runner.runs.__contains__)

@@ -49,6 +49,7 @@ class Pruner:
     """Deletes old jobs, regularly and on demand.
 
     `wall` returns the wall clock in Unix seconds, `max_age` the seconds from a job's end to its deletion; None: never.
+    `on_deleted` is called after each deletion.
     """
 
     def __init__(
@@ -57,11 +58,13 @@ class Pruner:
         wall: Callable[[], float],
         max_age: Callable[[], float | None],
         monotonic: Callable[[], float] = time.monotonic,
+        on_deleted: Callable[[], object] = lambda: None,
     ) -> None:
         self._store = store
         self._wall = wall
         self._max_age = max_age
         self._monotonic = monotonic
+        self._on_deleted = on_deleted
         self._prune_time: float | None = None
         self._advanced_at = 0.0
         self._leap_logged = False
@@ -103,7 +106,10 @@ class Pruner:
         """Delete old request ids, and the jobs that ended `age` seconds before the prune time; store the prune time."""
         assert self._prune_time is not None
         now = min(self._prune_time, self._wall())  # the clock may have been set back
-        pruned = 0 if age is None else await prune(self._store, now - age)
+        try:
+            pruned = 0 if age is None else await prune(self._store, now - age)
+        finally:
+            self._on_deleted()
         await self._store.forget_request_ids(now - REQUEST_ID_TTL)
         await self._store.set_prune_time(self._prune_time)  # last: on a full disk it needs the freed space
         return pruned

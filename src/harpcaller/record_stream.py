@@ -191,10 +191,13 @@ def wait_for_end(
 ) -> asyncio.Future[End]:
     """Return a future of the end of a job. Cancelling the future ends the wait.
 
-    The store is not read for a job that `is_active`: its end will be published. With `first_read` the job is first read
-    by it, in any case; the future raises what it raises.
+    The store is not read for a job that `is_active`, because its end will be published, nor for one of the latest ends.
+    With `first_read` the job is first read by it, in any case; the future raises what it raises.
     """
     result: asyncio.Future[End] = asyncio.get_running_loop().create_future()
+    if first_read is None and (end := notifier.find_end(job_id)) is not None:
+        result.set_result(end)
+        return result
     is_permitted, is_published = first_read is None, False
 
     def read_job(reading: Awaitable[Job]) -> None:

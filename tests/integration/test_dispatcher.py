@@ -286,7 +286,7 @@ async def test_result_of_a_waiting_client_returns_on_cancel(tmp_path: Path) -> N
 
 
 async def test_result_during_a_call_does_not_read_the_store(tmp_path: Path) -> None:
-    """The notification carries the end; the end of an earlier job is read from the store, and is equal."""
+    """The notification carries the end, which stays in memory for a while; a long end is read from the store."""
     gated, opened = GatedHost(), await open_store(tmp_path / "store")
     store = Switched(opened, "get_job")
     with host(tmp_path, gated.script) as peer:
@@ -300,10 +300,17 @@ async def test_result_during_a_call_does_not_read_the_store(tmp_path: Path) -> N
             gated.release(1)
             assert await asyncio.gather(*waiting) == [Returned(b"[]")] * 3
             await eventually(lambda: not dispatcher.active_calls, what="the run's end")
-            with pytest.raises(StorageError):
-                await dispatcher.result(job_id)
-            store.off = False
             assert await dispatcher.result(job_id) == Returned(b"[]")
+            store.off = False
+            assert (await dispatcher.get_job(job_id)).end == Returned(b"[]")
+            gated.release(1)
+            long = await dispatcher.submit(call(arguments=["x" * 1000]), "test")
+            assert await dispatcher.result(long) == Returned(raw(["x" * 1000]))
+            await eventually(lambda: not dispatcher.active_calls, what="the run's end")
+            assert await dispatcher.result(long) == Returned(raw(["x" * 1000]))
+            store.off = True
+            with pytest.raises(StorageError):
+                await dispatcher.result(long)
     await opened.close()
 
 

@@ -76,6 +76,8 @@ async def test_dispatcher_prunes_at_start_and_on_demand(tmp_path: Path) -> None:
         end = await dispatcher.result(unknown)
         assert isinstance(end, Failed)
         assert await dispatcher.prune(1e-9) == 1
+        with pytest.raises(UnknownJob):
+            await dispatcher.result(unknown)
     await store.close()
 
 
