@@ -841,6 +841,7 @@ class Dispatcher:
             request_ids_of=request_ids_of,
             max_running=limits.running,
             max_queued=limits.queued,
+            max_record_bytes=limits.max_record_bytes,
             secrets=None if end is not None else secrets,
             end=end,
             rerun_of=rerun_of,

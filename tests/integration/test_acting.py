@@ -437,6 +437,25 @@ async def test_running_jobs_of_an_owner_are_limited(tmp_path: Path) -> None:
             await is_running(dispatcher, second)
 
 
+async def test_records_and_results_are_limited_by_rule(tmp_path: Path) -> None:
+    text = RULES.replace("bytes = 100\n", 'bytes = "4 KiB"\nmax_record_bytes = "2 KiB"\n')
+    text = text.replace('"hang", "echo"', '"*"', 1)
+    with scripted_harpd(tmp_path) as peer:
+        async with running(tmp_path, host_line(peer.port), access_file=rules(tmp_path, text)) as dispatcher:
+            limited = ActingAs(dispatcher, LIMITED)
+            job = await limited.submit(call("repeat", arguments=[100, "x" * 98]))
+            message = "the records and the result of the job exceed max_record_bytes of its access rule (2048 bytes)"
+            assert await end_of(limited, job) == Failed("record_limit", message)
+            stored = (await dispatcher.store.get_details(job)).record_bytes
+            assert stored <= 2048
+            short = await limited.submit(call("repeat", arguments=[10, "x" * 98]))
+            assert await end_of(limited, short) == Returned(Raw(b"null"))
+            long = await end_of(limited, await limited.submit(call("echo", arguments=["x" * 3000])))
+            assert long == Failed("record_limit", message)
+            shop = ActingAs(dispatcher, SHOP)
+            assert isinstance(await end_of(shop, await shop.submit(call("echo", arguments=["x" * 3000]))), Returned)
+
+
 async def test_queued_jobs_of_an_owner_are_limited_after_a_restart(tmp_path: Path) -> None:
     script = tmp_path / "hosts.sh"
     script.write_text("#!/bin/sh\nexec sleep 600\n")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -401,13 +403,46 @@ async def test_records_beyond_the_limit_end_the_job(tmp_path: Path) -> None:
             assert end == Failed("record_limit", message)
             assert (await settled(dispatcher, job_id)).stop is StopState.CONFIRMED
             stored = (await dispatcher.store.get_details(job_id)).record_bytes
-            assert 1_000_000 < stored < 12_000_000
+            assert 500_000 < stored <= 1_000_000
 
 
-async def test_result_beyond_the_limit_ends_the_job(tmp_path: Path) -> None:
+def many_times(conn: PeerConnection) -> None:
+    """Stream short records, each of which has another time."""
+    if "calls" in conn.expect():
+        conn.reply({"harp": 1, "calls": [], "instance": "w1"})
+        return
+    conn.reply(acknowledgement(stream=True))
+    conn.send(b"".join(b'{"at": %d.5}\n{"stream": 0}\n' % number for number in range(20_000)))
+    assert next(command for command in commands(conn) if "ack" not in command)["stop"]["why"] == "limit"
+    ends(conn, stop_report(), EXIT_INFO, STOPPED)
+
+
+async def test_what_short_records_need_in_the_store_counts(tmp_path: Path) -> None:
+    with playing(tmp_path, always=many_times) as peer:
+        settings: dict[str, Any] = {"resumable_calls": True, "max_record_bytes": 100_000}
+        async with running(tmp_path, host_line(peer.port), **settings) as dispatcher:
+            job_id, end = await result_of(dispatcher)
+            assert isinstance(end, Failed)
+            assert end.type == "record_limit"
+            await settled(dispatcher, job_id)
+        with closing(sqlite3.connect(dispatcher.store.path)) as db:
+            [(stored,)] = db.execute("SELECT sum(length(bytes) + length(timestamps)) FROM records").fetchall()
+        assert 50_000 < stored <= 100_000
+
+
+@pytest.mark.parametrize(
+    ("record", "end_of_call"),
+    [
+        (600_000, {"result": "x" * 600_000}),
+        (600_000, {"exception": {"type": "E", "message": "long", "data": "x" * 600_000}}),
+        (1_200_000, {"result": "short"}),
+        (1_200_000, {"exception": {"type": "E", "message": "short"}}),
+    ],
+)
+async def test_end_beyond_the_limit_ends_the_job(tmp_path: Path, record: int, end_of_call: dict[str, Any]) -> None:
     def script(conn: PeerConnection) -> None:
         started(conn, stream=True)
-        ends(conn, {"stream": "x" * 600_000}, EXIT_INFO, {"result": "x" * 600_000})
+        ends(conn, {"stream": "x" * record}, EXIT_INFO, end_of_call)
 
     with playing(tmp_path, call_list(), script) as peer:
         async with running(

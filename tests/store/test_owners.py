@@ -26,10 +26,10 @@ NOT_STARTED = Failed("network_error", "no route")
 @pytest.mark.parametrize("owner", ["token:shop", "cert:*.ops\ud800", None])
 async def test_owner_of_a_job_is_stored(reopen: Reopen, owner: str | None) -> None:
     store = await reopen()
-    [job] = await added(store, owner=owner, max_running=3)
+    [job] = await added(store, owner=owner, max_running=3, max_record_bytes=2048)
     for _ in range(2):
         stored = await store.get_job(job)
-        assert (stored.owner, stored.max_running) == (owner, 3)
+        assert (stored.owner, stored.max_running, stored.max_record_bytes) == (owner, 3, 2048)
         assert [found.owner for _, found in await store.list_jobs()] == [owner]
         store = await reopen()
     assert await claimed(store) == [job]
@@ -244,6 +244,7 @@ async def test_upgrade_keeps_request_ids_for_all_clients(tmp_path: Path) -> None
     store = await open_store(tmp_path)
     assert (await store.get_job(job_id(9))).owner is None
     assert (await store.get_job(job_id(9))).max_running is None
+    assert (await store.get_job(job_id(9))).max_record_bytes is None
     assert await store.add_job(requested("a"), 300.0) == job_id(9)
     assert await store.add_job(requested(""), 300.0) == job_id(9)
     with pytest.raises(RequestIDReused):

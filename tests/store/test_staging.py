@@ -40,7 +40,7 @@ def test_staged_jobs_are_decoded_unchanged() -> None:
             "\ud800ho\x00st", {"q": "é"}, 7, arguments=Raw('["\U0001f600", 1e400]'.encode()), info=Raw(b'{"a": 1}')
         ),
         new_job(request_id="\udfff", call_digest=bytes(range(256)), start_within=2.5, timeout=0.1),
-        new_job(owner="token:\udfff", request_ids_of="token:a", max_running=3),
+        new_job(owner="token:\udfff", request_ids_of="token:a", max_running=3, max_record_bytes=9),
         new_job(end=Failed("access_denied", "no rule", Raw(b'{"rule": null}'))),
         new_job(end=Failed("access_denied", "no rule")),
     ]

@@ -71,7 +71,7 @@ class ModelStore:
         stored = Job(
             job.id, State.QUEUED, job.host, job.procedure, job.arguments, job.timeout, job.max_exec_time,
             job.queue, job.info, now, None, None, None, 0, start_within=job.start_within, owner=job.owner,
-            max_running=job.max_running,
+            max_running=job.max_running, max_record_bytes=job.max_record_bytes,
         )  # fmt: skip
         self.jobs[job.id] = (next(self._places), stored)
         self.records[job.id] = []

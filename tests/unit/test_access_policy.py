@@ -49,6 +49,7 @@ running = 20
 queued = 500
 rate = "50/s"
 bytes = "1 MiB"
+max_record_bytes = "10 MiB"
 
 [[rule]]
 who = ["role:ops"]
@@ -115,7 +116,7 @@ def test_example_of_the_design_decides() -> None:
     found = policy(EXAMPLE)
     shop, ops, anyone = client("token:shop"), client("cert:a.ops.example.net"), client()
     in_queue = call('{"site":"blog"}', queue='{"site":"blog"}')
-    limits = Limits(60.0, 20, 500, Rate(50, 1), 1 << 20)
+    limits = Limits(60.0, 20, 500, Rate(50, 1), 1 << 20, 10 << 20)
     assert found.decide(shop, Action.CALL, in_queue) == Decision(True, 1, 5, "rule 1 (line 5) allows it", limits)
     assert not found.decide(shop, Action.CALL, call('{"site":"../etc"}', queue='{"site":"blog"}')).allowed
     assert not found.decide(shop, Action.CALL, call('{"site":"blog"}')).allowed

@@ -85,6 +85,7 @@ class Limits(Struct, frozen=True):
     queued: int | None = None  # jobs
     rate: Rate | None = None  # of calls
     bytes: int | None = None  # of the arguments and the info of a call
+    max_record_bytes: int | None = None  # of the records and the result of a job
 
 
 NO_LIMITS = Limits()

@@ -349,6 +349,7 @@ KEYS: Mapping[str, Callable[[Any], Any]] = {
     "queued": _read_count,
     "rate": _read_rate,
     "bytes": _read_bytes,
+    "max_record_bytes": _read_bytes,
 }
 
 #: The keys of the conditions on an argument.

@@ -77,6 +77,7 @@ class NewJob(Struct, frozen=True):
     request_ids_of: str = ""  # the owner among whose request ids its own is unique; empty: among those of all clients
     max_running: int | None = None  # it waits while as many jobs of its owner hold a slot
     max_queued: int | None = None  # it is refused if more jobs of its owner would be queued
+    max_record_bytes: int | None = None  # of its records and its result, by its rule; None: the setting decides alone
     secrets: bytes | None = None  # encrypted values of `arguments`
     end: Failed | None = None  # it is stored as a job that has ended before it was queued
     rerun_of: str | None = None  # id of the job that is submitted again
@@ -107,6 +108,7 @@ class Job(Struct, frozen=True):
     max_running: int | None = None  # it waits while as many jobs of its owner hold a slot
     secrets: bytes | None = None  # encrypted values of `arguments`, until the job has ended
     rerun_of: str | None = None  # id of the job that was submitted again
+    max_record_bytes: int | None = None  # of its records and its result, by its rule; None: the setting decides alone
 
 
 class Subject(Struct, frozen=True):

@@ -19,10 +19,15 @@ _BOUND_LIMIT = 1024 * 1024  #: Maximum bytes of buffered records of a connection
 _RESUMABLE_LIMIT = 8 * 1024 * 1024  #: The same of a resumable call, without its longest record.
 _BATCH_BYTES = 256 * 1024  #: Bytes of a batch without its last record: other writes of the store wait for its commit.
 _RECORD_OVERHEAD = 64  #: Bytes that a buffered record needs in addition to its contents.
+_TIME_BYTES = 12  #: Bytes of a time in the store.
 
 
 class RecordWriter:
-    """A writer of one job's records; `on_stored` is called with the number of stored records after each batch."""
+    """A writer of one job's records; `on_stored` is called with the number of stored records after each batch.
+
+    All records together, with their times, have at most `max_bytes` bytes in the store. Those that do not fit, and all
+    that follow, are discarded.
+    """
 
     def __init__(self, job: Job, context: RunContext, on_stored: Callable[[int], None]) -> None:
         self._job_id = job.id
@@ -36,6 +41,10 @@ class RecordWriter:
         self._when_empty: Callable[[], None] | None = None
         self.count = job.records  #: Number of records that are stored, or were discarded after the end of the job.
         self.size = 0  #: Bytes of the records of this run; the run adds those of earlier runs.
+        of_all, of_rule = context.config.max_record_bytes, job.max_record_bytes
+        self.max_bytes = of_all if of_rule is None else min(of_all, of_rule)
+        self.is_exceeded = False  #: Whether records did not fit.
+        self._discarded = 0  # number of these records
         self.closed = False  #: Whether the job has ended, so that further records are discarded.
 
     @property
@@ -46,7 +55,7 @@ class RecordWriter:
     @property
     def next_number(self) -> int:
         """The number of the next record."""
-        return self.count + self._in_flight + len(self._values)
+        return self.count + self._in_flight + len(self._values) + self._discarded
 
     def is_full(self, resumable: bool) -> bool:
         """Return whether the caller should stop reading until the buffer is empty."""
@@ -57,11 +66,17 @@ class RecordWriter:
         if self.closed:
             self.count += len(records)  # discarded, but acknowledged to the host
             return
+        sizes = [*map(len, records)]
+        total = sum(sizes)
+        size = total + len(sizes) + _TIME_BYTES  # a line feed separates two records
+        if self.is_exceeded or self.size + size > self.max_bytes:
+            self.is_exceeded = True
+            self._discarded += len(records)
+            return
         self._values += records
         self._timestamps += [timestamp] * len(records)
-        sizes = [*map(len, records)]
-        self.size += sum(sizes)
-        self._bytes += sum(sizes) + _RECORD_OVERHEAD * len(sizes)
+        self.size += size
+        self._bytes += total + _RECORD_OVERHEAD * len(sizes)
         self._longest = max(self._longest, *sizes)
         if not self._in_flight:
             self._store_batch()
@@ -76,7 +91,7 @@ class RecordWriter:
     def close(self, next_number: int) -> None:
         """Discard all buffered and future records; `next_number` is the number of the next record."""
         self.closed = True
-        self.count = next_number
+        self.count, self._discarded = next_number, 0
         self._values, self._timestamps, self._bytes = [], [], 0
 
     def abandon(self) -> None:

@@ -393,11 +393,11 @@ class Run:
         self._records.add_records(records, self._context.wall() if self._record_time is None else self._record_time)
         if self._records.closed:
             self._on_records_stored(self._records.count)
-        elif (is_exceeded := self._exceeds_bytes()) or self._records.is_full(self._terms is not None):
+        elif self._records.is_exceeded or self._records.is_full(self._terms is not None):
             assert self._conn is not None
             self._conn.pause_reading()
-            if is_exceeded and not self.has_ended:
-                self._records.when_empty(partial(self._end_job, self._record_limit(), "limit"))
+            if self._records.is_exceeded:
+                self._records.when_empty(self._end_at_record_limit)
 
     @_event
     def on_message(self, message: harpd.Message) -> None:
@@ -405,7 +405,7 @@ class Run:
         if self._phase is RunPhase.ENDING:
             return
         self._deadlines.on_message()
-        if isinstance(message, Returned) and self._exceeds_bytes(len(message.result)):
+        if isinstance(message, (Returned, Raised, Failed)) and self._exceeds_bytes(message):
             message = self._record_limit()
         match message:
             case harpd.RecordTime(made_at):
@@ -426,13 +426,20 @@ class Run:
                 self._phase = RunPhase.STORING_END
                 self._records.when_empty(partial(self._store_call_end, message))
 
-    def _exceeds_bytes(self, result: int = 0) -> bool:
-        """Return whether the records of the job, and the bytes of its result, exceed `max_record_bytes`."""
-        return self._records.size + result > self._context.config.max_record_bytes
+    def _exceeds_bytes(self, end: Returned | Raised | Failed) -> bool:
+        """Return whether the records of the job, and the value of this end, exceed their limit."""
+        value = end.result if isinstance(end, Returned) else end.data
+        size = len(value) if isinstance(value, bytes) else 0
+        return self._records.is_exceeded or self._records.size + size > self._records.max_bytes
+
+    def _end_at_record_limit(self) -> None:
+        self._end_job(self._record_limit(), "limit", self._records.next_number)
 
     def _record_limit(self) -> Failed:
-        limit = self._context.config.max_record_bytes
-        return Failed("record_limit", f"the records and the result of the job exceed max_record_bytes ({limit} bytes)")
+        limit = self._records.max_bytes
+        of_rule = " of its access rule" if limit < self._context.config.max_record_bytes else ""
+        what = "the records and the result of the job exceed max_record_bytes"
+        return Failed("record_limit", f"{what}{of_rule} ({limit} bytes)")
 
     def _on_acknowledged(self, terms: harpd.GrantedTerms | None) -> None:
         conn = self._conn
@@ -595,8 +602,10 @@ class Run:
         self._stop_command = self._stop_command or command
         if self._phase is RunPhase.OUTAGE:
             self._connect_later()
-        else:
-            self._continue()
+            return
+        if self._records.closed:  # it may have waited for this
+            self._on_records_stored(self._records.count)
+        self._continue()
 
     @_event
     def _continue(self) -> None:

@@ -33,8 +33,9 @@ INSERT INTO jobs (seq, id, lane, host, state, submitted, started, holds_slot, ow
 
 -- name: add_call
 INSERT INTO calls (
-    job, procedure, arguments, timeout, max_exec_time, queue, info, start_within, max_running, secrets, rerun_of
-) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?);
+    job, procedure, arguments, timeout, max_exec_time, queue, info, start_within, max_running, secrets, rerun_of,
+    max_record_bytes
+) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?);
 
 -- name: jobs_with_secrets
 SELECT job FROM calls INDEXED BY calls_with_secrets WHERE secrets IS NOT NULL;

@@ -75,14 +75,14 @@ def decode_job(row: Sequence[Any]) -> Job:
     """Return the job in a row of the view job_view."""
     _, _, job_id, text, host, procedure, arguments, timeout, max_exec_time, queue, info, *state_columns = row
     submitted, started, ended, body, records, holds_slot, stop, start_within, tried, *call_columns = state_columns
-    owner, max_running, secrets, rerun_of = call_columns
+    owner, max_running, *others = call_columns  # then `secrets`, `rerun_of` and `max_record_bytes`
     state = State(text)
     names = decode_name(host), decode_name(procedure)
     payloads = None if queue is None else Raw(queue), Raw(info)
     call = *names, Raw(arguments), timeout, max_exec_time, *payloads
     outcome = ended, _decode_end(state, body), records, bool(holds_slot), None if stop is None else StopState(stop)
     submitter = decode_owner(owner), max_running
-    return Job(job_id, state, *call, submitted, started, *outcome, start_within, tried, *submitter, secrets, rerun_of)
+    return Job(job_id, state, *call, submitted, started, *outcome, start_within, tried, *submitter, *others)
 
 
 def join_records(records: Sequence[Raw]) -> bytes:

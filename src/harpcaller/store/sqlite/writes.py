@@ -186,7 +186,8 @@ class Writes:
             limits = float(job.timeout), float(job.max_exec_time)
             call = job.host, job.procedure, job.arguments, *limits, job.queue, job.info
             submitter = job.start_within, None, job.owner, job.max_running, job.secrets, job.rerun_of
-            queued = Job(job.id, State.QUEUED, *call, now, None, None, None, 0, False, None, *submitter)
+            new = job.id, State.QUEUED, *call, now, None, None, None, 0, False, None
+            queued = Job(*new, *submitter, job.max_record_bytes)
             seq = self._active.add_queued(lane, job.owner)
             lane.waits_until = min(lane.waits_until, now + job.start_within)
             self._added[seq] = lane, queued
@@ -695,6 +696,7 @@ def _call_row(seq: int, job: Job) -> tuple[Any, ...]:
         job.max_running,
         job.secrets,
         job.rerun_of,
+        job.max_record_bytes,
     )
 
 
