@@ -66,6 +66,7 @@ def long_lines_are_shorter() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("harp_daemon.sliced_json.LONG", _LONG)
         patch.setattr("harpcaller.api.fast_decoder._MAX_STEP", _LONG)
+        patch.setattr("harpcaller.api.fast_decoder._MAX_MANY", _LONG)
         patch.setattr("harp_daemon.json_pieces._PIECE", _LONG // 2)
         yield
 

@@ -106,6 +106,16 @@ def test_bulk_request_with_too_many_calls_is_refused() -> None:
         decode_request(line, decode_slices)
 
 
+def test_long_bulk_request_is_decoded_alike() -> None:
+    calls = [{**CALL, "arguments": [number, "x" * 500]} for number in range(3000)]
+    line = json.dumps({"harpcaller": 1, "submit_many": calls, "keep_alive": True}).encode()
+    assert decode_usual_request(line) == decode_request(line, decode_slices)
+    repeated = line.replace(b'"arguments": [2999', b'"host": "web02", "arguments": [2999')
+    assert decode_usual_request(repeated) is None
+    # msgspec would make an object of each element before it refuses them.
+    assert decode_usual_request(b'{"harpcaller":1,"submit_many":[%b]}' % b",".join([b"1"] * 300_000)) is None
+
+
 def test_submit_in_parts_keeps_within_the_limits() -> None:
     small = Call("web01", "p", [])
     assert [len(part.calls) for part in submit_in_parts([])] == [0]

@@ -1,12 +1,14 @@
 """The fast decoder of the usual requests: calls, many calls, and waiting for a result.
 
-`harp.protocol.dispatcher` defines the requests. This decoder returns the same values in about half of the time. For an
-unusual or invalid line it returns None, and `decode_request` uses the decoder of `harp.protocol.dispatcher`.
+`harp.protocol.dispatcher` defines the requests. This decoder returns the same values in about half of the time, and
+those of 10,000 calls in a fifth. For an unusual or invalid line it returns None, and `decode_request` uses the decoder of
+`harp.protocol.dispatcher`.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -14,10 +16,14 @@ from harp.protocol.dispatcher import MAX_CALLS, MAX_TOKEN, Call, GetResult, Queu
 from harp.protocol.dispatcher import decode_request as decode_any_request
 from harp.protocol.json_text import InvalidJSON, Raw, decode_checked
 from harp.protocol.schema import ProtocolError
+from harp_daemon import json_pieces
 from harp_daemon.sliced_json import decode_slices
 
 #: The most bytes of a line that is decoded in one step, during which no other thread runs: at most about 15 ms.
 _MAX_STEP = 1024 * 1024
+#: The same of a line with many calls, and its most commas: hostile ones of more elements would need longer. The calls
+#: are separated in one step, and then decoded by steps of this many: about 1 ms.
+_MAX_MANY, _MAX_COMMAS, _STEP_CALLS = 4 * 1024 * 1024, 250_000, 250
 
 _Number = Annotated[int, msgspec.Meta(gt=0, lt=10**9)]
 
@@ -62,12 +68,17 @@ class _Submit(_Call, kw_only=True):
 
 class _SubmitMany(_Members):
     harpcaller: Literal[1]
-    submit_many: Annotated[list[_Call], msgspec.Meta(max_length=MAX_CALLS)]
+    submit_many: Annotated[list[msgspec.Raw], msgspec.Meta(max_length=MAX_CALLS)]
     keep_alive: bool | None = None
     auth: _Auth | None = None
 
     def to_request(self) -> SubmitMany:
-        return SubmitMany([call.to_request() for call in self.submit_many])
+        calls: list[Call] = []
+        for first in range(0, len(self.submit_many), _STEP_CALLS):
+            json_pieces.between_pieces()
+            text = b"[%b]" % b",".join(self.submit_many[first : first + _STEP_CALLS])
+            calls += [call.to_request() for call in _decode_exactly(_calls.decode, text)]
+        return SubmitMany(calls)
 
 
 class _GetResult(_Members):
@@ -83,31 +94,37 @@ class _GetResult(_Members):
 
 _submit = msgspec.json.Decoder(_Submit)
 _submit_many = msgspec.json.Decoder(_SubmitMany)
+_calls = msgspec.json.Decoder(list[_Call])
 _get_result = msgspec.json.Decoder(_GetResult)
 
 
 def decode_request(line: bytes) -> Received:
     """Return the request of a line. Raises `ProtocolError`."""
-    usual = decode_usual_request(line) if len(line) <= _MAX_STEP else None
-    return usual or decode_any_request(line, decode_slices)
+    return decode_usual_request(line) or decode_any_request(line, decode_slices)
 
 
 def decode_usual_request(line: bytes) -> Received | None:
-    """Return what `decode_request` returns, or None if the line is unusual or invalid."""
+    """Return what `decode_request` returns, or None if the line is long, unusual or invalid."""
+    is_many = b'"submit_many"' in line
+    if len(line) > (_MAX_MANY if is_many else _MAX_STEP) or (is_many and line.count(b",") > _MAX_COMMAS):
+        return None
+    decode = _submit_many.decode if is_many else _get_result.decode if b'"get_result"' in line else _submit.decode
     try:
         decode_checked(line)
-        members: _Submit | _SubmitMany | _GetResult
-        if b'"get_result"' in line:
-            members = _get_result.decode(line)
-        elif b'"submit_many"' in line:
-            members = _submit_many.decode(line)
-        else:
-            members = _submit.decode(line)
-        # Of repeated members, msgspec returns only the last. Equal lengths without spaces prove that none is missing.
-        written = msgspec.json.encode(members)
-        if len(written) - written.count(b" ") != len(line) - line.count(b" "):
-            return None
+        members = _decode_exactly(decode, line)
         token = None if members.auth is None else members.auth.token
         return Received(members.to_request(), bool(members.keep_alive), token)
     except (msgspec.MsgspecError, InvalidJSON, ProtocolError, RecursionError):
         return None
+
+
+def _decode_exactly(decode: Callable[[bytes], Any], text: bytes) -> Any:
+    """Return what msgspec decodes. Raises `InvalidJSON` if that may not be all of the text.
+
+    Of repeated members, msgspec returns only the last. Equal lengths without spaces prove that none is missing.
+    """
+    decoded = decode(text)
+    written = msgspec.json.encode(decoded)
+    if len(written) - written.count(b" ") != len(text) - text.count(b" "):
+        raise InvalidJSON("repeated members")
+    return decoded
