@@ -1,7 +1,7 @@
 """The fast decoder of the usual requests: calls, many calls, and waiting for a result.
 
 `harp.protocol.dispatcher` defines the requests. This decoder returns the same values in about half of the time, and
-those of 10,000 calls in a fifth. For an unusual or invalid line it returns None, and `decode_request` uses the decoder of
+10,000 calls in a fifth. For an unusual or invalid line it returns None, and `decode_request` uses the decoder of
 `harp.protocol.dispatcher`.
 """
 
