@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from harpd.processes.cgroup import Cgroup
+from harpd.processes.cgroup import CallCgroups, Cgroup
 from support.calls import error, result
 from support.harpd import Harpd
 
@@ -169,8 +169,9 @@ def test_check_warns_of_processes_of_root(tmp_path: Path) -> None:
 def test_cgroup_limits_are_written_where_the_kernel_has_them(tmp_path: Path) -> None:
     group = tmp_path / "call-1"
     group.mkdir()
-    for file in (group / "memory.max", tmp_path / "cgroup.subtree_control"):
+    for file in (group / "memory.max", group / "memory.oom.group", tmp_path / "cgroup.subtree_control"):
         file.touch()
-    Cgroup(str(group)).limit(memory=1 << 30, processes=10)
+    CallCgroups(str(tmp_path)).limit(Cgroup(str(group)), memory=1 << 30, processes=10)
     assert (group / "memory.max").read_text() == str(1 << 30)
+    assert (group / "memory.oom.group").read_text() == "1"
     assert not (group / "pids.max").exists(), "without its controller"

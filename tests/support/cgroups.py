@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,9 @@ import pytest
 from harpd.processes.cgroup import Cgroup
 from support.deadline import wait_until
 
-__all__ = ["Freezer", "freezer", "own_cgroup"]
+__all__ = ["CONTROLLERS", "Freezer", "delegated_cgroup", "freezer", "own_cgroup"]
+
+CONTROLLERS = frozenset({"cpu", "memory", "pids"})  #: What the kernel can limit for calls.
 
 _FREEZERS = Path("/sys/fs/cgroup/freezer")
 
@@ -35,6 +38,33 @@ def own_cgroup() -> Iterator[Path]:
         Cgroup(str(directory)).kill()
         wait_until(lambda: not Cgroup(str(directory)).populated, what="an empty cgroup")
         Cgroup(str(directory)).remove()
+
+
+@contextlib.contextmanager
+def delegated_cgroup() -> Iterator[Path]:
+    """Create a cgroup with controllers as systemd delegates one; skip the test where the kernel has none for it.
+
+    The daemon belongs into its cgroup ``supervisor``, as by ``DelegateSubgroup=supervisor``.
+    """
+    with own_cgroup() as place:
+        if not {*(place.parent / "cgroup.controllers").read_text().split()} >= CONTROLLERS:
+            pytest.skip("version 2 cgroups have no controllers here: those of version 1 have them")
+        enabled = (place.parent / "cgroup.subtree_control").read_text().split()
+        added = CONTROLLERS - set(enabled)
+        try:
+            for controller in added:
+                (place.parent / "cgroup.subtree_control").write_text(f"+{controller}")
+        except OSError:
+            pytest.skip("no controllers can be used here")
+        os.setxattr(place, "trusted.delegate", b"1")
+        (place / "supervisor").mkdir()
+        try:
+            yield place
+        finally:
+            Cgroup(str(place)).kill()
+            (place / "cgroup.subtree_control").write_text(" ".join(f"-{name}" for name in CONTROLLERS))
+            for controller in added:
+                (place.parent / "cgroup.subtree_control").write_text(f"-{controller}")
 
 
 class Freezer:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from harpd.processes.cgroup import Cgroup, create_cgroup
+from harpd.processes.cgroup import CallCgroups, Cgroup
 from support.cgroups import own_cgroup
 from support.daemonlog import DEADLINE
 from support.deadline import wait_until
@@ -24,7 +24,8 @@ pytestmark = [
 
 def test_cgroup_kills_fork_loop(tmp_path: Path) -> None:
     with own_cgroup() as place, contextlib.ExitStack() as ending:
-        group = create_cgroup(str(place), "a", os.getpid())  # the processes that the test starts from now on are in it
+        # The processes that the test starts from now on are in it.
+        group = CallCgroups(str(place)).create("a", os.getpid())
         assert group is not None
         try:
             ending.enter_context(hopping(tmp_path, session=True))

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from harp.protocol.json_text import Raw, dumps
-from harpd.processes.cgroup import create_cgroup
+from harpd.processes.cgroup import CallCgroups
 from harpd.processes.cookie import cookie_for
 from harpd.processes.process_tree import CallTree, start_time, take_snapshot
 from harpd.supervisor.state_files import (
@@ -244,7 +244,7 @@ def test_clean_up_kills_fork_loop_in_cgroup(
     supervisors: Supervisors, tmp_path: Path, old: StateFiles, new: StateFiles
 ) -> None:
     with own_cgroup() as place, contextlib.ExitStack() as ending:
-        group = create_cgroup(str(place), "a", os.getpid())
+        group = CallCgroups(str(place)).create("a", os.getpid())
         assert group is not None
         try:
             ending.enter_context(hopping(tmp_path, session=True))

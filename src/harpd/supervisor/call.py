@@ -38,7 +38,7 @@ from harp.protocol.harpd import encode_message
 from harp.protocol.json_text import InvalidJSON, Raw, dumps, loads
 from harp_daemon.secret_values import mask_texts
 from harpd.auth.rights import UserRights
-from harpd.processes.cgroup import create_cgroup, delegated_cgroup
+from harpd.processes.cgroup import CallCgroups, delegated_cgroup
 from harpd.processes.cookie import cookie_for
 from harpd.processes.process_tree import CallTree, Scan, Snapshot, send_signal
 from harpd.supervisor.audit import CallAudit
@@ -144,7 +144,8 @@ class CallContext:
         self.shutting_down = False
         self.quota = SpoolQuota(settings["spool_memory"])
         self.state_files = StateFiles(Path(settings["runtime_directory"]), instance)
-        self.cgroup_directory = settings["cgroup"] or delegated_cgroup()
+        directory = settings["cgroup"] or delegated_cgroup()
+        self.cgroups = None if directory is None else CallCgroups(directory)
         self._snapshot = Snapshot()  # the last snapshot
         self._scan: Scan | None = None  # of the next snapshot, until all waiting calls have it
         self._waiting: list[tuple[float, Callable[[Snapshot], None]]] = []
@@ -278,10 +279,10 @@ class Call:
         worker = self._worker
         pid, start = worker.identity
         context = self._context
-        if worker.served == 1 and context.cgroup_directory is not None:
-            worker.cgroup = create_cgroup(context.cgroup_directory, self.id, pid)
+        if worker.served == 1 and context.cgroups is not None:
+            worker.cgroups, worker.cgroup = context.cgroups, context.cgroups.create(self.id, pid)
             if worker.cgroup is not None:
-                worker.cgroup.limit(self._info.memory, self._info.processes)
+                context.cgroups.limit(worker.cgroup, self._info.memory, self._info.processes)
         self._fork_seconds = time.monotonic() - self._requested_at
         uid = self._info.uid if self._dynamic_uid is None else self._dynamic_uid
         self._tree = CallTree(pid, start, cookie_for(self.id), worker.cgroup, uid)
@@ -535,7 +536,8 @@ class Call:
             assert code is not None
             if code < 0:
                 name = _signal_name(-code)
-                return Failed("call_died", f"the call's process was ended by {name}", {"signal": name})
+                why = ": it is out of memory" if self._is_out_of_memory() else ""
+                return Failed("call_died", f"the call's process was ended by {name}{why}", {"signal": name})
             message = f"the call's process ended without a result, exit code {code}"
             return Failed("call_died", message, {"code": code})
         if self._stop_reason is StopReason.TIMEOUT:
@@ -580,6 +582,10 @@ class Call:
         self._discard_partial()
         self._worker.close()
 
+    def _is_out_of_memory(self) -> bool:
+        """Return whether the kernel has killed a process of the call for lack of memory; False if that is unknown."""
+        return self._worker.cgroup is not None and self._worker.cgroup.out_of_memory()
+
     def _exit_info(self) -> Raw:
         code = self._exit_code
         signal_name = _signal_name(-code) if code is not None and code < 0 else None
@@ -587,8 +593,7 @@ class Call:
         if self._stop_reason is not None:
             by = self._stop_reason.value[0]
         elif signal_name is not None:
-            cgroup = self._worker.cgroup
-            by = "out_of_memory" if cgroup is not None and cgroup.out_of_memory() else "unknown"
+            by = "out_of_memory" if self._is_out_of_memory() else "unknown"
         exit_info: dict[str, Any] = {
             "exit": code if signal_name is None else None,
             "signal": signal_name,

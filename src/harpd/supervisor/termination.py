@@ -4,7 +4,7 @@ At a limit, the main process gets SIGXCPU, so that it can clean up. Then all pro
 `kill_grace` seconds between the steps. Before SIGKILL, all are halted by SIGSTOP, until a scan finds no new process.
 The main process is killed last: it is a subreaper, so orphaned descendants stay its children. Processes that fork
 faster than they are halted are killed by process group. If the call has a cgroup, the kernel kills all processes in it
-in one step, since Linux 5.14.
+in one step, since Linux 5.14; then they are not halted.
 
 The call has ended if three conditions are met: a snapshot from after the main process's death has no process of it; its
 cgroup is empty; no process can have escaped. A possible escape leads to further scans, then to an incomplete stop
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from harpd.processes.process_tree import CallTree, Process, Snapshot, kill_group, send_signal
@@ -126,7 +126,7 @@ class TerminationSequence:
         self._step = self._loop.call_later(self._next_interval(), self._kill)
         members = self._report.remaining
         new = members.keys() - self._stopped_processes
-        if new and self._halts < _MAX_HALTS:
+        if new and self._halts < _MAX_HALTS and not self._are_killed_at_once(new):
             for identity in new:
                 send_signal(signal.SIGSTOP, identity)
             self._stopped_processes = set(members)
@@ -143,6 +143,11 @@ class TerminationSequence:
         self._changed_at = time.monotonic()
         if self._has_ended():
             self._finish()
+
+    def _are_killed_at_once(self, identities: Collection[tuple[int, int]]) -> bool:
+        """Return whether the kernel kills these processes in one step, so that they need not be halted before."""
+        cgroup = self._tree.cgroup
+        return cgroup is not None and cgroup.can_kill and cgroup.pids() >= {pid for pid, _ in identities}
 
     def _kill_members(self, members: Mapping[tuple[int, int], Process], new_remain: bool) -> None:
         """Kill the halted processes. `new_remain`: scans still find new processes, so kill all of them."""

@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from harp_daemon.secret_values import mask_texts
-from harpd.processes.cgroup import Cgroup
+from harpd.processes.cgroup import CallCgroups, Cgroup
 from harpd.processes.process_tree import send_signal
 from harpd.supervisor.event_loop import READ, EventLoop
 from harpd.supervisor.output_limit import OutputLimit
@@ -67,6 +67,7 @@ class WorkerProcess:
         self._loop = output.loop
         self.identity = 0, 0  # its pid and start time; zeros before it was forked
         self.cgroup: Cgroup | None = None
+        self.cgroups: CallCgroups | None = None  # those that it is one of
         self.call: WorkerUser | None = None  # None: it is pre-forked or idle, or released
         self.procedure = ""  # that of all its calls
         self.served = 0  # how many calls it was assigned
@@ -194,8 +195,8 @@ class WorkerProcess:
         for pipe in self._pipes:
             pipe.release()
         self._limit.finish()
-        if self.cgroup is not None:
-            self.cgroup.remove()
+        if self.cgroup is not None and self.cgroups is not None:
+            self.cgroups.release(self.cgroup)
 
 
 class OutputCollector:
