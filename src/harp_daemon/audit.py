@@ -1,13 +1,13 @@
-"""The audit log of a daemon: entries of actions, on stable storage before their replies, in groups.
+"""The audit log of a daemon: entries of actions, in the file before their replies, in groups.
 
 `harp_daemon.audit_file` has the format, `harp_daemon.audit_reading` finds changes, `harp_daemon.audit_commands` are
 the commands.
 
 Theory of operation. All entries that are recorded during one wait for the disk are the next group, with one wait.
 `AuditLog` belongs to an asyncio loop. A group is written by its own thread, or by another thread that is about to
-store what the entries describe: then they are in the file before that is stored, and one thread waits for each of the
-two files at the same time. `DirectAuditLog`, for a loop without futures, writes immediately, so that a process that is
-killed loses nothing. Only the wait for the disk is in a thread, soon after.
+store what the entries describe: then they are in the file before that is stored, and a process that is killed loses
+nothing. Such entries do not wait for the disk: after a power failure, they are made again from what was stored.
+`DirectAuditLog`, for a loop without futures, writes immediately; the wait for the disk is in a thread, soon after.
 
 While the file has a `problem`, for example a full disk, entries of new jobs are refused. Entries with `must` cannot be
 refused, because what they describe has happened: they are written into the room that was allocated for them. If even
@@ -26,7 +26,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
-from operator import attrgetter, itemgetter
+from operator import itemgetter
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 DEFAULT_MAX_BYTES = 100 * 1024 * 1024  #: The default size from which on a file is rotated.
 _REPORT_DELAY = 0.1  #: Seconds until an entry is written that nobody waits for: each wakeup of the thread costs time.
-_SYNC_DELAY = 0.2  #: Seconds during which a `DirectAuditLog` collects entries for one wait for the disk.
+_SYNC_DELAY = 0.2  #: Seconds in which entries are collected for one wait for the disk, if nothing waits for them.
 _RETRY_INTERVAL = 1.0  #: Seconds between two attempts to write, or to allocate room.
 _MAX_WAITING = 20_000  #: Maximum number of entries with `must` in memory while they cannot be written.
 _WINDOW, _MAX_SINGLE = 60.0, 10  #: Seconds of a window, and the entries of a key in it before the shared one.
@@ -60,12 +60,9 @@ class Recorded:
     def __init__(self, fields: dict[str, Any], must: bool, future: asyncio.Future[None] | None = None) -> None:
         self.fields = fields
         self.must = must
-        self.future = future  #: Is done when the entry is; None: nobody waits.
-        self.is_done = False  #: Whether it is on stable storage, or has an error.
+        self.future = future  #: Is done when the entry is on stable storage, or has an error; None: nobody waits.
+        self.is_done = False  #: Whether it is in the file, or has an error.
         self.error: AuditError | None = None  #: Why it is not.
-
-
-_future_of = attrgetter("future")
 
 
 class _Repetitions:
@@ -141,11 +138,8 @@ class AuditLog:
         self._wakeup_is_due = self._wakeup_is_planned = False
         self._closed = False
         self._problem_logged: str | None = None
-        self._written: list[Recorded] = []  # not synchronized yet
-        self._unsynced = False  # whether the end of the file is not on stable storage yet
-        self._sync_at = 0.0  # monotonic time
-        self._is_committing = False  # whether another thread waits for `_synced`
-        self._synced: SimpleQueue[None] = SimpleQueue()
+        self._awaited: list[Recorded] = []  # written; their futures wait for the disk
+        self._sync_at: float | None = None  # monotonic time; None: the end of the file is on stable storage
         self.entries = self.write_errors = 0  #: Number of written entries, and of failed writes.
         self._writing = threading.Lock()  # held by the thread that writes
         self._thread = threading.Thread(target=self._run, name="audit-writer", daemon=True)
@@ -176,7 +170,7 @@ class AuditLog:
         return future
 
     def record_before_commit(self, fields: dict[str, Any], *, repeats: Hashable = None, must: bool = False) -> Recorded:
-        """Record an entry as `record` does, for the next `write_before_commit`, which must follow, or `settle`.
+        """Record an entry as `record` does, for the next `write_before_commit`, which must follow.
 
         `fields` are ``time``, ``action``, ``decision`` and others.
         """
@@ -186,28 +180,17 @@ class AuditLog:
             self._is_awaited = True  # after the entry: a thread that writes now may have found none
         return entry
 
-    def write_before_commit(self) -> Callable[[], object] | None:
+    def write_before_commit(self) -> None:
         """Write all recorded entries, if some were recorded for this. Another thread than the loop's may call it.
 
-        The log's thread waits for the disk, at the same time as the commit. Returns a function that waits until the
-        entries are on stable storage, to be called after the commit; None: no wait is needed.
+        They are on stable storage 0.2 s later.
         """
         with self._writing:  # until a group that is being written is
-            if not self._is_awaited:
-                return None
-            self._write_recorded()
-            self._is_committing = bool(self._written)
-            self._wakeups.put(False)
-            return self._synced.get if self._is_committing else None
-
-    def settle(self) -> asyncio.Future[None]:
-        """Return a future that is done when all recorded entries are written, or have an error."""
-        future: asyncio.Future[None] = self._loop.create_future()
-        if self._closed:
-            future.set_result(None)
-        else:
-            self._add(Recorded({}, False, future))
-        return future
+            if self._is_awaited:
+                is_thread_idle = self._sync_at is None
+                self._write_recorded()
+                if is_thread_idle:
+                    self._wakeups.put(False)
 
     def record_all(self, entries: Sequence[dict[str, Any]]) -> asyncio.Future[None]:
         """Record entries with ``action`` and other fields, together, as `record` with `must`."""
@@ -287,27 +270,43 @@ class AuditLog:
         ended = False
         while not ended:
             with suppress(Empty):  # it is time for another attempt
-                ended = self._wakeups.get(timeout=_RETRY_INTERVAL if self._is_busy else None)
+                ended = self._wakeups.get(timeout=self._find_timeout())
             with self._writing:
-                is_due = not self._recorded or time.monotonic() >= self._sync_at
                 if self._recorded or self._waiting or self._file.problem is not None:
                     self._write_recorded()
-                # Nobody waits for reports: they are synchronized with others, or soon.
-                if self._unsynced and (is_due or self._is_committing or any(map(_future_of, self._written))):
-                    self._sync_written()
+                awaited, self._awaited = self._awaited, []
+                is_due = self._sync_at is not None and (awaited or ended or time.monotonic() >= self._sync_at)
+                if is_due:
+                    self._sync_at = None
+            if is_due:
+                self._sync(awaited)
         with self._writing:
-            self._sync_written()
             self._file.close()
 
-    @property
-    def _is_busy(self) -> bool:
-        """Whether something is to be done although nothing is recorded."""
-        return bool(self._waiting) or self._unsynced or self._file.problem is not None
+    def _find_timeout(self) -> float | None:
+        """Return how many seconds the thread waits for entries; None: until there are some."""
+        if self._sync_at is not None:
+            return max(0.0, self._sync_at - time.monotonic())
+        return _RETRY_INTERVAL if self._waiting or self._file.problem is not None else None
+
+    def _sync(self, awaited: Sequence[Recorded]) -> None:
+        """Wait for the disk. Others can write meanwhile."""
+        error = None
+        try:
+            self._file.sync()
+        except AuditError as failure:
+            error = failure
+        with self._writing:
+            if error is not None:
+                self.write_errors += 1
+                self._sync_at = time.monotonic() + _RETRY_INTERVAL
+            self._log_problem()
+        self._finish(awaited, error)
 
     # With the lock.
 
     def _write_recorded(self) -> None:
-        """Write all recorded entries; they are done when they are synchronized, or have an error."""
+        """Write all recorded entries. Those with futures are done when they are synchronized; or they have an error."""
         self._is_awaited = False
         group = [self._recorded.popleft() for _ in range(len(self._recorded))]
         try:
@@ -316,7 +315,11 @@ class AuditLog:
             self.write_errors += 1
             self._finish(group, error)
         else:
-            self._written += group
+            for entry in group:
+                if entry.future is None:
+                    entry.is_done = True
+                else:
+                    self._awaited.append(entry)
         self._log_problem()
 
     def _write_group(self, group: Sequence[Recorded]) -> None:
@@ -330,26 +333,10 @@ class AuditLog:
             self._file.append([*self._waiting.describe_discarded(), *entries])
             self.entries += len(entries)
             self._waiting.clear()
-        if not self._unsynced and group:
-            self._unsynced = True
-            self._sync_at = time.monotonic() + _RETRY_INTERVAL
+        if self._sync_at is None and group:
+            self._sync_at = time.monotonic() + _SYNC_DELAY
         if others and not has_room:
             raise AuditError(self._file.problem or f"{self.path}: no room")
-
-    def _sync_written(self) -> None:
-        error = None
-        try:
-            self._file.sync()
-            self._unsynced = False
-        except AuditError as failure:
-            self.write_errors += 1
-            error = failure
-        self._log_problem()
-        written, self._written = self._written, []
-        self._finish(written, error)
-        if self._is_committing:
-            self._is_committing = False
-            self._synced.put(None)
 
     def _finish(self, entries: Sequence[Recorded], error: AuditError | None) -> None:
         futures = [entry.future for entry in entries if entry.future is not None]

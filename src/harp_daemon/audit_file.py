@@ -273,16 +273,15 @@ class AuditFile:
     def sync(self) -> None:
         """Wait until the written entries are on stable storage, then store the head. Raises `AuditError`.
 
-        Of a shared file, another thread may call it: only here, and not in `append`, does the disk delay the caller.
+        Another thread may call it: only here, and not in `append`, does the disk delay the caller.
         """
         try:
             with self._lock:
-                position, descriptor = self._position, os.dup(self._descriptor) if self._shared else self._descriptor
+                position, descriptor = self._position, os.dup(self._descriptor)
             try:
                 os.fdatasync(descriptor)
             finally:
-                if self._shared:
-                    os.close(descriptor)
+                os.close(descriptor)
             with self._lock, self._exclusion:
                 stored = _parse_head(os.pread(self._head, _MAX_HEAD, 0)) if self._shared else None
                 if stored is None or stored.entry < position.entry:
@@ -364,9 +363,9 @@ class AuditFile:
             os.ftruncate(self._descriptor, self._size)
         last = None if text is None else parse_line(text)
         found = NO_ENTRY if text is None or last is None else Position(last["entry"], hash_line(text))
-        if text is None and head is None:
-            found = _find_last(self.path)
-        is_later = head is None or (found.entry > head.entry and self._continues(head))
+        if text is None:
+            found = _find_last(self.path) if head is None else _find_last_after(self.path, head)
+        is_later = head is None or (found.entry > head.entry and (text is None or self._continues(head)))
         self._position = found if head is None or is_later else head
         self._allocated = self._size
         self.check_room()
@@ -512,6 +511,28 @@ def _find_last(path: Path) -> Position:
         if entry is not None and entry["entry"] > last.entry:
             last = Position(entry["entry"], hash_line(line.text))
     return last
+
+
+def _find_last_after(path: Path, head: Position) -> Position:
+    """Return the position of the last entry of the file before an audit file if it continues the head; else the head.
+
+    A process that was killed has perhaps begun a file, and left no line in it.
+    """
+    with ExitStack() as stack:
+        before: IO[bytes] | None = None
+        for name, file in open_files(path):
+            stack.enter_context(file)
+            before = file if name != path else before
+        last = NO_ENTRY
+        for line in before or ():
+            text = line.rstrip(b"\n")
+            entry = parse_line(text)
+            if entry is None or (last != NO_ENTRY and entry["previous"] != last.hash):
+                return head
+            last = Position(entry["entry"], hash_line(text))
+            if last.entry == head.entry and last != head:
+                return head
+    return last if last.entry > head.entry else head
 
 
 def _open_private(path: Path, flags: int) -> int:

@@ -18,8 +18,10 @@ from harpcaller.model.jobs import Job, NewJob, Subject, state_of
 from harpcaller.store import StorageError
 from harpcaller.store.sqlite import Store
 
-_LATEST_END = 60.0  #: Seconds before the last entry: ends of that time may lack an entry.
-_MAX_MISSING_ENDS = 10_000
+_LATEST_CALL, _LATEST_END = 10.0, 60.0  #: Seconds before the last entry: calls and ends of that time may lack one.
+_MAX_DELAY = 1.0  #: Most seconds between the entry of a call and its submission.
+_MAX_MISSING, _PAGE = 10_000, 1000
+_REFUSED = ("access_denied", "rate_limited")  #: The errors of jobs whose calls were denied.
 
 
 class Audit:
@@ -33,7 +35,7 @@ class Audit:
         if self.log is not None and self.log.problem is not None:
             raise StorageError(f"the audit file cannot be written: {self.log.problem}")
 
-    # Requests. Each future is done when the entry is on stable storage, or has an `AuditError`.
+    # Requests.
 
     def record_call(self, client: Client, decision: str, rule: int | None, job: NewJob) -> Recorded | None:
         """Record a call; the commit that stores its job writes the entry before. Refused ones of a client are bounded.
@@ -47,10 +49,10 @@ class Audit:
         repeats = None if is_allowed else _source(client)
         return self.log.record_before_commit(fields, must=is_allowed, repeats=repeats)
 
-    def settle(self) -> asyncio.Future[None]:
-        """Return a future that is done when all recorded entries are written, or have an error."""
+    def write_calls(self) -> None:
+        """Write the recorded calls, because no commit did. Blocks for a write, but not for the disk."""
         assert self.log is not None
-        return self.log.settle()
+        self.log.write_before_commit()
 
     async def record_calls(self, client: Client, rules: Sequence[int | None], jobs: Sequence[NewJob]) -> None:
         """Record allowed calls, before their jobs are stored. Raises `StorageError`."""
@@ -68,7 +70,10 @@ class Audit:
             raise StorageError(f"the audit file cannot be written: {error}") from error
 
     def record_denial(self, client: Client, action: str, **fields: Any) -> asyncio.Future[None] | None:
-        """Record an action that is denied or refused. Many of one client share an entry."""
+        """Record an action that is denied or refused. Many of one client share an entry.
+
+        The future is done when the entry is on stable storage, or has an `AuditError`.
+        """
         if self.log is None:
             return None
         return self.log.record(action, DENIED, repeats=_source(client), **describe_client(client), **fields)
@@ -93,6 +98,13 @@ class Audit:
         if self.log is not None:
             self.log.report(action, **fields)
 
+    def report_call(self, job: Job, **fields: Any) -> None:
+        """Record the call of a stored job, as far as its row tells it."""
+        if self.log is not None:
+            is_refused = isinstance(job.end, Failed) and job.end.type in _REFUSED and job.started is None
+            decision = DENIED if is_refused else ALLOWED
+            self.log.report("call", decision=decision, principal=job.owner, **_describe_job(job), **fields)
+
     def report_end(self, job_id: str, job: Job | Subject | None, end: End, by: str | None, **fields: Any) -> None:
         """Record the end of a job, and who has caused it; None: the call itself."""
         if self.log is None:
@@ -102,8 +114,8 @@ class Audit:
         self.log.report("end", job=job_id, end=state_of(end).value, error=error, by=by, **names, **fields)
 
 
-async def report_missing_ends(audit: Audit, store: Store) -> None:
-    """Report ends that were stored, and not recorded, because the dispatcher was killed in between."""
+async def report_missing(audit: Audit, store: Store) -> None:
+    """Report calls and ends that were stored, and not recorded: of a dispatcher that was killed, or lost its power."""
     if audit.log is None:
         return
     try:
@@ -111,10 +123,29 @@ async def report_missing_ends(audit: Audit, store: Store) -> None:
         first, last = (parse_time(str(recent[index].get("time"))) for index in (0, -1))
     except (OSError, IndexError, ValueError):
         return  # the file was changed
-    recorded = {entry.get("job") for entry in recent if entry.get("action") == "end"}
-    for job in await store.list_ended_since(max(first, last - _LATEST_END), _MAX_MISSING_ENDS):
-        if job.id not in recorded and job.end is not None:
+    recorded = {(entry.get("action"), entry.get("job")) for entry in recent}
+    # If the first of the entries is not the first of all, that of a job may be just before it.
+    delay = 0.0 if recent[0]["entry"] == 1 else _MAX_DELAY
+    for job in await _list_submitted_since(store, max(first + delay, last - _LATEST_CALL)):
+        if ("call", job.id) not in recorded:
+            audit.report_call(job, recovered=True)
+    for job in await store.list_ended_since(max(first, last - _LATEST_END), _MAX_MISSING):
+        if ("end", job.id) not in recorded and job.end is not None:
             audit.report_end(job.id, job, job.end, None, recovered=True)
+
+
+async def _list_submitted_since(store: Store, since: float) -> list[Job]:
+    """Return the jobs that were submitted at a time or later, in the order of submission; the last ones of many."""
+    found: list[Job] = []
+    after: int | None = None
+    while len(found) < _MAX_MISSING:
+        page = await store.list_jobs(ended=True, newest_first=True, after=after, limit=_PAGE)
+        later = [job for _, job in page if job.submitted >= since]
+        found += later
+        if not page or len(later) < len(page):
+            break
+        after = page[-1][0]
+    return found[::-1]
 
 
 ALLOWED, DENIED, FAILED = "allowed", "denied", "failed"  #: The decisions.
@@ -129,6 +160,12 @@ def _describe_call(client: Client, rule: int | None, job: NewJob) -> dict[str, A
     return {
         **describe_client(client),
         "rule": rule,
+        **_describe_job(job),
+    }
+
+
+def _describe_job(job: Job | NewJob) -> dict[str, Any]:
+    return {
         "job": job.id,
         "host": job.host,
         "procedure": job.procedure,

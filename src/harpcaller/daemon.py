@@ -36,7 +36,7 @@ from harpcaller.access.source import PolicySource
 from harpcaller.acting import ActingAs
 from harpcaller.api.client_server import ClientServer
 from harpcaller.api.control_server import MAX_CONTROL_CONNECTIONS, ControlServer
-from harpcaller.audit import Audit, report_missing_ends
+from harpcaller.audit import Audit, report_missing
 from harpcaller.config import Config, file_errors, load
 from harpcaller.dispatcher import Dispatcher
 from harpcaller.health import Health
@@ -191,7 +191,7 @@ async def run(
                 store = await open_store(config.stream_directory)
             stack.push_async_callback(store.close)
             audit = await _open_audit(config, stack)
-            await report_missing_ends(audit, store)
+            await report_missing(audit, store)
 
             def reopen() -> None:
                 logs.reopen()

@@ -301,8 +301,7 @@ class Dispatcher:
 
         def on_stored(stored: asyncio.Future[str]) -> None:
             if recorded is not None and not recorded.is_done:  # the store has not begun a transaction
-                self.audit.settle().add_done_callback(partial(on_settled, stored))
-                return
+                self.audit.write_calls()
             if (error := stored.exception()) is not None:
                 self.audit.report("end", job=job.id, end="not_stored", error=str(error))
                 if job_id.done():
@@ -332,10 +331,6 @@ class Dispatcher:
                 job_id.set_exception(StorageError(f"the audit file cannot be written: {recorded.error}"))
             else:
                 job_id.set_result(stored.result())
-
-        def on_settled(stored: asyncio.Future[str], settled: asyncio.Future[None]) -> None:
-            settled.exception()  # it is the one of `recorded`, too
-            on_stored(stored)
 
         self._runner.request_claim()  # before `add_job`, so that both share a commit
         asyncio.ensure_future(self.store.add_job(job, self._wall())).add_done_callback(on_stored)

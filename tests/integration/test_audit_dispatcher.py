@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import harp
+from harp_daemon.audit_file import Position, hash_line, read_head
 from harp_daemon.audit_reading import verify
 from support.deadline import wait_until
 from support.harpcallerd import Harpcallerd
@@ -191,6 +192,36 @@ def test_audit_kill_loses_no_entry_of_a_reply(tmp_path: Path, seed: int) -> None
     report = verify(tmp_path / "audit.jsonl")
     assert report.problems == []
     assert report.first == 1
+
+
+def test_audit_after_power_failure_has_the_stored_calls_again(tmp_path: Path) -> None:
+    """The audit file lacks what the disk did not have yet; the store has the jobs."""
+    (tmp_path / "access.toml").write_text(RULES)
+    settings = {"audit_file": "audit.jsonl", "access_file": "access.toml"}
+    file, head = tmp_path / "audit.jsonl", tmp_path / ".audit.jsonl.head"
+    with Harpcallerd(tmp_path, settings=settings) as dispatcher:
+        dispatcher.submit("web01", "same", 0)
+        wait_until(lambda: len(entries(dispatcher, action="end")) == 1, what="the end")
+        stored = file.read_bytes()
+        last = Position(len(stored.splitlines()), hash_line(stored.splitlines()[-1]))
+        wait_until(lambda: read_head(file) == last, what="the wait for the disk")
+        old_head = head.read_bytes()
+        for number in range(1, 6):
+            dispatcher.submit("web01", "same", number)
+        dispatcher.submit("web01", "drop")
+        wait_until(lambda: len(entries(dispatcher, action="end")) == 7, what="the ends")
+        before = {entry["job"]: entry for entry in entries(dispatcher, action="call")}
+        dispatcher.kill()
+        file.write_bytes(stored + b'{"entry":')
+        head.write_bytes(old_head)
+        dispatcher.start()
+        wait_until(lambda: len(entries(dispatcher, action="end")) == 7, what="the ends")
+        after = {entry["job"]: entry for entry in entries(dispatcher, action="call")}
+        assert [entry["decision"] for entry in after.values()] == [*["allowed"] * 6, "denied"]
+        assert [entry.get("recovered") for entry in after.values()] == [None, *[True] * 6]
+        for name in ("principal", "host", "procedure", "arguments"):
+            assert {job: entry[name] for job, entry in after.items()} == {j: entry[name] for j, entry in before.items()}
+        assert_complete(dispatcher)
 
 
 def test_audit_without_file_creates_none(tmp_path: Path) -> None:

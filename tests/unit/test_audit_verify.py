@@ -254,6 +254,22 @@ def test_audit_file_renamed_while_stopped_continues_chain(path: Path) -> None:
     assert verify(path).problems == []
 
 
+@pytest.mark.parametrize("left", [b"", None], ids=["empty", "missing"])
+@pytest.mark.parametrize("max_bytes", [1500, 6000], ids=["head-before-the-last-file", "head-in-the-last-file"])
+def test_audit_killed_at_a_rotation_continues_chain(path: Path, max_bytes: int, left: bytes | None) -> None:
+    """The head is older than the last entries: the process was killed before it waited for the disk."""
+    write(path, 3)
+    file = AuditFile(path, max_bytes)
+    for number in range(20):
+        file.append([{"time": 1010.0 + number, "action": "call", "job": f"job-{number}"}])
+    file.rotate()
+    file.close()  # without a wait for the disk
+    path.unlink() if left is None else path.write_bytes(left)
+    write(path, 1, start=30)
+    assert verify(path).problems == []
+    assert len([*search(path, {"job": "job-*"}, None)]) == 24
+
+
 def test_audit_incomplete_line_is_reported_and_repaired(path: Path) -> None:
     write(path, 3)
     with path.open("ab") as file:

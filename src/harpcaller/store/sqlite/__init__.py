@@ -191,11 +191,10 @@ class Store:
         """
         return self._writer.observe(observer)
 
-    def call_before_commits(self, function: Callable[[], Callable[[], object] | None]) -> None:
-        """Call a function in the writing thread before each later transaction; what it returns, after it.
+    def call_before_commits(self, function: Callable[[], object]) -> None:
+        """Call a function in the writing thread before each later transaction. It must raise nothing.
 
-        Both must raise nothing. What was done in the loop before a verb was called is done before the transaction of
-        this verb. The verb returns after the second function.
+        What was done in the loop before a verb was called is done before the transaction of this verb.
         """
         self._writer.before_commit = function
 

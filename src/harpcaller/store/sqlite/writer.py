@@ -84,8 +84,8 @@ class Writer:
         self._long_is_next = self._ending = False
         self._observers: list[Callable[[Sequence[Change]], object]] = []
         self._committed: list[Change] = []  # the changes of the last batch
-        #: Called in the thread before each transaction; it may return a function to call after it.
-        self.before_commit: Callable[[], Callable[[], object] | None] | None = None
+        #: Called in the thread before each transaction.
+        self.before_commit: Callable[[], object] = lambda: None
         self.measurements: StoreMeasurements | None = None  #: None: nothing is measured.
         self.committed_at = float("-inf")  #: Monotonic time of the last commit.
         # A daemon thread, so that a program that fails before it closes the store can exit.
@@ -146,10 +146,8 @@ class Writer:
         with closing(self._connection):
             while batch := self._next_batch():
                 batch.sort(key=attrgetter("last"))
-                wait = None if self.before_commit is None else self.before_commit()
+                self.before_commit()
                 outcomes = self._commit(batch)
-                if wait is not None:
-                    wait()
                 for index, (member, outcome) in enumerate(zip(batch, outcomes, strict=True)):
                     if isinstance(outcome, StorageError) and member.verb in PRUNING:
                         outcomes[index] = self._commit_with_reserve(member)
