@@ -6,7 +6,7 @@ import uuid
 
 import pytest
 
-from harpcaller.model.ids import is_job_id, new_job_id
+from harpcaller.model.ids import is_job_id, new_job_id, new_job_ids
 
 NOW = 1_763_868_000.25
 
@@ -26,6 +26,13 @@ def test_new_job_ids_are_in_order_of_their_times() -> None:
 
 def test_new_job_ids_of_the_same_time_differ() -> None:
     assert len({new_job_id(NOW) for _ in range(1000)}) == 1000
+
+
+def test_new_job_ids_of_one_request_ascend() -> None:
+    made = new_job_ids(NOW, 5000)
+    assert made == sorted(set(made))
+    assert {uuid.UUID(one).version for one in made} == {7}
+    assert len({one[19:] for one in made}) == 5000, "random"
 
 
 @pytest.mark.parametrize("now", [0.0, -5.5, 1e12])

@@ -15,10 +15,17 @@ def new_job_id(now: float) -> str:
 
 
 def new_job_ids(now: float, count: int) -> list[str]:
-    """Return UUIDs of version 7 (RFC 9562, section 6.2, method 3): the time in 1/4096 ms, and 62 random bits."""
-    stamp = f"{int(now * 4096_000) & (1 << 60) - 1:015x}"
-    variant_and_random = [f"{0b10 << 62 | random >> 2:016x}" for random in unpack(f">{count}Q", urandom(8 * count))]
-    return [f"{stamp[:8]}-{stamp[8:12]}-7{stamp[12:]}-{tail[:4]}-{tail[4:]}" for tail in variant_and_random]
+    """Return UUIDs of version 7 (RFC 9562, section 6.2, method 3): the time in 1/4096 ms, and 62 random bits.
+
+    They ascend: each has the next time.
+    """
+    first = int(now * 4096_000)
+    stamps = [f"{time & (1 << 60) - 1:015x}" for time in range(first, first + count)]
+    tails = [f"{0b10 << 62 | random >> 2:016x}" for random in unpack(f">{count}Q", urandom(8 * count))]
+    return [
+        f"{stamp[:8]}-{stamp[8:12]}-7{stamp[12:]}-{tail[:4]}-{tail[4:]}"
+        for stamp, tail in zip(stamps, tails, strict=True)
+    ]
 
 
 def is_job_id(text: str) -> bool:
