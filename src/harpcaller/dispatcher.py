@@ -296,7 +296,7 @@ class Dispatcher:
             return job_id
         job = self._new_job(new_job_id(self._wall()), call, admission)
         recorded = record(job)
-        self._runner.context.addresses.record(job.id, client)
+        self._runner.context.addresses[job.id] = client
         write_started_at = time.monotonic()
 
         def on_stored(stored: asyncio.Future[str]) -> None:
@@ -359,8 +359,9 @@ class Dispatcher:
         jobs = await asyncio.to_thread(self._new_jobs, calls, admissions or [_ADMITTED] * len(calls), as_one)
         if record is not None:
             await record(jobs)
+        addresses = self._runner.context.addresses
         for job in jobs:
-            self._runner.context.addresses.record(job.id, client)
+            addresses[job.id] = client
         try:
             job_ids = await self.store.add_jobs(jobs, self._wall(), self._runner.request_claim)
         except Exception as error:

@@ -16,10 +16,11 @@ from typing import TypeAlias
 from harp.protocol.dispatcher import encode_packets
 from harp.protocol.ends import Cancelled, End, Returned
 from harpcaller.model.jobs import Records
+from harpcaller.model.latest import Latest
 
 log = logging.getLogger(__name__)
 
-_MAX_ENDS, _MAX_END = 5000, 1000  #: Maximum number of ends in memory, and bytes of the payload of each.
+_ENDS, _MAX_END = 2500, 1000  #: Number of ends in memory, and maximum bytes of the payload of each.
 #: A function that is called at each notification, with True if the job has ended.
 Subscriber: TypeAlias = Callable[[bool], None]
 
@@ -84,7 +85,7 @@ class Notifier:
 
     def __init__(self) -> None:
         self._subscriptions: dict[str, Subscription] = {}
-        self._ends: dict[str, End] = {}  # by job; the oldest end first
+        self._ends: Latest[End] = Latest(_ENDS)  # by job
 
     @property
     def subscribers(self) -> Iterator[Subscriber]:
@@ -118,8 +119,6 @@ class Notifier:
         """
         if end is not None and _is_short(end):
             self._ends[job_id] = end
-            if len(self._ends) > _MAX_ENDS:
-                del self._ends[next(iter(self._ends))]
         if subscription := self._subscriptions.get(job_id):
             subscription.end = end or subscription.end
             subscription.notify(ended=True)

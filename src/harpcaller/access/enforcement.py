@@ -12,11 +12,12 @@ from harpcaller.access.rules import MAX_EXAMINED, NO_LIMITS, Limits, Rate, Targe
 from harpcaller.access.source import PolicySource
 from harpcaller.config import Config
 from harpcaller.model.jobs import Job, NewJob, Subject
+from harpcaller.model.latest import Latest
 
 #: How many bytes of each payload are needed for a decision: rules refuse to judge longer ones.
 SUBJECT_BYTES = MAX_EXAMINED + 1
 _ROUNDING = 1e-9  #: Seconds. A shorter delay is an error of rounding.
-_MAX_RECENT = 1000  #: Maximum number of the latest jobs in memory.
+_RECENT = 500  #: Number of the latest jobs in memory.
 _MAX_REMEMBERED = 4096  #: Maximum length of the arguments of such a job.
 _MAX_RATES = 10_000  #: Number of rates from which unused ones are removed.
 
@@ -81,7 +82,7 @@ class Access:
         self.use(PolicySource(config))
         self.rates = Rates()
         self.waits: dict[object, Wait] = {}  #: The requests that wait, by any key.
-        self._recent: dict[str, NewJob] = {}  # the latest jobs, by id
+        self._recent: Latest[NewJob] = Latest(_RECENT)  # by id
         self._is_checked = True  # whether the policy in use has decided about all of them
 
     def use(self, source: PolicySource) -> None:
@@ -111,8 +112,6 @@ class Access:
         """Keep a job in memory for a while, so that its client can wait for it without a look-up."""
         if self.policy is not ALLOW_ALL and len(job.arguments) <= _MAX_REMEMBERED:
             self._recent[job.id] = job
-            if len(self._recent) > _MAX_RECENT:
-                del self._recent[next(iter(self._recent))]
 
     def get_recent(self, job_id: str) -> NewJob | None:
         """Return one of the latest jobs. What decides who may do something with a job never changes."""

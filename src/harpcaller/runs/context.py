@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from harp.protocol.harpd import Attach, Caller, Request, RequestedTerms, StartEncoder, encode_request
@@ -20,6 +21,7 @@ from harpcaller.hosts.resolving import Resolver
 from harpcaller.hosts.tls import HostTLS
 from harpcaller.metrics import Metrics
 from harpcaller.model.jobs import Identity, Job, NewJob
+from harpcaller.model.latest import Latest
 from harpcaller.notifier import Notifier
 from harpcaller.secret_arguments import CannotDecrypt, OpenedArguments, SecretKeys
 from harpcaller.store import StorageError
@@ -30,7 +32,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _MAX_PRINCIPAL = 255  #: Maximum characters of a principal, and of an address, that a host is sent.
-_MAX_ADDRESSES = 20_000  #: Maximum number of jobs whose client's address is in memory; each needs about 200 bytes.
+_ADDRESSES = 10_000  #: Number of jobs whose client's address is in memory; each needs about 200 bytes.
 _MAX_ENCODERS = 2000  #: Maximum number of stored encoders of starts; each needs about 1 kB.
 _RETRY_DELAY = 1.0  #: Seconds before a failed write is repeated.
 
@@ -90,23 +92,6 @@ class StoreWrites:
         attempt()
 
 
-class ClientAddresses:
-    """The addresses of the clients that have submitted the latest jobs, in memory only: for the hosts of these jobs."""
-
-    def __init__(self) -> None:
-        self._addresses: dict[str, str] = {}  # by job; the oldest job first
-
-    def record(self, job_id: str, address: str) -> None:
-        """Record the address of the client that submits a job."""
-        if len(self._addresses) >= _MAX_ADDRESSES:
-            del self._addresses[next(iter(self._addresses))]
-        self._addresses[job_id] = address
-
-    def find(self, job_id: str) -> str | None:
-        """Return the address for a job; None: it was submitted before many others, or before a restart."""
-        return self._addresses.get(job_id)
-
-
 @dataclass(frozen=True, slots=True)
 class RunContext:
     """The environment of a run."""
@@ -127,7 +112,8 @@ class RunContext:
     secret_keys: SecretKeys | None = None  # None: no key file is configured
     audit: Audit = field(default_factory=Audit)
     metrics: Metrics | None = None  # None: nothing is counted
-    addresses: ClientAddresses = field(default_factory=ClientAddresses)
+    #: The addresses of the clients that have submitted the latest jobs, by job, for the hosts of these jobs.
+    addresses: Latest[str] = field(default_factory=partial(Latest, _ADDRESSES))
     on_outage: Callable[[str], object] = lambda job_id: None  # called when an outage of a job's host begins or ends
     openings: set[asyncio.Task[Any]] = field(default_factory=set)  #: The tasks that open connections.
     _start_encoders: dict[tuple[Host, HostSupport], StartEncoder] = field(default_factory=dict, init=False)
@@ -157,7 +143,7 @@ class RunContext:
             encoder = self._start_encoders[host, support] = StartEncoder(shared)
         caller = None
         if support.caller:
-            principal, address = job.owner or "", self.addresses.find(job.id) or ""
+            principal, address = job.owner or "", self.addresses.get(job.id) or ""
             caller = Caller(principal[:_MAX_PRINCIPAL] or None, job.id, address[:_MAX_PRINCIPAL] or None)
         of_job = caller, opened.pointers if support.secrets else ()
         return encoder.encode(job.procedure, arguments, job.id, secret, job.timeout, job.max_exec_time, *of_job)
