@@ -71,7 +71,7 @@ def test_demo_with_keep_has_a_failed_backup_with_its_records_and_cause(environme
                 assert answer.returncode == 0, (command, answer.stderr)
                 outputs[command] = answer.stdout
             assert outputs["harp jobs"].count('"state": "returned"') >= 3
-            assert outputs["harp jobs backup"].count('"procedure": "backup"') == 3
+            assert [row_of(line) for line in outputs["harp jobs backup"].splitlines()] == rows_of_the_readme()
             page = json.loads(outputs["harp show backup state:bad"])
             assert page["host"] == "db02"
             assert page["end"]["exception"]["type"] == "DatabaseError"
@@ -98,6 +98,20 @@ def test_demo_with_keep_has_a_failed_backup_with_its_records_and_cause(environme
             assert demo.wait(60) == 0
         assert "Both daemons have stopped." in demo.stdout.read()
         wait_until(lambda: all(is_dead(member.pid) for member in family), 60, "the end of the demo's processes")
+
+
+def row_of(line: str) -> tuple[str, ...]:
+    """Return state, host, procedure and end of a job, as a table shows them."""
+    job = json.loads(line)
+    end = f"{job['end_type']}: {job['end_message']}" if job["end_type"] else ""
+    return job["state"], job["host"], job["procedure"], end
+
+
+def rows_of_the_readme() -> list[tuple[str, ...]]:
+    """Return the same of the example in the README."""
+    part = (ROOT / "README.md").read_text().partition("\n    $ harp jobs backup\n")[2].partition("\n\n")[0]
+    rows = [line.split(maxsplit=6) for line in part.splitlines()[1:]]
+    return [(state, host, procedure, *(end or [""])) for _, state, host, procedure, _, _, *end in rows]
 
 
 def commands_of(printed: str) -> tuple[str, list[str]]:

@@ -1,7 +1,7 @@
 """The pictures of the console in docs/images: `./dev run python tests/support/screenshots.py` takes them anew.
 
-They show a real system: a night of backups, of which one has failed, a deployment that waits in a queue, and a host
-that cannot be reached.
+They show a real system: a night of backups, of which one has failed as in the demo, a deployment that waits in a
+queue, and a host that cannot be reached.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ IMAGES = Path(__file__).parents[2] / "docs" / "images"
 SIZE = {"width": 1200, "height": 640}
 
 PROCEDURES = """
+import sqlite3
 import time
 from harpd.proc import Result, procedure, streaming_procedure
 
@@ -31,14 +32,14 @@ def deploy(version):
     time.sleep(300)
 
 @streaming_procedure
-def backup(database):
-    for table in ("customers", "addresses", "products", "stock", "prices", "carts", "invoices", "orders"):
-        time.sleep(0.1)
-        if database == "orders" and table == "orders":
-            yield {"table": table, "error": "write failed", "device": "/dev/sdb1", "free": 0}
-            raise OSError(28, "No space left on device: '/backup/orders.dump'")
-        yield {"table": table, "rows": 1000 * sum(map(ord, database + table)), "seconds": 0.1}
-    yield Result({"database": database, "tables": 8})
+def backup(file):
+    for table in ("accounts", "addresses", "invoices", "payments"):
+        yield {"table": table, "state": "reading"}
+        time.sleep(0.2)
+        if (file, table) == ("/srv/customers.sqlite", "invoices"):
+            raise sqlite3.DatabaseError("database disk image is malformed")
+        yield {"table": table, "state": "saved", "rows": sum(map(ord, file + table))}
+    yield Result({"directory": f"{file}.backup", "tables": 4})
 """
 
 
@@ -58,8 +59,8 @@ def main() -> None:
         with Pages(browser, site, site.log_in("--as=alice")) as pages:
             for picture, path, shown in (
                 ("overview", "/", "backup"),
-                ("jobs", "/jobs", "OSError"),
-                ("job", f"/jobs/{failed}", "write failed"),
+                ("jobs", "/jobs", "DatabaseError"),
+                ("job", f"/jobs/{failed}", "invoices"),
                 ("queues", "/queues", "deploy"),
                 ("hosts", "/hosts", "down"),
             ):
@@ -68,10 +69,10 @@ def main() -> None:
 
 def run_jobs(rpc: harp.HarpCaller) -> str:
     """Submit the jobs; return the id of the failed backup when all have ended, or wait."""
-    databases = {"db01": "crm", "db02": "orders", "db03": "wiki", "db04": "mail"}
+    databases = {"db01": "orders", "db02": "customers", "db03": "articles", "db04": "tickets"}
     calls = [harp.Call("web01", "clear_cache", (site,)) for site in ("blog", "shop", "docs")]
     calls += [
-        harp.Call(host, "backup", (database,), queue={"backup": host}, info={"cron": "nightly"})
+        harp.Call(host, "backup", (f"/srv/{database}.sqlite",), queue={"backup": host}, info={"cron": "nightly"})
         for host, database in databases.items()
     ]
     ended = rpc.submit_many(calls)
