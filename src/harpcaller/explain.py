@@ -136,7 +136,7 @@ def _why_queued(job: Job, waiting: QueuePosition | None, context: ExplainContext
         return f"its owner has reached its limit ({waiting.slots_held_by_owner} of {job.max_running} jobs), {position}"
     if context.failing is not None and not context.failing.may_try:
         failed = context.failing.describe(context.now)
-        attempts = f"{failed['attempts']} attempts, last error: {failed['error'][:_MAX_QUOTE]}"
+        attempts = f"{failed['attempts']} attempts, last error: {_quote(failed['error'])}"
         wait = f"next attempt in {failed['next'] - context.now:.1f} s, {position}"
         return f"host {job.host} accepts no starts since {_format_time(failed['since'])} ({attempts}); {wait}"
     if not context.registry_loaded:
@@ -168,7 +168,7 @@ def _unreachable(job: Job, run: Run) -> str:
     assert run.outage is not None
     if run.outage.error is None:
         return f"it is reconnecting to host {job.host}, since {_format_time(run.outage.since)}"
-    attempts = f"{run.outage.attempts} attempts, last error: {run.outage.error[:_MAX_QUOTE]}"
+    attempts = f"{run.outage.attempts} attempts, last error: {_quote(run.outage.error)}"
     remaining = max(0.0, run.seconds_until_lost())
     return (
         f"host {job.host} cannot be reached since {_format_time(run.outage.since)} ({attempts}); "
@@ -181,15 +181,19 @@ def _how_ended(details: JobDetails, context: ExplainContext) -> str:
     after = "" if job.started is None or job.ended is None else f" after {max(0.0, job.ended - job.started):.3f} s"
     match job.end:
         case Failed(kind, message):
-            return f"it failed{after}: {kind}: {message[:_MAX_QUOTE]}"
+            return ": ".join(filter(None, (f"it failed{after}", kind, _quote(message))))
         case Raised(kind, message):
-            return f"it raised {kind}{after}: {message[:_MAX_QUOTE]}"
+            return ": ".join(filter(None, (f"it raised {kind}{after}", _quote(message))))
     if job.state is State.RETURNED:
         return f"it returned{after}"
     stop_request = _stop_request(details.metadata, context)
     requester = _requester(loads(stop_request)) if stop_request else None
     by = f" by {requester}" if requester else ""
     return f"it was cancelled{by} at {_format_time(job.ended)}{', before it started' if job.started is None else ''}"
+
+
+def _quote(message: str) -> str:
+    return message if len(message) <= _MAX_QUOTE else f"{message[:_MAX_QUOTE]}..."
 
 
 def _requester(stop_request: Mapping[str, Any]) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from harp.protocol.ends import Cancelled, Failed, Returned
+from harp.protocol.ends import Cancelled, Failed, Raised, Returned
 from harp.protocol.json_text import Raw, dumps
 from harpcaller.config import Config
 from harpcaller.explain import ExplainContext, describe_job
@@ -166,6 +166,21 @@ def test_why_of_a_job_whose_host_accepts_no_starts() -> None:
     assert describe_job(details, CONTEXT)["failed_starts"] is None
     failing.may_try = True
     assert describe_job(details, replace(CONTEXT, failing=failing))["why"] == "2 jobs are before it, position 3"
+
+
+@pytest.mark.parametrize(
+    ("end", "why"),
+    [
+        (Raised("KeyError", ""), "it raised KeyError after 1.000 s"),
+        (Failed("host_lost", ""), "it failed after 1.000 s: host_lost"),
+        (Raised("KeyError", "x" * 300), "it raised KeyError after 1.000 s: " + "x" * 300),
+        (Failed("timeout", "x" * 301), "it failed after 1.000 s: timeout: " + "x" * 300 + "..."),
+    ],
+)
+def test_why_of_an_end_shows_when_its_message_is_cut(end: Failed | Raised, why: str) -> None:
+    state = State.RAISED if isinstance(end, Raised) else State.FAILED
+    job = Job("id", state, "web01", "p", Raw(b"[]"), 1.0, 1.0, None, Raw(b"null"), 1.0, 2.0, 3.0, end, 0)
+    assert describe_job(JobDetails(job, NO_METADATA, 0, None), CONTEXT)["why"] == why
 
 
 @pytest.mark.parametrize(
