@@ -226,10 +226,35 @@ def test_empty_result_names_the_part_that_excludes_all(pages: Pages, filled: Sit
     expect(rows(page).first).to_contain_text("raised")
 
 
+def test_word_that_is_in_arguments_only_can_be_searched_there(pages: Pages, filled: Site) -> None:
+    page = pages.open("/jobs?q=onerror")
+    expect(page.get_by_text("Words are searched for in procedure, host, info")).to_be_visible()
+    page.get_by_role("link", name="Search the arguments").click()
+    expect(page).to_have_url(re.compile(r"/jobs\?arguments=onerror$"))
+    expect(rows(page)).to_have_count(1)
+
+
+def test_page_names_the_zone_of_its_times(pages: Pages, filled: Site) -> None:
+    page = pages.open("/jobs?procedure=sleep", timezone_id="Asia/Kolkata")
+    zone, time = page.locator(".zone"), rows(page).first.locator("time").first
+    expect(zone).to_have_text("UTC+05:30")
+    expect(time).to_have_attribute("title", re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} UTC\+05:30$"))
+    expect(time).to_have_text(re.compile(r"^\d\d:\d\d:\d\d$"))
+    local = time.inner_text()
+    page.get_by_role("button", name="Account and settings").click()
+    expect(page.get_by_text("local (UTC+05:30)")).to_be_visible()
+    page.get_by_text("UTC", exact=True).last.click()
+    expect(zone).to_have_text("UTC")
+    expect(time).not_to_have_text(local)
+    page.get_by_text("relative").click()
+    expect(zone).to_have_count(0)
+
+
 def test_unknown_filter_is_named(pages: Pages, filled: Site) -> None:
     pages.allow("400")
     page = pages.open("/jobs?stat=failed")
     expect(page.get_by_role("alert")).to_contain_text("stat")
+    expect(page.get_by_role("button", name="Try again")).to_have_count(0)
     page.locator(".list").get_by_role("link", name="Clear all filters").click()
     expect(rows(page).first).to_be_visible()
 
@@ -539,7 +564,7 @@ def test_error_states_have_no_axe_violation(browser: Browser, tmp_path: Path, op
             (f"/jobs/{new_id()}", "No such job"),
             (f"/queues/{'0' * 32}", "no such queue"),
             ("/hosts/nohost", "no such host"),
-            ("/audit?from=yesterday", "got yesterday"),
+            ("/audit?from=someday", "got someday"),
         ):
             page.goto(site.url + path)
             expect(page.locator("#content")).to_contain_text(text)

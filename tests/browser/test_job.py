@@ -71,6 +71,18 @@ def test_header_follows_the_job_without_a_reload(site: Site, pages: Pages, tmp_p
     expect(page.locator(".job-why")).not_to_be_empty()
 
 
+def test_all_times_of_a_job_have_one_zone(site: Site, pages: Pages, tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    append(path, "first")
+    job = site.submit("tail", str(path))
+    page = pages.open(f"/jobs/{job}", timezone_id="Asia/Kolkata")
+    titled = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} UTC\+05:30$")
+    for place in (".job-why time", ".job-facts time", ".log-row time"):
+        expect(page.locator(place).first).to_have_attribute("title", titled)
+    expect(page.locator(".job-why")).to_contain_text(re.compile(r"running on host web01 since \d\d:\d\d:\d\d"))
+    append(path, "end")
+
+
 def test_cancel_from_the_page_shows_the_confirmed_stop(site: Site, pages: Pages) -> None:
     job = site.submit("sleep", 300)
     page = pages.open(f"/jobs/{job}")

@@ -116,3 +116,18 @@ def test_characters_that_one_does_not_see_are_named(modules: Page) -> None:
     text = "a\u202eb\x00\x1b\u200b\ufeff\r\x85c\td\ne"
     shown = modules.evaluate("(text) => modules.formats.visible(text)", text)
     assert shown == "a\\u202eb\\x00\\x1b\\u200b\\ufeff\\x0d\\x85c\td\ne"
+
+
+@pytest.mark.parametrize(
+    ("json_text", "shown"),
+    [
+        (r'["M\u00fcnchen", "\u5317\u4eac"]', '("M\u00fcnchen", "\u5317\u4eac")'),
+        (
+            r'["\ud83d\ude00 \\u00fc \u0022 \n"]',
+            r'("\U0001f600 \\u00fc \u0022 \n")'.replace(r"\U0001f600", "\U0001f600"),
+        ),
+        (r'["\u202e \u00A0 \ud83d"]', r'("\u202e \u00A0 \ud83d")'),
+    ],
+)
+def test_escaped_letters_of_arguments_are_shown_as_letters(modules: Page, json_text: str, shown: str) -> None:
+    assert modules.evaluate("(text) => modules.formats.callOf('p', text)", json_text) == ["p", shown]

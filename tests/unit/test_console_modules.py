@@ -16,10 +16,15 @@ STATIC = Path(console_module.__file__).parent / "static"
 SOURCES = {path.stem: path.read_text() for path in STATIC.glob("*.mjs")}
 
 
+def without_indentation(template: str) -> str:
+    """Return a template without what htm leaves out: indentation, and lines between two elements or expressions."""
+    return re.sub(r"(?<=[>}])\n(?=<|\$\{)", "", re.sub(r"\n[ \t]+", "\n", template))
+
+
 def tokens(source: str) -> list[tuple[str, str]]:
     """Return the tokens without the spaces between them and the indentation in templates."""
     return [
-        (kind, re.sub(r"\n[ \t]+", "\n", token) if kind == "template" else token)
+        (kind, without_indentation(token) if kind == "template" else token)
         for kind, token in tokenize(source)
         if kind != "space"
     ]
@@ -50,7 +55,8 @@ def test_shorter_module_has_the_tokens_of_its_source(name: str) -> None:
         ("const a = (b) / c, d = [e] / f;", "const a=(b)/c,d=[e]/f;"),
         ("\"a  //  b\"  +  '/* c */'", "\"a  //  b\"+'/* c */'"),
         ("`a  ${ b  +  `c  ${ { d:  1 } }  e` }  // f`", "`a  ${b+`c  ${{d:1}}  e`}  // f`"),
-        ("`<a>\n    <b  c=${ d } />\n  </a>`", "`<a>\n<b  c=${d} />\n</a>`"),
+        ("`<a>\n    <b  c=${ d } />\n  </a>`", "`<a><b  c=${d} /></a>`"),
+        ("`<a>\n  b\n  ${ c }\n  ${ d }</a>`", "`<a>\nb\n${c}${d}</a>`"),
         (r"`a \` \${ b  c` + d", r"`a \` \${ b  c`+d"),
         ("if (a(b)) /c  d/.test(e)", "if(a(b))/c  d/.test(e)"),
         ('while (a) /c  "/.test(e) || (f) / g  / h;', 'while(a)/c  "/.test(e)||(f)/g/h;'),
@@ -115,7 +121,7 @@ def test_modules_are_joined_in_the_order_of_their_imports() -> None:
     ]
     assert "const $jobs=(()=>{const{one,two}=$base;const{h}=$preact;" in views
     assert "return{h}" in views
-    assert views[-1] == "export{$overview as overview,$jobs as jobs,$lists as lists,$job as job};"
+    assert views[-1] == "export{$job as job,$jobs as jobs,$overview as overview,$lists as lists};"
     assert "const $base=(()=>{" in joined["log-worker.mjs"], "a worker runs apart from the page"
 
 

@@ -17,9 +17,10 @@ from collections.abc import Iterator, Mapping
 from typing import Final
 
 # What is sent: the file, and the modules that it begins with. A later file takes from the first one what that has.
+# The order of the views is the one that is compressed best, by 1.7 % more than in the order of the bar.
 FILES: Final = {
     "app.mjs": ("app",),
-    "views.mjs": ("overview", "jobs", "lists", "job"),
+    "views.mjs": ("job", "jobs", "overview", "lists"),
     "log-worker.mjs": ("log-worker",),
 }
 
@@ -158,8 +159,8 @@ def tokenize(source: str) -> Iterator[tuple[str, str]]:
 def shorten(source: str) -> str:
     """Return a module without comments and needless spaces.
 
-    Line feeds between tokens stay, because a statement may end by one; in templates, indentation goes. Raises
-    ValueError with the line that cannot be read.
+    Line feeds between tokens stay, because a statement may end by one. In templates, which are markup if they have
+    several lines, indentation and lines between elements go. Raises ValueError with the line that cannot be read.
     """
     pieces: list[str] = []
     space = ""
@@ -168,7 +169,7 @@ def shorten(source: str) -> str:
             space = token
             continue
         if kind == "template":
-            token = _INDENTATION.sub("\n", token)
+            token = _INDENTATION.sub("\n", _BETWEEN_TAGS.sub("", token))
         if pieces and space:
             last, first = pieces[-1][-1], token[0]
             if "\n" in space:
@@ -181,4 +182,6 @@ def shorten(source: str) -> str:
 
 
 _INDENTATION: Final = re.compile(r"\n[ \t]+")
+#: Lines between two elements or expressions: htm leaves them out, too.
+_BETWEEN_TAGS: Final = re.compile(r"(?<=[>}])\s*\n\s*(?=<|\$\{)")
 _NEEDED: Final = re.compile(r"[\w$][\w$]|\+\+|--|//")  # between two of these, a space divides tokens

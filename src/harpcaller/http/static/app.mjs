@@ -1,8 +1,8 @@
 // The console: frame, router of views, login, palette. A view is a component, which gets `{query, id, me}`: the query of the address, the part after the view's name,
 // and the answer of GET /me. `ui.mjs` has what views are made of.
 import { askEarly, del, facts, get, post, togglePause, useLiveStatus } from "./api.mjs";
-import { setSetting, shortTime, visible } from "./formats.mjs";
-import { BASE, COMMON_VIEWS, hostLink, jobLink, link, navigate, searched, useRedraw, useRoute } from "./router.mjs";
+import { readClock, setSetting, shortTime, visible } from "./formats.mjs";
+import { BASE, COMMON_VIEWS, hostLink, jobLink, link, navigate, SEARCHED, searched, useRedraw, useRoute } from "./router.mjs";
 import { Button, Dialog, Empty, Example, Fault, html, Icon, listKeys, Loading, Menu, Notices, render, setCalls, setTitle, useEffect, useErrorBoundary, useKeys, useRef, useSettings, useState } from "./ui.mjs";
 
 // By the first part of the path: the module, the component of its list, and that of one thing, whose id is the second part.
@@ -96,7 +96,7 @@ const CHOICES = [
 function Choice({ name, label, values }) {
   const chosen = useSettings();
   return html`<fieldset class="choice"><legend>${label}</legend>${Object.entries(values).map(
-    ([value, word]) => html`<label key=${value}><input type="radio" name=${name} checked=${chosen[name] === value} onChange=${() => setSetting(name, value)} /><span>${word}</span></label>`,
+    ([value, word]) => html`<label key=${value}><input type="radio" name=${name} checked=${chosen[name] === value} onChange=${() => setSetting(name, value)} /><span>${word}${value === "local" && ` (${readClock(Date.now() / 1000, false)[2]})`}</span></label>`,
   )}</fieldset>`;
 }
 
@@ -129,7 +129,7 @@ function Search({ place }) {
   }
   return html`<form class="search" role="search" onSubmit=${submit}>
     <${Icon} name="search" />
-    <input ref=${field} type="search" aria-label="Search jobs" placeholder="Search: id, word, host:web01" autocomplete="off" spellcheck="false" maxlength="1000" />
+    <input ref=${field} type="search" aria-label="Search jobs" title=${SEARCHED + " Keys such as state:bad, from:today and arguments:TEXT say more."} placeholder="Search: id, word, host:web01" autocomplete="off" spellcheck="false" maxlength="1000" />
     <kbd aria-hidden="true">/</kbd>
   </form>`;
 }
@@ -142,6 +142,13 @@ const LIVE = {
   polling: ["every 5 s", "Four tabs follow live already, or a proxy holds streams back: this one asks every 5 s."],
   connecting: ["connecting", "Connecting to the dispatcher."],
 };
+
+/** The time zone of all short times; each has its own zone in its title. */
+function Zone() {
+  const { times } = useSettings();
+  const [, , zone] = readClock(Date.now() / 1000);
+  return times !== "relative" && html`<span class="zone dim wide-only" title=${`Times are in ${zone}. The menu changes this; each time has its date and zone as its title.`}>${zone}</span>`;
+}
 
 /** The button that says whether the page is live, and pauses it. */
 function Live({ state }) {
@@ -190,6 +197,7 @@ function Frame({ me, logOut, restarted }) {
         ([, path, name]) => html`<a key=${path} href=${link(path)} aria-current=${(path === "/" ? place.path === "/" : place.path.startsWith(path)) ? "page" : undefined}>${name}</a>`,
       )}</nav>
       <${Search} place=${place} />
+      <${Zone} />
       <${Live} state=${status.state} />
       <${Account} me=${me} logOut=${logOut} help=${help} />
     </header>

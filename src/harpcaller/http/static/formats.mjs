@@ -104,14 +104,21 @@ export function codeOf(character) {
 /** Return a text of a job or host with those characters as codes: they could change what is read. */
 export const visible = (text) => String(text ?? "").replace(HIDDEN, codeOf);
 
-/** Return the JSON text of a queue's name: as it was sent, where the API gave its text. */
-export const queueName = ({ name, id }) => visible(typeof name === "string" ? name : JSON.stringify(name ?? id));
+/** Return JSON text for a line of a list, with letters in place of their \uXXXX. */
+const readable = (json) =>
+  visible(json.replace(/\\(u[\da-f]{4}|.)/gi, (written, code) => {
+    const unit = parseInt(code.slice(1), 16);
+    return unit > 0xa0 ? String.fromCharCode(unit) : written;
+  }));
+
+/** Return the JSON text of a queue's name, for a line of a list. */
+export const queueName = ({ name, id }) => readable(typeof name === "string" ? name : JSON.stringify(name ?? id));
 
 /** Return ["backup", "("orders")"]: the procedure and the start of its arguments, as they were sent. */
 export function callOf(procedure, args, most = 200) {
   const isCut = args.length >= most;
   const shown = args.startsWith("[") ? args.slice(1, args.endsWith("]") && !isCut ? -1 : most) : args === "null" ? "" : args.slice(0, most);
-  return [visible(procedure), "(" + visible(shown) + (isCut ? "…" : "") + ")"];
+  return [visible(procedure), "(" + readable(shown) + (isCut ? "…" : "") + ")"];
 }
 
 /** Return the sources of the hosts registry: [{name, source, hosts, age, error, rejected_lines}]. */

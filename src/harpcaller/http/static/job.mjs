@@ -5,16 +5,10 @@ import { appendText, decodeString, indent, makeTree, members } from "./json.mjs"
 import { appendOutput } from "./log.mjs";
 import { Output } from "./output.mjs";
 import { ENDED, hostLink, jobLink, link, listAddress, navigate } from "./router.mjs";
-import { Button, copy, copyItems, Dialog, Facts, Fault, html, Icon, Loading, Menu, notify, setTitle, State, Time, useEffect, useKeys, useLayoutEffect, useMemo, useNow, useRef, useState, workerAddress } from "./ui.mjs";
+import { Button, copy, copyItems, Dialog, Facts, Fault, html, Icon, Loading, Menu, notify, setTitle, State, STOPS, Time, useEffect, useKeys, useLayoutEffect, useMemo, useNow, useRef, useState, workerAddress } from "./ui.mjs";
 
 const TAB_NAMES = { output: "Output", result: "Result", arguments: "Arguments", process: "Process", details: "Details" };
 const TABS = Object.keys(TAB_NAMES);
-const STOPS = {
-  pending: "Stop: the host has not confirmed yet that no process is left.",
-  confirmed: "Stop confirmed: no process of the call is left.",
-  failed: "Stop failed: processes survive, or the host was lost.",
-  unknown: "Stop unknown: the host cannot report it.",
-};
 const MOST_TEXT = 262144; // characters that are shown at once
 
 // --- the job and its stream ----------------------------------------------------------------------------------------
@@ -205,6 +199,9 @@ function rights(job) {
 /** The call: backup("orders"), or list({"db": "orders"}). */
 const callText = (job) => callOf(job.procedure, (job.arguments ?? "").trim(), 90).join("");
 
+/** Return a sentence of the dispatcher, its times as all others on the page. */
+const withTimes = (text) => visible(text).split(/(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00)/).map((part, place) => (place % 2 ? html`<${Time} at=${Date.parse(part) / 1000} />` : part));
+
 function Header({ job, allowed, skew, ask }) {
   const hasEnded = ENDED.includes(job.state);
   const now = useNow(!hasEnded) + skew;
@@ -227,7 +224,7 @@ function Header({ job, allowed, skew, ask }) {
         <${Menu} label="Copy as" icon="copy" text="Copy">${(close) => copyItems(job.job, close)}<//>
       </span>
     </div>
-    <p class=${"job-why" + (job.state === "failed" || job.state === "raised" ? " is-bad" : "")}>${visible(job.why)}</p>
+    <p class=${"job-why" + (job.state === "failed" || job.state === "raised" ? " is-bad" : "")}>${withTimes(job.why)}</p>
     ${job.stop && html`<p class=${"job-stop stop-" + job.stop}>${STOPS[job.stop]}</p>`}
     <p class="job-facts dim">
       <span>Submitted <${Time} at=${submit} />${job.owner && html` by ${visible(job.owner)}`}</span>
@@ -243,6 +240,7 @@ function Header({ job, allowed, skew, ask }) {
 function Tabs({ shown, open, stored, client, state }) {
   const [live, setLive] = useState(stored);
   useEffect(() => client.listen((message) => message.count !== undefined && setLive(message.count)), [client]);
+  useLayoutEffect(() => document.getElementById("tab-" + shown).scrollIntoView({ block: "nearest", inline: "nearest" }), [shown]);
   function keys(event) {
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     if (!step) return;
@@ -259,8 +257,6 @@ function Tabs({ shown, open, stored, client, state }) {
 // --- timeline ------------------------------------------------------------------------------------------------------
 
 const PHASES = {
-  accept: "accept the request",
-  store: "store the job",
   wait: "wait for a slot",
   connect: "connect to the host",
   authenticate: "authenticate",
@@ -268,11 +264,7 @@ const PHASES = {
   run: "run",
   unmeasured: "not measured",
   other: "transfer and store records",
-  store_end: "store the end",
-  deliver: "deliver the end",
 };
-const BEFORE = ["accept", "store"];
-const AFTER = ["store_end", "deliver"];
 
 /** Return [{name, start, length, isLive}], with times from the submission on, and the length of the whole. */
 export function readPhases(job, now) {
@@ -283,20 +275,14 @@ export function readPhases(job, now) {
   let at = 0;
   for (const [name, seconds] of Object.entries(phases)) {
     if (typeof seconds !== "number") continue;
-    if (BEFORE.includes(name)) {
-      rows.push({ name, start: null, length: seconds });
-    } else if (AFTER.includes(name)) rows.push({ name, start: end === null ? null : end - submit, length: seconds });
-    else {
-      rows.push({ name, start: at, length: seconds });
-      at += seconds;
-    }
+    rows.push({ name, start: at, length: seconds });
+    at += seconds;
   }
   const total = (hasEnded ? end : Math.max(now, submit)) - submit;
   const rest = total - at;
   if (hasEnded && rest > 0.001) {
     // An end without exit info: nobody has measured what was between.
-    const place = rows.findIndex((row) => AFTER.includes(row.name));
-    rows.splice(place < 0 ? rows.length : place, 0, { name: start === null ? "wait" : "unmeasured", start: at, length: rest });
+    rows.push({ name: start === null ? "wait" : "unmeasured", start: at, length: rest });
   } else if (!hasEnded) {
     const name = start === null ? "wait" : "run";
     const row = rows.find((row) => row.name === name);
@@ -314,28 +300,27 @@ function Timeline({ job, skew }) {
   const now = useNow(!hasEnded) + skew;
   const [isLog, setLog] = useState(false);
   const { rows, total } = readPhases(job, now);
-  const inside = rows.filter((row) => row.start !== null && !AFTER.includes(row.name));
   const most = Math.max(total, 1e-6);
   const percent = (value) => `${Math.min(100, Math.max(0, value * 100)).toFixed(3)}%`;
   const logOf = (seconds) => Math.max(0, Math.log10(Math.max(seconds, 1e-5) / 1e-5)) / Math.max(1e-9, Math.log10(Math.max(most, 1e-4) / 1e-5));
   if (!rows.length) return null;
-  const spoken = inside.map((row) => `${PHASES[row.name] ?? row.name} ${duration(row.length)}`).join(", ");
+  const spoken = rows.map((row) => `${PHASES[row.name]} ${duration(row.length)}`).join(", ");
   return html`<details class="timeline">
     <summary>
       <span class="hidden">Timeline: ${spoken}</span>
-      <span class="band" aria-hidden="true">${inside.map((row) => html`<span key=${row.name} class=${"phase phase-" + row.name + (row.isLive ? " is-live" : "")} style=${{ flexGrow: Math.max(row.length / most, 0.002) }} title=${`${PHASES[row.name]}: ${duration(row.length)}`}>
-        <span>${row.name.replace("_", " ")} ${duration(row.length).replaceAll(" ", "\u00a0")}</span></span>`)}</span>
+      <span class="band" aria-hidden="true">${rows.map((row) => html`<span key=${row.name} class=${"phase phase-" + row.name + (row.isLive ? " is-live" : "")} style=${{ flexGrow: Math.max(row.length / most, 0.002) }} title=${`${PHASES[row.name]}: ${duration(row.length)}`}>
+        <span>${row.name} ${duration(row.length).replaceAll(" ", "\u00a0")}</span></span>`)}</span>
     </summary>
     <div class="timeline-body">
       <table>
         <caption class="hidden">Timeline</caption>
         <thead><tr><th scope="col">Phase</th><th scope="col" class="phase-bar"><label><input type="checkbox" checked=${isLog} onChange=${(event) => setLog(event.target.checked)} /> Logarithmic bars</label></th><th scope="col" class="num">Starts at</th><th scope="col" class="num">Length</th><th scope="col" class="num">Share</th></tr></thead>
         <tbody>${rows.map((row) => html`<tr key=${row.name} data-phase=${row.name} data-seconds=${row.length}>
-          <th scope="row">${PHASES[row.name] ?? row.name}</th>
-          <td class="phase-bar"><span class=${"bar-fill phase-" + row.name + (row.isLive ? " is-live" : "")} style=${isLog ? { width: percent(logOf(row.length)) } : { marginLeft: percent((row.start ?? 0) / most * 0.99), width: percent(row.length / most) }}></span></td>
-          <td class="num">${row.start === null ? "" : row.start ? "+" + duration(row.start) : "0"}</td>
+          <th scope="row">${PHASES[row.name]}</th>
+          <td class="phase-bar"><span class=${"bar-fill phase-" + row.name + (row.isLive ? " is-live" : "")} style=${isLog ? { width: percent(logOf(row.length)) } : { marginLeft: percent(row.start / most * 0.99), width: percent(row.length / most) }}></span></td>
+          <td class="num">${row.start ? "+" + duration(row.start) : "0"}</td>
           <td class="num">${duration(row.length)}</td>
-          <td class="num">${row.start === null || AFTER.includes(row.name) ? "" : share(row.length / most)}</td>
+          <td class="num">${share(row.length / most)}</td>
         </tr>`)}</tbody>
         <tfoot><tr data-seconds=${total}><th scope="row">${hasEnded ? "From submission to end" : "From submission until now"}</th><td></td><td></td><td class="num">${duration(total)}</td><td></td></tr></tfoot>
       </table>
@@ -397,8 +382,7 @@ function Result({ job, ask, allowed }) {
   if (error) return html`<${Failed} job=${job} error=${readError(error)} ask=${ask} allowed=${allowed} />`;
   const { stop_request: stop } = job;
   return html`<h2><${State} state="cancelled" /></h2>
-    <${Facts} facts=${[["Requested by", stop?.principal ?? stop?.by], ["Reason", stop?.why], ["At", stop?.at && html`<${Time} at=${stop.at} />`]]} />
-    ${job.stop && html`<p>${STOPS[job.stop]}</p>`}`;
+    <${Facts} facts=${[["Requested by", stop?.principal ?? stop?.by], ["Reason", stop?.why], ["At", stop?.at && html`<${Time} at=${stop.at} />`]]} />`;
 }
 
 /** The text of the closing line of a job; a long one is read when it is asked for. */
@@ -517,7 +501,7 @@ function Stop({ job, report, stop }) {
     ${survivors.has(process.pid) ? html`<strong class="bad"><${Icon} name="warning" /> survives</strong>` : html`<span>${process.ended ? `ended: ${process.ended}` : ""}</span>`}
   </li>`;
   return html`<h2>Stop report</h2>
-    <${Facts} facts=${[["Requested by", stop?.by], ["Reason", stop?.why], ["At", stop?.at && html`<${Time} at=${stop.at} />`]]} />
+    <${Facts} facts=${[["Requested by", stop?.principal ?? stop?.by], ["Reason", stop?.why], ["At", stop?.at && html`<${Time} at=${stop.at} />`]]} />
     ${report?.known === false && html`<p>The host did not know the call.</p>`}
     ${report?.host_lost && html`<p class="bad">The host was declared lost. ${visible(outage(report.host_lost))}</p>`}
     ${report?.released !== undefined && html`<p>An administrator released the slot.</p>`}

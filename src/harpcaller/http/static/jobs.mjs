@@ -1,8 +1,8 @@
 // The list of jobs: filters that are counts, live rows, and only as many rows in the page as can be seen.
 import { Away, facts, get, useLive } from "./api.mjs";
 import { callOf, count, duration, fullTime, plural, queueName, setSetting, settings, shortDuration, visible } from "./formats.mjs";
-import { COMMON_VIEWS, hostLink, jobLink, link, navigate, normal, partsOf, toggled, useRedraw, valuesOf, withValue } from "./router.mjs";
-import { Button, Clear, copyItems, copyJobLink, Dialog, Empty, Example, Fault, html, Icon, Loading, Menu, menuIsOpen, setTitle, State, STATES, Strip, Time, useEffect, useKeys, useLayoutEffect, useMemo, useNow, useRef, useSettings, useSoon, useState } from "./ui.mjs";
+import { COMMON_VIEWS, hostLink, jobLink, link, navigate, normal, partsOf, SEARCHED, toggled, useRedraw, valuesOf, withValue } from "./router.mjs";
+import { Button, Clear, copyItems, copyJobLink, Dialog, Empty, Example, Fault, html, Icon, Loading, Menu, menuIsOpen, setTitle, State, STATES, STOPS, Strip, Time, useEffect, useKeys, useLayoutEffect, useMemo, useNow, useRef, useSettings, useSoon, useState } from "./ui.mjs";
 
 const FILTER_NAMES = {
   q: "search", state: "State", procedure: "Procedure", host: "Host", queue: "Queue", owner: "Owner", end_type: "Error", stop: "Stop", holds_slot: "Holds a slot",
@@ -194,13 +194,11 @@ class JobList {
 
 // --- columns --------------------------------------------------------------------------------------------------------
 
-const STOPS = { pending: "Stop sent; not confirmed yet", failed: "Stop failed: processes are left", unknown: "Not known whether its processes stopped" };
-
 function End({ row, now }) {
   const message = visible(row.end_message);
   if (row.unreachable_since && row.state === "running") return html`<span class="warn" title=${fullTime(row.unreachable_since)}>${visible(row.host)} unreachable for ${duration(now - row.unreachable_since)}</span>`;
   const slot = row.holds_slot && row.time.end ? html`<span class="warn">Still holds its slot</span>` : "";
-  if (row.stop && row.stop !== "confirmed") return html`<span class=${row.stop === "pending" ? "warn" : "bad"}>${STOPS[row.stop] || row.stop}</span> ${slot}`;
+  if (row.stop && row.stop !== "confirmed") return html`<span class=${row.stop === "pending" ? "warn" : "bad"}>${STOPS[row.stop]}</span> ${slot}`;
   if (slot) return slot;
   if (!row.end_type) return row.records ? html`<span class="dim">${plural(row.records, "record")}</span>` : "";
   return html`<span title=${message}><b class=${{ failed: "bad", raised: "warn" }[row.state] || "dim"}>${visible(row.end_type)}</b>${message && ": " + message}</span>`;
@@ -504,6 +502,7 @@ function Nothing({ query, list, names }) {
   return html`<${Empty} title="No job fits this filter">
     ${helpful.map(([name, shown, , number]) => html`<p key=${name}>Without <b>${FILTER_NAMES[name] || name} ${visible(shown)}</b>: <a href=${link("/jobs", withValue(query, name, null))}>${number}</a></p>`)}
     ${without && !helpful.length && html`<p>${parts.length > 1 ? "No single part excludes all: remove several." : "Without it there are no jobs either."}</p>`}
+    ${query.get("q") && !query.has("arguments") && html`<p>${SEARCHED} <a href=${link("/jobs", withValue(withValue(query, "q", null), "arguments", query.get("q")))}>Search the arguments</a></p>`}
     <p><${Clear} /></p>
   <//>`;
 }
@@ -542,7 +541,8 @@ export function JobsView({ query, returned }) {
       list.steady = () => true;
     };
   }, [key]);
-  useLive("jobs,counts", filter.toString(), {
+  const isRefused = !list.rows.length && list.error?.status === 400;
+  useLive(isRefused ? "" : "jobs,counts", filter.toString(), {
     jobs(data) {
       list.take(data);
       countSoon();
@@ -619,7 +619,7 @@ export function JobsView({ query, returned }) {
       ${list.error && list.rows.length > 0 && html`<${Strip}>${list.error.detail || list.error.message} <${Button} kind="small" onClick=${reload}>Try again<//><//>`}
       <div class="list">
         ${list.rows.length > 0 ? html`<${Rows} key=${key} list=${list} query=${query} redraw=${redraw} body=${body} />`
-          : list.error ? html`<${Fault} error=${list.error} retry=${reload} />${list.error.status === 400 && html`<p class="page"><${Clear} /></p>`}`
+          : list.error ? html`<${Fault} error=${list.error} retry=${isRefused ? undefined : reload} />${isRefused && html`<p class="page"><${Clear} /></p>`}`
           : list.next === undefined || list.loading ? html`<${Loading} lines=${14} />`
           : html`<${Nothing} query=${query} list=${list} names=${names} />`}
         ${newer && html`<div class="pill-place"><button type="button" class="pill" onClick=${showNewer}><${Icon} name="up" size=${12} />${newer}</button></div>`}

@@ -118,7 +118,7 @@ export function QueuesView({ query }) {
   useChanges(answer.soon);
   return html`<${Page} title="Queues" answer=${answer} head=${html`<${Narrow} path="/queues" query=${query} states=${["busy", "full", "idle"]} find="Find a queue" />`}>
     ${({ queues, next }) => html`<${Table} rows=${queues} chosen=${filter.q || filter.state} path="/queues" nothing="No queue fits" none=${NO_QUEUE} next=${next} more=${answer.more} columns=${[
-      ["Name", (queue) => html`<a class="mono" href=${link("/queues/" + queue.id)}>${queueName(queue)}</a>`, "name"],
+      ["Name", (queue) => html`<a class="mono" href=${link("/queues/" + queue.id)} title=${queueName(queue)}>${queueName(queue)}</a>`, "name"],
       ["Running / limit", (queue) => html`<${Use} running=${queue.running} limit=${queue.concurrency} />`, "named"],
       ["Waiting", (queue) => waiting(queue.queued, { queue: queue.id }), "num named"],
       ["Oldest waits", (queue) => (queue.oldest_submit ? duration(now - queue.oldest_submit) : html`<span class="dim">-</span>`), "num named"],
@@ -170,12 +170,12 @@ export function HostsView({ query }) {
   return html`<${Page} title="Hosts" answer=${answer} head=${head}>
     ${({ hosts, next }) => html`${sources.filter((source) => source.error).map((source) => html`<${Strip} key=${source.name}>The hosts registry cannot be read; the dispatcher uses the one of before. ${visible(source.error)}<//>`)}
     <${Table} rows=${hosts} chosen=${filter.q || filter.state} path="/hosts" nothing="No host fits" none=${NO_HOST} next=${next} more=${answer.more} columns=${[
-      ["Host", (host) => html`<a href=${hostLink(host.name)}><b>${visible(host.name)}</b></a>`, "name"],
+      ["Host", (host) => html`<a href=${hostLink(host.name)} title=${visible(host.name)}><b>${visible(host.name)}</b></a>`, "name"],
       ["State", (host) => html`<${HostState} host=${host} />${endsSoon(host, now) && html` <span class="tag warn" title=${fullTime(host.certificate.not_after)}>certificate ends soon</span>`}${host.error && html`<div class="bad small cut" title=${visible(host.error)}>${visible(host.error)}</div>`}`],
       ["Running / limit", (host) => html`<${Use} running=${host.running} limit=${host.limit} />`, "named"],
       ["Waiting", (host) => waiting(host.queued, { host: host.name }), "num named"],
       ["Last contact", (host) => (host.contact ? html`<span title=${fullTime(host.contact)}>${age(now - host.contact)}</span>` : "-"), "dim named"],
-      ["Address", addressOf, "mono dim named"],
+      ["Address", addressOf, "mono dim fit named"],
       ["Jobs", (host) => jobsLink({ host: host.name }, "Jobs"), "fit act"],
     ]} />`}
   <//>`;
@@ -194,6 +194,7 @@ export function HostView({ id }) {
       ["Waiting", html`${count(host.queued)}${shown(host.queued, { host: id, state: "queued" })}`],
       ["Last contact", host.contact && html`<${Time} at=${host.contact} /> <span class="dim">(${age(now - host.contact)})</span>`],
       ["Round trip", host.rtt && html`${duration(host.rtt)} <span class="dim">to the latest heartbeat</span>`],
+      ["Clock", (Math.abs(host.clock_skew) >= 1 || null) && html`<span class="warn">${duration(Math.abs(host.clock_skew))} ${host.clock_skew > 0 ? "ahead" : "behind"}</span>`],
       ["Certificate valid until", host.certificate && html`<span class=${endsSoon(host, now) ? "warn" : ""}><${Time} at=${host.certificate.not_after} /></span>`],
       ["Version of harpd", host.daemon?.version],
       ["Calls without contact", host.outages > 0 && html`<span class="warn">${count(host.outages)}</span>`],
@@ -244,7 +245,7 @@ export function AuditView({ query }) {
       ["Time", (entry) => html`<${Time} at=${entry.at} />`, "fit"],
       ["Principal", (entry) => entry.principal && only("principal", entry.principal)],
       ["Action", (entry) => only("action", entry.action), "fit"],
-      ["What", (entry) => html`${entry.procedure && html`<b>${visible(entry.procedure)}</b> `}${entry.host && html`<span>on ${visible(entry.host)}</span> `}${entry.job && html`<a class="mono" href=${jobLink(entry.job)}>${entry.job.slice(0, 8)}</a> `}<span class="dim">${detailsOf(entry)}</span>`],
+      ["What", (entry) => html`${entry.procedure && html`<b>${visible(entry.procedure)}</b> `}${entry.host && html`<span>on ${visible(entry.host)}</span> `}${entry.job && html`<a class="mono" href=${jobLink(entry.job)}>${entry.job.slice(0, 8)}</a> `}<span class="dim">${detailsOf(entry)}</span>`, "any"],
       ["Decision", (entry) => html`<span class=${["denied", "failed"].includes(entry.decision) ? "tag bad" : "dim"}>${DECISIONS[entry.decision] || visible(entry.decision)}</span>${(entry.rule ?? null) !== null && html` <span class="dim">rule ${visible(entry.rule)}</span>`}`, "fit"],
       ["From", (entry) => [entry.peer, entry.listener].filter(Boolean).map(visible).join(" · "), "dim"],
     ]} />`}

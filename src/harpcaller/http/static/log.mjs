@@ -3,7 +3,7 @@
 // The view is anchored at a record and the pixels of it that are above the window, so that rows may have any height and
 // nothing moves when records are added. The native scroll bar shows the place; a long way moves it by fraction.
 
-import { count, size } from "./formats.mjs";
+import { count, fullTime, size } from "./formats.mjs";
 import { appendText, decodeString, makeTree } from "./json.mjs";
 
 const MOST_SPACE = 8000000; // pixels; browsers end at 16 million
@@ -454,6 +454,7 @@ export class LogWindow {
     if (label !== null) {
       const shown = element.appendChild(document.createElement("time"));
       shown.textContent = label;
+      shown.title = fullTime(time);
     }
     const opened = this.opened.get(number);
     const isContainer = text[0] === "{" || text[0] === "[";

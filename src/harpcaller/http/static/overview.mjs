@@ -119,8 +119,8 @@ export function OverviewView({ query }) {
         ${down.slice(0, 5).map((host) => html`<${Wrong} key=${host.name} href=${hostLink(host.name)}><b>${visible(host.name)}</b> is down since ${host.since && html`<${Time} at=${host.since} />`}${host.queued ? " · " + `${count(host.queued)} waiting` : ""}${host.error && html` <span class="dim">${visible(host.error)}</span>`}<//>`)}
         ${down.length > 5 && html`<${Wrong} href=${link("/hosts", { state: "down" })}>${down.length - 5} more hosts are down<//>`}
         ${stuck > 0 && html`<${Wrong} href=${link("/jobs", { state: "ended", holds_slot: 1 })}>${plural(stuck, "ended job")} still ${stuck === 1 ? "holds its slot" : "hold their slots"}<//>`}
-        ${full.slice(0, 5).map((queue) => html`<${Wrong} key=${queue.id} kind="warn" href=${link("/jobs", { queue: queue.id, state: "open" })}><code>${queueName(queue)}</code> is full: ${count(queue.queued)} waiting<//>`)}
-        ${bad > 0 && html`<${Wrong} kind="warn" href=${badLink()}>${plural(bad, "job")} failed or raised ${spoken}<//>`}
+        ${full.slice(0, 5).map((queue) => html`<${Wrong} key=${queue.id} kind="warn" href=${link("/jobs", { queue: queue.id, state: "open" })}>${count(queue.queued)} waiting for the full queue <code>${queueName(queue)}</code><//>`)}
+        ${bad > 0 && html`<${Wrong} kind="warn" href=${badLink()}>${(data.bad.state || []).some((entry) => entry.more) ? "More than " : ""}${plural(bad, "job")} failed or raised ${spoken}<//>`}
         ${!faults.length && !down.length && !stuck && !full.length && !bad && html`<li class="calm good"><${Icon} name="returned" /> Nothing: all known hosts are up, no queue is full, and no job failed ${spoken}.</li>`}
       </ul>
     </section>

@@ -99,6 +99,9 @@ addEventListener("click", (event) => {
 
 // --- filters: the query of the address is the API's own filter; nothing is kept beside it ----------------------------
 
+/** Where a search text without keys is looked for. */
+export const SEARCHED = "Words are searched for in procedure, host, info and the message of the end.";
+
 /** The parameters that say which jobs, in the order in which they are shown. */
 const FILTERS = ["q", "id", "state", "procedure", "host", "queue", "owner", "end_type", "stop", "holds_slot", "from", "to", "started_from", "started_to", "ended_from", "ended_to", "info", "arguments", "rerun_of"];
 

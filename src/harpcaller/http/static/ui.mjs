@@ -119,6 +119,14 @@ export const STATES = {
   cancelled: "A person or a program has cancelled it.",
 };
 
+/** What is known of the stop of a job. */
+export const STOPS = {
+  pending: "Stop sent: the host has not confirmed yet that no process is left.",
+  confirmed: "Stop confirmed: no process of the call is left.",
+  failed: "Stop failed: processes survive, or the host was lost.",
+  unknown: "Stop unknown: the host cannot report it.",
+};
+
 /** The state of a job: drawing, word and colour; its title explains the word. */
 export const State = ({ state }) => html`<span class=${"state state-" + state} title=${STATES[state]}><${Icon} name=${state} />${state}</span>`;
 
