@@ -105,10 +105,13 @@ def renew_certificate(directory: Path, name: str, days: int = _DAYS) -> None:
         days: how long the new one is valid.
 
     Raises:
-        CertificateError: a file cannot be read or written, or the certificate is not the authority's.
+        CertificateError: a file cannot be read or written, or the certificate is an authority, or not of this one.
     """
     path = directory / f"{name}.pem"
     old = read_certificate(path)
+    if any(isinstance(each.value, x509.BasicConstraints) and each.value.ca for each in old.extensions):
+        # It would be replaced by one that may not sign.
+        raise CertificateError(f"cannot renew {path}: it is an authority; make a new one in another directory")
     try:
         old.verify_directly_issued_by(read_certificate(directory / "ca.pem"))
     except (InvalidSignature, ValueError, TypeError):
@@ -209,7 +212,11 @@ def _sign(directory: Path, builder: x509.CertificateBuilder) -> x509.Certificate
     authority = x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key())
     builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
     builder = builder.add_extension(_key_usage(digital_signature=True), critical=True)
-    signed = builder.issuer_name(ca.subject).add_extension(authority, critical=False).sign(key, hashes.SHA256())
+    builder = builder.issuer_name(ca.subject).add_extension(authority, critical=False)
+    try:
+        signed = builder.sign(key, hashes.SHA256())
+    except (TypeError, ValueError):
+        raise CertificateError(f"cannot sign: {directory / 'ca.key'}: expected a key for RSA or ECDSA") from None
     if signed.not_valid_after_utc > ca.not_valid_after_utc:
         raise CertificateError(
             f"cannot sign: the authority is valid until {ca.not_valid_after_utc:%Y-%m-%d} only; choose fewer --days,"
@@ -225,7 +232,7 @@ def _read_key(path: Path) -> CertificateIssuerPrivateKeyTypes:
         raise CertificateError(f"cannot read {path}: {error.strerror}; `harp-cert ca` makes an authority") from None
     except (ValueError, TypeError):
         raise CertificateError(f"cannot read {path}: it has no private key in PEM format without a password") from None
-    return key  # type: ignore[return-value]  # any other type fails when it signs
+    return key  # type: ignore[return-value]  # any other type fails in `_sign`
 
 
 def _write_new(stem: Path, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> None:

@@ -190,6 +190,23 @@ def test_foreign_authority_is_refused(pki: Path, tmp_path: Path, capsys: pytest.
     assert "it has no private key in PEM format" in capsys.readouterr().err
 
 
+def test_renew_of_an_authority_is_refused(pki: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It would become a certificate that may not sign: that of every host would not be accepted any more."""
+    before = (pki / "ca.pem").read_bytes()
+    assert main(["renew", str(pki), "ca"]) == 1
+    assert "ca.pem: it is an authority; make a new one in another directory" in capsys.readouterr().err
+    assert (pki / "ca.pem").read_bytes() == before
+
+
+def test_authority_that_cannot_sign_is_refused(pki: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An operator may bring an authority of another program, with a key of any kind."""
+    files = ["-keyout", str(pki / "ca.key"), "-out", str(pki / "ca.pem")]
+    make = ["openssl", "req", "-x509", "-newkey", "ed25519", "-noenc", "-subj", "/CN=other", "-days", "900", *files]
+    subprocess.run(make, check=True, capture_output=True)
+    assert main(["host", str(pki), "web01"]) == 1
+    assert "ca.key: expected a key for RSA or ECDSA" in capsys.readouterr().err
+
+
 def test_write_that_fails_leaves_no_file(pki: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (pki / "web01.pem").symlink_to("/dev/full")
     assert main(["host", str(pki), "web01"]) == 1
