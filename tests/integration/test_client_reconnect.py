@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -421,6 +422,55 @@ def test_follow_continues_after_keyboard_interrupt() -> None:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
+
+
+def interrupt_at(point: int) -> Callable[[FrameType, str, Any], None]:
+    """Return a profile function that raises KeyboardInterrupt at a point in the client where Python handles signals.
+
+    These are the beginning of a function, and the end of a call. Not the return of a record, which is lost there as in
+    the loop of the caller.
+    """
+    seen = 0
+
+    def profile(frame: FrameType, event: str, arg: Any) -> None:
+        nonlocal seen
+        name = frame.f_code.co_name if event == "return" else getattr(arg, "__name__", "")
+        if f"{os.sep}harp{os.sep}" not in frame.f_code.co_filename or event not in ("call", "return", "c_return"):
+            return
+        if event != "call" and name in ("popleft", "__exit__", "_next_items", "run", "__next__"):
+            return
+        seen += 1
+        if seen == point:
+            sys.setprofile(None)
+            raise KeyboardInterrupt
+
+    return profile
+
+
+@pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")  # a socket that was just being made
+def test_follow_interrupted_at_any_point_loses_no_record() -> None:
+    def script(conn: PeerConnection) -> None:
+        with suppress(OSError):
+            unless_closed(serving(4, ending))(conn)
+
+    point, interrupted = 1, True
+    with Peer(always=script) as peer:
+        while interrupted:
+            interrupted = False
+            found: list[str] = []
+            iterator = harp.HarpCaller(peer.host, peer.port).job(JOB).follow(since=1)
+            sys.setprofile(interrupt_at(point))
+            try:
+                try:
+                    found += iter(iterator.__next__, None)
+                except KeyboardInterrupt:
+                    interrupted = True
+                    found += iterator
+            finally:
+                sys.setprofile(None)
+            assert found == records(1, 2, 3), point
+            point += 5
+    assert point > 100
 
 
 @pytest.mark.parametrize("command", ["follow", "result"])

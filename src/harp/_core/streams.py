@@ -57,8 +57,11 @@ class Reader:
         """Return the seconds to wait before the next request. Raise the error if the stream cannot continue."""
         raise error
 
+    def set_mark(self) -> None:
+        """Note that all items that were read so far have been returned."""
+
     def resume(self) -> None:
-        """Continue after a closed connection, if the stream can; otherwise its next item raises an error."""
+        """Continue from the mark on another connection, if the stream can; otherwise its next item raises an error."""
 
 
 class StreamReader(Reader):
@@ -85,7 +88,7 @@ class StreamReader(Reader):
         self._store_end = store_end
         self._numbered = numbered
         self._policy = ReconnectPolicy(reconnect if isinstance(request, FollowStream) else 0.0, on_outage)
-        self._next_number = request.since
+        self._next_number = self._marked_number = request.since
         #: Sent with each request: each has a new connection.
         self.token: str | None = None
         self._connected_at = 0.0
@@ -97,7 +100,7 @@ class StreamReader(Reader):
         self._request = request
         self.waits = isinstance(request, FollowStream)
         self._replies = ReplyReader(request)
-        self.has_request = True
+        self.has_request, self.finished = True, False
 
     def _next_request(self) -> StreamRequest:
         original = self._original
@@ -160,9 +163,14 @@ class StreamReader(Reader):
         self._set_request(self._next_request())
         return pause
 
+    def set_mark(self) -> None:
+        """See `Reader`."""
+        self._marked_number = self._next_number
+
     def resume(self) -> None:
         """See `Reader`."""
         if self._policy:
+            self._next_number = self._marked_number
             self._set_request(self._next_request())
 
 
@@ -204,21 +212,23 @@ class StreamBase(Generic[C]):
         while not self._closed:
             if self._parsed:
                 return (self._parsed.popleft(),)
+            self._reader.set_mark()
             try:
                 items = yield from self._read()
+                if items and not self._reader.finished:
+                    self._parsed += items
+                    self._parsed += self._conn.parse_buffered(self._reader.read_batch)
             except Exception as error:
                 self._failure = error
                 yield from self._finish()
                 raise
             except BaseException:  # the task was cancelled, or KeyboardInterrupt: the iteration can continue
+                self._parsed.clear()
                 yield self._conn.close()
                 self._reader.resume()
                 raise
             if self._reader.finished:
                 yield from self._finish()
-            elif items:
-                self._parsed += self._conn.parse_buffered(self._reader.read_batch)
-            if items:
                 return items
         return ()
 

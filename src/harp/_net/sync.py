@@ -133,9 +133,10 @@ class JSONConnection(BufferedConnection, _Closable):
     receive = method(BufferedConnection._receive)
 
     def _limit(self, sock: socket.socket) -> None:
-        """Give a socket the time until the deadline. Raise `TimeoutError` if it is over."""
+        """Give a socket the time until the deadline, or `_LONGEST_WAIT`. Raise `TimeoutError` if it is over."""
         if self.deadline is not None or sock.gettimeout() is not None:
-            sock.settimeout(self._remaining())
+            remaining = self._remaining()
+            sock.settimeout(None if remaining is None else min(remaining, _LONGEST_WAIT))
 
     def _send_line(self, line: bytes) -> None:
         sock = self._socket
@@ -158,7 +159,12 @@ class JSONConnection(BufferedConnection, _Closable):
                 raise self._closed_here()
             try:
                 self._limit(sock)
-                data = sock.recv(READ_BYTES)
+                try:
+                    data = sock.recv(READ_BYTES)
+                except TimeoutError as error:
+                    if error.errno:  # of the system: the peer has vanished
+                        raise
+                    continue  # `_limit` raises if the deadline is over
                 lines += self._partial.feed(data) if data else self._end_of_input()
             except FOREIGN_ERRORS as error:
                 raise self.error("reading", error) from error
