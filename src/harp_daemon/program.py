@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 from collections.abc import Iterator
@@ -11,6 +10,8 @@ from contextlib import contextmanager
 
 from harp import __version__
 
+#: Maximum number of an option: functions of the system reject more than 25 days in seconds.
+_MOST = 1_000_000
 NOT_WRITTEN = 3  #: The exit status of a program whose output cannot be written.
 
 
@@ -20,13 +21,13 @@ def add_version(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_number(text: str) -> float:
-    """Return the number of an option, at least 0. Raises `ArgumentTypeError`."""
+    """Return the number of an option, from 0 to a million. Raises `ArgumentTypeError`."""
     try:
         number = float(text)
     except ValueError:
         number = -1.0
-    if not 0 <= number < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
+    if not 0 <= number <= _MOST:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to {_MOST}, got {text!r}")
     return number
 
 

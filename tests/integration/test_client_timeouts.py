@@ -190,6 +190,16 @@ def test_invalid_timeouts_are_refused(shell: Shell, seconds: Any) -> None:
                 wait(timeout=seconds)
 
 
+@pytest.mark.parametrize("seconds", [30 * 86400, 1e300, 10**400])
+def test_long_timeouts_are_no_error(shell: Shell, seconds: float) -> None:
+    """A socket of the system has a time-out of 24 days at most."""
+    with Peer(answering({"no_result": True}), answering({"result": 1}), answering({"result": 2})) as peer:
+        job = shell.caller(peer, request_timeout=seconds).job(JOB)
+        assert job.result() is harp.CALL_NOT_FINISHED
+        assert job.result(timeout=seconds) == 1
+        assert shell.caller(peer).job(JOB).get(timeout=seconds) == 2
+
+
 # Waiting for a result for some time.
 
 

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, Self, TypeAlias, TypeVar
 
 from harp.errors import CommunicationError, HarpException
 
@@ -123,11 +123,21 @@ class Endpoint:
             return self.host.rstrip(".")
 
 
+#: Seconds: 30 years. Longer time-outs exceed the range of the system's functions; not every integer has a float.
+_LONGEST_TIMEOUT = 1e9
+
+
 class Deadline(NamedTuple):
     """The time of the monotonic clock until which a peer must have replied, and the seconds from the beginning."""
 
     at: float
     seconds: float
+
+    @classmethod
+    def after(cls, seconds: float, now: float) -> Self:
+        """Return the deadline in some seconds, any positive number; `now` is the time of the monotonic clock."""
+        seconds = float(min(seconds, _LONGEST_TIMEOUT))
+        return cls(now + seconds, seconds)
 
 
 def earlier(first: Deadline | None, second: Deadline | None) -> Deadline | None:

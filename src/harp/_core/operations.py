@@ -234,7 +234,7 @@ class CallerBase(Peer[C], Generic[C, S, J]):
     def _deadline(self) -> Deadline | None:
         """Return until when a request that begins now must be answered."""
         seconds = self._request_timeout
-        return None if seconds is None else Deadline(self._now() + seconds, seconds)
+        return None if seconds is None else Deadline.after(seconds, self._now())
 
     def _request(self, request: Request, feature: str | None = None) -> Steps[Any]:
         """Send a request and return its reply, which is of the kind that `MAY_FOLLOW` lists; raise a refusal.
@@ -596,7 +596,7 @@ class JobBase(Generic[R]):
             if not (timeout == 0 or is_seconds(timeout)):
                 raise HarpException(f"timeout: expected seconds of at least 0, got {timeout!r}")
             wait = timeout > 0
-            until = Deadline(dispatcher._now() + timeout, timeout) if wait else None
+            until = Deadline.after(timeout, dispatcher._now()) if wait else None
         request = GetResult(self._id, bool(wait))
         policy = ReconnectPolicy(dispatcher._reconnect if wait else 0.0, dispatcher._on_outage)
         reply = None if self._end_line is None else _parse_reply(request, self._end_line)

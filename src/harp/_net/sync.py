@@ -21,19 +21,29 @@ from harp._net.sockets import FOREIGN_ERRORS, READ_BYTES, BufferedConnection, TL
 T = TypeVar("T")
 P = ParamSpec("P")
 
+#: Seconds of one wait; a socket rejects a time-out of 25 days.
+_LONGEST_WAIT = 1e6
+
 
 def method(operation: Callable[P, Steps[T]]) -> Callable[P, T]:
     """Return the method that runs the steps of an operation and returns their outcome; its name has no underscore."""
 
     @wraps(operation)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        steps, value = operation(*args, **kwargs), None
+        steps: Any = operation(*args, **kwargs)
+        value = None
         try:
             while True:
                 value = steps.send(value)
         except StopIteration as end:
             outcome: T = end.value
             return outcome
+        except BaseException as error:
+            if steps.gi_frame is None:  # the steps have raised it
+                raise
+            steps.throw(error)  # KeyboardInterrupt between two steps: they close connections, and raise it again
+            while True:
+                steps.send(None)
 
     run.__name__ = operation.__name__.removeprefix("_")
     return run
