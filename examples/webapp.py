@@ -52,6 +52,8 @@ class Application(BaseHTTPRequestHandler):
             status, body = HTTPStatus.SERVICE_UNAVAILABLE, {"error": f"cannot ask the dispatcher: {error}"}
         except harp.RemoteError as error:
             status, body = HTTPStatus.NOT_FOUND, {"error": str(error)}  # invalid_jobid: there is no such job
+        except harp.HarpException as error:  # such as a name that is too long
+            status, body = HTTPStatus.BAD_REQUEST, {"error": str(error)}
         self.send_response(status)
         if status == HTTPStatus.SERVICE_UNAVAILABLE:
             self.send_header("Retry-After", "5")

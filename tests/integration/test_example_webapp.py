@@ -88,3 +88,8 @@ def test_webapp_without_valid_reply_is_unavailable(application: str, page: str) 
 
 def test_webapp_submission_without_reply_is_unavailable(application: str) -> None:
     assert get(f"{application}/disk-usage/web01", "POST")[0] == 503
+
+
+def test_webapp_refuses_a_name_that_is_too_long(application: str) -> None:
+    status, body = get(f"{application}/disk-usage/{'x' * 300}", "POST")
+    assert (status, body["error"][:40]) == (400, "host: expected a name of 1 to 255 charac")

@@ -421,6 +421,14 @@ def test_concurrency_without_queue_is_refused_at_submission() -> None:
         (lambda: harp.HarpServer("h", "u", None), "password: expected a string, got NoneType"),  # type: ignore[arg-type]
         (lambda: harp.HarpServer("h", 5, "p"), "user: expected a string, got int"),  # type: ignore[arg-type]
         (lambda: harp.HarpProcedure(harp.HarpServer("h", "u", "p"), ""), "procedure: expected a name"),
+        # A web application may get names from its users.
+        (lambda: harp.HarpCaller("h").host("x" * 300).p(), "host: expected a name of 1 to 255 characters"),
+        (lambda: getattr(harp.HarpCaller("h").web01, "x" * 300)(), "procedure: expected a name of 1 to 255 characters"),
+        (lambda: harp.HarpCaller("h").web01(queue={"a": "x" * 5000}).p(), "queue.name: expected an object of at most"),
+        (lambda: harp.Call("x" * 300, "p"), "host: expected a name of 1 to 255 characters"),
+        (lambda: getattr(harp.HarpServer("h", "u", "p"), "x" * 300)(), "procedure: expected a name of 1 to 255"),
+        (lambda: harp.HarpServer("h", "u" * 300, "p").p(), "auth.user: expected a string of at most 255 characters"),
+        (lambda: harp.HarpServer("h", "u", "p" * 5000).p(), "auth.password: expected a string of at most 4096"),
     ],
 )
 def test_invalid_parameter_is_refused_immediately(make: Callable[[], object], message: str) -> None:

@@ -11,6 +11,7 @@ from harp._core.values import Result, check_name, encode_arguments, error_of, mi
 from harp.errors import CommunicationError, HarpException
 from harp.protocol import harpd as daemon
 from harp.protocol.ends import Failed, Raised, Returned
+from harp.protocol.schema import ProtocolError
 
 C = TypeVar("C", bound=Connection)
 P = TypeVar("P", bound="DirectProcedureBase[Any]")
@@ -103,7 +104,10 @@ class DirectProcedureBase(Generic[S]):
         """
         server, arguments = self._server, encode_arguments(args, kwargs).text
         pool = server._pool
-        request = daemon.Request(self._name, arguments, server._user, server._password, keep_alive=pool.enabled)
+        try:
+            request = daemon.Request(self._name, arguments, server._user, server._password, keep_alive=pool.enabled)
+        except ProtocolError as error:
+            raise HarpException(str(error)) from error
         line = daemon.encode_request(request)
         pooled = pool.get(server._now())
         conn = pooled or (yield server._open())

@@ -22,7 +22,7 @@ from harp.errors import (
 from harp.protocol import dispatcher as protocol
 from harp.protocol.ends import Cancelled, End, Failed, Raised, Returned
 from harp.protocol.json_text import NotJSON, Raw, dumps
-from harp.protocol.schema import is_count, is_seconds, is_seconds_or_zero
+from harp.protocol.schema import ProtocolError, is_count, is_seconds, is_seconds_or_zero
 
 ID_LENGTH: Final = 36  #: Characters of a job id.
 
@@ -211,16 +211,22 @@ class Call:
 
 
 def job_request(host: str, procedure: str, arguments: Arguments, options: Mapping[str, Any]) -> protocol.Call:
-    """Return the request that submits a job. Raise `HarpException` for `concurrency` without `queue`."""
+    """Return the request that submits a job.
+
+    Raise `HarpException` for `concurrency` without `queue`, and for a name that is too long.
+    """
     text, secrets = arguments
-    if not options and secrets is None:
-        return protocol.Call(host, procedure, text)
-    queue, concurrency, timeout, max_exec_time, info, start_within, request_id = map(options.get, _OPTIONS)
-    if concurrency is not None and queue is None:
-        raise HarpException("option 'concurrency' needs option 'queue'")
-    in_queue = None if queue is None else protocol.Queue(queue, concurrency or 1)
-    options_of_job = timeout, max_exec_time, in_queue, info, start_within, request_id
-    return protocol.Call(host, procedure, text, *options_of_job, secrets)
+    try:
+        if not options and secrets is None:
+            return protocol.Call(host, procedure, text)
+        queue, concurrency, timeout, max_exec_time, info, start_within, request_id = map(options.get, _OPTIONS)
+        if concurrency is not None and queue is None:
+            raise HarpException("option 'concurrency' needs option 'queue'")
+        in_queue = None if queue is None else protocol.Queue(queue, concurrency or 1)
+        options_of_job = timeout, max_exec_time, in_queue, info, start_within, request_id
+        return protocol.Call(host, procedure, text, *options_of_job, secrets)
+    except ProtocolError as error:
+        raise HarpException(str(error)) from error
 
 
 def encode_line(value: Any, what: str = "the value") -> bytes:
