@@ -123,6 +123,9 @@ _EXITS = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
     sys.setrecursionlimit(10_000)  # values may be nested as deeply as the protocol allows
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it is closed; `print` would print errors on stdout then
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the exit
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names may have any characters
     try:
@@ -133,8 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options = _parse_arguments(given)
             return Exit(options.run(options))
         finally:
-            if sys.stdout is not None:  # None: it is closed
-                sys.stdout.flush()  # also the output of --help and --version
+            sys.stdout.flush()  # also the output of --help and --version
     except HarpException as error:
         data = getattr(error, "data", None)
         _report(f"{error}" if data is None else f"{error} {json.dumps(data)}")
@@ -257,7 +259,10 @@ def _check_dispatcher(text: str) -> dict[str, Any]:
 
 
 def _named(options: Namespace) -> dict[str, Any]:
-    """Return the named arguments of a call, with secret ones."""
+    """Return the named arguments of a call, with secret ones. Raise `HarpException` if one is given twice."""
+    names = [name for name, _ in (*options.named, *options.secrets)]
+    if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise HarpException(f"named argument {repeated[0]!r}: it is given twice")
     return {**dict(options.named), **{name: Secret(_read_secret(name, source)) for name, source in options.secrets}}
 
 

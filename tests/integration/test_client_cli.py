@@ -362,6 +362,26 @@ def test_closed_standard_output_is_no_error() -> None:
     with Peer(answering({"result": 1})) as peer:
         done = shell(f"harp --dispatcher {peer.host}:{peer.port} result {JOB} >&-")
     assert (done.stderr, done.returncode) == ("", Exit.OK)
+    page: dict[str, Any] = {"jobs": [], "next": None, "examined": 0, "searched_to": None}
+    with Peer(answering(page)) as peer:
+        for command in ("jobs", "completion bash"):
+            done = shell(f"harp --dispatcher {peer.host}:{peer.port} {command} >&-")
+            assert (done.stderr, done.returncode) == ("", Exit.OK)
+
+
+def test_closed_standard_error_moves_no_error_to_the_output() -> None:
+    with Peer(answering(), answering({"result": 1})) as peer:
+        done = shell(f"harp --dispatcher {peer.host}:{peer.port} result {JOB} 2>&-")
+    assert (done.stdout, done.returncode) == ("1\n", Exit.OK)  # not a line about the reconnect
+    done = shell(f"harp result {JOB} 2>&-")
+    assert (done.stdout, done.returncode) == ("", Exit.USAGE)
+
+
+@pytest.mark.parametrize("line", ["--named a=1 --named b=2 --named a=3", "--named a=1 --secret a=-"])
+def test_repeated_named_argument_is_a_usage_error(line: str) -> None:
+    """One of the values would be lost."""
+    done = harp("--dispatcher", "127.0.0.1:1", "call", "web01", "p", *line.split())
+    assert (done.stderr, done.returncode) == ("harp: named argument 'a': it is given twice\n", Exit.USAGE)
 
 
 def test_version_is_that_of_the_distribution() -> None:

@@ -140,7 +140,7 @@ class Screen:
 
     def __init__(self, file: TextIO | None = None) -> None:
         self._file = sys.stdout if file is None else file
-        self.is_terminal = self._file is not None and self._file.isatty()
+        self.is_terminal = self._file.isatty()
         #: Whether the terminal can be drawn on again.
         self.can_redraw = self.is_terminal and os.environ.get("TERM", "dumb") != "dumb"
         self._console = _console(self._file) if self.is_terminal else None
