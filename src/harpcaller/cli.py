@@ -564,12 +564,13 @@ def _count(text: str) -> int:
 
 
 def _time(text: str) -> float:
-    """Return the Unix time of an option: a time from now, or a date, at whose beginning in UTC it is."""
+    """Return the Unix time of an option: a time from now, or a date with or without a time, by default in UTC."""
     units = {"h": 3600, "d": 86400}
     try:
         if text[-1:] in units:
             return time.time() + parse_number(text[:-1]) * units[text[-1]]
-        return datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp()
+        at = datetime.fromisoformat(text)
+        return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"expected 90d, 12h or a date such as 2030-01-31, got {text}") from error
 

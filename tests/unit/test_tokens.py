@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from harpcaller.access import tokens
 from harpcaller.access.attempts import FailedAttempts
 from harpcaller.access.tokens import TokenError, TokenStore, add_token, parse_token, read_tokens, revoke_token
+from harpcaller.cli import parser
 
 
 def found(store: TokenStore, text: str) -> bool:
@@ -235,3 +237,16 @@ def test_failed_attempts_are_delayed_by_peer_and_name() -> None:
     assert attempts.record_failure("192.0.2.1", "shop") == 0.1
     for number in range(20_000):  # it does not grow without limit
         attempts.record_failure("192.0.2.3", str(number))
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("2030-01-31", "2030-01-31T00:00:00+00:00"),
+        ("2030-01-31T08:00", "2030-01-31T08:00:00+00:00"),
+        ("2030-01-31T08:00+02:00", "2030-01-31T06:00:00+00:00"),
+    ],
+)
+def test_end_of_a_token_has_the_time_zone_that_is_given(given: str, meant: str) -> None:
+    options = parser().parse_args(["token", "add", "shop", f"--expires={given}"])
+    assert options.expires == datetime.fromisoformat(meant).timestamp()
