@@ -341,6 +341,7 @@ def test_statement_plan_does_not_scan_ended_jobs(database: sqlite3.Connection, n
         "own",
         "own_queues",
         "counted",
+        "ends",
     )
     # These count the entries of an index, of which many are on a page; the answers are kept for some time.
     of_all = ("jobs_of_owner",) if name in ("count_states", "count_stored") else ()

@@ -102,6 +102,13 @@ UPDATE jobs SET state = ?, ended = max(?, coalesce(started, submitted)), stop = 
     end_type = ?, end_message = ?
 WHERE seq = ? AND ended IS NULL;
 
+-- name: end_jobs
+-- The same for several jobs.
+UPDATE jobs SET state = ends.column1, ended = max(ends.column2, coalesce(started, submitted)), stop = ends.column3,
+    holds_slot = ends.column4, end_type = ends.column5, end_message = ends.column6
+FROM (VALUES (?, ?, ?, ?, ?, ?, ?)) AS ends
+WHERE seq = ends.column7 AND ended IS NULL;
+
 -- name: finalize_stop
 UPDATE jobs SET stop = ?, holds_slot = ? WHERE seq = ? AND ended IS NOT NULL AND holds_slot = 1;
 

@@ -57,7 +57,7 @@ from harpcaller.store.sqlite.staging import decode_jobs
 # Records are appended to a chunk below this size. It fits in a page, so rewriting it costs one page, like a new chunk.
 _GROWING_CHUNK_BYTES = 2048
 _MAX_CHUNK_BYTES = 65536  # A chunk of this size gets no further record.
-_ROWS_PER_INSERT = 50  # Rows in one statement. More rows are hardly cheaper, and SQLite limits the parameters.
+_ROWS = 64  # Maximum number of rows in one statement. More rows are hardly cheaper, and SQLite limits the parameters.
 _JOB_BYTES = 200  # Approximate bytes of a job without its arguments.
 # Approximate limits of one step of pruning.
 _STEP_JOBS = 100
@@ -123,10 +123,13 @@ class Writes:
             self._insert_jobs()
             self._added.clear()
         if self._ended:
-            self._execute_guarded(QUERIES["end_job"], self._ended)
+            if len(self._ended) == 1:
+                self._execute_guarded(QUERIES["end_job"], self._ended)
+            elif self._write_rows(QUERIES["end_jobs"], self._ended) != len(self._ended):
+                raise RuntimeError("the file differs from the jobs in memory: end_jobs")
             self._ended.clear()
         if self._outcomes:
-            self.db.executemany(QUERIES["add_outcome"], self._outcomes)
+            self._write_rows(QUERIES["add_outcome"], self._outcomes)
             self._outcomes.clear()
         if self._erased:
             self._execute_guarded(QUERIES["erase_secrets"], self._erased)
@@ -135,22 +138,27 @@ class Writes:
     def _insert_jobs(self) -> None:
         jobs = [_job_row(seq, lane, job) for seq, (lane, job) in self._added.items()]
         try:
-            self._insert(QUERIES["add_job"], jobs)
+            self._write_rows(QUERIES["add_job"], jobs)
         except sqlite3.IntegrityError as error:
             if error.sqlite_errorname != "SQLITE_CONSTRAINT_UNIQUE":
                 raise
             which = jobs[0][1] if len(jobs) == 1 else "with one of these ids"
             raise ValueError(f"a job {which} exists already") from error
-        self._insert(QUERIES["add_call"], [_call_row(seq, job) for seq, (_, job) in self._added.items()])
+        self._write_rows(QUERIES["add_call"], [_call_row(seq, job) for seq, (_, job) in self._added.items()])
 
-    def _insert(self, statement: str, rows: list[tuple[Any, ...]]) -> None:
-        """Insert rows by a statement for one row, as many as possible at a time."""
-        remainder = len(rows) % _ROWS_PER_INSERT
-        for start in range(0, len(rows) - remainder, _ROWS_PER_INSERT):
-            group = chain.from_iterable(rows[start : start + _ROWS_PER_INSERT])
-            self.db.execute(_insert_many(statement), list(group))
-        if remainder:
-            self.db.executemany(statement, rows[-remainder:])
+    def _write_rows(self, statement: str, rows: Sequence[tuple[Any, ...]]) -> int:
+        """Run a statement with the VALUES of one row for many rows; return the number of changed rows.
+
+        As many rows as possible share a statement, because this thread gives up Python's lock at each one. A statement
+        is compiled once for each power of two.
+        """
+        changed = start = 0
+        while start < len(rows):
+            count = min(_ROWS, 1 << (len(rows) - start).bit_length() - 1)
+            group = list(chain.from_iterable(rows[start : start + count]))
+            changed += self.db.execute(_for_rows(statement, count), group).rowcount
+            start += count
+        return changed
 
     def _execute_guarded(self, statement: str, rows: Sequence[tuple[Any, ...]]) -> None:
         """Run a statement that changes one row for each tuple."""
@@ -672,10 +680,11 @@ PRUNING: frozenset[Callable[..., Any]] = frozenset(
 
 
 @cache
-def _insert_many(statement: str) -> str:
-    """Return a statement that inserts `_ROWS_PER_INSERT` rows instead of one, at half the cost per row."""
-    head, values, row = statement.strip().removesuffix(";").partition("VALUES ")
-    return head + values + ", ".join([row] * _ROWS_PER_INSERT)
+def _for_rows(statement: str, count: int) -> str:
+    """Return a statement with the VALUES of one row for so many rows."""
+    head, values, tail = statement.partition("VALUES ")
+    row, end, tail = tail.partition(")")
+    return head + values + ", ".join([row + end] * count) + tail
 
 
 def _job_row(seq: int, lane: Lane, job: Job) -> tuple[Any, ...]:
