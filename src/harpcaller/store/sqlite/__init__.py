@@ -35,7 +35,8 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from msgspec.structs import replace
 
 from harpcaller.model.changes import Change
-from harpcaller.model.jobs import JobDetails, NewJob
+from harpcaller.model.job_filters import JobFilter
+from harpcaller.model.jobs import JobDetails, NewJob, Subject
 from harpcaller.store import StorageError, UnknownJob
 from harpcaller.store.measurements import StoreMeasurements
 from harpcaller.store.sqlite import counting, reads, searches
@@ -81,9 +82,12 @@ def _writes(
 
 
 def _reads(
-    verb: Callable[Concatenate[sqlite3.Connection, P], T],
+    verb: Callable[Concatenate[sqlite3.Connection, P], T], in_turn: bool = False
 ) -> Callable[Concatenate[Store, P], asyncio.Future[T]]:
-    """Return a method that runs a verb in a reading thread, which never waits for the writer."""
+    """Return a method that runs a verb in a reading thread, which never waits for the writer.
+
+    With `in_turn` it is one thread for all: in several, short reads of many rows wait for Python's lock at each row.
+    """
 
     @wraps(verb)
     def method(self: Store, /, *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
@@ -93,7 +97,7 @@ def _reads(
         read = lambda db: verb(db, *args, **kwargs)  # noqa: E731
         if self.measurements is not None:
             read = self._measured(verb.__name__, read, self.measurements)
-        return loop.run_in_executor(self._threads, self._read, loop, read)
+        return loop.run_in_executor(self._thread if in_turn else self._threads, self._read, loop, read)
 
     return method
 
@@ -106,6 +110,7 @@ class Store:
         self.sqlite_version = sqlite3.sqlite_version
         self._closed = False
         self._threads = ThreadPoolExecutor(_READERS, thread_name_prefix="store-reader")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="store-page-reader")
         self._idle_readers: SimpleQueue[sqlite3.Connection] = SimpleQueue()
         with ExitStack() as stack:
             stack.callback(os.close, lock(directory))
@@ -145,7 +150,8 @@ class Store:
     get_identity = _reads(reads.get_identity)
     list_jobs = _reads(reads.list_jobs)
     list_queues = _reads(reads.list_queues)
-    find_jobs = _reads(searches.find_jobs)
+    _find_jobs = _reads(searches.find_jobs)
+    _list_all = _reads(searches.find_jobs, in_turn=True)
     get_summaries = _reads(searches.get_summaries)
     select_jobs = _reads(searches.select_jobs)
     count_jobs = _reads(counting.count_jobs)
@@ -264,6 +270,13 @@ class Store:
                 log.error("cannot insert staged jobs; retrying", extra={"reason": str(error)})
                 await asyncio.sleep(_RETRY_DELAY)
 
+    def find_jobs(
+        self, wanted: JobFilter, *, permits: Callable[[Subject], bool] | None = None, **options: Any
+    ) -> asyncio.Future[searches.Found]:
+        """Return the jobs that fit a filter as `searches.find_jobs` does."""
+        is_short = wanted == JobFilter() and permits is None
+        return (self._list_all if is_short else self._find_jobs)(wanted, permits=permits, **options)
+
     def get_new_details(self, job_id: str) -> JobDetails | None:
         """Return what `get_details` does for a job with short payloads that was just submitted, in the loop's thread.
 
@@ -320,6 +333,7 @@ class Store:
     def _join(self) -> None:
         self._writer.join()
         self._threads.shutdown()
+        self._thread.shutdown()
         self._resources.close()
 
     def _closed_error(self) -> asyncio.Future[Any]:
