@@ -666,6 +666,11 @@ class ActingAs:
             subject = Subject(*names, Raw(b"[]"), summary.queue, is_refused)
         return self._decide_rights(subject, summary.ended is not None, summary.holds_slot)
 
+    def rights_finder(self) -> Callable[[JobSummary], tuple[str, ...]]:
+        """Return a function that does what `rights` does, and decides at once what does not depend on the job."""
+        allowed = self._general_rights
+        return self.rights if allowed is None else partial(_find_rights, allowed)
+
     def rights_to(self, job: Job) -> tuple[str, ...]:
         """Return what the client may do with a job that it may read, as `rights` does."""
         is_refused = isinstance(job.end, Failed) and job.end.type in _REFUSALS and job.started is None

@@ -16,13 +16,13 @@ encrypted, as the id of an event, and `ChangeFeed.sign` makes tags of lists that
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import re
 import secrets
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence, Set
 from enum import StrEnum
+from hashlib import blake2b
 from typing import NamedTuple, TypeAlias
 
 from harp.protocol.json_text import Raw, dumps
@@ -141,7 +141,7 @@ class ChangeFeed:
     def sign(self, question: str) -> str:
         """Return a text that differs for another question, and after each change of a job."""
         text = f"{self.number} {question}".encode("utf-8", "surrogatepass")
-        return hmac.digest(self._key, text, "sha256")[:12].hex()
+        return blake2b(text, key=self._key, digest_size=12).hexdigest()
 
     def changed_since(self, number: int) -> list[tuple[str, int]] | None:
         """Return the jobs that changed after a number, each with its latest change, the latest first.

@@ -601,14 +601,14 @@ class Dispatcher:
             limit=limit,
         )
         following = None if found.next is None else self._cursors.encode(found.next, list_form)
-        summaries = [self._add_outage(summary) for summary in found.summaries]
+        summaries = self._add_outages(found.summaries)
         return JobPage(summaries, following, found.complete, found.examined, found.searched_to)
 
     async def get_summaries(self, job_ids: Sequence[str], with_subjects: bool = False) -> list[JobSummary]:
         """Return the summaries of these jobs, in the order of submission; unknown ones are missing."""
         subject_bytes = SUBJECT_BYTES if with_subjects else None
         summaries = await self.store.get_summaries(job_ids, subject_bytes=subject_bytes)
-        return [self._add_outage(summary) for summary in summaries]
+        return self._add_outages(summaries)
 
     async def select_jobs(self, wanted: JobFilter, summaries: Sequence[JobSummary]) -> frozenset[str]:
         """Return the ids of those of these jobs that fit a filter. The store is read only if their payloads decide."""
@@ -622,6 +622,10 @@ class Dispatcher:
         """Return since when the host of an active call has not been reached, in Unix seconds; None: it is reached."""
         run = self._runner.runs.get(job_id)
         return None if run is None or run.outage is None else run.outage.since
+
+    def _add_outages(self, summaries: Sequence[JobSummary]) -> list[JobSummary]:
+        runs = self._runner.runs  # few of many jobs have one
+        return [each if each.id not in runs else self._add_outage(each) for each in summaries]
 
     def _add_outage(self, summary: JobSummary) -> JobSummary:
         since = self.find_outage(summary.id)

@@ -294,7 +294,7 @@ async def answer(
 ) -> Response:
     """Return the response of an operation. Raises what its client or its handler has done wrong."""
     _check_accept(operation, request)
-    query = parse_query(operation, request.scope["query_string"])
+    query = parse_query(operation.query, request.scope["query_string"])
     body = b"" if operation.body is None else await _read_body(service, operation, request, reservation)
     if service.stopping.is_set():
         raise Problem("stopping", "the dispatcher stops; try again later", retry_after=5)
@@ -311,9 +311,10 @@ def _read_names(query: type[Struct]) -> dict[str, str]:
     return {field.encode_name: field.name for field in msgspec.structs.fields(query)}
 
 
-def parse_query(operation: Operation, query_string: bytes) -> Any:
-    """Return the query parameters of an operation. Raises `Problem`."""
-    names = _read_names(operation.query)
+@lru_cache(64)
+def parse_query(kind: type[Struct], query_string: bytes) -> Any:
+    """Return the query parameters of a kind. Raises `Problem`. Those of clients that ask again are remembered."""
+    names = _read_names(kind)
     try:
         pairs = parse_qsl(
             query_string.decode("ascii"),
@@ -333,7 +334,7 @@ def parse_query(operation: Operation, query_string: bytes) -> Any:
             raise Problem("invalid_request", f"{name}: given twice")
         values[name] = value
     try:
-        query = msgspec.convert(values, operation.query, strict=False)
+        query = msgspec.convert(values, kind, strict=False)
     except msgspec.ValidationError as error:
         what, _, where = str(error).partition(" - at `$.")
         raise Problem("invalid_request", f"{where.rstrip('`')}: {what[:1].lower()}{what[1:]}") from error

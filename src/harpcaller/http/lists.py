@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from functools import partial
+from functools import lru_cache, partial
 from typing import Annotated, Any, Literal, NamedTuple
-from urllib.parse import urlencode
+from urllib.parse import parse_qsl, urlencode
 
 import msgspec
 from msgspec import Meta, Struct
@@ -128,10 +128,16 @@ async def list_jobs(request: APIRequest) -> Response:
             return not_modified(tag)
     headers = {"ETag": f'W/"{tag}"'}
     if page.next is not None:
-        given = {name: value for name, value in request.http.query_params.items() if name != "cursor"}
-        address = f"{request.http.url.path}?{urlencode({**given, 'cursor': page.next})}"
-        headers["Link"] = f'<{address}>; rel="next"'
+        scope = request.http.scope
+        headers["Link"] = f'<{_address_of_next(scope["path"], scope["query_string"], page.next)}>; rel="next"'
     return Response(page.text, headers=headers, media_type="application/json")
+
+
+@lru_cache(16)
+def _address_of_next(path: str, query_string: bytes, cursor: str) -> str:
+    """Return the address of the next page: that of the request with another cursor. Equal clients share it."""
+    given = [pair for pair in parse_qsl(query_string.decode(), True) if pair[0] != "cursor"]
+    return f"{path}?{urlencode([*given, ('cursor', cursor)])}"
 
 
 class _Page(NamedTuple):
@@ -147,9 +153,10 @@ async def _read_page(
 ) -> _Page:
     page = await acting.read_list(wanted, order == "newest", limit, cursor)
     write = write_row_as_text if form == "text" else write_row
+    rights_to = acting.rights_finder()
     rows: list[Raw] = []
     for at in range(0, len(page.summaries), _STEP):
-        rows += [write(each, acting.rights(each)) for each in page.summaries[at : at + _STEP]]
+        rows += [write(each, rights_to(each)) for each in page.summaries[at : at + _STEP]]
         await asyncio.sleep(0)
     normal_form = wanted.normal_form()
     joined = b",".join(rows)

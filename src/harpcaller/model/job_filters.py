@@ -167,6 +167,8 @@ def _looks_like_key(key: str) -> bool:
 
 
 def _with_text(found: JobFilter, words: list[str]) -> JobFilter:
+    if not words:
+        return found
     text: list[str] = []
     id_start = found.id_start
     for word in words:
