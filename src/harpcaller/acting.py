@@ -629,6 +629,7 @@ class ActingAs:
             select=partial(self._dispatcher.select_jobs, wanted),
             may_have_fitted=partial(may_have_fitted, wanted),
             sees_all=sees_all,
+            fits_all=sees_all and wanted == JobFilter(),
             write=write,
         )
         return self._dispatcher.live.subscribe(view, after, on_ready)

@@ -43,8 +43,8 @@ _ROW_COST, _EVENT_COST, _BYTE_COST, _LIST_COST = 60e-6, 30e-6, 2e-9, 300e-6
 _DELAY = 0.02  #: Seconds from a change to its event, so that changes that come together are one event.
 _PAGE = 500  #: Maximum number of jobs in one read of the store, and in one step of the event loop.
 _MAX_ROWS = 200  #: Maximum number of rows, and of ids, in an event.
-#: Rows of an event for many readers that has not all changes: they ask for their lists again in any case.
-_MANY_READERS, _ROWS_FOR_MANY = 20, 50
+#: Number of readers from which an event without all changes has no row: they ask for their lists again in any case.
+_MANY_READERS = 20
 _MAX_WAITING = 256 * 1024  #: Maximum bytes of the events that wait for one reader.
 
 
@@ -174,6 +174,7 @@ class View(NamedTuple):
     may_have_fitted: Callable[[JobSummary], bool]
     #: Whether `rights` needs no subject: every job may be seen, so that a deleted one may be named.
     sees_all: bool
+    fits_all: bool  #: Whether, besides, every job fits the filter, so that changes can be counted without a read.
     write: RowWriter  #: Views with the same function share the text.
 
 
@@ -370,12 +371,17 @@ class LiveJobs:
             return
         changed = self.changes.changed_since(min(group.known for group in groups.values())) or []
         needs_subjects = not all(group.view.sees_all for group in groups.values())
+        for group in groups.values():
+            group.limit_rows(changed)
         cost = 0.0
         for start in range(0, len(changed), _PAGE):
             page = changed[start : start + _PAGE]
+            reading = [group for group in groups.values() if not group.count(page)]
+            if not reading:
+                continue
             summaries = {each.id: each for each in await self._read([job_id for job_id, _ in page], needs_subjects)}
             encoded: dict[Hashable, Raw] = {}
-            for group in groups.values():
+            for group in reading:
                 await self._add_page(group, page, summaries, encoded)
                 await asyncio.sleep(0)
             cost += len(encoded) * _ROW_COST
@@ -415,7 +421,7 @@ class LiveJobs:
             if job_id not in fitting:
                 if view.may_have_fitted(summary):
                     group.add_left(job_id)
-            elif len(group.rows) >= _MAX_ROWS:
+            elif len(group.rows) >= group.most:
                 group.more += 1
             else:
                 key = view.write, job_id, rights
@@ -435,6 +441,21 @@ class _Group:
         self.rows: list[Raw] = []
         self.left: list[str] = []
         self.more = 0  # number of further changes
+        self.most = _MAX_ROWS  # maximum number of rows
+
+    def limit_rows(self, changed: Sequence[tuple[str, int]]) -> None:
+        """Let the event have no rows if it is for many readers, and there are more changes than it may have rows."""
+        if self.view.fits_all and len(self.members) > _MANY_READERS:
+            first_not_shown = changed[_MAX_ROWS : _MAX_ROWS + 1]
+            if first_not_shown and first_not_shown[0][1] > self.known:
+                self.most = 0
+
+    def count(self, page: Sequence[tuple[str, int]]) -> bool:
+        """Count these changes as further ones, without a read, if they need not be looked at; return whether."""
+        if not self.view.fits_all or len(self.rows) < self.most:
+            return False
+        self.more += sum(number > self.known for _, number in page)
+        return True
 
     def add_left(self, job_id: str) -> None:
         """Add a job that does not fit any more."""
@@ -448,7 +469,7 @@ class _Group:
         if not (self.rows or self.left or self.more):
             return None
         if self.more and len(self.members) > _MANY_READERS:
-            self.more += len(self.rows[_ROWS_FOR_MANY:])
-            del self.rows[_ROWS_FOR_MANY:]
+            self.more += len(self.rows)
+            self.rows.clear()
         data = b'{"rows":[%b],"left":%b,"more":%d}' % (b",".join(self.rows), dumps(self.left), self.more)
         return Event("jobs", Raw(data), position)

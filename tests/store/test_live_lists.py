@@ -74,7 +74,8 @@ class Viewer:
     def come(self) -> None:
         if self._subscription is None:
             select, may_have_fitted_filter = self._select, partial(may_have_fitted, self.wanted)
-            view = View(id(self), lambda job: ("read",), select, may_have_fitted_filter, sees_all=True, write=write_row)
+            fits_all = self.wanted == JobFilter()
+            view = View(id(self), lambda job: ("read",), select, may_have_fitted_filter, True, fits_all, write_row)
             self._subscription = self._feed.live.subscribe(view, self._position, lambda: None)
             self._position = self._position or self._feed.changes.position
 

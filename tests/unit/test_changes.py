@@ -88,6 +88,7 @@ class Jobs:
             select,
             lambda job: bool(states),
             not hidden,
+            not hidden and not states,
             self.write,
         )
 
@@ -233,7 +234,20 @@ async def test_an_event_has_a_limited_number_of_rows() -> None:
     data = await reader.data()
     assert [row["job"] for row in data["rows"]] == [f"{number:04}" for number in range(1249, 1049, -1)]
     assert data["more"] == 1050
-    assert max(map(len, jobs.reads)) <= 500
+    assert list(map(len, jobs.reads)) == [500], "later changes are counted without a read"
+
+
+@pytest.mark.parametrize("states", [frozenset(), {State.RUNNING}])
+async def test_an_event_without_all_has_no_row_for_many_readers(states: AbstractSet[State]) -> None:
+    """They ask for their lists again in any case."""
+    jobs = Jobs()
+    readers = [Reader(jobs, jobs.view(states=states)) for _ in range(21)]
+    jobs.put(*(summary(str(number)) for number in range(200)))
+    assert len((await readers[0].data())["rows"]) == 200
+    jobs.reads.clear()
+    jobs.put(*(summary(str(number)) for number in range(700)))
+    assert await readers[0].data() == {"rows": [], "left": [], "more": 700}
+    assert bool(jobs.reads) is bool(states), "without a filter, changes are counted without a read"
 
 
 async def test_a_reader_goes_on_after_its_position() -> None:
