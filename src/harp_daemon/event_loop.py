@@ -3,6 +3,9 @@
 A thread that decodes a long line delays each event of the loop by up to `_SWITCH_INTERVAL`, and by the longest step of
 the decoder: about 1 ms. Several threads would multiply that, so one of them runs at a time. They take turns after each
 step, so that a line waits for one step of each other line, and not for all of a line that is long or expensive.
+
+Each system call of the loop lets other threads run, too. A turn with ten of them would wait ten times for a step of the
+decoder. So the decoder works while the loop waits for events: see `UrgentWork`.
 """
 
 from __future__ import annotations
@@ -10,13 +13,15 @@ from __future__ import annotations
 import asyncio
 import asyncio.sslproto
 import logging
+import selectors
 import ssl
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from harp_daemon import json_pieces, logs
 from harp_daemon.process import tune_memory
@@ -38,6 +43,9 @@ _TLS_RECEIVE_BYTES = 16 * 1024
 _MAX_WITHOUT_DATA = 64 * 1024
 #: Seconds after which a thread that is busy lets the event loop run. With Python's 5 ms, each event waits so long.
 _SWITCH_INTERVAL = 0.0005
+#: Seconds in which a thread with a long line lets other threads begin, after each step, and for which it waits at most
+#: until they have ended: a loop that is always busy must not stop it.
+_PAUSE, _MAX_WAIT = 0.00005, 0.005
 
 
 class Turns:
@@ -68,15 +76,77 @@ class Turns:
         """The number of threads that wait."""
         return len(self._waiting)
 
-    def pass_on(self) -> None:
-        """Let all threads that wait have a turn, if this thread has the lock."""
-        if self._waiting and self._owner == threading.get_ident():
+    def pass_on(self) -> bool:
+        """Let all threads that wait have a turn; return whether this thread has the lock, otherwise do nothing."""
+        if self._owner != threading.get_ident():
+            return False
+        if self._waiting:
             self.__exit__()
             self.__enter__()
+        return True
+
+
+class UrgentWork:
+    """Work for which a thread with long work waits: turns of the event loop, transactions of the store.
+
+    Any number of threads may have urgent work, each with its own object.
+    """
+
+    _present: ClassVar[set[UrgentWork]] = set()
+    _ended = threading.Event()  # set when there is none, for the thread that waits
+
+    def begin(self) -> None:
+        """Begin urgent work."""
+        self._present.add(self)
+
+    def end(self) -> None:
+        """End it; no effect if it has not begun."""
+        self._present.discard(self)
+        if not (self._present or self._ended.is_set()):
+            self._ended.set()
+
+    @classmethod
+    def let_pass(cls) -> None:
+        """Let other threads begin urgent work, and wait until it has ended, for at most `_MAX_WAIT` seconds."""
+        time.sleep(_PAUSE)
+        if cls._present:
+            cls._ended.clear()
+            if cls._present:
+                cls._ended.wait(_MAX_WAIT)
+            cls._ended.set()
+
+
+class _Selector(selectors.DefaultSelector):
+    """The selector of the event loop: a turn of the loop is urgent work, until it waits for events."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._turn = UrgentWork()
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        if timeout is not None and timeout <= 0:
+            return super().select(timeout)
+        self._turn.end()
+        try:
+            return super().select(timeout)
+        finally:
+            self._turn.begin()
+
+    def close(self) -> None:
+        super().close()
+        self._turn.end()
 
 
 long_lines = Turns()  #: The lock of the thread that decodes a long line.
-json_pieces.between_pieces = long_lines.pass_on
+
+
+def _between_pieces() -> None:
+    """Let other long lines, then urgent work pass, if this thread decodes a long line."""
+    if long_lines.pass_on():
+        UrgentWork.let_pass()
+
+
+json_pieces.between_pieces = _between_pieces
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
@@ -85,7 +155,7 @@ def run(main: Coroutine[Any, Any, T]) -> T:
     asyncio.sslproto.SSLProtocol = _SSLProtocol  # type: ignore[misc]  # the loop creates one for each connection
     sys.setswitchinterval(_SWITCH_INTERVAL)
     try:
-        with asyncio.Runner() as runner:
+        with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(_Selector())) as runner:
             runner.get_loop().set_default_executor(ThreadPoolExecutor(_MAX_THREADS))
             runner.get_loop().set_exception_handler(_log_unexpected)
             logs.write_per_turn(runner.get_loop().call_soon)

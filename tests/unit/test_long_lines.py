@@ -7,8 +7,8 @@ import threading
 
 import pytest
 
-from harp_daemon import json_pieces
-from harp_daemon.event_loop import Turns, long_lines, run_in_turn
+from harp_daemon import event_loop, json_pieces
+from harp_daemon.event_loop import Turns, UrgentWork, long_lines, run, run_in_turn
 from support.deadline import eventually
 
 
@@ -70,3 +70,60 @@ def test_turn_is_passed_on_by_its_owner_only() -> None:
         thread.start()
         thread.join(60)
         assert not thread.is_alive()
+
+
+class Pieces:
+    """A long line of two pieces."""
+
+    def __init__(self) -> None:
+        self.first, self.second = threading.Event(), threading.Event()
+
+    def decode(self, line: bytes) -> bytes:
+        self.first.set()
+        json_pieces.between_pieces()
+        self.second.set()
+        return line
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread with a long line waits as long as there is urgent work."""
+    monkeypatch.setattr(event_loop, "_MAX_WAIT", 60)
+
+
+@pytest.mark.usefixtures("patient")
+async def test_long_line_waits_for_urgent_work() -> None:
+    pieces, urgent = Pieces(), [UrgentWork(), UrgentWork()]
+    for work in urgent:
+        work.begin()
+    decoding = run_in_turn(pieces.decode, b"x")
+    for work in urgent:
+        assert await asyncio.to_thread(pieces.first.wait, 60)
+        assert not await asyncio.to_thread(pieces.second.wait, 0.05)
+        work.end()
+        work.end()  # has no effect
+    assert await decoding == b"x"
+
+
+@pytest.mark.usefixtures("patient")
+def test_long_line_waits_for_a_turn_of_the_loop() -> None:
+    pieces = Pieces()
+
+    async def decode() -> bytes:
+        await asyncio.sleep(0.001)  # the loop has waited for events, so this turn has begun
+        decoding = run_in_turn(pieces.decode, b"x")
+        assert pieces.first.wait(60)
+        assert not pieces.second.wait(0.05)
+        return await decoding
+
+    assert run(decode()) == b"x"
+
+
+async def test_long_line_does_not_wait_for_ever() -> None:
+    """Urgent work without end delays it, but does not stop it."""
+    urgent = UrgentWork()
+    urgent.begin()
+    try:
+        assert await asyncio.wait_for(run_in_turn(Pieces().decode, b"x"), 60) == b"x"
+    finally:
+        urgent.end()

@@ -34,6 +34,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple, TypeVar
 
+from harp_daemon.event_loop import UrgentWork
 from harpcaller.model.changes import Change
 from harpcaller.store import StorageError, SubmissionRefused
 from harpcaller.store.measurements import StoreMeasurements
@@ -143,8 +144,10 @@ class Writer:
         self._thread.join()
 
     def _run_batches(self) -> None:
+        urgent = UrgentWork()
         with closing(self._connection):
             while batch := self._next_batch():
+                urgent.begin()
                 batch.sort(key=attrgetter("last"))
                 self.before_commit()
                 outcomes = self._commit(batch)
@@ -155,6 +158,7 @@ class Writer:
                 # The loop may be closed when the program ends without closing the store.
                 with suppress(RuntimeError):
                     self._loop.call_soon_threadsafe(self._publish, batch, outcomes, changes)
+                urgent.end()
 
     def _next_batch(self) -> list[_Member]:
         """Wait for members; return groups of short and of long verbs alternately. An empty list ends the thread."""
