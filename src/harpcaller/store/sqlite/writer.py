@@ -75,6 +75,8 @@ class Writer:
         self._reserve = Reserve(path.parent)
         self._reserve.fill()
         self._connection = connection
+        # SQLite notes how to undo a statement: otherwise in a file in /var/tmp, if it changes many pages.
+        connection.execute("PRAGMA temp_store = MEMORY")
         self._writes = Writes(connection)
         self._loop = loop
         self._next_members: list[_Member] = []  # called in this turn of the loop and the next
