@@ -114,7 +114,7 @@ class ZygoteClient:
             "default_group": settings["default_group"],
             "descriptors": settings["descriptors"],
         }
-        self._send(command)
+        self._send(encode_value(command))
 
     def abort_load(self, reason: str) -> None:
         self.kill()
@@ -181,7 +181,7 @@ class ZygoteClient:
         """Return a worker that is being forked. Raises OSError."""
         worker = WorkerProcess(self._output)
         self._forking.append(worker)
-        self._send({"fork": True}, worker.child_descriptors)  # which closes them here
+        self._send(b"fork", worker.child_descriptors)  # which closes them here
         return worker
 
     def _check_repeatedly(self) -> None:
@@ -198,7 +198,7 @@ class ZygoteClient:
             self._on_stuck()
         elif not self._pinged and any(worker.served for worker in self._children.values()):
             self._pinged = True
-            self._send({"ping": True})
+            self._send(b"ping")
         if self._socket.fileno() >= 0:
             self._loop.call_later(_CHECK_INTERVAL, self._check_repeatedly)
 
@@ -292,8 +292,8 @@ class ZygoteClient:
             log.error("zygote died", extra={"zygote": self.pid})
             self._on_lost()
 
-    def _send(self, message: dict[str, Any], descriptors: Sequence[int] = ()) -> None:
-        self._unsent.append((encode_value(message), descriptors))
+    def _send(self, message: bytes, descriptors: Sequence[int] = ()) -> None:
+        self._unsent.append((message, descriptors))
         self._flush()
 
     def _flush(self) -> None:
@@ -324,24 +324,31 @@ class ZygoteClient:
             if not data:
                 self._on_closed()
                 return
-            self._on_message(loads(data))
+            self._on_message(data)
 
-    def _on_message(self, message: dict[str, Any]) -> None:
+    def _on_message(self, message: bytes) -> None:
         self._silent_checks = 0
-        match message:
-            case {"forked": pid}:
+        match message.split(b" ", 1):
+            case b"forked", pid_text:
+                pid = int(pid_text)
                 worker = self._children[pid] = self._forking.popleft()
                 worker.on_forked(pid, start_time(pid, parent=self.pid))
-            case {"reaped": pid, "status": status, "cpu": cpu, "memory": memory}:
+            case b"reaped", numbers:
+                pid, status, cpu, memory = map(int, numbers.split())
                 self._unwatch_worker(pid)
                 if dead_worker := self._children.pop(pid, None):  # else it was an orphan of a call
-                    dead_worker.on_reaped(status, cpu, memory)
+                    dead_worker.on_reaped(status, cpu / 1e6, 1024 * memory)
                 self._close_if_done()
-            case {"pong": _}:
+            case [b"pong"]:
                 self._pinged = False
-            case {"failed": reason}:
-                self._forking.popleft().on_fork_failed(reason)
+            case b"failed", reason:
+                self._forking.popleft().on_fork_failed(reason.decode())
                 self._close_if_done()
+            case _:
+                self._on_load_message(loads(message))
+
+    def _on_load_message(self, message: dict[str, Any]) -> None:
+        match message:
             case {"procedure": name, **options}:
                 self.procedures[name] = ProcedureInfo(len(self.procedures), **options)
             case {"loaded": _, "threads": threads}:

@@ -6,7 +6,8 @@ forked, so it has never had a key or a password in memory. It exits when the sup
 when the supervisor dies.
 
 `main` has two arguments: the descriptor of a SOCK_SEQPACKET socket, and the supervisor's pid; `sys.path` follows. The
-messages are JSON objects:
+messages about loading are JSON objects, those about workers are words and numbers, because writing JSON in a process
+that has just forked copies 20 pages:
 
     supervisor -> zygote, once, first:
         {"load": PATH, "path": [STR], "default_user": USER, "default_group": GROUP, "descriptors": NUMBER}
@@ -17,15 +18,15 @@ messages are JSON objects:
         {"loaded": NUMBER, "threads": NUMBER}
         {"error": MESSAGE}
     supervisor -> zygote, for each worker, with three descriptors (channel, stdout, stderr):
-        {"fork": true}
+        fork
     supervisor -> zygote, while calls run, to learn whether it still works; and its reply:
-        {"ping": true}
-        {"pong": true}
+        ping
+        pong
     zygote -> supervisor, one of these for each fork command, in their order:
-        {"forked": PID}
-        {"failed": MESSAGE}
-    zygote -> supervisor, for each worker:
-        {"reaped": PID, "status": NUMBER, "cpu": SECONDS, "memory": BYTES}
+        forked PID
+        failed MESSAGE
+    zygote -> supervisor, for each worker, with its wait status, its microseconds of CPU, and its memory in KiB:
+        reaped PID STATUS CPU MEMORY
 
 The workers number the procedures in the order of these messages.
 """
@@ -134,8 +135,8 @@ class _Zygote:
         data, ancillary, _, _ = self._supervisor.recvmsg(_MAX_COMMAND_BYTES, _ANCILLARY_SIZE, MSG_CMSG_CLOEXEC)
         if not data:
             return False
-        if not ancillary and b"ping" in data:
-            self._send({"pong": True})
+        if data == b"ping":
+            self._supervisor.send(b"pong")
             return True
         descriptors = memoryview(b"".join([item for _, _, item in ancillary])).cast("i")
         try:
@@ -144,14 +145,14 @@ class _Zygote:
             pid = os.fork()
             if not pid:
                 self._run_worker(worker, *descriptors)
-            reply: dict[str, Any] = {"forked": pid}
+            reply = b"forked %d" % pid
         except OSError as error:
-            reply = {"failed": f"cannot create a process: {error.strerror}"}
+            reply = f"failed cannot create a process: {error.strerror}".encode()
         # Before the reply: from then on, the supervisor sees the worker's death by its channel, although this process
         # may be halted anywhere.
         for descriptor in descriptors:
             os.close(descriptor)
-        self._send(reply)
+        self._supervisor.send(reply)
         return True
 
     def _run_worker(self, worker: Worker, channel: int, stdout: int, stderr: int) -> NoReturn:
@@ -175,8 +176,8 @@ class _Zygote:
                 return
             if not pid:
                 return
-            cpu = round(usage.ru_utime + usage.ru_stime, 6)
-            self._send({"reaped": pid, "status": status, "cpu": cpu, "memory": 1024 * usage.ru_maxrss})
+            cpu = int(1e6 * (usage.ru_utime + usage.ru_stime))
+            self._supervisor.send(b"reaped %d %d %d %d" % (pid, status, cpu, usage.ru_maxrss))
 
     def _send(self, message: dict[str, Any]) -> None:
         self._supervisor.send(encode_value(message))
