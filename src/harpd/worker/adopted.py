@@ -45,8 +45,8 @@ class AdoptedChildren:
     def start_reaping(self) -> None:
         """Begin to reap in this process, a worker that was just forked."""
         self._worker = os.getpid()
-        self._own_children.clear()
-        self._creating.clear()
+        if self._creating:  # a thread of the procedures file was creating a process
+            self._creating.clear()
 
     def _recording(self, create: Callable[..., Any], pid_of: Callable[[Any], int]) -> Callable[..., Any]:
         def record(*args: Any, **kwargs: Any) -> Any:
@@ -65,10 +65,11 @@ class AdoptedChildren:
         return record
 
     def _on_child_death(self, number: int, frame: FrameType | None) -> None:
-        self._reap()
+        if self._worker:  # not in the zygote
+            self._reap()
 
     def _reap(self) -> None:
-        if os.getpid() != self._worker:  # the zygote, or a child of the procedure
+        if os.getpid() != self._worker:  # a child of the procedure
             return
         try:
             with open(f"/proc/self/task/{self._worker}/children", "rb") as file:

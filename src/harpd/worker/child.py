@@ -252,8 +252,8 @@ class Worker:
                 self.guard.deliver()
                 self._cookie.write(call_id)
                 positional, named = _decode_arguments(arguments, check)
-                # `StreamingProcedure` would only look for the `Result`, as this code does.
-                run = procedure.function if type(procedure) is StreamingProcedure else procedure
+                # These classes would only call the function, and look for the `Result`, as this code does.
+                run = procedure.function if type(procedure) in (Procedure, StreamingProcedure) else procedure
                 value = run(*positional, **named)
                 streaming = procedure.streaming
                 if hasattr(type(value), "__await__") or (streaming and hasattr(type(value), "__aiter__")):

@@ -42,6 +42,7 @@ import resource
 import select
 import sys
 from _socket import CMSG_SPACE, MSG_CMSG_CLOEXEC, socket
+from os import fork  # not the one of `AdoptedChildren`, which records children
 
 from harp.protocol.json_text import encode_value, loads
 from harpd.proc import DYNAMIC_UID
@@ -142,7 +143,7 @@ class _Zygote:
         try:
             if len(descriptors) != _DESCRIPTORS:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-            pid = os.fork()
+            pid = fork()
             if not pid:
                 self._run_worker(worker, *descriptors)
             reply = b"forked %d" % pid
