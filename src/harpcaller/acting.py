@@ -25,7 +25,9 @@ from harp.protocol.dispatcher import Call, Queue
 from harp.protocol.ends import End, Failed
 from harp.protocol.json_text import Raw, dumps
 from harp.protocol.schema import ProtocolError
+from harp_daemon import json_pieces
 from harp_daemon.audit_reading import Cursor, Page, read_page
+from harp_daemon.event_loop import run_in_turn
 from harpcaller.access import AccessDenied, AuthError, RateLimited
 from harpcaller.access.client import LOCAL_ADMINISTRATOR, Client
 from harpcaller.access.enforcement import SUBJECT_BYTES, Admission, Wait, may
@@ -58,6 +60,7 @@ from harpcaller.store import (
     StorageError,
     UnknownJob,
 )
+from harpcaller.store.sqlite.staging import STEP_JOBS
 
 log = logging.getLogger(__name__)
 
@@ -214,7 +217,7 @@ class ActingAs:
     async def _submit_many(self, calls: Sequence[Call], as_one: bool) -> list[str]:
         client, audit = self._client, self._dispatcher.audit
         # In a thread, because it takes long to decide about many calls.
-        decisions = await asyncio.to_thread(self._decide_calls, calls)
+        decisions = await run_in_turn(self._decide_calls, calls)
         rates = Counter((client.owner, rate) for found in decisions if (rate := found.limits.rate) is not None)
         self._take_rates(rates)
         admissions = [Admission(client.owner, decision.limits, client.owner) for decision in decisions]
@@ -227,6 +230,8 @@ class ActingAs:
     def _decide_calls(self, calls: Sequence[Call]) -> list[Decision]:
         decisions = []
         for index, call in enumerate(calls):
+            if index % STEP_JOBS == 0:
+                json_pieces.between_pieces()
             try:
                 decisions.append(self._decide_call(call))
             except (AccessDenied, RateLimited) as error:

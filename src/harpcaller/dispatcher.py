@@ -34,7 +34,9 @@ from harp.protocol.dispatcher import Call
 from harp.protocol.ends import Cancelled, End
 from harp.protocol.json_text import Raw, dumps
 from harp.protocol.schema import ProtocolError, encode_object
+from harp_daemon import json_pieces
 from harp_daemon.audit import Recorded
+from harp_daemon.event_loop import run_in_turn
 from harp_daemon.timer_wheel import TimerWheel
 from harpcaller.access.client import Client
 from harpcaller.access.enforcement import SUBJECT_BYTES, Access, Admission, Wait, may
@@ -80,11 +82,12 @@ from harpcaller.shared_answers import SharedAnswers
 from harpcaller.store import LimitReached, QueueSummary, RecordMatches, StorageError, UnknownJob
 from harpcaller.store.disk_space import DiskSpace
 from harpcaller.store.sqlite import Store
+from harpcaller.store.sqlite.staging import STEP_JOBS
 
 log = logging.getLogger(__name__)
 
 _PAGE_SIZE = 200  #: Maximum number of jobs or queues that are read together for a list.
-_CANCEL_STEP = 500  #: Maximum number of jobs of a queue that are cancelled in one transaction.
+_CANCEL_STEP = 100  #: Maximum number of jobs of a queue that are cancelled in one transaction: 2 ms.
 _SHUTDOWN_TIMEOUT = 10.0  #: Maximum seconds that a shutdown waits until the ends of the active calls are stored.
 _POLICY_INTERVAL = 0.25  #: Seconds between two checks whether the policy has changed.
 _WAITS_STEP = 500  #: Maximum number of waiting requests that are decided about in one step.
@@ -356,7 +359,7 @@ class Dispatcher:
         if (shortage := self._disk_space.find_shortage(self.config.disk_reserve)) is not None:
             raise shortage
         # In a thread, so that many jobs do not block the event loop.
-        jobs = await asyncio.to_thread(self._new_jobs, calls, admissions or [_ADMITTED] * len(calls), as_one)
+        jobs = await run_in_turn(partial(self._new_jobs, admissions or [_ADMITTED] * len(calls), as_one), calls)
         if record is not None:
             await record(jobs)
         addresses = self._runner.context.addresses
@@ -807,10 +810,15 @@ class Dispatcher:
 
     # Internals.
 
-    def _new_jobs(self, calls: Sequence[Call], admissions: Sequence[Admission], as_one: bool) -> list[NewJob]:
+    def _new_jobs(self, admissions: Sequence[Admission], as_one: bool, calls: Sequence[Call]) -> list[NewJob]:
         ids = new_job_ids(self._wall(), len(calls))
         others = b"".join(map(self._digest, calls)) if as_one else b""
-        return [self._new_job(*of_job, others) for of_job in zip(ids, calls, admissions, strict=True)]
+        jobs: list[NewJob] = []
+        for of_job in zip(ids, calls, admissions, strict=True):
+            if len(jobs) % STEP_JOBS == 0:
+                json_pieces.between_pieces()
+            jobs.append(self._new_job(*of_job, others))
+        return jobs
 
     def _new_job(self, job_id: str, call: Call, admission: Admission, others: bytes = b"") -> NewJob:
         """Return the job of a call. Its request id is only for the calls whose digests are `others`."""

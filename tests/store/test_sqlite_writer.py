@@ -9,6 +9,7 @@ from harp.protocol.json_text import Raw
 from harpcaller.model.jobs import State
 from harpcaller.store.sqlite import FILE_NAME, open_store
 from harpcaller.store.sqlite.file import connect
+from harpcaller.store.sqlite.staging import STEP_JOBS, encode_jobs
 from harpcaller.store.sqlite.writer import Writer
 from harpcaller.store.sqlite.writes import Writes
 from support.jobs import ENDS, added, claimed, new_job, records
@@ -68,6 +69,17 @@ async def test_short_records_share_a_commit(tmp_path: Path) -> None:
     appends = [(Writes.append_records, job_id, 0, records([b"1"] * 10)) for job_id in ids]
     [commit] = await commits(tmp_path, *appends)
     assert count(commit, "INSERT INTO records") == JOBS
+
+
+async def test_step_of_staged_jobs_is_committed_after_others(tmp_path: Path) -> None:
+    """A short write that was called last does not wait for the step."""
+    first, *_ = await running_jobs(tmp_path)
+    jobs = [new_job(host="web02") for _ in range(STEP_JOBS)]
+    staged, step = (Writes.stage_jobs, [encode_jobs(jobs)], [], 1.0), (Writes.insert_staged, 1, jobs, 1.0)
+    ended, inserted = await commits(tmp_path, step, staged, (Writes.finish_job, first, ENDS[State.RETURNED], 3.0))
+    assert count(ended, "INSERT INTO outcomes") == 1
+    assert count(ended, "INSERT INTO jobs") == 0
+    assert count(inserted, "INSERT INTO jobs") >= 1
 
 
 async def test_claim_is_committed_with_the_long_job_before_it(tmp_path: Path) -> None:

@@ -65,14 +65,14 @@ async def test_other_verbs_run_between_the_steps(store: Store) -> None:
     ended: list[str] = []
     steps = 0
 
-    def before_step() -> None:
+    def after_step() -> None:
         nonlocal steps
         steps += 1
         if steps == 2:
             adding = asyncio.ensure_future(store.add_job(other, 3.0))
             adding.add_done_callback(lambda _: ended.append("other"))
 
-    ids = await store.add_jobs(jobs, 2.5, before_step)
+    ids = await store.add_jobs(jobs, 2.5, after_step)
     ended.append("many")
     assert ended == ["other", "many"]
     assert ids == [job.id for job in jobs]
@@ -121,11 +121,11 @@ async def test_submission_meanwhile_gets_the_staged_job(store: Store) -> None:
     other = new_job(request_id=f"r{MANY - 2}", call_digest=b"other")
     repeated: list[asyncio.Future[str]] = []
 
-    def before_step() -> None:
+    def after_step() -> None:
         if not repeated:
             repeated.extend(store.add_job(job, 3.0) for job in (again, other))
 
-    ids = await store.add_jobs(jobs, 2.0, before_step)
+    ids = await store.add_jobs(jobs, 2.0, after_step)
     assert ids == [job.id for job in jobs]
     assert await repeated[0] == jobs[-1].id
     with pytest.raises(RequestIDReused, match=jobs[-2].id):
@@ -145,13 +145,13 @@ from support.jobs import new_job
 async def main(directory, count, killed_at):
     store = await open_store(Path(directory))
     steps = 0
-    def before_step():
+    def after_step():
         nonlocal steps
         steps += 1
         if steps == killed_at:
             os.kill(os.getpid(), signal.SIGKILL)
     jobs = [new_job(request_id=f"r{n}", call_digest=b"c", info=b"%d" % n) for n in range(count)]
-    await store.add_jobs(jobs, 2.0, before_step)
+    await store.add_jobs(jobs, 2.0, after_step)
 
 asyncio.run(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
 """
@@ -181,19 +181,19 @@ async def test_failed_step_is_repeated(store: Store, caplog: pytest.LogCaptureFi
     jobs, steps = many(), 0
     other = sqlite3.connect(store.path, isolation_level=None)
 
-    def before_step() -> None:
+    def after_step() -> None:
         nonlocal steps
         steps += 1
         if steps == 2:
             other.execute("BEGIN IMMEDIATE")  # another program locks the file for longer than the writer waits
 
-    adding = asyncio.create_task(store.add_jobs(jobs, 2.0, before_step))
+    adding = asyncio.create_task(store.add_jobs(jobs, 2.0, after_step))
     await eventually(lambda: "cannot insert staged jobs; retrying" in caplog.messages)
     other.execute("ROLLBACK")
     other.close()
     assert await adding == [job.id for job in jobs]
     assert await stored_ids(store) == [job.id for job in jobs]
-    assert steps == 5
+    assert steps == 4
 
 
 async def test_closing_ends_the_repetition(reopen: Reopen) -> None:

@@ -29,6 +29,7 @@ from harpcaller.model.jobs import NO_METADATA, JobMetadata, NewJob, State
 from harpcaller.pruner import Pruner
 from harpcaller.store import StorageError
 from harpcaller.store.sqlite import Store, open_store
+from harpcaller.store.sqlite.staging import STEP_JOBS
 from harpd.processes.cookie import cookie_for
 from harpd.processes.process_tree import CallTree
 from harpd.supervisor.state_files import StateFiles
@@ -111,7 +112,7 @@ async def prune_scenario(directory: Path, size: int) -> None:
 
     async def add(start: int, arguments: Raw, now: float) -> int:
         """Add jobs that end immediately, until the disk is full; return how many have ended."""
-        together = max(1, min(200, 100_000 // len(arguments)))
+        together = max(1, min(STEP_JOBS, 100_000 // len(arguments)))  # more are staged, and wait for room
         for first in range(start, start + 1_000_000, together):
             jobs = [job(number, arguments) for number in range(first, first + together)]
             try:

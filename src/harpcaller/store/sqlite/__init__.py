@@ -216,22 +216,22 @@ class Store:
             return await self._add_job(job, now)
 
     async def add_jobs(
-        self, jobs: Sequence[NewJob], now: float, before_step: Callable[[], object] = lambda: None
+        self, jobs: Sequence[NewJob], now: float, request_claim: Callable[[], object] = lambda: None
     ) -> list[str]:
         """Store queued jobs in this order, all or none; return their ids in the same order, as `add_job` does.
 
         One call is executed at a time. Many jobs are staged, so that other verbs do not wait for all of them: the first
         ones may be claimed before this returns. If a step fails after the jobs were stored, it is repeated.
-        `before_step` is called before each transaction that inserts some of them.
+        `request_claim` is called before the transaction that inserts them, or after each one that inserts some.
         """
         async with self._bulk:
             if len(jobs) <= STEP_JOBS:
-                before_step()
+                request_claim()
                 return await self._add_jobs(jobs, now)
-            return await self._add_in_steps(split(jobs), now, before_step)
+            return await self._add_in_steps(split(jobs), now, request_claim)
 
     async def _add_in_steps(
-        self, parts: Sequence[Sequence[NewJob]], now: float, before_step: Callable[[], object]
+        self, parts: Sequence[Sequence[NewJob]], now: float, request_claim: Callable[[], object]
     ) -> list[str]:
         with_ids = [[job for job in part if job.request_id is not None] for part in parts]
         self._staged_ids = frozenset(job.request_id or "" for checked in with_ids for job in checked)
@@ -251,17 +251,15 @@ class Store:
             ids: list[str] = []
             for step, part in zip(steps, parts, strict=True):
                 checked_jobs = [replace(job, max_queued=None) for job in part]
-                ids += await self._insert_step(step, checked_jobs, now, before_step)
+                ids += await self._insert_step(step, checked_jobs, now)
+                request_claim()
             return ids
         finally:
             self._staged_ids = frozenset()
             self._staged_owners = frozenset()
 
-    async def _insert_step(
-        self, step: int, jobs: Sequence[NewJob], now: float, before_step: Callable[[], object]
-    ) -> list[str]:
+    async def _insert_step(self, step: int, jobs: Sequence[NewJob], now: float) -> list[str]:
         while True:
-            before_step()
             try:
                 return await self._insert_staged(step, jobs, now)
             except StorageError as error:

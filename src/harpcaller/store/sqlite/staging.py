@@ -20,7 +20,7 @@ from harp.protocol.json_text import Raw, dumps
 from harpcaller.model.jobs import NewJob
 from harpcaller.store import RequestIDReused
 
-STEP_JOBS = 250  #: Jobs of one row, and so of one transaction.
+STEP_JOBS = 100  #: Jobs of one row, and so of one transaction.
 
 _TEXTS = ("arguments", "queue", "info")  # the attributes that are `Raw`
 

@@ -49,6 +49,7 @@ T = TypeVar("T")
 _MAX_MEMBERS = 500  # Limit of a batch, so that its first member does not wait for an unlimited number of others.
 _LONG_BYTES = 64 * 1024  # The verbs that are called in the same turns are long if their payloads have more bytes.
 _BATCH_BYTES = 256 * 1024  # A batch of long verbs ends when their payloads have this size.
+_SEPARATE = Writes.append_records, Writes.insert_staged
 
 
 class _Member(NamedTuple):
@@ -185,12 +186,15 @@ class Writer:
         return batch
 
     def _add_called(self, members: Sequence[_Member]) -> None:
-        """Add the verbs that were called in the same turns. A claim stays in the group of the jobs that it starts."""
+        """Add the verbs that were called in the same turns. A claim stays in the group of the jobs that it starts.
+
+        The verbs of `_SEPARATE`, of which floods consist, are separated from others that were called with them.
+        """
         if sum(map(_size_of, members)) <= _LONG_BYTES:
             self._short.append(members)
             return
-        self._long += [((member,), member.size) for member in members if member.verb is Writes.append_records]
-        if others := [member for member in members if member.verb is not Writes.append_records]:
+        self._long += [((member,), member.size) for member in members if member.verb in _SEPARATE]
+        if others := [member for member in members if member.verb not in _SEPARATE]:
             size = sum(map(_size_of, others))
             if size > _LONG_BYTES:
                 self._long.append((others, size))

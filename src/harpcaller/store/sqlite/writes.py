@@ -59,6 +59,7 @@ _GROWING_CHUNK_BYTES = 2048
 _MAX_CHUNK_BYTES = 65536  # A chunk of this size gets no further record.
 _ROWS = 64  # Maximum number of rows in one statement. More rows are hardly cheaper, and SQLite limits the parameters.
 _JOB_BYTES = 200  # Approximate bytes of a job without its arguments.
+_STEP_PAYLOAD = 256 * 1024  # A step of staged jobs takes at least as long as records of so many bytes.
 # Approximate limits of one step of pruning.
 _STEP_JOBS = 100
 _STEP_BYTES = 8 * 1024 * 1024
@@ -662,7 +663,7 @@ PAYLOAD_BYTES: dict[Callable[..., Any], Callable[..., int]] = {
     Writes.add_job: lambda job, now: len(job.arguments),
     Writes.add_jobs: lambda jobs, now: _count_bytes(jobs),
     Writes.stage_jobs: lambda rows, limited, now: sum(map(len, rows)),
-    Writes.insert_staged: lambda step, jobs, now: _count_bytes(jobs),
+    Writes.insert_staged: lambda step, jobs, now: max(_STEP_PAYLOAD, _count_bytes(jobs)),
     Writes.append_records: lambda job_id, first, records: sum(map(len, records.values)) + PACKET_BYTES * len(records),
     Writes.finish_job: _end_bytes,
 }
