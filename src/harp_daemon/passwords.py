@@ -42,6 +42,12 @@ def matches(password: str, stored: str) -> bool:
     return hmac.compare_digest(result, setting)
 
 
+def is_supported(stored: str) -> bool:
+    """Return whether this system knows the format of a hash. It blocks as `matches`. Raises OSError."""
+    result = _crypt_r()(b"", _encode(stored), ctypes.create_string_buffer(_CRYPT_DATA_BYTES))
+    return result is not None and not result.startswith(b"*")
+
+
 class PasswordCache:
     """The last correct password of each user. Thread-safe.
 

@@ -52,6 +52,13 @@ _TYPE_NAMES = {
     "bool": "true or false",
     "null": "nothing",
 }
+#: The names that `msgspec` has for the types of a decoded file.
+_MSGSPEC_NAMES = {
+    dict: "object",
+    list: "array",
+    type(None): "null",
+    **{each: each.__name__ for each in (str, int, float, bool)},
+}
 _BOUNDS = {">": "more than", ">=": "at least", "<": "less than", "<=": "at most"}
 
 
@@ -119,6 +126,10 @@ def _describe_error(error: msgspec.ValidationError, document: Any) -> str:
     if found := re.fullmatch(r"Object contains unknown field `(.*)`", what):
         return f"{section}{found[1]}: unknown key"
     if found := re.fullmatch(r"Expected `(.*)`, got `(.*)`", what):
+        if key.endswith("[...]"):  # a member of a mapping with any keys
+            members = reduce(getitem, key[:-5].split("."), document)
+            names = [name for name, value in members.items() if _MSGSPEC_NAMES.get(type(value)) == found[2]]
+            key = f"{key[:-5]}.{names[0]}" if names else key
         return f"{key or 'the file'}: expected {_name_types(found[1])}, got {_name_types(found[2])}"
     if found := re.fullmatch(r"Expected `(.*)` ([<>]=?) (\S+)", what):
         value = describe_value(reduce(getitem, key.split("."), document))

@@ -329,7 +329,8 @@ def is_asynchronous(procedure: Procedure) -> bool:
 
 def check_function(procedure: Procedure) -> None:
     """Raise TypeError if a procedure without records is a generator: its value has no form in JSON."""
-    if not procedure.streaming and _code_flags(procedure) & _GENERATORS:
+    has_records = isinstance(getattr(procedure, "function", None), StreamingProcedure)  # it has both decorators
+    if not procedure.streaming and (has_records or _code_flags(procedure) & _GENERATORS):
         raise TypeError("the function is a generator; expose it with @streaming_procedure, or return a list")
 
 

@@ -136,7 +136,9 @@ def test_passfile_that_is_missing_accepts_no_user(users_file: Path) -> None:
         ("alice:$1$saltsalt$qjXMvbEw8oaL.CzflDtaK/", ""),
         ("alice:ab0Dvxf/tGWrc", ""),
         ("alice:$7$DU..../....2Q9obwLhin8qvQl6sisAO$E1HizYWxBmnIH4sdPkPgJXlOCPOSN/tbD2Oum1mvqN6", ""),
+        ("alice:$apr1$saltsalt$2g6X8OP5wBNmmoQe0YgN0/", "this system does not know the format of the hash"),  # htpasswd
         (f"\ufeffalice:{SHA512}", "got a byte-order mark"),
+        (f"al\udce9ice:{SHA512}", "in UTF-8, got another encoding of the user"),
         (f"alice: {SHA512}", "got a space in the hash"),
         (f"alice:{SHA512} # admin", "got a space in the hash"),
         (f"alice :{SHA512}", "got a space in the user"),
@@ -155,7 +157,7 @@ def test_passfile_that_is_missing_accepts_no_user(users_file: Path) -> None:
 )
 def test_passfile_line_that_accepts_no_user_is_a_problem(tmp_path: Path, line: str, reason: str) -> None:
     file = tmp_path / "users"
-    file.write_text(f"# users\nbob:{SHA512}\n\n{line}\n", "utf-8")
+    file.write_bytes(f"# users\nbob:{SHA512}\n\n{line}\n".encode("utf-8", "surrogateescape"))
     problems = passfile.create({"file": str(file)}).problems()
     assert [problem.startswith(f"{file}:4: ") and reason in problem for problem in problems] == [True] * bool(reason)
     assert not any("$6$" in problem for problem in problems)
@@ -166,6 +168,13 @@ def test_passfile_byte_order_mark_is_a_problem_of_line_1(tmp_path: Path) -> None
     file.write_text(f"alice:{SHA512}\nbob:{SHA512}\n", "utf-8-sig")
     (problem,) = passfile.create({"file": str(file)}).problems()
     assert problem.startswith(f"{file}:1: expected user:crypt-hash, got a byte-order mark")
+
+
+def test_passfile_without_users_warns(users_file: Path) -> None:
+    assert passfile.create({"file": str(users_file)}).warnings() == []
+    users_file.write_text("# users\n\n")
+    (warning,) = passfile.create({"file": str(users_file)}).warnings()
+    assert warning == f"{users_file}: it has no user; every call is refused"
 
 
 def test_passfile_first_line_of_a_user_counts(tmp_path: Path) -> None:

@@ -141,6 +141,8 @@ def network(key: str) -> str:
         (f"{LEAST}python: {{path: {{end: /a}}}}", "python.path.end: unknown key; expected prepend or append"),
         (f"{LEAST}python: {{path: 5}}", "python.path: expected a string or a mapping or a list, got an integer"),
         (f"{LEAST}other: 1", "other: unknown key"),
+        (f"{LEAST}environment: {{A: x, PORT: 80}}", "environment.PORT: expected a string or nothing, got an integer"),
+        (f"{LEAST}environment: {{A: x, B: [y]}}", "environment.B: expected a string or nothing, got a list"),
         (f"{LEAST}network: {{}}", "line 4, column 1: duplicate key 'network'"),
         (
             "network: {certfile: /c, certfile: /d}",

@@ -205,6 +205,7 @@ p = procedure(Point)
                 ("f", "@procedure\nasync def f(): yield 1\n"),
                 ("f", "f = procedure(functools.partial(lambda a: (yield a), 1))\n"),
                 ("f", "class A:\n  def __call__(self): yield 1\nf = procedure(A())\n"),
+                ("f", "@procedure\n@streaming_procedure\ndef f(): yield 1\n"),
                 ("f", "class P(Procedure):\n  def __call__(self): yield 1\nf = P(len)\n"),
             ]
         ],

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from harp_daemon.passwords import PasswordCache
+from harp_daemon.passwords import PasswordCache, is_supported
 from harpd.auth import AuthDB
 from harpd.auth.files import Files
 
@@ -51,7 +51,7 @@ _HASH = re.compile(
     r"|\$6\$(rounds=\d+\$)?[^$]*\$.{86}"
     r"|\$2[abxy]\$\d\d\$.{53}"
     r"|\$g?y\$[^$]+\$[^$]*\$.{43}"
-    r"|\$(?!(1|5|6|2[abxy]|g?y)\$)[\w-]+\$.+"
+    r"|(?P<other>\$(?!(1|5|6|2[abxy]|g?y)\$)[\w-]+\$.+)"
     r"|_.{19}|[./0-9A-Za-z]{13}",  # DES
     re.ASCII,
 )
@@ -121,6 +121,10 @@ class PasswordFile(AuthDB):
                 found.setdefault(user, hashed)
         return found
 
+    def warnings(self) -> list[str]:
+        """Return a warning if the file has no user. Raises `OSError`."""
+        return [] if self.hashes() else [f"{self._path}: it has no user; every call is refused"]
+
     def problems(self) -> list[str]:
         """Return ``FILE:LINE: REASON`` for each line that accepts no user by mistake. Raises `OSError`."""
         found, lines = [], dict[str, int]()
@@ -146,7 +150,12 @@ def _describe_mistake(user: str, hashed: str) -> str:
     for name, text in (("user", user), ("hash", hashed)):
         if text != "".join(text.split()):
             return f"expected user:crypt-hash, got a space in the {name}; remove it"
+        if "\ufffd" in text:
+            return f"expected user:crypt-hash in UTF-8, got another encoding of the {name}"
+    found = _HASH.fullmatch(hashed)
     locked = hashed.startswith(("*", "!"))  # as in shadow(5)
-    if not user or not (locked or _HASH.fullmatch(hashed)):
+    if not user or not (locked or found):
         return "expected user:crypt-hash; create a hash with: openssl passwd -6"
+    if found and found["other"] and not is_supported(hashed):  # such as $apr1$ of htpasswd
+        return "this system does not know the format of the hash; create one with: openssl passwd -6"
     return ""
