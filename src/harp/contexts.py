@@ -61,7 +61,7 @@ def read_context(file: str, name: str | None, check_address: Callable[[str], obj
 
     try:
         with open(file, "rb") as opened:
-            content = tomllib.load(opened)
+            content = tomllib.loads(opened.read().decode("utf-8-sig"))
     except FileNotFoundError as error:
         if name is None:
             return None

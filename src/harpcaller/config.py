@@ -264,7 +264,7 @@ def load(file: Path = DEFAULT_FILE) -> Config:
         return file.absolute().parent / value
 
     try:
-        members = tomllib.loads(file.read_bytes().decode())
+        members = tomllib.loads(file.read_bytes().decode("utf-8-sig"))
     except OSError as error:
         hint = "; copy examples/harpcaller.toml, or use --config" if isinstance(error, FileNotFoundError) else ""
         raise ConfigError(f"{file}: {error.strerror}{hint}") from error
@@ -289,6 +289,8 @@ def load(file: Path = DEFAULT_FILE) -> Config:
         addresses = _parse_addresses(f"{file}: http.listen", http["listen"])
         changed["http"] = msgspec.structs.replace(config.http, listen=addresses)
     config = msgspec.structs.replace(config, **changed)
+    if os.path.isfile(config.stream_directory):
+        raise ConfigError(f"{file}: stream_directory: expected a directory, got the file {config.stream_directory}")
     if config.tls is None and (needing := [str(address) for address in config.listen if address.tls]):
         raise ConfigError(f"{file}: tls: expected a section with certfile and keyfile, as {needing[0]} needs; got none")
     if config.http is not None:

@@ -107,6 +107,9 @@ def check(config: Config) -> tuple[list[str], list[str]]:
     if config.hosts_file is not None and (readers := describe_reader(config.hosts_file)) is not None:
         warnings.append(f"{config.file}: hosts_file: {readers}")  # it has passwords
     lists = [collect(_read_hosts_file), collect(_run_hosts_script)]
+    for key, hosts in zip(("hosts_file", "host_db_script"), lists, strict=True):
+        if hosts is not None and not hosts.hosts and not hosts.rejected:
+            warnings.append(f"{config.file}: {key}: it has no host; a job for a host that is missing fails")
     if source is not None and not errors:
         tags = {tag for hosts in lists if hosts for host in hosts.hosts.values() for tag in host.tags or ()}
         warnings += source.describe_unknown_tags(tags)

@@ -549,6 +549,28 @@ def test_max_age_is_stated_by_check_and_at_start(
         assert (done.returncode, done.stderr) == ((1, message) if "legacy" in note else (0, ""))
 
 
+def test_check_warns_of_a_source_without_hosts(dispatcher: Harpcallerd) -> None:
+    script = dispatcher.directory / "script"
+    script.write_text("#!/bin/sh\n")
+    script.chmod(0o700)
+    dispatcher.set_hosts({})
+    dispatcher.configure({"host_db_script": str(script)})
+    done = dispatcher.control("--test", f"--config={dispatcher.config_file}")
+    assert (done.returncode, done.stdout) == (0, "config OK\n")
+    for key in ("hosts_file", "host_db_script"):
+        assert (
+            f"{dispatcher.config_file}: {key}: it has no host; a job for a host that is missing fails\n" in done.stderr
+        )
+
+
+def test_byte_order_mark_of_an_editor_is_accepted(dispatcher: Harpcallerd) -> None:
+    dispatcher.set_hosts({"web01": 4306, "web02": 4306})
+    for file in (dispatcher.config_file, dispatcher.hosts_file):
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    done = dispatcher.control("--test", f"--config={dispatcher.config_file}")
+    assert (done.returncode, done.stdout) == (0, "config OK\n"), done.stderr
+
+
 def test_check_prints_every_error(dispatcher: Harpcallerd) -> None:
     script = dispatcher.directory / "script"
     script.write_text("#!/bin/sh\necho oops\n")

@@ -200,6 +200,17 @@ def test_config_errors_name_file_and_key(tmp_path: Path, text: str, fault: str) 
     assert fault in str(caught.value)
 
 
+def test_config_stream_directory_that_is_a_file_is_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "harpcaller.toml"
+    file.write_text('stream_directory = "jobs"')
+    load(file)
+    (tmp_path / "jobs").touch()
+    with pytest.raises(
+        ConfigError, match=f"{file}: stream_directory: expected a directory, got the file {tmp_path}/jobs"
+    ):
+        load(file)
+
+
 def test_config_invalid_files_are_errors(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         load(tmp_path / "none")

@@ -69,7 +69,7 @@ def _key(key: str) -> Iterator[None]:
 def read_rules(path: Path, text: bytes) -> tuple[list[Rule], dict[str, tuple[str, ...]]]:
     """Return the rules of a text, and the principals of each role. Raises `ConfigError`; `path` is for the message."""
     try:
-        document = tomllib.loads(text.decode())
+        document = tomllib.loads(text.decode("utf-8-sig"))
     except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: expected TOML: {error}") from error
     where = str(path)

@@ -17,6 +17,7 @@ import logging
 import os
 import re
 import time
+from codecs import BOM_UTF8
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -509,6 +510,8 @@ def parse_hosts(lines: Sequence[bytes], source: object) -> HostList:
     rejected: list[RejectedLine] = []
     is_cut = False
     for number, line in enumerate(lines, 1):
+        if number == 1:
+            line = line.removeprefix(BOM_UTF8)
         if not line.strip():
             continue
         try:
