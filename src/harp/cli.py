@@ -467,11 +467,8 @@ def _parse_secret(text: str) -> tuple[str, str | None]:
         raise argparse.ArgumentTypeError("expected NAME=@FILE, NAME=-, NAME=fd:N or NAME")
     if not equals:
         return name, None
-    if (
-        source == "-"
-        or (source[:1] == "@" and source[1:])
-        or (source[:3] == "fd:" and source[3:].isdecimal() and len(source) < 12)
-    ):
+    is_descriptor = source[:3] == "fd:" and source[3:].isdecimal() and len(source) < 12
+    if source == "-" or (source[:1] == "@" and source[1:]) or is_descriptor:
         return name, source
     use = f"use {name}=@FILE, {name}=- for standard input, {name}=fd:N, or only {name} to be asked"
     raise argparse.ArgumentTypeError(f"a secret cannot be an argument, which other users can see: {use}")

@@ -53,11 +53,9 @@ _TYPE_NAMES = {
     "null": "nothing",
 }
 #: The names that `msgspec` has for the types of a decoded file.
-_MSGSPEC_NAMES = {
-    dict: "object",
-    list: "array",
-    type(None): "null",
-    **{each: each.__name__ for each in (str, int, float, bool)},
+_MSGSPEC_NAMES: dict[type, str] = {
+    **{str: "str", int: "int", float: "float", bool: "bool"},
+    **{dict: "object", list: "array", type(None): "null"},
 }
 _BOUNDS = {">": "more than", ">=": "at least", "<": "less than", "<=": "at most"}
 

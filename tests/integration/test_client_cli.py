@@ -377,6 +377,11 @@ def test_closed_standard_error_moves_no_error_to_the_output() -> None:
     assert (done.stdout, done.returncode) == ("", Exit.USAGE)
 
 
+def test_descriptor_of_a_secret_that_cannot_exist_is_a_usage_error() -> None:
+    done = harp("--dispatcher", "127.0.0.1:1", "call", "web01", "p", "--secret", f"a=fd:{10**20}")
+    assert (done.returncode, "Traceback" in done.stderr) == (Exit.USAGE, False)
+
+
 @pytest.mark.parametrize("line", ["--named a=1 --named b=2 --named a=3", "--named a=1 --secret a=-"])
 def test_repeated_named_argument_is_a_usage_error(line: str) -> None:
     """One of the values would be lost."""
