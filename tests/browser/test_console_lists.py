@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Browser, Locator, Page, expect
+from playwright.sync_api import Browser, Locator, Page, Route, expect
 
 import harp
 from support.browser import PROCEDURES, Pages, Site, eventually, find_axe_violations, running_site
@@ -156,6 +156,29 @@ def test_newer_jobs_wait_while_the_reader_is_down_the_list(pages: Pages, filled:
     pill.click()
     expect(row(page, new[-1])).to_be_visible()
     assert set(new) <= set(job_ids(page)[:3])
+
+
+def test_rows_that_come_before_the_first_page_stand_in_their_place(
+    pages: Pages, filled: Site, tmp_path: Path
+) -> None:
+    path = tmp_path / "lines"
+    path.write_text("first\n")
+    running = filled.submit("tail", str(path))
+    others = [filled.finish("echo", number) for number in range(2)]
+    page = pages.context().new_page()
+    held: list[Route] = []
+    page.route("**/api/v1/jobs?*", lambda route: held.append(route), times=1)
+    page.goto(filled.url + "/jobs")
+    expect(page.locator(".live-live")).to_be_visible()
+    path.write_text("first\nsecond\n")
+    expect(row(page, running)).to_be_visible()
+    while held:
+        held.pop().continue_()
+    for job in others:
+        expect(row(page, job)).to_be_visible()
+    assert job_ids(page)[:3] == [*reversed(others), running]
+    path.write_text("first\nsecond\nend\n")
+    expect(row(page, running)).to_contain_text("returned")
 
 
 def test_row_of_the_keys_stays_through_many_changes(pages: Pages, filled: Site) -> None:
@@ -574,6 +597,7 @@ def test_error_states_have_no_axe_violation(browser: Browser, tmp_path: Path, op
             expect(page.locator(".loading")).to_have_count(0)
             expect(page.locator(".page, .jobs, .job").first).to_be_visible()
         site.system.dispatcher.kill()
+        since = set[str]()
         for path in ("/jobs", "/queues", "/audit", "/"):
             # The page is there; what it asks for is not answered.
             page.evaluate(
@@ -584,7 +608,9 @@ def test_error_states_have_no_axe_violation(browser: Browser, tmp_path: Path, op
                 path,
             )
             expect(page.locator(".banner")).to_contain_text("does not answer since")
+            since.add(page.locator(".banner").inner_text())
             examine(f"away, {path}")
+        assert len(since) == 1, "it is away since the same time in all views"
         expect(page.get_by_role("alert").first).to_be_visible()
         site.system.dispatcher.start()
     assert found == []

@@ -143,7 +143,7 @@ export function useLive(topics, filter, handlers) {
       if (view !== mine) return;
       view = null;
       stop();
-      if (!paused) setStatus("off");
+      if (!paused && status.state !== "away") setStatus("off");
     };
   }, [topics, filter]);
 }
@@ -277,7 +277,7 @@ facts.follow(({ away }) => {
     setStatus("away");
     asking = setInterval(() => get("/me").catch(() => null), 2_000);
   }
-  if (away === false && asking) {
+  if (away === false && !running && status.state === "away") {
     asking = clearInterval(asking) || 0;
     setStatus("off");
     facts.tell({ back: true });

@@ -1,6 +1,6 @@
 // The list of jobs: filters that are counts, live rows, and only as many rows in the page as can be seen.
 import { Away, facts, get, useLive } from "./api.mjs";
-import { callOf, count, duration, fullTime, plural, queueName, setSetting, settings, shortDuration, visible } from "./formats.mjs";
+import { callOf, count, duration, fullTime, plural, queueName, readClock, setSetting, settings, shortDuration, visible } from "./formats.mjs";
 import { COMMON_VIEWS, hostLink, jobLink, link, navigate, normal, partsOf, SEARCHED, toggled, useRedraw, valuesOf, withValue } from "./router.mjs";
 import { Button, Clear, copyItems, copyJobLink, Dialog, Empty, Example, Fault, html, Icon, Loading, Menu, menuIsOpen, setTitle, State, STATES, STOPS, Strip, Time, useEffect, useKeys, useLayoutEffect, useMemo, useNow, useRef, useSettings, useSoon, useState } from "./ui.mjs";
 
@@ -60,7 +60,16 @@ class JobList {
     try {
       const page = await this.#ask({ limit, cursor: this.next }, this.loading.signal);
       this.error = null;
+      const early = this.next === undefined ? this.rows : [];   // events that were faster than the first page
+      if (early.length) {
+        this.rows = [];
+        this.byId.clear();
+      }
       for (const row of page.jobs) if (!this.byId.has(row.job)) this.#put(row, this.rows.length);
+      for (const row of early) {
+        if (this.byId.has(row.job)) Object.assign(this.byId.get(row.job), row);
+        else this.#insert(row);
+      }
       this.#setEnd(page, limit);
     } catch (error) {
       this.#fail(error);
@@ -381,7 +390,8 @@ function TimeMenu({ query }) {
   const isSet = Boolean(from || to);
   const label = isSet ? (!to && TIMES[from]) || inWords(shownTime(from), shownTime(to)) : "any time";
   const set = (start, end) => link("/jobs", withValue(withValue(query, "from", start), "to", end));
-  const field = (name, value) => html`<label>${name}<input type="datetime-local" defaultValue=${localInput(Number(value))} /></label>`;
+  const [, , zone] = readClock(Date.now() / 1000, false);
+  const field = (name, value) => html`<label>${name} (${zone})<input type="datetime-local" defaultValue=${localInput(Number(value))} /></label>`;
   return html`<${Menu} label="Time of submission" text=${"Submitted: " + label} kind=${isSet ? "set" : ""}>
     ${(close) => html`
       <a href=${set()} onClick=${close}>any time</a>
