@@ -54,8 +54,13 @@ _TYPE_NAMES = {
 }
 #: The names that `msgspec` has for the types of a decoded file.
 _MSGSPEC_NAMES: dict[type, str] = {
-    **{str: "str", int: "int", float: "float", bool: "bool"},
-    **{dict: "object", list: "array", type(None): "null"},
+    str: "str",
+    int: "int",
+    float: "float",
+    bool: "bool",
+    dict: "object",
+    list: "array",
+    type(None): "null",
 }
 _BOUNDS = {">": "more than", ">=": "at least", "<": "less than", "<=": "at most"}
 
