@@ -449,7 +449,8 @@ class Call:
             self._cpu = worker.call_cpu_seconds()
             self._close(reuse_worker=True)
         else:
-            worker.finish_input()
+            if worker.served < self._info.max_calls:  # else it exits anyway
+                worker.finish_input()
             self._deadline = self._loop.call_later(self._settings["kill_grace"], self._end_worker)
             self._session.on_end(closing)
 

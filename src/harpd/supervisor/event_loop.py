@@ -63,9 +63,13 @@ class EventLoop:
         self._watched[descriptor] = (events, callback)
 
     def unwatch(self, descriptor: int) -> None:
-        """Stop watching the descriptor; call this before the descriptor is closed."""
+        """Stop watching the descriptor; call this or `forget` before the descriptor is closed."""
         if self._watched.pop(descriptor, None) is not None:
             self._epoll.unregister(descriptor)
+
+    def forget(self, descriptor: int) -> None:
+        """Stop watching a descriptor that is closed next: the kernel does the rest, as no process has a copy of it."""
+        self._watched.pop(descriptor, None)
 
     def call_later(self, seconds: float, callback: Callback) -> Timer:
         """Run the callback once, that many seconds from now."""

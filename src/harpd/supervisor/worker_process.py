@@ -84,8 +84,7 @@ class WorkerProcess:
             for stream in ("stdout", "stderr"):
                 self._pipes.append(OutputPipe(output, stream, self._limit))
                 self.child_descriptors.append(self._pipes[-1].writing_end)
-            limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-            if max(self.channel.fileno(), *self.child_descriptors) >= limit - min(_RESERVED, limit // _RESERVED_SHARE):
+            if max(self.channel.fileno(), *self.child_descriptors) >= output.first_reserved:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         except OSError:
             self.channel.close()
@@ -185,7 +184,7 @@ class WorkerProcess:
 
     def close(self) -> None:
         if self.channel.fileno() >= 0:
-            self._loop.unwatch(self.channel.fileno())
+            self._loop.forget(self.channel.fileno())
             self.channel.close()
 
     def release(self) -> None:
@@ -208,6 +207,9 @@ class OutputCollector:
     def __init__(self, loop: EventLoop, max_released_pipes: int, limits: tuple[int, int]) -> None:
         self.limits = limits
         self.loop = loop
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        #: Workers use the descriptors below this one.
+        self.first_reserved = limit - min(_RESERVED, limit // _RESERVED_SHARE)
         self.max_released_pipes = max_released_pipes
         self.released_pipes: dict[OutputPipe, None] = {}  # pipes of ended calls, oldest first
 
@@ -305,7 +307,7 @@ class OutputPipe:
     def _close(self) -> None:
         self.flush()
         self._collector.released_pipes.pop(self, None)
-        self._collector.loop.unwatch(self._descriptor)
+        self._collector.loop.forget(self._descriptor)
         os.close(self._descriptor)
         self._descriptor = -1
 

@@ -134,7 +134,7 @@ class ZygoteClient:
         """Return a worker for a call, which may not be forked yet. Raises OSError if no descriptor is free."""
         worker = self._pop_worker(procedure) or self._fork()
         worker.assign(call, procedure, {"call": call_id, "procedure": procedure})
-        self._loop.call_later(0, self._fork_ahead)  # after this call has its arguments
+        self._loop.call_soon(self._fork_ahead)  # after this call has its arguments
         return worker
 
     def _pop_worker(self, procedure: str) -> WorkerProcess | None:
@@ -314,17 +314,16 @@ class ZygoteClient:
         if self._unsent:
             self._loop.watch(self._socket.fileno(), READ, self._on_ready)
             self._flush()
-        while self._socket.fileno() >= 0:  # a message may lead to its close
-            try:
-                data = self._socket.recv(_MAX_MESSAGE_BYTES)
-            except BlockingIOError:
-                return
-            except ConnectionError:
-                data = b""
-            if not data:
-                self._on_closed()
-                return
+        try:
+            data = self._socket.recv(_MAX_MESSAGE_BYTES)  # one message; the loop calls again if there are more
+        except BlockingIOError:
+            return
+        except ConnectionError:
+            data = b""
+        if data:
             self._on_message(data)
+        else:
+            self._on_closed()
 
     def _on_message(self, message: bytes) -> None:
         self._silent_checks = 0
