@@ -25,6 +25,7 @@ from functools import partial
 from typing import Any, Generic, TypeVar
 
 from harp_daemon.sockets import Listener, configure_socket, peer_name
+from harp_daemon.unix_sockets import UnixSocket
 
 C = TypeVar("C")
 
@@ -137,6 +138,8 @@ class Acceptor(Generic[C]):
                 loop.remove_reader(listener.socket)
                 loop.call_later(_ACCEPT_PAUSE, self._resume, listener)
                 return
+            if accepted.family == socket.AF_UNIX:
+                accepted = UnixSocket(accepted)
             try:
                 configure_socket(accepted)
                 self._admit(accepted, address, listener)

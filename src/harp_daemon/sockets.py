@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from harp_daemon.unix_sockets import refuse_descriptors
+
 _BACKLOG = 1024
 #: A lost peer is noticed after about two minutes.
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))
@@ -123,6 +125,7 @@ def listen_unix(path: Path, mode: int, name: str = "") -> Listener:
                 path.unlink()
             listening.bind(str(path))
             path.chmod(mode)  # the umask has removed some
+            refuse_descriptors(listening)
             listening.listen(_BACKLOG)
         listening.setblocking(False)
     except OSError as error:

@@ -33,6 +33,7 @@ from support.harpd import Harpd, LineClient
 from support.peers import Peer, PeerConnection, server_context
 from support.resumable_host import NO_SUCH_CALL, TERMS
 from support.system import System
+from support.worker_channel import CHANNEL
 
 PROCEDURES = """
 import os, socket, stat, struct, time
@@ -63,17 +64,9 @@ def hang():
 
 @procedure
 def endless_line(path):
-    for number in map(int, os.listdir("/proc/self/fd")):
-        try:
-            if stat.S_ISSOCK(os.fstat(number).st_mode):
-                break
-        except OSError:
-            pass
-    channel = socket.socket(fileno=number)
-    channel.setblocking(True)
     open(path, "w").close()
     while True:
-        channel.sendall(b"x" * 65536)
+        send_all(channel(), b"x" * 65536)
 """
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -106,7 +99,7 @@ def system(tmp_path_factory: pytest.TempPathFactory, hostile: HostileHost) -> It
     limits = {"spool": SPOOL, "spool_memory": SPOOL_MEMORY, "write_timeout": 600, "kill_grace": 0.3}
     limits |= {"request_line": REQUEST_LINE, "request_memory": REQUEST_MEMORY}
     with (
-        Harpd(directory / "harpd", PROCEDURES, {"limits": limits}, services=True) as harpd,
+        Harpd(directory / "harpd", CHANNEL + PROCEDURES, {"limits": limits}, services=True) as harpd,
         Peer(always=hostile.play, tls=server_context(server_files(directory / "harpd"))) as peer,
     ):
         settings = {"ca_file": str(harpd.ca_file), "record_line": RECORD_LINE, "request_line": REQUEST_LINE}

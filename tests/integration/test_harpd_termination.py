@@ -27,6 +27,7 @@ from support.deadline import wait_until
 from support.harpd import Harpd, is_dead
 from support.procedures_file import CHANGED, PROCEDURES
 from support.supervisor import is_running
+from support.worker_channel import CHANNEL
 
 OWN = r'''
 import os, signal, stat, sys, threading, time
@@ -169,9 +170,7 @@ def breeds(path):
 
 @procedure
 def says_its_end_and_stays():
-    channel = next(number for number in range(3, 100)
-                   if os.path.exists(f"/proc/self/fd/{number}") and stat.S_ISSOCK(os.fstat(number).st_mode))
-    os.write(channel, b'{"result":"forged"}\n')
+    send_all(channel(), b'{"result":"forged"}\n')
     ignore_signals()
     pause()
 
@@ -188,7 +187,7 @@ GRACE = 0.5
 @pytest.fixture(scope="module")
 def harpd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harpd]:
     limits = {"limits": {"kill_grace": GRACE}}
-    with Harpd(tmp_path_factory.mktemp("stopping"), PROCEDURES + OWN, limits) as harpd:
+    with Harpd(tmp_path_factory.mktemp("stopping"), PROCEDURES + CHANNEL + OWN, limits) as harpd:
         yield harpd
         nothing_is_left(harpd)
 
@@ -196,7 +195,7 @@ def harpd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harpd]:
 @pytest.fixture
 def own(tmp_path: Path) -> Harpd:
     """A harpd for one test, not started."""
-    return Harpd(tmp_path / "harpd", PROCEDURES + OWN, {"limits": {"kill_grace": GRACE}})
+    return Harpd(tmp_path / "harpd", PROCEDURES + CHANNEL + OWN, {"limits": {"kill_grace": GRACE}})
 
 
 @pytest.fixture

@@ -13,27 +13,22 @@ import pytest
 
 from harpd.supervisor.frames import START
 from support.deadline import wait_until
+from support.lingering import LINGERING
 from support.procedures_file import PROCEDURES
 from support.supervisor import PLAIN, STREAMS, Channel, Supervisor, is_running
+from support.worker_channel import CHANNEL
 
-OWN = """
-import os, signal, socket, stat, sys, time
+OWN = (
+    CHANNEL
+    + """
+import os, signal, sys, time
 from harpd.proc import procedure, streaming_procedure
-
-def channel():
-    for number in map(int, os.listdir("/proc/self/fd")):
-        try:
-            if stat.S_ISSOCK(os.fstat(number).st_mode):
-                return socket.socket(fileno=number)
-        except OSError:
-            pass
 
 def say(path, text):
     with open(path, "w") as file:
         file.write(str(os.getpid()))
     ours = channel()
-    ours.setblocking(True)
-    ours.sendall(text.encode())
+    send_all(ours, text.encode())
     while True:
         time.sleep(60)
 
@@ -43,26 +38,39 @@ say_streaming = streaming_procedure(say)
 @procedure
 def talk_without_end(size, path=None):
     ours = channel()
-    ours.setblocking(True)
     if path is not None:
-        ours.sendall(b"x" * size)
+        send_all(ours, b"x" * size)
         open(path, "w").close()
     while True:
-        ours.sendall(b"x" * size)
+        send_all(ours, b"x" * size)
 
 @streaming_procedure
 def leave_a_writer(path):
     ours = channel()
-    ours.setblocking(True)
     yield "begun"
     if os.fork() == 0:
         with open(path, "w") as file:
             file.write(str(os.getpid()))
         while True:
-            ours.sendall(b'{"stream":0}\\n' * 1000)
+            send_all(ours, b'{"stream":0}\\n' * 1000)
     while not os.path.exists(path) or not open(path).read():
         time.sleep(0.01)
     os._exit(7)
+"""
+)
+
+PASSING = """
+import time
+from harpd.proc import procedure
+
+@procedure
+def pass_a_descriptor(begin, end):
+    while not os.path.exists(begin):
+        time.sleep(0.01)
+    kept = pass_lingering([*unix_sockets()])
+    open(end, "w").close()
+    while True:
+        time.sleep(60)
 """
 
 RECORD = '{"stream":1}'
@@ -254,3 +262,19 @@ def test_attach_after_supervisor_death_finds_call(tmp_path: Path) -> None:
         assert read_end(again)[1]["error"]["type"] == "call_died"
         again.send({"release": True})
         again.lines()
+
+
+def test_worker_halts_nobody_by_a_descriptor(tmp_path: Path) -> None:
+    """The kernel closes a passed descriptor in the process that receives it, which may take as long as a peer likes."""
+    text = PROCEDURES + LINGERING + PASSING
+    with Supervisor(tmp_path / "supervisor", text, kill_grace=0.3) as supervisor:
+        begin, end = tmp_path / "begin", tmp_path / "end"
+        with supervisor.call("pass_a_descriptor", [str(begin), str(end)]) as call:
+            call.line()
+            process = psutil.Process(supervisor.status()["supervisor"])
+            process.suspend()  # so that it receives the last copy
+            begin.touch()
+            wait_until(end.exists, what="the attempt")
+            process.resume()
+            assert supervisor.result("same", 5) == 5
+        assert supervisor.result("same", 6) == 6

@@ -73,7 +73,7 @@ def test_call_has_own_process_and_session(supervisor: Supervisor) -> None:
         assert one["session"] == one["group"] == one["pid"]
         assert (one["blocked"], one["handlers"]) == ([], [0, 0])
         assert one["files"][:3] == [0, 1, 2]
-        assert len(one["files"]) == 5  # the channel, and the directory that is being listed
+        assert len(one["files"]) == 6  # the two pipes of the channel, and the directory that is being listed
         assert f"HARPD_CALL={one['cookie']}" in one["shown"]
         assert not [entry for entry in one["shown"] if entry.startswith("LD_")]  # the zygote's own option
     assert len({one["cookie"] for one in found}) == 10

@@ -39,6 +39,7 @@ from harp_daemon.process import describe_exit
 from harp_daemon.settings import ConfigError
 from harp_daemon.sockets import Listener
 from harp_daemon.timer_wheel import Backoff
+from harp_daemon.unix_sockets import UnixSocket
 from harpd.config.loaded import CommandLine, SupervisorConfig
 from harpd.processes.cgroup import Cgroup
 from harpd.supervisor.runtime_directory import open_frontend_directory
@@ -228,8 +229,10 @@ class _FrontendProcess:
         self._notify_exit = on_exit
         self._replies: list[asyncio.Future[None]] = []  # in the order of their commands
         self._ending: asyncio.Task[None] | None = None  # after invalid messages, or the end of its sockets
-        self._commands, commands = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._requests, requests = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        own, commands = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._commands = UnixSocket(own)  # what the frontend sends is not trusted
+        own, requests = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._requests = UnixSocket(own)
         passed = (commands.fileno(), requests.fileno())
         with commands, requests:
             # -P: do not import modules from the working directory. It gives up root itself, before it reads anything:

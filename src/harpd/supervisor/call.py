@@ -309,7 +309,7 @@ class Call:
     def _flush_arguments(self) -> None:
         try:
             if self._unsent:
-                self._unsent = self._unsent[self._worker.channel.send(self._unsent) :] or memoryview(b"")
+                self._unsent = self._unsent[os.write(self._worker.calls, self._unsent) :] or memoryview(b"")
         except BlockingIOError:
             pass
         except OSError:
@@ -331,14 +331,16 @@ class Call:
         """Watch the channel for what can be done now. The session calls it when it has room."""
         # Output is read after the acknowledgement was sent, which is the client's first line. Arguments are sent after
         # the state was written: before that, the procedure cannot have started any process.
-        channel = self._worker.channel.fileno()
-        if channel >= 0 and self._tree is not None and not self._has_closing_line:
-            may_read = self._decided or not self._session.full
-            events = (READ if may_read else 0) | (WRITE if self._unsent else 0)
-            if events:
-                self._loop.watch(channel, events, self._on_channel_ready)
+        worker, loop = self._worker, self._loop
+        if worker.lines >= 0 and self._tree is not None and not self._has_closing_line:
+            if self._decided or not self._session.full:
+                loop.watch(worker.lines, READ, self._on_channel_ready)
             else:  # a watch without events would still report a hang-up, again and again
-                self._loop.unwatch(channel)
+                loop.unwatch(worker.lines)
+            if self._unsent:
+                loop.watch(worker.calls, WRITE, self._on_channel_ready)
+            else:
+                loop.unwatch(worker.calls)
 
     def _on_channel_ready(self) -> None:
         if self._unsent:
@@ -348,7 +350,7 @@ class Call:
         before, self._last_read = self._last_read, self._loop.now()
         is_fast = self._info.streaming and self._last_read - before < _GATHER_SECONDS
         if is_fast and not (self._decided or self._unsent):  # each read has a fixed cost: gather records
-            self._loop.unwatch(self._worker.channel.fileno())
+            self._loop.unwatch(self._worker.lines)
             self._loop.call_later(_GATHER_SECONDS, self.update_watch)
         else:
             self.update_watch()
@@ -361,7 +363,7 @@ class Call:
 
     def _read(self) -> bool:
         try:
-            data = self._worker.channel.recv(_READ_SIZE)
+            data = os.read(self._worker.lines, _READ_SIZE)
         except BlockingIOError:
             return False
         except OSError:  # perhaps it is closed
@@ -441,7 +443,7 @@ class Call:
         worker = self._worker
         # After an error of harpd's own code, the worker may be in an undefined state.
         reuse = kinds[0] != "error" and not (self._partial_line or self._unsent) and self._zygote.may_reuse(worker)
-        self._loop.unwatch(worker.channel.fileno())  # further output does not count
+        worker.unwatch()  # further output does not count
         self._has_closing_line = True
         if reuse:
             self._release_state()

@@ -18,6 +18,7 @@ from harp.protocol.lines import LineBuffer, LineTooLong
 from harp.protocol.schema import ProtocolError
 from harp_daemon.sliced_json import decode_slices
 from harp_daemon.sockets import peer_process
+from harp_daemon.unix_sockets import UnixSocket, refuse_descriptors
 from harpd.supervisor.event_loop import READ, WRITE, EventLoop
 from harpd.supervisor.runtime_directory import (
     FRONTEND_DIRECTORY,
@@ -78,6 +79,7 @@ class Listener:
             os.chmod(self._name, 0o600, dir_fd=self._directory)
             if self._frontend is not None:
                 os.chown(self._name, *self._frontend, dir_fd=self._directory, follow_symlinks=False)
+            refuse_descriptors(listener)
             listener.listen(_BACKLOG)
             inode = os.stat(self._name, dir_fd=self._directory).st_ino
         except OSError:
@@ -157,6 +159,7 @@ class Listener:
             log.error("rejected connection of another user", extra={"uid": uid})
             connection.close()
             return
+        connection = UnixSocket(connection)
         connection.setblocking(False)
         buffer = LineBuffer(_MAX_LINE_BYTES)
         self._loop.watch(connection.fileno(), READ, lambda: self._read_request(connection, buffer))

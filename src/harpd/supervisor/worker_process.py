@@ -1,5 +1,8 @@
 """A worker process in the supervisor: its channel, its output, its death.
 
+The channel consists of two pipes. A socket would let the worker pass descriptors: one of a socket that lingers, for
+example, halts the process that receives it and closes its last copy.
+
 Most workers serve one call and exit with it. Where the procedure allows more, a worker becomes idle and waits for the
 next call. It exits instead in these cases: its call was stopped or died; harpd's own code rejected its call; it wrote
 more than its closing line; its zygote has retired. An idle worker does not count as a call. It exits as soon as its
@@ -12,13 +15,14 @@ not be killed by its next message. The number of these pipes is bounded; those o
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import logging
 import os
 import resource
 import signal
 import time
-from _socket import AF_UNIX, MSG_PEEK, SHUT_WR, SOCK_STREAM, socketpair
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Protocol
@@ -34,6 +38,8 @@ output_log = logging.getLogger("harpd.call")
 
 #: Descriptors that are reserved for stopping calls and for control requests: 64, or one eighth of a low limit.
 _RESERVED, _RESERVED_SHARE = 64, 8
+#: Bytes of the channel that a worker can write while the supervisor does not read.
+_CHANNEL_BYTES = 256 * 1024
 #: Seconds in which a worker without a call must exit before it is killed.
 _EXIT_TIMEOUT = 5.0
 #: Bytes per read. They are few, so that a call that prints without pause does not delay other calls.
@@ -73,24 +79,35 @@ class WorkerProcess:
         self.served = 0  # how many calls it was assigned
         self._ended = False
         self._cpu_before = 0.0  # seconds that it had used at the start of the present call
-        self.channel, far = socketpair(AF_UNIX, SOCK_STREAM)
-        self.channel.setblocking(False)
-        self.child_descriptors = [far.detach()]  # its own end of the channel, its stdout and its stderr
+        #: Its channel: the end that it reads its calls from, and the end of its lines; -1: closed.
+        self.calls = self.lines = -1
+        self.child_descriptors: list[int] = []  # its ends of these, its stdout and its stderr
         self._output = output
         self._limit = OutputLimit(output.loop, output.limits, self._on_output_dropped)
         self._fields: Mapping[str, str] = {}
         self._pipes: list[OutputPipe] = []
         try:
+            self._open_channel()
             for stream in ("stdout", "stderr"):
                 self._pipes.append(OutputPipe(output, stream, self._limit))
                 self.child_descriptors.append(self._pipes[-1].writing_end)
-            if max(self.channel.fileno(), *self.child_descriptors) >= output.first_reserved:
+            if max(self.child_descriptors) >= output.first_reserved:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         except OSError:
-            self.channel.close()
+            self.close()
             for descriptor in self.child_descriptors:  # the reading ends of the pipes see it, and are closed as well
                 os.close(descriptor)
             raise
+
+    def _open_channel(self) -> None:
+        reading, self.calls = os.pipe2(os.O_CLOEXEC)
+        self.child_descriptors.append(reading)
+        self.lines, writing = os.pipe2(os.O_CLOEXEC)
+        self.child_descriptors.append(writing)
+        os.set_blocking(self.calls, False)
+        os.set_blocking(self.lines, False)
+        with contextlib.suppress(OSError):  # this user has too many pipes
+            fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, _CHANNEL_BYTES)
 
     def assign(self, call: WorkerUser, procedure: str, fields: Mapping[str, str]) -> None:
         """Assign a call to it. `fields`: of the log events of the call's output."""
@@ -148,7 +165,7 @@ class WorkerProcess:
     def is_quiet(self) -> bool:
         """Return whether it can be assigned a call: it lives, and has not written since its last call."""
         try:
-            data = self.channel.recv(1, MSG_PEEK)
+            data = os.read(self.lines, 1)
         except BlockingIOError:
             return True
         except OSError:
@@ -160,7 +177,7 @@ class WorkerProcess:
     def become_idle(self) -> None:
         """Separate it from its call, which has ended; all output of the call has arrived."""
         self.call = None
-        self._loop.unwatch(self.channel.fileno())
+        self.unwatch()
         for pipe in self._pipes:
             pipe.drain()
             pipe.flush()
@@ -168,10 +185,10 @@ class WorkerProcess:
 
     def finish_input(self) -> None:
         """Have it exit after its present call: it gets no other one."""
-        try:
-            self.channel.shutdown(SHUT_WR)
-        except OSError:
-            pass  # it has exited already
+        if self.calls >= 0:
+            self._loop.forget(self.calls)
+            os.close(self.calls)
+            self.calls = -1
 
     def shut_down(self) -> None:
         """Have a worker without a call exit; it is killed if it does not."""
@@ -182,10 +199,17 @@ class WorkerProcess:
         if self.identity[0] and not self._ended:
             send_signal(signal.SIGKILL, self.identity)
 
+    def unwatch(self) -> None:
+        """Watch its channel no more."""
+        self._loop.unwatch(self.calls)
+        self._loop.unwatch(self.lines)
+
     def close(self) -> None:
-        if self.channel.fileno() >= 0:
-            self._loop.forget(self.channel.fileno())
-            self.channel.close()
+        self.finish_input()
+        if self.lines >= 0:
+            self._loop.forget(self.lines)
+            os.close(self.lines)
+            self.lines = -1
 
     def release(self) -> None:
         """Release its resources; it has ended, or was never forked. Processes that it started may still print."""

@@ -112,18 +112,22 @@ class ArgumentCheck:
 
 
 class _Channel:
-    """The channel of this process, and not of the processes that it forks. Both directions may raise OSError."""
+    """The channel of this process, and not of the processes that it forks. Both directions may raise OSError.
 
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
+    `calls` and `lines` are the ends of the pipes from and to the supervisor.
+    """
+
+    def __init__(self, calls: int, lines: int) -> None:
+        self._calls = calls
+        self._lines = lines
         self._owner = os.getpid()
-        self._file = os.fstat(descriptor)
+        self._file = os.fstat(lines)
 
     def read_line(self) -> bytes:
         """Wait for the line of the next call; return b"" if the supervisor has closed its end."""
-        pieces = [os.read(self._descriptor, _READ_SIZE)]
+        pieces = [os.read(self._calls, _READ_SIZE)]
         while pieces[-1] and not pieces[-1].endswith(b"\n"):
-            pieces.append(os.read(self._descriptor, _READ_SIZE))
+            pieces.append(os.read(self._calls, _READ_SIZE))
         return b"".join(pieces) if pieces[-1] else b""
 
     def exit_if_forked(self) -> None:
@@ -134,11 +138,11 @@ class _Channel:
     def write(self, lines: bytes) -> None:
         """Write complete lines; wait while the supervisor does not read. Signals must be deferred."""
         # The procedure may have closed the descriptor, and its number may belong to another file by now.
-        file = os.fstat(self._descriptor)
+        file = os.fstat(self._lines)
         if file.st_ino != self._file.st_ino or file.st_dev != self._file.st_dev:
             raise ConnectionAbortedError("the procedure closed the channel")
         while lines:  # a signal may interrupt the write
-            lines = lines[os.write(self._descriptor, lines) :]
+            lines = lines[os.write(self._lines, lines) :]
 
 
 class Worker:
@@ -170,7 +174,7 @@ class Worker:
         self._resets_oom_score = oom_score_is_changed()
         self._end = ProcessEnd()
 
-    def run(self, channel: int, stdout: int, stderr: int) -> NoReturn:
+    def run(self, calls: int, lines: int, stdout: int, stderr: int) -> NoReturn:
         """Serve calls in this process, which the zygote has just forked, with these descriptors; then exit."""
         try:
             os.setsid()  # its own session and process group, so that they can be stopped as a whole
@@ -186,7 +190,7 @@ class Worker:
                 reset_oom_score()
             self.guard.deferred = None  # a signal that the zygote has received
             self._end.record_counts()
-            self._serve_calls(_Channel(channel))
+            self._serve_calls(_Channel(calls, lines))
         except OSError:
             os._exit(1)  # the supervisor has died: no process reads the result
         self._end.finish(self.guard)

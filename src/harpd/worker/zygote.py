@@ -17,7 +17,7 @@ that has just forked copies 20 pages:
          "has_dynamic_uid": BOOL}
         {"loaded": NUMBER, "threads": NUMBER}
         {"error": MESSAGE}
-    supervisor -> zygote, for each worker, with three descriptors (channel, stdout, stderr):
+    supervisor -> zygote, for each worker, with four descriptors (calls, lines, stdout, stderr):
         fork
     supervisor -> zygote, while calls run, to learn whether it still works; and its reply:
         ping
@@ -64,7 +64,7 @@ if TYPE_CHECKING:
 #: The most bytes of the first command, which has the search path, and of the others.
 _MAX_LOAD_COMMAND_BYTES, _MAX_COMMAND_BYTES = 1 << 18, 64
 #: How many descriptors come with a fork command, and their size in the message: 4 bytes each.
-_DESCRIPTORS, _ANCILLARY_SIZE = 3, CMSG_SPACE(3 * 4)
+_DESCRIPTORS, _ANCILLARY_SIZE = 4, CMSG_SPACE(4 * 4)
 
 
 class _Zygote:
@@ -156,14 +156,14 @@ class _Zygote:
         self._supervisor.send(reply)
         return True
 
-    def _run_worker(self, worker: Worker, channel: int, stdout: int, stderr: int) -> NoReturn:
+    def _run_worker(self, worker: Worker, calls: int, lines: int, stdout: int, stderr: int) -> NoReturn:
         try:
             _signal.set_wakeup_fd(-1)
             self._supervisor.close()
             os.close(self._child_deaths)
             os.close(self._wakeup)
             self._adopted.start_reaping()
-            worker.run(channel, stdout, stderr)
+            worker.run(calls, lines, stdout, stderr)
         except BaseException:  # noqa: BLE001 - no exception may reach the zygote's code
             sys.excepthook(*sys.exc_info())
         finally:
