@@ -9,7 +9,9 @@ of the store costs as much as a third of a small job.
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
@@ -20,6 +22,7 @@ from harpcaller.model.latest import Latest
 
 log = logging.getLogger(__name__)
 
+_STEP = 50  #: Number of subscribers that are called in one turn of the event loop: 1 ms.
 _ENDS, _MAX_END = 2500, 1000  #: Number of ends in memory, and maximum bytes of the payload of each.
 #: A function that is called at each notification, with True if the job has ended.
 Subscriber: TypeAlias = Callable[[bool], None]
@@ -64,20 +67,48 @@ class RecordBatch:
 
 
 class Subscription:
-    """The notifications of one job, for all its subscribers."""
+    """The notifications of one job, for all its subscribers.
+
+    Many subscribers are called in several turns of the event loop. What is published before the last one was called
+    calls the remaining ones first, so that each can use the records in memory.
+    """
 
     def __init__(self) -> None:
         self.end: End | None = None  # if a notification carried it
         self.newest: RecordBatch | None = None  # of the last notification that carried records
-        self.subscribers: list[Subscriber] = []
+        self.subscribers: dict[Subscriber, None] = {}
+        self._uncalled: deque[Subscriber] = deque()
+        self._ended = False  # in the notification in progress
+        self._is_scheduled = False
+
+    def call_remaining(self) -> None:
+        """Complete the notification in progress."""
+        self._call(len(self._uncalled))
 
     def notify(self, ended: bool) -> None:
         """Call the subscribers."""
-        for subscriber in self.subscribers.copy():
-            try:
-                subscriber(ended)
-            except Exception:
-                log.exception("notification failed: internal error")
+        self._ended = ended
+        self._uncalled.extend(self.subscribers)
+        self._call_some()
+
+    def _call_some(self) -> None:
+        self._call(_STEP)
+        if self._uncalled and not self._is_scheduled:
+            self._is_scheduled = True
+            asyncio.get_running_loop().call_soon(self._next_turn)
+
+    def _next_turn(self) -> None:
+        self._is_scheduled = False
+        self._call_some()
+
+    def _call(self, count: int) -> None:
+        for _ in range(min(count, len(self._uncalled))):
+            subscriber = self._uncalled.popleft()
+            if subscriber in self.subscribers:
+                try:
+                    subscriber(self._ended)
+                except Exception:
+                    log.exception("notification failed: internal error")
 
 
 class Notifier:
@@ -96,19 +127,20 @@ class Notifier:
     def subscribe(self, job_id: str, subscriber: Subscriber) -> Subscription:
         """Call a subscriber at each notification of a job, until `unsubscribe` is called."""
         subscription = self._subscriptions.get(job_id) or self._subscriptions.setdefault(job_id, Subscription())
-        subscription.subscribers.append(subscriber)
+        subscription.subscribers[subscriber] = None
         return subscription
 
     def unsubscribe(self, job_id: str, subscriber: Subscriber) -> None:
         """Remove a subscriber."""
         subscribers = self._subscriptions[job_id].subscribers
-        subscribers.remove(subscriber)
+        del subscribers[subscriber]
         if not subscribers:
             del self._subscriptions[job_id]
 
     def publish_records(self, job_id: str, first: int, records: Records) -> None:
         """Notify the subscribers that records numbered from `first` are committed."""
         if subscription := self._subscriptions.get(job_id):
+            subscription.call_remaining()
             subscription.newest = RecordBatch(first, records)
             subscription.notify(ended=False)
 
@@ -120,6 +152,7 @@ class Notifier:
         if end is not None and _is_short(end):
             self._ends[job_id] = end
         if subscription := self._subscriptions.get(job_id):
+            subscription.call_remaining()
             subscription.end = end or subscription.end
             subscription.notify(ended=True)
 

@@ -75,8 +75,12 @@ async def test_step_of_staged_jobs_is_committed_after_others(tmp_path: Path) -> 
     """A short write that was called last does not wait for the step."""
     first, *_ = await running_jobs(tmp_path)
     jobs = [new_job(host="web02") for _ in range(STEP_JOBS)]
-    staged, step = (Writes.stage_jobs, [encode_jobs(jobs)], [], 1.0), (Writes.insert_staged, 1, jobs, 1.0)
-    ended, inserted = await commits(tmp_path, step, staged, (Writes.finish_job, first, ENDS[State.RETURNED], 3.0))
+    ended, inserted = await commits(
+        tmp_path,
+        (Writes.insert_staged, 1, jobs, 1.0),
+        (Writes.stage_jobs, [encode_jobs(jobs)], [], 1.0),
+        (Writes.finish_job, first, ENDS[State.RETURNED], 3.0),
+    )
     assert count(ended, "INSERT INTO outcomes") == 1
     assert count(ended, "INSERT INTO jobs") == 0
     assert count(inserted, "INSERT INTO jobs") >= 1
