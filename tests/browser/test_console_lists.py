@@ -158,9 +158,7 @@ def test_newer_jobs_wait_while_the_reader_is_down_the_list(pages: Pages, filled:
     assert set(new) <= set(job_ids(page)[:3])
 
 
-def test_rows_that_come_before_the_first_page_stand_in_their_place(
-    pages: Pages, filled: Site, tmp_path: Path
-) -> None:
+def test_rows_that_come_before_the_first_page_stand_in_their_place(pages: Pages, filled: Site, tmp_path: Path) -> None:
     path = tmp_path / "lines"
     path.write_text("first\n")
     running = filled.submit("tail", str(path))

@@ -171,7 +171,7 @@ export function HostsView({ query }) {
     ${({ hosts, next }) => html`${sources.filter((source) => source.error).map((source) => html`<${Strip} key=${source.name}>The hosts registry cannot be read; the dispatcher uses the one of before. ${visible(source.error)}<//>`)}
     <${Table} rows=${hosts} chosen=${filter.q || filter.state} path="/hosts" nothing="No host fits" none=${NO_HOST} next=${next} more=${answer.more} columns=${[
       ["Host", (host) => html`<a href=${hostLink(host.name)} title=${visible(host.name)}><b>${visible(host.name)}</b></a>`, "name"],
-      ["State", (host) => html`<${HostState} host=${host} />${endsSoon(host, now) && html` <span class="tag warn" title=${fullTime(host.certificate.not_after)}>certificate ends soon</span>`}${host.error && html`<div class="bad small cut" title=${visible(host.error)}>${visible(host.error)}</div>`}`],
+      ["State", (host) => html`<${HostState} host=${host} />${endsSoon(host, now) && html` <span class="tag warn" title=${fullTime(host.certificate.not_after)}>certificate ends soon</span>`}${host.error && html`<div class="bad two-lines" title=${visible(host.error)}>${visible(host.error)}</div>`}`],
       ["Running / limit", (host) => html`<${Use} running=${host.running} limit=${host.limit} />`, "named"],
       ["Waiting", (host) => waiting(host.queued, { host: host.name }), "num named"],
       ["Last contact", (host) => (host.contact ? html`<span title=${fullTime(host.contact)}>${age(now - host.contact)}</span>` : "-"), "dim named"],
