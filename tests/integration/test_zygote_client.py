@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
+import harp
 from harpd.supervisor import zygote_client
 from harpd.supervisor.event_loop import EventLoop
 from harpd.supervisor.worker_process import OutputCollector
@@ -129,6 +130,19 @@ class Clock:
 def quick_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zygote_client, "_CHECK_INTERVAL", 0.2)
     monkeypatch.setattr(zygote_client, "_FORK_TIMEOUT", 1.0)
+
+
+def test_zygote_of_another_version_reports_the_upgrade(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after an installation below a running supervisor, whose messages the new zygote may not know."""
+    monkeypatch.setattr(zygote_client, "__version__", "0.9")
+    clock = Clock(tmp_path, PROCEDURES)
+
+    def steps() -> Iterator[Callable[[], object]]:
+        yield lambda: clock.loaded
+
+    clock.run(steps())
+    (error,) = clock.loaded
+    assert error == f"harpd 0.9 runs, and {harp.__version__} is installed; reload harpd-supervisor, or restart harpd"
 
 
 def test_zygote_is_not_abandoned_after_a_suspension(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from harp import __version__
 from harp.protocol.json_text import encode_value, loads
 from harpd.processes.cookie import reserve_cookie
 from harpd.processes.process_tree import start_time, wait_status
@@ -107,6 +108,7 @@ class ZygoteClient:
         self._check_repeatedly()
         search_path = settings["python_path"]
         command = {
+            "version": __version__,
             "load": settings["procedures"],
             # Absolute, because the zygote has another working directory.
             "path": [*map(os.path.abspath, (*search_path["prepend"], *sys.path, *search_path["append"]))],

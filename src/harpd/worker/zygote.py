@@ -10,7 +10,8 @@ messages about loading are JSON objects, those about workers are words and numbe
 that has just forked copies 20 pages:
 
     supervisor -> zygote, once, first:
-        {"load": PATH, "path": [STR], "default_user": USER, "default_group": GROUP, "descriptors": NUMBER}
+        {"version": VERSION, "load": PATH, "path": [STR], "default_user": USER, "default_group": GROUP,
+         "descriptors": NUMBER}
     zygote -> supervisor, the first for each procedure, then one of the others; after an error it exits:
         {"procedure": NAME, "streaming": BOOL, "timeout": SECONDS|null, "max_calls": NUMBER,
          "uid": NUMBER|null, "users": [NAME]|null, "memory": BYTES|null, "processes": NUMBER|null,
@@ -44,6 +45,7 @@ import sys
 from _socket import CMSG_SPACE, MSG_CMSG_CLOEXEC, socket
 from os import fork  # not the one of `AdoptedChildren`, which records children
 
+from harp import __version__
 from harp.protocol.json_text import encode_value, loads
 from harpd.proc import DYNAMIC_UID
 from harpd.processes.cookie import EnvCookie
@@ -79,6 +81,10 @@ class _Zygote:
     def load(self) -> Worker:
         """Load the procedures file that the first command names, and report the result; exit if it cannot be loaded."""
         command = loads(self._supervisor.recv(_MAX_LOAD_COMMAND_BYTES))
+        if (version := command.get("version")) != __version__:  # another version may have other messages
+            upgraded = f"harpd {version or 'of an earlier version'} runs, and {__version__} is installed"
+            self._send({"error": f"{upgraded}; reload harpd-supervisor, or restart harpd"})
+            os._exit(0)
         sys.path[:] = command["path"]
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         # The supervisor has raised its own limit, which this process has inherited.
