@@ -120,7 +120,7 @@ def test_token_logs_in_and_shows_what_it_may_see(site: Site, visitor_pages: Page
     expect(page.get_by_role("alert")).to_contain_text("That did not work.")
     page.get_by_label("Token or password").fill(made.stdout.strip())
     page.keyboard.press("Enter")
-    expect(page.get_by_role("heading", name="Queues")).to_be_visible()
+    expect(page.get_by_role("heading", name="Queues", exact=True)).to_be_visible()
     expect(page.get_by_role("button", name="token:eye")).to_be_visible()
     expect(page.get_by_role("navigation", name="Views").get_by_role("link")).to_have_text(
         ["Overview", "Jobs", "Queues", "Hosts"]

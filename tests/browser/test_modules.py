@@ -126,6 +126,10 @@ def test_characters_that_one_does_not_see_are_named(modules: Page) -> None:
             r'["\ud83d\ude00 \\u00fc \u0022 \n"]',
             r'("\U0001f600 \\u00fc \u0022 \n")'.replace(r"\U0001f600", "\U0001f600"),
         ),
+        (
+            r'["\u05d0", "b", "\u0627"]',
+            '(\u2068"\u05d0"\u2069, "b", \u2068"\u0627"\u2069)',
+        ),
         (r'["\u202e \u00A0 \ud83d"]', r'("\u202e \u00A0 \ud83d")'),
     ],
 )

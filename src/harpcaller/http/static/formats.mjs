@@ -104,12 +104,18 @@ export function codeOf(character) {
 /** Return a text of a job or host with those characters as codes: they could change what is read. */
 export const visible = (text) => String(text ?? "").replace(HIDDEN, codeOf);
 
-/** Return JSON text for a line of a list, with letters in place of their \uXXXX. */
+/** A string of JSON with letters that are written from right to left. */
+const RIGHT_TO_LEFT = /"[^"]*[\u0590-\u08ff\ufb1d-\ufefc][^"]*"/g;
+
+/**
+ * Return JSON text for a line of a list, with letters in place of their \uXXXX. Texts from right to left are isolated:
+ * else two of them would change places.
+ */
 const readable = (json) =>
   visible(json.replace(/\\(u[\da-f]{4}|.)/gi, (written, code) => {
     const unit = parseInt(code.slice(1), 16);
     return unit > 0xa0 ? String.fromCharCode(unit) : written;
-  }));
+  })).replace(RIGHT_TO_LEFT, "\u2068$&\u2069");
 
 /** Return the JSON text of a queue's name, for a line of a list. */
 export const queueName = ({ name, id }) => readable(typeof name === "string" ? name : JSON.stringify(name ?? id));
