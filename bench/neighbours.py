@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import resource
+import selectors
 import socket
 import ssl
 import time
@@ -23,7 +25,7 @@ from typing import Any, TypeAlias
 import harp
 from bench.harp_client import connect_server
 from bench.load import SETTINGS, Figures, payload, quantiles
-from harpcaller.api.control_client import ControlClient
+from harpcaller.api.control_client import ControlClient, ControlError
 from support.bad_lines import BAD_VALUES
 from support.certificates import Certificates
 from support.harpcallerd import Harpcallerd
@@ -38,6 +40,8 @@ _BEGIN, _END = 0.3, 10.0
 _LONG = [[number, {"key": "x" * 20, "more": [1.5, None, True]}] for number in range(40_000)]
 #: Bytes of a line that is expensive to decode.
 _BAD_LINE = 15 * 1024 * 1024
+#: Jobs that are cancelled at once, and clients that follow one job.
+_CANCELLED, _FOLLOWERS = 5_000, 1_000
 _OWNER, _QUEUE = "neighbour", {"neighbour": 1}
 
 _fork = multiprocessing.get_context("fork")
@@ -135,6 +139,35 @@ def _many_jobs(rpc: harp.HarpCaller) -> Callable[[], object]:
     return lambda: rpc.submit_many(jobs)
 
 
+def _cancel(rpc: harp.HarpCaller) -> Callable[[], object]:
+    """Cancel thousands of jobs at once."""
+    jobs = [harp.Call("web01", "wait", [1], queue=_QUEUE) for _ in range(_CANCELLED)]
+
+    def cancel() -> None:
+        rpc.submit_many(jobs)
+        _cancel_queue()
+
+    return cancel
+
+
+def _cancel_queue() -> None:
+    list(ControlClient(Path(SETTINGS["control"])).send_command("queue-cancel", queue=_QUEUE))
+
+
+def _followers(rpc: harp.HarpCaller) -> Callable[[], object]:
+    """Have many clients follow a job that has a record now and then, and read what is sent."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    job = rpc.host("web01", queue=_QUEUE).slowly(1_000_000, 0.2)
+    line = json.dumps({"harpcaller": 1, "follow_stream": job.id(), "since": 0}).encode() + b"\n"
+    selector = selectors.DefaultSelector()
+    for _ in range(_FOLLOWERS):
+        sock = socket.create_connection(("127.0.0.1", rpc._endpoint.port))
+        sock.sendall(line)
+        selector.register(sock, selectors.EVENT_READ)  # which also refers to it
+    return lambda: [os.read(key.fd, 1 << 16) for key, _ in selector.select()]
+
+
 def _hostile_host(rpc: harp.HarpCaller, size: int) -> Callable[[], object]:
     """Have a host send records of `size` bytes; 0: it acknowledges each start with a long line."""
     if not size:
@@ -156,6 +189,8 @@ _PEERS: dict[str, _Work] = {
     "long-job": _long_job,
     "long-call": _long_call,
     "many-jobs": _many_jobs,
+    "cancel": _cancel,
+    "followers": _followers,
     "host": partial(_hostile_host, size=100),
     "host-long": partial(_hostile_host, size=1_000_000),
     "host-line": partial(_hostile_host, size=0),
@@ -245,6 +280,7 @@ def neighbours(peer: str, seconds: float) -> Figures:
 
     took: dict[str, list[float]] = {}
     with Harpcallerd(directory, hosts, credentials, settings) as dispatcher:
+        SETTINGS["control"] = str(dispatcher.socket)
 
         def misbehave() -> None:
             work = _PEERS[peer](harp.HarpCaller("127.0.0.1", dispatcher.port, keep_alive=True))
@@ -271,8 +307,8 @@ def neighbours(peer: str, seconds: float) -> Figures:
             with _background(serve), misbehaving:
                 for kind, times in measure(seconds / 2 / periods).items():
                     took.setdefault(f"{when} {kind}", []).extend(times)
-            if peer == "many-jobs":
-                dispatcher.control("queue-cancel", json.dumps(_QUEUE))
+            with suppress(ControlError):  # there is no such queue
+                _cancel_queue()
             control = ControlClient(dispatcher.socket)
             while any(control.send_command("list", newest=1, host="web01")):
                 time.sleep(0.1)

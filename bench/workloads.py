@@ -331,6 +331,8 @@ _NEIGHBOURS = {
     "long-job": "jobs with arguments of 2.7 MB",
     "long-call": "direct calls with arguments of 2.7 MB",
     "many-jobs": "10,000 jobs in a request, again and again",
+    "cancel": "5,000 jobs cancelled at once, again and again",
+    "followers": "1,000 clients that follow a job with 5 records a second",
     "host": "a host that sends records without end",
     "host-long": "a host that sends records of 1 MB without end",
     "host-line": "a host that acknowledges each start with such a line",
