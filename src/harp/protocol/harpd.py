@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field
 from enum import Enum
+from functools import lru_cache
 from typing import Annotated, Any, ClassVar, TypeAlias
 
 from harp.protocol.call_output import RECORD_PREFIX, VERSION
@@ -398,6 +399,8 @@ _MESSAGES: Mapping[str, type[Message]] = {
     **CALL_ENDS,
 }
 
+#: How HARP's harpd begins an acknowledgement and a result; and the most bytes of an acknowledgement that is remembered.
+_ACKNOWLEDGEMENT, _RESULT, _MAX_REMEMBERED = b'{"harp":1,"stream_result":', b'{"result":', 512
 #: The messages that may be long.
 _LONG = frozenset({Record, Returned, Raised, Failed, CallList, ExitInfo})
 #: The messages that have the version.
@@ -416,6 +419,19 @@ def encode_exit_info(info: Raw) -> bytes:
 
 def decode_message(line: bytes, decoder: Decoder = decode_values) -> Message:
     """Return the message of a line. Raises `ProtocolError`."""
+    if line.startswith(_ACKNOWLEDGEMENT) and len(line) <= _MAX_REMEMBERED:
+        return _decode_acknowledgement(line, decoder)
+    if decoder is decode_values and (found := decode_enclosed(line, _RESULT)) is not None:
+        return Returned(*found)
+    return _decode_message(line, decoder)
+
+
+@lru_cache(maxsize=64)  # the acknowledgements of a host are equal for nearly all of its calls
+def _decode_acknowledgement(line: bytes, decoder: Decoder) -> Message:
+    return _decode_message(line, decoder)
+
+
+def _decode_message(line: bytes, decoder: Decoder) -> Message:
     members = decode_object(line, decoder)
     kind = _MESSAGES[only_kind(_MESSAGES, members, "not a message of harpd")]
     if len(line) > MAX_MESSAGE_BYTES and kind not in _LONG:
