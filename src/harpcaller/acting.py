@@ -28,6 +28,7 @@ from harp.protocol.schema import ProtocolError
 from harp_daemon import json_pieces
 from harp_daemon.audit_reading import Cursor, Page, read_page
 from harp_daemon.event_loop import run_in_turn
+from harp_daemon.outcome import Outcome
 from harpcaller.access import AccessDenied, AuthError, RateLimited
 from harpcaller.access.client import LOCAL_ADMINISTRATOR, Client
 from harpcaller.access.enforcement import SUBJECT_BYTES, Admission, Wait, may
@@ -126,7 +127,7 @@ class ActingAs:
 
     # Submission.
 
-    def submit(self, call: Call, received_at: float | None = None, rerun_of: str | None = None) -> asyncio.Future[str]:
+    def submit(self, call: Call, received_at: float | None = None, rerun_of: str | None = None) -> Outcome[str]:
         """Store a job; return a future of its id. `rerun_of` is the id of the job that it repeats, see `rerun`."""
         dispatcher, client, audit = self._dispatcher, self._client, self._dispatcher.audit
         audit.check_room()
@@ -148,10 +149,10 @@ class ActingAs:
     def _note_repeated(self) -> None:
         self.is_repeated = True
 
-    def _on_limit(self, call: Call, error: LimitReached, job_id: asyncio.Future[str]) -> None:
+    def _on_limit(self, call: Call, error: LimitReached, job_id: Outcome[str]) -> None:
         """Handle that the client has too many queued jobs."""
 
-        def on_submitted(submitted: asyncio.Future[str]) -> None:
+        def on_submitted(submitted: Outcome[str]) -> None:
             error = submitted.exception()
             if job_id.done():
                 return
@@ -169,7 +170,7 @@ class ActingAs:
 
     def _submit_refused(
         self, call: Call, refusal: AccessDenied | RateLimited, received_at: float | None
-    ) -> asyncio.Future[str]:
+    ) -> Outcome[str]:
         """Store a refused call as a job that has ended. Raises the refusal as `_refuse_by_job` does."""
         client, dispatcher = self._client, self._dispatcher
         try:
@@ -342,7 +343,7 @@ class ActingAs:
         """Return since when the host of a job that the client may read has not been reached; None: it is reached."""
         return self._dispatcher.find_outage(job_id)
 
-    def result(self, job_id: str) -> asyncio.Future[End]:
+    def result(self, job_id: str) -> Outcome[End]:
         """Return a future of the job's end. Cancelling the future ends the wait."""
 
         def watch() -> None:
@@ -363,7 +364,7 @@ class ActingAs:
             watch()
         return result
 
-    def _revoke(self, result: asyncio.Future[End], job_id: str) -> None:
+    def _revoke(self, result: Outcome[End], job_id: str) -> None:
         if not result.done():
             result.set_exception(self._revocation(job_id))
 

@@ -37,6 +37,7 @@ from harp.protocol.schema import ProtocolError, encode_object
 from harp_daemon import json_pieces
 from harp_daemon.audit import Recorded
 from harp_daemon.event_loop import run_in_turn
+from harp_daemon.outcome import Outcome
 from harp_daemon.timer_wheel import TimerWheel
 from harpcaller.access.client import Client
 from harpcaller.access.enforcement import SUBJECT_BYTES, Access, Admission, Wait, may
@@ -281,9 +282,9 @@ class Dispatcher:
         received_at: float | None = None,
         admission: Admission = _ADMITTED,
         record: Callable[[NewJob], Recorded | None] = lambda job: None,
-        on_limit: Callable[[LimitReached, asyncio.Future[str]], None] | None = None,
+        on_limit: Callable[[LimitReached, Outcome[str]], None] | None = None,
         on_repeated: Callable[[], object] = lambda: None,
-    ) -> asyncio.Future[str]:
+    ) -> Outcome[str]:
         """Store a job; return a future of its id, which is set when the job is on stable storage.
 
         An unknown host is accepted; the job then ends as ``unknown_host``. Limits are lowered to the configured limits.
@@ -293,7 +294,7 @@ class Dispatcher:
         queued jobs; with `on_limit`, that function gets the error and sets the future. `on_repeated` is called if the
         call has been submitted before.
         """
-        job_id: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        job_id: Outcome[str] = Outcome(asyncio.get_running_loop())
         if (shortage := self._disk_space.find_shortage(self.config.disk_reserve)) is not None:
             job_id.set_exception(shortage)
             return job_id
@@ -511,7 +512,7 @@ class Dispatcher:
         """Return what decides who may do something with each of these jobs; unknown ones are missing."""
         return await self.store.find_subjects(job_ids, SUBJECT_BYTES)
 
-    def result(self, job_id: str, first_read: Awaitable[Job] | None = None) -> asyncio.Future[End]:
+    def result(self, job_id: str, first_read: Awaitable[Job] | None = None) -> Outcome[End]:
         """Return a future of the job's end, as `wait_for_end`. It raises `UnknownJob`, also if the job is pruned.
 
         With `first_read` the job is read by it, and the future raises what it raises.

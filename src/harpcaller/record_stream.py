@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeVar
 
 from harp.protocol.dispatcher import Continue
 from harp.protocol.ends import End
+from harp_daemon.outcome import Outcome
 from harpcaller.model.jobs import Job, Records
 from harpcaller.notifier import Notifier, RecordBatch
 from harpcaller.store import UnknownJob
@@ -188,13 +189,13 @@ class RecordStream:
 
 def wait_for_end(
     job_id: str, is_active: bool, store: Store, notifier: Notifier, first_read: Awaitable[Job] | None = None
-) -> asyncio.Future[End]:
+) -> Outcome[End]:
     """Return a future of the end of a job. Cancelling the future ends the wait.
 
     The store is not read for a job that `is_active`, because its end will be published, nor for one of the latest ends.
     With `first_read` the job is first read by it, in any case; the future raises what it raises.
     """
-    result: asyncio.Future[End] = asyncio.get_running_loop().create_future()
+    result: Outcome[End] = Outcome(asyncio.get_running_loop())
     if first_read is None and (end := notifier.find_end(job_id)) is not None:
         result.set_result(end)
         return result
@@ -231,7 +232,7 @@ def wait_for_end(
 
     subscription = notifier.subscribe(job_id, on_published)
 
-    def on_done(_: asyncio.Future[End]) -> None:
+    def on_done(_: Outcome[End]) -> None:
         nonlocal read_job
         notifier.unsubscribe(job_id, on_published)
         del read_job  # the functions refer to each other and to the end, which would wait for the garbage collector

@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 
 from harp.protocol.ends import Failed
 from harp.protocol.json_text import Raw
-from harpcaller.model.jobs import NewJob, State
+from harpcaller.model.jobs import Job, NewJob, State
 from harpcaller.store import LimitReached, RequestIDReused, StorageError
 from harpcaller.store.sqlite import Store, backup
 from harpcaller.store.sqlite.staging import STEP_JOBS, decode_jobs, encode_jobs
@@ -82,7 +83,7 @@ async def test_other_verbs_run_between_the_steps(store: Store) -> None:
 
 async def test_first_jobs_start_before_the_last_is_inserted(store: Store) -> None:
     jobs = many()
-    claims: list[asyncio.Future[Any]] = []
+    claims: list[Awaitable[list[Job]]] = []
     await store.add_jobs(jobs, 2.5, lambda: claims.append(store.claim_jobs(3.0, 1, 1000)))
     claimed_jobs = [job for claim in claims for job in await claim]
     assert claimed_jobs[0].id == jobs[0].id
@@ -119,7 +120,7 @@ async def test_submission_meanwhile_gets_the_staged_job(store: Store) -> None:
     jobs = [new_job(request_id=f"r{n}", call_digest=b"%d" % n) for n in range(MANY)]
     again = new_job(request_id=f"r{MANY - 1}", call_digest=b"%d" % (MANY - 1))
     other = new_job(request_id=f"r{MANY - 2}", call_digest=b"other")
-    repeated: list[asyncio.Future[str]] = []
+    repeated: list[Awaitable[str]] = []
 
     def after_step() -> None:
         if not repeated:

@@ -23,6 +23,7 @@ from harp.protocol.ends import End
 from harp.protocol.json_text import Envelope
 from harp.protocol.schema import ProtocolError
 from harp_daemon.event_loop import LONG_LINE, run_in_turn
+from harp_daemon.outcome import Outcome
 from harp_daemon.sockets import Listener
 from harpcaller.access import AccessDenied, AuthError, RateLimited, Refusal
 from harpcaller.access.client import Client
@@ -246,7 +247,7 @@ class ClientServer(Server):
         return ActingAs(self._dispatcher, client)
 
     def _submit(self, connection: Connection, request: protocol.Call) -> None:
-        def on_submitted(submitted: asyncio.Future[str]) -> None:
+        def on_submitted(submitted: Outcome[str]) -> None:
             if (error := submitted.exception()) is None:
                 self._reply(connection, protocol.Submitted(submitted.result()))
             else:
@@ -259,7 +260,7 @@ class ClientServer(Server):
         """Reply with the end of a job when it has ended; to a client that disconnects, only if it has ended now."""
         job, acting = request.job, self._acting(connection)
 
-        def on_end(waiting: asyncio.Future[End]) -> None:
+        def on_end(waiting: Outcome[End]) -> None:
             connection.remove_disconnect_handler()  # it would keep the end in memory
             if waiting.cancelled():
                 connection.run(self._send_stored_end(connection, request))

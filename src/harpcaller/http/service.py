@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from starlette.requests import ClientDisconnect, Request
 
 from harp_daemon.memory_quota import MemoryQuota, Reservation
+from harp_daemon.outcome import Outcome
 from harp_daemon.sockets import Listener
 from harpcaller.access.client import Client
 from harpcaller.access.enforcement import Rates
@@ -126,7 +127,9 @@ class HTTPService:
             detail = f"{waits} of your requests wait; the limit is http.waits_per_client"
             raise Problem("too_many_requests", detail, retry_after=1)
 
-    async def wait(self, request: Request, client: Client, waiting: asyncio.Future[T], seconds: float) -> T | None:
+    async def wait(
+        self, request: Request, client: Client, waiting: asyncio.Future[T] | Outcome[T], seconds: float
+    ) -> T | None:
         """Wait for a future; return its result, or None if it is not done after some seconds.
 
         Raises what the future raises, and `ClientDisconnect`. The caller cancels the future, and calls `check_waits`
@@ -139,7 +142,7 @@ class HTTPService:
         self._waits_of[owner] += 1
         request.state.waits = True
         try:
-            futures: set[asyncio.Future[Any]] = {waiting, disconnect, stopping}
+            futures: set[Any] = {waiting, disconnect, stopping}
             await asyncio.wait(futures, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self.waits -= 1

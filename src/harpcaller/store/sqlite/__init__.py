@@ -34,6 +34,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from msgspec.structs import replace
 
+from harp_daemon.outcome import Outcome
 from harpcaller.model.changes import Change
 from harpcaller.model.job_filters import JobFilter
 from harpcaller.model.jobs import JobDetails, NewJob, Subject
@@ -51,6 +52,7 @@ log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
+F = TypeVar("F", asyncio.Future[Any], Outcome[Any])
 
 _RETRY_DELAY = 1.0  # Seconds until a failed step of staged jobs is repeated.
 _READERS = 4  # Reading threads and connections. They need Python's lock most of the time: more would not be faster.
@@ -69,13 +71,13 @@ async def open_store(directory: Path) -> Store:
 
 def _writes(
     verb: Callable[Concatenate[Writes, P], T], last: bool = False
-) -> Callable[Concatenate[Store, P], asyncio.Future[T]]:
+) -> Callable[Concatenate[Store, P], Outcome[T]]:
     """Return a method that runs a verb in the writing thread; with `last`, after the others of its batch."""
 
     @wraps(verb)
-    def method(self: Store, /, *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
+    def method(self: Store, /, *args: P.args, **kwargs: P.kwargs) -> Outcome[T]:
         if self._closed:
-            return self._closed_error()
+            return self._refuse(Outcome(asyncio.get_running_loop()))
         return self._writer.run(verb, last, args, kwargs)
 
     return method
@@ -91,9 +93,9 @@ def _reads(
 
     @wraps(verb)
     def method(self: Store, /, *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
-        if self._closed:
-            return self._closed_error()
         loop = asyncio.get_running_loop()
+        if self._closed:
+            return self._refuse(loop.create_future())
         read = lambda db: verb(db, *args, **kwargs)  # noqa: E731
         if self.measurements is not None:
             read = self._measured(verb.__name__, read, self.measurements)
@@ -204,7 +206,7 @@ class Store:
         """
         self._writer.before_commit = function
 
-    def add_job(self, job: NewJob, now: float) -> asyncio.Future[str]:
+    def add_job(self, job: NewJob, now: float) -> asyncio.Future[str] | Outcome[str]:
         """Store a queued job as `Writes.add_job` does."""
         is_limited = job.max_queued is not None and job.owner in self._staged_owners  # those jobs are not counted yet
         if is_limited or job.request_id in self._staged_ids:
@@ -334,10 +336,9 @@ class Store:
         self._thread.shutdown()
         self._resources.close()
 
-    def _closed_error(self) -> asyncio.Future[Any]:
-        failed: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        failed.set_exception(StorageError(f"{self.path}: the store is closed"))
-        return failed
+    def _refuse(self, closed: F) -> F:
+        closed.set_exception(StorageError(f"{self.path}: the store is closed"))
+        return closed
 
     def _measured(
         self, name: str, verb: Callable[[sqlite3.Connection], T], measurements: StoreMeasurements

@@ -35,6 +35,7 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple, TypeVar
 
 from harp_daemon.event_loop import UrgentWork
+from harp_daemon.outcome import Outcome
 from harpcaller.model.changes import Change
 from harpcaller.store import StorageError, SubmissionRefused
 from harpcaller.store.measurements import StoreMeasurements
@@ -56,7 +57,7 @@ class _Member(NamedTuple):
     verb: Callable[..., Any]
     args: Sequence[Any]
     options: Mapping[str, Any]
-    future: asyncio.Future[Any]
+    future: Outcome[Any]
     last: bool
     size: int  # bytes of its payloads, if they may be long
 
@@ -96,9 +97,7 @@ class Writer:
         self._thread = threading.Thread(target=self._run_batches, name="store-writer", daemon=True)
         self._thread.start()
 
-    def run(
-        self, verb: Callable[..., T], last: bool, args: Sequence[Any], options: Mapping[str, Any]
-    ) -> asyncio.Future[T]:
+    def run(self, verb: Callable[..., T], last: bool, args: Sequence[Any], options: Mapping[str, Any]) -> Outcome[T]:
         """Run a verb within a transaction, with `last` after the other members of its batch, to see their changes.
 
         The future has the verb's result when its changes are on stable storage. Otherwise the verb had no effect: the
@@ -107,7 +106,7 @@ class Writer:
         if not self._next_members:
             # After the next turn, so that the batch includes verbs that are called there, such as a claim.
             self._loop.call_soon(self._loop.call_soon, self._flush)
-        future: asyncio.Future[T] = self._loop.create_future()
+        future: Outcome[T] = Outcome(self._loop)
         count_bytes = PAYLOAD_BYTES.get(verb)
         size = 0 if count_bytes is None else count_bytes(*args, **options)
         self._next_members.append(_Member(verb, args, options, future, last, size))
