@@ -127,6 +127,9 @@ class QueueRights(NamedTuple):
 
 ALL_QUEUES = QueueRights(None, False, lambda queue: True, lambda queue: True)
 
+#: What of a host shows when others use it.
+_TIMES_OF_OTHERS: Mapping[str, Any] = {"contact": None, "checked": None, "round_trip": None, "clock_skew": None}
+
 
 class Dispatcher:
     """The dispatcher: an asynchronous context manager that runs while its context lasts.
@@ -714,7 +717,8 @@ class Dispatcher:
     ) -> list[HostState]:
         """Return what is known about these hosts of the registry.
 
-        Only the jobs of `owners` are counted on hosts for whose names `sees_all` returns False.
+        Only the jobs of `owners` are counted on hosts for whose names `sees_all` returns False. When such a host was
+        last used is left out.
         """
         counts = await self._answers.get("open jobs of hosts", self.store.count_open_of_hosts)
         states = self._describe_hosts(hosts, counts)
@@ -729,7 +733,8 @@ class Dispatcher:
         def restrict(state: HostState) -> HostState:
             name = state.host.hostname
             running, queued = own.get(name, (0, 0))
-            return replace(state, running=running, queued=queued, outages=outages[name])
+            own_jobs = replace(state, running=running, queued=queued, outages=outages[name])
+            return replace(own_jobs, **_TIMES_OF_OTHERS)
 
         return [restrict(state) if state.host.hostname in restricted else state for state in states]
 
