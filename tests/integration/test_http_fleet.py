@@ -189,7 +189,7 @@ async def test_http_audit_entries_are_paged_filtered_and_proven(tmp_path: Path) 
         denied = await all_pages(api, "/audit?decision=denied&principal=token:view*&from=-1h", "entries")
         assert [entry["action"] for entry in denied] == ["admin"] * 3
         assert await all_pages(api, "/audit?to=-1h", "entries") == []
-        assert await refused(api, "/audit?from=yesterday") == (400, "invalid_request")
+        assert await refused(api, "/audit?from=someday") == (400, "invalid_request")
         assert await refused(api, "/audit?cursor=1-2-x") == (400, "invalid_cursor")
         lines = (tmp_path / "audit.jsonl").read_bytes().replace(b'"host":"web01"', b'"host":"web09"')
         (tmp_path / "audit.jsonl").write_bytes(lines)
