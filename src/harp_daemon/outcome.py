@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Generator
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 T = TypeVar("T")
 
@@ -45,14 +45,21 @@ class Outcome(Generic[T]):
         return len(before) - len(kept)
 
     def set_result(self, result: T) -> None:
-        """Set the result of an outcome that is not done."""
+        """Set the result of an outcome that is not done, and call the callbacks."""
+        callbacks, self._callbacks = self._callbacks, None
+        if callbacks is None:
+            raise asyncio.InvalidStateError("the outcome is done already")
         self._result = result
-        self._finish()
+        for callback in callbacks:
+            try:
+                callback(self)
+            except Exception as error:  # noqa: BLE001 - the loop logs it, as that of a future's callback
+                self._loop.call_exception_handler({"message": "callback failed", "exception": error})
 
     def set_exception(self, error: BaseException) -> None:
-        """Set the error of an outcome that is not done."""
+        """Set the error of an outcome that is not done, and call the callbacks."""
         self._error = error
-        self._finish()
+        self.set_result(cast(T, None))
 
     def cancel(self, msg: object = None) -> bool:
         """Set `CancelledError` as its error; return False if it is done already."""
@@ -60,16 +67,6 @@ class Outcome(Generic[T]):
             return False
         self.set_exception(asyncio.CancelledError())
         return True
-
-    def _finish(self) -> None:
-        callbacks, self._callbacks = self._callbacks, None
-        if callbacks is None:
-            raise asyncio.InvalidStateError("the outcome is done already")
-        for callback in callbacks:
-            try:
-                callback(self)
-            except Exception as error:  # noqa: BLE001 - the loop logs it, as that of a future's callback
-                self._loop.call_exception_handler({"message": "callback failed", "exception": error})
 
     def done(self) -> bool:
         """Return whether there is a result or an error."""
