@@ -44,8 +44,15 @@ def test_staged_jobs_are_decoded_unchanged() -> None:
         new_job(owner="token:\udfff", request_ids_of="token:a", max_running=3, max_record_bytes=9),
         new_job(end=Failed("access_denied", "no rule", Raw(b'{"rule": null}'))),
         new_job(end=Failed("access_denied", "no rule")),
+        new_job(
+            "hé\x00\x7f", {"q": "\n"}, arguments=Raw('["é\\\\", 1e400]'.encode()), owner="a", rerun_of="b", timeout=0.1
+        ),
+        new_job(secrets=bytes(range(256))),
     ]
     assert decode_jobs(encode_jobs(jobs)) == jobs
+    for job in jobs:
+        assert decode_jobs(encode_jobs([job])) == [job]
+    assert decode_jobs(encode_jobs([new_job(max_queued=3)]))[0].max_queued is None
 
 
 async def test_many_jobs_are_stored_in_order(reopen: Reopen) -> None:

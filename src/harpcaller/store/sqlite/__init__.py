@@ -250,10 +250,11 @@ class Store:
                 rows.append(encode_jobs(part))
                 await asyncio.sleep(0)
             steps = await self._stage_jobs(rows, limited, now)
+            if limited:  # they are checked
+                parts = [[replace(job, max_queued=None) for job in part] for part in parts]
             ids: list[str] = []
             for step, part in zip(steps, parts, strict=True):
-                checked_jobs = [replace(job, max_queued=None) for job in part]
-                ids += await self._insert_step(step, checked_jobs, now)
+                ids += await self._insert_step(step, part, now)
                 request_claim()
             return ids
         finally:
