@@ -165,6 +165,7 @@ async def test_listener_bounds_a_request(tmp_path: Path) -> None:
 
 
 async def test_listener_bounds_its_connections() -> None:
+    good = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n"
     async with listener() as port:
         silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(40)]
         try:
@@ -182,11 +183,11 @@ async def test_listener_bounds_its_connections() -> None:
                             pass
                     if closed == 24:
                         break
+            assert (await exchange(port, good)).startswith(b"HTTP/1.1 200"), "a silent one gives way"
         finally:
             for one in silent:
                 with closing(one):
                     pass
-        good = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n"
         async with asyncio.timeout(20):
             while not (await exchange(port, good)).startswith(b"HTTP/1.1 200"):
                 await asyncio.sleep(0.02)

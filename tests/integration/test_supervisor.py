@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import resource
@@ -180,6 +181,15 @@ def test_request_from_slow_peer_delays_no_other(supervisor: Supervisor) -> None:
         assert slow.lines() == [PLAIN, {"result": [1]}]
     for connection in silent:
         connection.close()
+
+
+def test_silent_connections_give_way(supervisor: Supervisor) -> None:
+    with contextlib.ExitStack() as opened:
+        silent = [opened.enter_context(supervisor.connect()) for _ in range(300)]
+        assert supervisor.result("same", 5) == 5
+        assert silent[0].lines() == []
+        silent[-1].send({"control": "status"})
+        assert "instance" in silent[-1].line()
 
 
 @pytest.mark.root

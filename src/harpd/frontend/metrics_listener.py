@@ -18,7 +18,7 @@ from harp_daemon.sockets import Listener
 
 log = logging.getLogger("harpd.frontend")
 
-_MAX_CONNECTIONS = 16  #: Maximum number of open connections; further ones are closed.
+_MAX_CONNECTIONS = 16  #: Maximum number of open connections; the oldest one without a request gives way.
 _MAX_HEAD = 8192  #: Maximum bytes of a request.
 _SECONDS = 10.0  #: Maximum seconds from the connection to its end.
 _REQUEST = re.compile(rb"(GET|HEAD) (/[!-~]*) HTTP/1\.[01]\r\n")
@@ -41,7 +41,7 @@ class MetricsListener:
         self._scrape = scrape
         self._servers: list[asyncio.Server] = []
         self._opening: asyncio.Task[None] | None = None
-        self._connections: set[_Connection] = set()
+        self._connections: dict[_Connection, None] = {}  # the oldest first
         self._replies: set[asyncio.Task[None]] = set()
 
     def open(self) -> None:
@@ -75,12 +75,16 @@ class MetricsListener:
 
     def _admit(self, connection: _Connection) -> bool:
         if len(self._connections) >= _MAX_CONNECTIONS:
-            return False
-        self._connections.add(connection)
+            silent = next((each for each in self._connections if not each.has_request), None)
+            if silent is None:
+                return False
+            self._forget(silent)
+            silent.abort()
+        self._connections[connection] = None
         return True
 
     def _forget(self, connection: _Connection) -> None:
-        self._connections.discard(connection)
+        self._connections.pop(connection, None)
 
     def _reply(self, connection: _Connection, head: bytes) -> None:
         reply = asyncio.create_task(self._send_reply(connection, head))
@@ -126,7 +130,7 @@ class _Connection(asyncio.Protocol):
     def __init__(self, server: MetricsListener) -> None:
         self._server = server
         self._head = b""
-        self._has_request = False
+        self.has_request = False
         self._transport: asyncio.Transport
         self._timer: asyncio.TimerHandle | None = None
 
@@ -138,15 +142,15 @@ class _Connection(asyncio.Protocol):
         self._timer = asyncio.get_running_loop().call_later(self._server.seconds, self.abort)
 
     def data_received(self, data: bytes) -> None:
-        if self._has_request:
+        if self.has_request:
             return  # nothing may follow; the time is limited
         self._head += data
         head, end, _ = self._head.partition(b"\r\n\r\n")
         if len(head) > _MAX_HEAD:
-            self._has_request = True
+            self.has_request = True
             self.send(400, "text/plain; charset=utf-8", b"the request is too long\n")
         elif end:
-            self._has_request = True
+            self.has_request = True
             self._head = b""
             self._server._reply(self, head + b"\r\n")
 

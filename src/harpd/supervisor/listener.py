@@ -32,6 +32,8 @@ log = logging.getLogger("harpd.supervisor")
 _READ_SIZE = 1 << 16
 #: The most bytes of a first line. The longest is a request for the calls of an owner.
 _MAX_LINE_BYTES = 1024 * 1024
+#: The most connections that have not sent their first line; the oldest one gives way.
+_MAX_WAITING = 256
 #: Seconds without accepting after no descriptor was free.
 _ACCEPT_PAUSE = 0.1
 _BACKLOG = 4096
@@ -67,6 +69,7 @@ class Listener:
         )
         self._name = SOCKET_PREFIX + instance
         self._is_active = False
+        self._waiting: dict[socket.socket, None] = {}  # connections without their first line, the oldest first
         self._directory = self._open_directory()
         self._listen()
 
@@ -161,8 +164,16 @@ class Listener:
             return
         connection = UnixSocket(connection)
         connection.setblocking(False)
+        self._waiting[connection] = None
+        if len(self._waiting) > _MAX_WAITING:
+            self._close_waiting(next(iter(self._waiting)))
         buffer = LineBuffer(_MAX_LINE_BYTES)
         self._loop.watch(connection.fileno(), READ, lambda: self._read_request(connection, buffer))
+
+    def _close_waiting(self, connection: socket.socket) -> None:
+        del self._waiting[connection]
+        self._loop.unwatch(connection.fileno())
+        connection.close()
 
     def _read_request(self, connection: socket.socket, buffer: LineBuffer) -> None:
         """Read once. `buffer`: the received part of the first line."""
@@ -177,10 +188,11 @@ class Listener:
         except (OSError, LineTooLong, InvalidJSON) as error:
             log.error("cannot read request", extra={"reason": str(error)})
             request = None
-        self._loop.unwatch(connection.fileno())
         if request is None:
-            connection.close()
+            self._close_waiting(connection)
             return
+        self._loop.unwatch(connection.fileno())
+        del self._waiting[connection]
         try:
             self._on_request(connection, request, b"\n".join([*lines[1:], buffer.pending]))
         except (KeyError, InvalidJSON, ProtocolError) as error:
