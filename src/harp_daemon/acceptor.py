@@ -24,7 +24,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Generic, TypeVar
 
-from harp_daemon.sockets import Listener, configure_socket, peer_name
+from harp_daemon.sockets import Listener, ListenError, configure_socket, peer_name
 from harp_daemon.unix_sockets import UnixSocket
 
 C = TypeVar("C")
@@ -39,6 +39,8 @@ _MAX_REJECTING = 64
 _CALM_SHARE = 0.9
 #: Seconds to pause accepting when the system is exhausted.
 _ACCEPT_PAUSE = 0.2
+#: Seconds between two checks whether the files of Unix sockets exist: programs that clean directories remove them.
+_FILE_CHECK = 2.0
 #: Seconds for which a peer that has authenticated is known, and the most peers that are.
 _KNOWN_TIME, _MAX_KNOWN = 3600.0, 10_000
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
@@ -74,6 +76,8 @@ class Acceptor(Generic[C]):
         self._known: dict[str, float] = {}  # the time of the last authentication, the latest peer last
         self._crowding: set[str] = set()  # peers at their limit
         self._listeners: set[Listener] = set()
+        self._file_check: asyncio.TimerHandle | None = None
+        self._removed: set[Listener] = set()  # whose files could not be made again
         self._serving: dict[asyncio.Future[None], C] = {}
         self._rejecting: dict[asyncio.Future[None], C] = {}
         self._crowded = False
@@ -103,9 +107,30 @@ class Acceptor(Generic[C]):
         for listener in listeners:
             self._listeners.add(listener)
             self._resume(listener)
+        if self._file_check is None and any(listener.path is not None for listener in self._listeners):
+            self._check_files()
+
+    def _check_files(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._file_check = loop.call_later(_FILE_CHECK, self._check_files)
+        for listener in self._listeners:
+            if not listener.is_missing:
+                self._removed.discard(listener)
+                continue
+            loop.remove_reader(listener.socket)
+            try:
+                listener.open_again()
+                log.warning("removed socket made again", extra=listener.fields)
+            except ListenError as error:
+                if listener not in self._removed:  # once
+                    log.error("cannot make removed socket again", extra={**listener.fields, "reason": str(error)})
+                self._removed.add(listener)
+            self._resume(listener)
 
     def close_listeners(self) -> None:
         """Stop accepting and close the listeners; the open connections stay."""
+        if self._file_check is not None:
+            self._file_check.cancel()
         for listener in self._listeners:
             asyncio.get_running_loop().remove_reader(listener.socket)
             listener.close()

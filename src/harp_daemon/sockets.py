@@ -32,12 +32,13 @@ class ResolveError(ListenError):
 
 
 class Listener:
-    """A listening socket, non-blocking; a Unix socket has a file. `name` is its address as configured."""
+    """A listening socket, non-blocking; a Unix socket has a file with a mode. `name` is its address as configured."""
 
-    def __init__(self, listening: socket.socket, path: Path | None = None, name: str = "") -> None:
+    def __init__(self, listening: socket.socket, path: Path | None = None, name: str = "", mode: int = 0o600) -> None:
         self.socket = listening
         self.path = path
         self.name = name
+        self._mode = mode
         self._identity = _file_identity(path) if path is not None else None
 
     @property
@@ -52,6 +53,18 @@ class Listener:
             return {"address": f"unix:{self.path}"}
         address, port = self.socket.getsockname()[:2]
         return {"address": address, "port": port}
+
+    @property
+    def is_missing(self) -> bool:
+        """Whether the file of a Unix socket was removed, so that no client can connect."""
+        return self.path is not None and _file_identity(self.path) is None
+
+    def open_again(self) -> None:
+        """Listen on a new socket with a new file. Raises `ListenError`; then the old socket stays."""
+        assert self.path is not None
+        again = listen_unix(self.path, self._mode, self.name)
+        self.socket.close()
+        self.socket, self._identity = again.socket, again._identity
 
     def close(self) -> None:
         """Stop listening and remove the file of a Unix socket, unless another process has replaced it; once only."""
@@ -131,7 +144,7 @@ def listen_unix(path: Path, mode: int, name: str = "") -> Listener:
     except OSError as error:
         listening.close()
         raise _to_listen_error(error) from error
-    return Listener(listening, path, name)
+    return Listener(listening, path, name, mode)
 
 
 def _to_listen_error(error: OSError) -> ListenError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import stat
@@ -12,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +178,24 @@ def test_start_replaces_sockets_of_a_dead_daemon(dispatcher: Harpcallerd) -> Non
     dispatcher.kill()
     with dispatcher:
         assert dispatcher.control("status").returncode == 0
+
+
+def test_removed_sockets_are_made_again(dispatcher: Harpcallerd, tmp_path: Path) -> None:
+    """Otherwise `status` and `stop` would report a stopped daemon."""
+    calls = tmp_path / "s" / "calls"
+    dispatcher.configure({"listen": [f"unix:{calls}"]})
+    with dispatcher:
+        mode = calls.stat().st_mode
+        shutil.rmtree(calls.parent)
+        dispatcher.socket.unlink()
+        for path in (calls, dispatcher.socket):
+            made_again = partial(dispatcher.events, "removed socket made again", address=f"unix:{path}")
+            wait_until(made_again, DEADLINE, str(path))
+        assert dispatcher.control("status").returncode == 0
+        assert calls.stat().st_mode == mode
+        rpc = harp.HarpCaller(f"unix:{calls}")
+        assert rpc.job(rpc.web01.p().id()).host() == "web01"
+    assert not calls.exists()
 
 
 def test_start_keeps_a_file_that_is_not_a_socket(dispatcher: Harpcallerd) -> None:
