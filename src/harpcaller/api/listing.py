@@ -6,6 +6,7 @@ import asyncio
 import base64
 import time
 from collections.abc import Sequence
+from itertools import islice
 
 from harp.protocol import dispatcher as protocol
 from harp.protocol.json_text import Raw, dumps
@@ -44,11 +45,10 @@ async def count_jobs(acting: ActingAs, request: protocol.CountJobs) -> protocol.
 
 async def list_hosts(acting: ActingAs, request: protocol.ListHosts) -> protocol.HostsListed:
     """Return a page of the hosts with a text in their name. Raises `InvalidCursor`, `AccessDenied`."""
-    text = request.text.lower()
     after = "" if request.cursor is None else _decode_cursor(request.cursor)
-    found = sorted(name for name in (host.hostname for host in acting.list_hosts()) if text in name.lower())
-    found = [name for name in found if request.cursor is None or name > after]
-    page = found[: request.limit or protocol.DEFAULT_LISTED]
+    names = acting.find_host_names(request.text.lower(), after)
+    page = [*islice(names, request.limit or protocol.DEFAULT_LISTED)]
+    has_more = next(names, None) is not None
     rows = []
     for known in await acting.describe_hosts(page, wanted=request.text):
         host = known.host
@@ -56,7 +56,7 @@ async def list_hosts(acting: ActingAs, request: protocol.ListHosts) -> protocol.
         row |= {"since": known.since, "running": known.running, "queued": known.queued, "error": known.error}
         row["limit"] = known.limit
         rows.append(dumps(row))
-    return protocol.HostsListed(_array(rows), _encode_cursor(page[-1]) if len(found) > len(page) else None)
+    return protocol.HostsListed(_array(rows), _encode_cursor(page[-1]) if has_more else None)
 
 
 async def list_queues(acting: ActingAs, request: protocol.ListQueues) -> protocol.QueuesListed:
