@@ -268,7 +268,7 @@ def load(file: Path = DEFAULT_FILE) -> Config:
     except OSError as error:
         hint = "; copy examples/harpcaller.toml, or use --config" if isinstance(error, FileNotFoundError) else ""
         raise ConfigError(f"{file}: {error.strerror}{hint}") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also for numbers of too many digits
         raise ConfigError(f"{file}: expected TOML: {error}") from error
     for key in members:
         if key not in KEYS and key not in IGNORED_KEYS:

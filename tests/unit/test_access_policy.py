@@ -381,6 +381,8 @@ def test_page_has_a_valid_example_and_all_keys() -> None:
             "rule 1 (line 1): arguments: expected only in a rule with allow, got a rule with deny",
         ),
         ("[[rule]\n", "expected TOML:"),
+        (f"x = {'9' * 5000}\n", "expected TOML:"),
+        (f"x = {'[' * 5000}\n", "expected TOML:"),
     ],
 )
 def test_wrong_file_is_refused_with_the_place(text: str, error: str) -> None:

@@ -190,6 +190,8 @@ def test_config_paths_are_relative_to_the_file(tmp_path: Path) -> None:
         ('tls = {certfile = "a", keyfile = "b", crl_file = "c"}', "tls.crl_file: expected client_ca_file beside it"),
         ("max_connections_per_peer = 0", "max_connections_per_peer: expected an integer, at least 1, got 0"),
         ("x =", "expected TOML: "),
+        (f"x = {'9' * 5000}", "expected TOML: "),
+        (f"x = {'[' * 5000}", "expected TOML: "),
         ("x = 1\nx = 2", "expected TOML: "),
     ],
 )

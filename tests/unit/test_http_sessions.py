@@ -137,7 +137,7 @@ def test_name_of_a_link_is_checked(tmp_path: Path, name: str) -> None:
         opened(tmp_path).add_link("alice", (name,))
 
 
-@pytest.mark.parametrize("damage", ["mode", "text", "line"])
+@pytest.mark.parametrize("damage", ["mode", "text", "line", "key"])
 async def test_file_that_cannot_be_used_ends_all_sessions(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -150,6 +150,8 @@ async def test_file_that_cannot_be_used_ends_all_sessions(
             file.write_bytes(file.read_bytes() + b"\xff\xfe\n")
         case "line":
             file.write_text(file.read_text().replace('"id":"', '"id":"x'))
+        case "key":
+            file.write_bytes(file.read_bytes().replace(b'"principal":', b'"princip\xff":'))
     assert opened(tmp_path).find(secret) is None
     assert "cannot read sessions" in caplog.text
     assert session.sha256 not in caplog.text

@@ -119,13 +119,14 @@ def test_token_whose_end_is_made_earlier_is_void(tmp_path: Path) -> None:
         (('{"name":"a","sha256":"' + "0" * 64 + '","created":1}\n') * 2, "line 2: a second token a"),
         ('{"name":"a b","sha256":"' + "0" * 64 + '","created":1}\n', "line 1: expected a token"),
         ('{"name":"a","sha256":"' + "0" * 63 + '\\n","created":1}\n', "line 1: expected a token"),
+        ('{"name":"a","sha\udcff":1}\n', "line 1: expected a token"),
     ],
 )
 def test_invalid_file_is_refused_and_the_old_tokens_stay(tmp_path: Path, text: str, reason: str) -> None:
     file = tmp_path / "tokens"
     good, _ = add_token(file, "shop")
     store = TokenStore(file)
-    file.write_text(text)
+    file.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(TokenError, match=reason) as caught:
         read_tokens(file)
     assert "harp_secret" not in str(caught.value)
@@ -133,7 +134,7 @@ def test_invalid_file_is_refused_and_the_old_tokens_stay(tmp_path: Path, text: s
     assert found(store, good)
     with pytest.raises(TokenError):
         add_token(file, "other")
-    assert file.read_text() == text
+    assert file.read_bytes() == text.encode(errors="surrogateescape")
 
 
 def test_file_that_is_not_private_is_refused(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def read_rules(path: Path, text: bytes) -> tuple[list[Rule], dict[str, tuple[str
     """Return the rules of a text, and the principals of each role. Raises `ConfigError`; `path` is for the message."""
     try:
         document = tomllib.loads(text.decode("utf-8-sig"))
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also for numbers of too many digits
         raise ConfigError(f"{path}: expected TOML: {error}") from error
     where = str(path)
     if text and not text.endswith(b"\n"):  # a rule without its last conditions would allow more

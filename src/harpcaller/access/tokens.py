@@ -143,7 +143,7 @@ def _parse(file: Path, text: bytes) -> Tokens:
     for number, line in enumerate(text.splitlines(), 1):
         try:
             token = _decoder.decode(line)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             # Not the error of the decoder: it may quote the line.
             raise TokenError(f"{file}: line {number}: expected a token, as `harpcallerd token` writes it") from error
         if token.name in found:

@@ -99,7 +99,7 @@ class Sessions:
             for line in read_private(file).splitlines():
                 session = _decoder.decode(line)
                 self._sessions[session.sha256] = session
-        except (TokenError, msgspec.MsgspecError) as error:
+        except (TokenError, msgspec.MsgspecError, UnicodeDecodeError) as error:
             # A file that cannot be used ends the sessions, not the dispatcher. The decoder's error may quote the line.
             reason = str(error) if isinstance(error, TokenError) else "expected a session in each line"
             log.error("cannot read sessions; all have ended", extra={"file": str(file), "reason": reason})
