@@ -76,6 +76,10 @@ class Outcome(Generic[T]):
         """Return whether it was cancelled."""
         return isinstance(self._error, asyncio.CancelledError)
 
+    def _make_cancelled_error(self) -> asyncio.CancelledError:
+        """Return the error for `asyncio.gather`, which has no other way to get it."""
+        return asyncio.CancelledError()
+
     def exception(self) -> BaseException | None:
         """Return the error; None if there is a result."""
         if self._callbacks is not None:

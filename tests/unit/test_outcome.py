@@ -78,3 +78,13 @@ async def test_outcome_of_a_cancelled_awaiter_is_cancelled() -> None:
     with pytest.raises(asyncio.CancelledError):
         waiting.result()
     assert not shielded.done()
+
+
+async def test_gather_of_outcomes_can_be_cancelled() -> None:
+    outcomes: list[Outcome[int]] = [Outcome(asyncio.get_running_loop()) for _ in range(3)]
+    gathered = asyncio.gather(*outcomes)
+    gathered.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        async with asyncio.timeout(60):
+            await gathered
+    assert all(outcome.cancelled() for outcome in outcomes)
