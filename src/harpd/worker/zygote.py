@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
 #: The most bytes of the first command, which has the search path, and of the others.
-_MAX_LOAD_COMMAND_BYTES, _MAX_COMMAND_BYTES = 1 << 18, 64
+_MAX_LOAD_COMMAND_BYTES, _MAX_COMMAND_BYTES = 1 << 18, 16
 #: How many descriptors come with a fork command, and their size in the message: 4 bytes each.
 _DESCRIPTORS, _ANCILLARY_SIZE = 4, CMSG_SPACE(4 * 4)
 
@@ -132,7 +132,7 @@ class _Zygote:
         while True:
             for descriptor, _ in poll.poll():
                 if descriptor == self._child_deaths:
-                    os.read(descriptor, 4096)
+                    os.read(descriptor, _MAX_COMMAND_BYTES)  # a short buffer is no page of its own
                     self._reap()
                 elif not self._handle_command(worker):
                     return
@@ -145,7 +145,8 @@ class _Zygote:
         if data == b"ping":
             self._supervisor.send(b"pong")
             return True
-        descriptors = memoryview(b"".join([item for _, _, item in ancillary])).cast("i")
+        rights = ancillary[0][2] if ancillary else b""
+        descriptors = [int.from_bytes(rights[at : at + 4], sys.byteorder) for at in range(0, len(rights), 4)]
         try:
             if len(descriptors) != _DESCRIPTORS:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
