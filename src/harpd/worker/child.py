@@ -1,6 +1,6 @@
 """The worker, from its fork to its exit.
 
-The zygote forks it before there is a call for it. It waits at its channel, a stream socket to the supervisor, for the
+The zygote forks it before there is a call for it. It waits at its channel, two pipes to the supervisor, for the
 line of a call: its id, the number of its procedure, and the arguments, with spaces between. Then it changes the user,
 checks the arguments, runs the procedure, and writes the lines of the wire protocol to the channel. It exits after as
 many calls as the procedure allows, or when the supervisor closes its end of the channel; see
