@@ -163,7 +163,7 @@ class Dispatcher:
         self._group = asyncio.TaskGroup()
         # A call that a host lists, and that has no run, is an orphan.
         self._orphan_reaper = OrphanReaper(self._group, self._runner.runs.__contains__)
-        self._disk_space = DiskSpace(config.stream_directory)
+        self._disk_space = DiskSpace(store.path)
         self._requests: set[asyncio.Task[Any]] = set()
         self._answers = SharedAnswers()
         self._counting = asyncio.Lock()
@@ -259,6 +259,11 @@ class Dispatcher:
     def is_claiming(self) -> bool:
         """Whether queued jobs can start: the jobs of the dispatcher before have been taken over."""
         return self._runner.is_claiming
+
+    @property
+    def missing_store(self) -> str | None:
+        """That the file of the store was removed or moved; None: it is where it was."""
+        return self._disk_space.describe_missing()
 
     @property
     def waiting_writes(self) -> int:

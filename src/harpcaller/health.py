@@ -61,6 +61,8 @@ class Health:
     async def _check_store(self) -> Check:
         if waiting := self._dispatcher.waiting_writes:
             return Check("store", False, f"{waiting} writes have failed and are repeated")
+        if (missing := self._dispatcher.missing_store) is not None:
+            return Check("store", False, missing)
         if time.monotonic() - self._dispatcher.store.committed_at < self._recent_commit:
             return Check("store", True, "")
         if self._writing is None or self._writing.done():  # one write for all that ask

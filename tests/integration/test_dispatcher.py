@@ -20,6 +20,7 @@ from harp.protocol.dispatcher import Continue
 from harp.protocol.ends import Cancelled, End, Failed, Returned
 from harp_daemon.settings import ConfigError
 from harpcaller.config import Config
+from harpcaller.health import Health
 from harpcaller.model.jobs import State
 from harpcaller.notifier import RecordBatch
 from harpcaller.store import StorageError, UnknownJob
@@ -539,6 +540,20 @@ async def test_shutdown_leaves_no_task_or_connection(tmp_path: Path) -> None:
             await eventually(lambda: gated.running == 20, what="the calls")
         gated.release(20)
         assert asyncio.all_tasks() == before
+
+
+async def test_job_is_refused_while_the_store_is_moved_away(tmp_path: Path) -> None:
+    """It could be written to the file that is open, but the next start would not find it."""
+    async with running(tmp_path, host_line(1)) as dispatcher:
+        path = dispatcher.store.path
+        path.rename(path.with_name("moved"))
+        for submit in (dispatcher.submit(call(), "test"), dispatcher.submit_many([call()], "test")):
+            with pytest.raises(StorageError, match=f"no job is accepted: {path}: the file .* was removed or moved"):
+                await submit
+        store, *_ = await Health(dispatcher).check()
+        assert (store.name, store.ok, "was removed or moved" in store.detail) == ("store", False, True)
+        path.with_name("moved").rename(path)
+        await dispatcher.submit(call(), "test")
 
 
 async def test_job_below_the_disk_reserve_is_refused(tmp_path: Path) -> None:

@@ -171,6 +171,8 @@ class Switched:
 
     def __getattr__(self, name: str) -> Any:
         verb = getattr(self._store, name)
+        if name == "path":
+            return verb
 
         async def switched(*arguments: Any, **options: Any) -> Any:
             if self.off and name in self._writes:
