@@ -50,7 +50,8 @@ READS = (
     *("/queues", "/queues?limit=1", "/queues?q=sec", "/queues?state=full", "/queues/{queue}"),
     '/queues?name={{"secret":"merger"}}',
     *("/hosts", "/hosts/db", "/hosts/web01", "/hosts?q=d", "/hosts?limit=1", "/me", "/sessions", "/audit"),
-    *("/jobs/{job}", "/jobs/{job}/end", "/jobs/{job}/result", "/jobs/{job}/records", "/jobs/{job}/records?q=1"),
+    *("/jobs/{job}", "/jobs/{job}/end", "/jobs/{job}/result", "/jobs/{job}/records"),
+    *("/jobs/{job}/records?grep=1", "/jobs/{job}/records?follow=true&form=sse", "/records?jobs={job}"),
 )
 WRITES: tuple[tuple[str, Any], ...] = (
     *((f"/jobs/{{job}}/{verb}", {}) for verb in ("cancel", "release", "rerun")),
@@ -134,6 +135,7 @@ async def answers(directory: Path, has_others: bool) -> dict[tuple[str, ...], st
                     asked = {**headers, **(more or {})}  # noqa: B023 - it is awaited at once
                     sent = None if body is None else json.loads(json.dumps(body).replace("{job}", job))
                     reply = await api.client.request(method, path.format(**values), headers=asked, json=sent)
+                    assert reply.status_code not in (400, 405, 422), (path, reply.text)
                     kept = {key: value for key, value in reply.headers.items() if key in ("etag", "link", "allow")}
                     text = (
                         reply.text.replace(str(directory), "DIRECTORY")
