@@ -5,7 +5,8 @@ the text is cut into pieces of at most `_PIECE` bytes, behind a bracket, comma o
 is completed: the brackets and quotes that are open at its start are written in front of it, and the end has what closes
 those that are open there. The text is valid if, and only if, all of its completed pieces are.
 
-White space is cut anywhere. A number of more than `_PIECE` digits is refused, because it cannot be cut.
+White space is cut anywhere. A number cannot be cut: the piece is longer if it has to be, and a number of more than
+`_MAX_NUMBER` bytes is refused.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import msgspec
 
 from harp.protocol.json_text import MAX_LINE_DEPTH, InvalidJSON
 
-#: Bytes of a piece: about 0.3 ms, and seldom more than 1 ms.
-_PIECE = 32 * 1024
+#: Bytes of a piece: about 0.15 ms, and seldom more than 0.5 ms.
+_PIECE = 16 * 1024
+_MAX_NUMBER = 32 * 1024
 #: How often pairs of brackets are removed together, instead of one by one.
 _ROUNDS = 3
 _SPACE, _SPACES = b" \t\r\n", (b" ", b"\t", b"\r", b"\n")
@@ -97,12 +99,13 @@ class _Cut(Enum):
     SPACE = "in white space; the piece has nothing else"
 
 
-def _cut(text: bytes, start: int, opened: bytes) -> tuple[int, bytes, bytes, _Cut]:
+def _cut(text: bytes, start: int, opened: bytes, size: int | None = None) -> tuple[int, bytes, bytes, _Cut]:
     """Return the end of the piece from `start` on, and the piece, with other characters in its strings.
 
     Also the last character of its structure, in front of the string at its end; and where it ends.
     """
-    piece = text[start : start + _PIECE]
+    size = size or _PIECE
+    piece = text[start : start + size]
     is_last = start + len(piece) == len(text)
     if b"\\" in piece:
         piece = piece.replace(b"\\\\", b"__").replace(b'\\"', b"__")
@@ -126,8 +129,10 @@ def _cut(text: bytes, start: int, opened: bytes) -> tuple[int, bytes, bytes, _Cu
     length = len(piece)
     if not piece.endswith((b'"', *_SPACES)):  # in a number, true, false or null
         length = max(map(piece.rfind, _SPACES)) + 1
+        if not length and size <= _MAX_NUMBER:
+            return _cut(text, start, opened, _MAX_NUMBER + 1)
         if not length:
-            raise InvalidJSON(f"more than {_PIECE} bytes of a number at byte {start + 1}")
+            raise InvalidJSON(f"more than {_MAX_NUMBER} bytes of a number at byte {start + 1}")
     token = len(piece[:length].rstrip(_SPACE))
     return (start + token, masked[:token], b"", _Cut.TOKEN) if token else (start + length, b"", b"", _Cut.SPACE)
 

@@ -24,6 +24,7 @@ from harp.protocol.json_text import (
     loads,
     reject_constant,
 )
+from harp_daemon.json_pieces import find_parts
 from harp_daemon.sliced_json import decode_slices, slice_records
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
@@ -145,6 +146,17 @@ def check_in_pieces(line: bytes) -> None:
 @given(objects, st.sampled_from([(",", ":"), (", ", ": "), (" ,\t", "\n:\r"), (",", ":" + " " * 90)]), st.booleans())
 def test_decode_slices_in_pieces_finds_members(value: Any, separators: tuple[str, str], ascii: bool) -> None:
     check_in_pieces(json.dumps(value, separators=separators, ensure_ascii=ascii).encode("utf-8", "surrogatepass"))
+
+
+@pytest.mark.parametrize(
+    ("begin", "behind"),
+    [(b'{"a":', b"}"), (b'{"b":[[],', b"]}"), (b'{"b":1,"a": [', b"]}"), (b'{"' + b"x" * 16_300 + b'":', b"}")],
+)
+@pytest.mark.parametrize("digits", [100, 16_383, 16_384, 16_385, 32_768])
+def test_long_line_may_have_long_numbers(begin: bytes, behind: bytes, digits: int) -> None:
+    assert [*find_parts(begin + b"7" * digits + behind)]
+    with pytest.raises(InvalidJSON, match="more than 32768 bytes of a number"):
+        [*find_parts(begin + b"7" * 32_769 + behind)]
 
 
 @given(objects, st.data())
