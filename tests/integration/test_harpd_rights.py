@@ -155,6 +155,15 @@ def test_invalid_rights_are_errors(tmp_path: Path, rights: dict[str, Any], error
     assert error in found.stderr
 
 
+def test_check_warns_of_a_pattern_without_procedure(tmp_path: Path) -> None:
+    rights = {"web": {"procedures": ["read_*", "restrat", "r?start"]}, "ops": {}}
+    harpd = Harpd(tmp_path / "harpd", PROCEDURES, configuration(rights=rights))
+    found = subprocess.run(harpd.command("--test"), capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout) == (0, "config OK\n")
+    (warning,) = [line for line in found.stderr.splitlines() if "rights" in line]
+    assert warning == f"harpd: warning: {harpd.config_file}: rights.web.procedures: 'restrat' matches no procedure"
+
+
 @pytest.mark.parametrize("users", ["'ops'", "[]", "[1]"])
 def test_invalid_option_users_is_error(tmp_path: Path, users: str) -> None:
     harpd = Harpd(tmp_path / "harpd", PROCEDURES.replace('["ops", "both"]', users))

@@ -7,7 +7,7 @@ the frontend. Spec: docs/settings-harpd.md, Rights.
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
@@ -42,6 +42,15 @@ class UserRights:
         """Return whether a user may call the procedure of this name."""
         patterns = self._rights.get(user, self._others).procedures
         return patterns is None or any(fnmatchcase(procedure, pattern) for pattern in patterns)
+
+    def describe_unmatched(self, procedures: Collection[str]) -> list[str]:
+        """Return a warning for each pattern that none of these procedures matches: it may be a typing error."""
+        return [
+            f"rights.{user}.procedures: {pattern!r} matches no procedure"
+            for user, rights in self._rights.items()
+            for pattern in rights.procedures or ()
+            if not any(fnmatchcase(name, pattern) for name in procedures)
+        ]
 
     def may_connect(self, user: str, address: str) -> bool:
         """Return whether a user may send requests from an IP address."""

@@ -400,6 +400,7 @@ def _load_everything(options: CommandLine) -> list[str]:
     if config.configuration.strict_modes and readable:
         raise ConfigError(f"{options.config}: strict_modes: {readable[0]}")
     warnings += [] if config.configuration.strict_modes else [*writable, *readable]
+    warnings += [f"{options.config}: {reason}" for reason in config.rights.describe_unmatched(procedures)]
     if not procedures:
         warnings.append(f"{options.procedures}: exposes no procedure; decorate functions with @procedure")
     if (running := threading.active_count() - threads_before) > 0:
