@@ -255,6 +255,12 @@ def _write_new(stem: Path, key: ec.EllipticCurvePrivateKey, certificate: x509.Ce
         raise CertificateError(f"cannot write {path}: {error.strerror}{hint}") from None
 
 
+def _directory(text: str) -> Path:
+    if not text:  # as of a variable that is not set: the keys would be written to the working directory
+        raise argparse.ArgumentTypeError("expected a directory, got an empty text")
+    return Path(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="harp-cert",
@@ -267,7 +273,9 @@ def _parser() -> argparse.ArgumentParser:
 
     def add(name: str, text: str, days: int) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("directory", type=Path, metavar="DIRECTORY", help="where all certificates and keys are")
+        command.add_argument(
+            "directory", type=_directory, metavar="DIRECTORY", help="where all certificates and keys are"
+        )
         command.add_argument("--days", type=int, default=days, help="days that it is valid (default: %(default)s)")
         return command
 

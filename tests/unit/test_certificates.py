@@ -175,6 +175,16 @@ def test_invalid_argument_is_refused_without_a_file(
     assert sorted(path.name for path in pki.iterdir()) == ["ca.key", "ca.pem"]
 
 
+def test_empty_directory_is_not_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["ca", ""])
+    assert "expected a directory, got an empty text" in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
+
+
 def test_foreign_authority_is_refused(pki: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["host", str(pki), "web01"]) == 0
     other = tmp_path / "other"
