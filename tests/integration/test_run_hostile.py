@@ -15,6 +15,7 @@ import pytest
 
 from harp.protocol.ends import Failed, Returned
 from harp.protocol.harpd import Ack, ListCalls, Phase, encode_request
+from harp.protocol.json_text import Raw
 from harp_daemon.timer_wheel import TimerWheel
 from harpcaller.config import Config
 from harpcaller.hosts.connecting import open_connection
@@ -476,3 +477,25 @@ async def test_records_of_earlier_dispatcher_count_for_the_limit(tmp_path: Path)
             assert end.type == "record_limit"
             assert (await settled(dispatcher, job_id)).stop is StopState.CONFIRMED
             assert (await dispatcher.store.get_details(job_id)).record_bytes < 12_000_000
+
+
+async def test_refusal_with_long_data_is_no_record_limit(tmp_path: Path) -> None:
+    refused: list[bool] = []
+
+    def script(conn: PeerConnection) -> None:
+        request = conn.expect()
+        if "calls" in request:
+            conn.reply({"harp": 1, "calls": [], "instance": "w1"})
+        elif not refused:
+            refused.append(True)
+            conn.reply({"harp": 1, "error": {"type": "too_many_calls", "message": "full", "data": "x" * 5000}})
+        else:
+            conn.reply(acknowledgement())
+            ends(conn, EXIT_INFO, {"result": 1})
+
+    with playing(tmp_path, always=script) as peer:
+        async with running(
+            tmp_path, host_line(peer.port), resumable_calls=True, max_record_bytes=1000, start_within=60
+        ) as dispatcher:
+            _, end = await result_of(dispatcher)
+            assert (refused, end) == ([True], Returned(Raw(b"1")))

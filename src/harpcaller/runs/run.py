@@ -405,8 +405,6 @@ class Run:
         if self._phase is RunPhase.ENDING:
             return
         self._deadlines.on_message()
-        if isinstance(message, (Returned, Raised, Failed)) and self._exceeds_bytes(message):
-            message = self._record_limit()
         match message:
             case harpd.RecordTime(made_at):
                 self._record_time = made_at
@@ -420,11 +418,15 @@ class Run:
                     self._store_call_end(None)
             case Failed() if self._phase is RunPhase.SENT:
                 self._on_refused(message)
-            case Returned() | Raised() | Failed() if self._terms is None:
-                self._finish(_Outcome(message, StopState.UNKNOWN))
             case Returned() | Raised() | Failed():
-                self._phase = RunPhase.STORING_END
-                self._records.when_empty(partial(self._store_call_end, message))
+                self._on_end(self._record_limit() if self._exceeds_bytes(message) else message)
+
+    def _on_end(self, end: Returned | Raised | Failed) -> None:
+        if self._terms is None:
+            self._finish(_Outcome(end, StopState.UNKNOWN))
+        else:
+            self._phase = RunPhase.STORING_END
+            self._records.when_empty(partial(self._store_call_end, end))
 
     def _exceeds_bytes(self, end: Returned | Raised | Failed) -> bool:
         """Return whether the records of the job, and the value of this end, exceed their limit."""
