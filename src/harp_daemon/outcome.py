@@ -3,46 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Generator
+from collections.abc import Awaitable, Callable, Generator
 from typing import Any, Generic, TypeVar, cast
 
 T = TypeVar("T")
 
 
 class Outcome(Generic[T]):
-    """An outcome that comes later: like `asyncio.Future`, with which it can be used together, in the same loop.
+    """An outcome that comes later. It has the methods of `asyncio.Future`, and can be awaited.
 
     It calls its callbacks when it gets the result. A future has the event loop call each one in its next turn, which
     costs 10 us with the turn.
     """
 
-    __slots__ = ("_asyncio_future_blocking", "_callbacks", "_error", "_loop", "_result")
+    __slots__ = ("_callbacks", "_error", "_loop", "_result")
     _result: T
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._asyncio_future_blocking = False  # asyncio recognizes what is like a future by this attribute
         self._loop = loop
         self._callbacks: list[Callable[[Any], object]] | None = []  # None: it is done
         self._error: BaseException | None = None
 
-    def get_loop(self) -> asyncio.AbstractEventLoop:
-        """See `asyncio.Future`."""
-        return self._loop
-
-    def add_done_callback(self, callback: Callable[[Any], object], *, context: object = None) -> None:
+    def add_done_callback(self, callback: Callable[[Any], object]) -> None:
         """Call a function with this outcome when it is done, or soon if it is done already."""
         if self._callbacks is None:
             self._loop.call_soon(callback, self)
         else:
             self._callbacks.append(callback)
-
-    def remove_done_callback(self, callback: Callable[[Any], object]) -> int:
-        """See `asyncio.Future`."""
-        before = self._callbacks or []
-        kept = [each for each in before if each != callback]
-        if self._callbacks is not None:
-            self._callbacks = kept
-        return len(before) - len(kept)
 
     def set_result(self, result: T) -> None:
         """Set the result of an outcome that is not done, and call the callbacks."""
@@ -61,7 +48,7 @@ class Outcome(Generic[T]):
         self._error = error
         self.set_result(cast(T, None))
 
-    def cancel(self, msg: object = None) -> bool:
+    def cancel(self) -> bool:
         """Set `CancelledError` as its error; return False if it is done already."""
         if self._callbacks is None:
             return False
@@ -75,10 +62,6 @@ class Outcome(Generic[T]):
     def cancelled(self) -> bool:
         """Return whether it was cancelled."""
         return isinstance(self._error, asyncio.CancelledError)
-
-    def _make_cancelled_error(self) -> asyncio.CancelledError:
-        """Return the error for `asyncio.gather`, which has no other way to get it."""
-        return asyncio.CancelledError()
 
     def exception(self) -> BaseException | None:
         """Return the error; None if there is a result."""
@@ -111,3 +94,10 @@ class Outcome(Generic[T]):
                 self.cancel()
                 raise
         return self.result()
+
+
+def when_done(awaitable: Awaitable[T], callback: Callable[[Any], object]) -> asyncio.Future[T] | Outcome[T]:
+    """Call a function with an outcome or a future when it is done, or with the task of another awaitable; return it."""
+    done = awaitable if isinstance(awaitable, Outcome) else asyncio.ensure_future(awaitable)
+    done.add_done_callback(callback)
+    return done

@@ -37,7 +37,7 @@ from harp.protocol.schema import ProtocolError, encode_object
 from harp_daemon import json_pieces
 from harp_daemon.audit import Recorded
 from harp_daemon.event_loop import run_in_turn
-from harp_daemon.outcome import Outcome
+from harp_daemon.outcome import Outcome, when_done
 from harp_daemon.timer_wheel import TimerWheel
 from harpcaller.access.client import Client
 from harpcaller.access.enforcement import SUBJECT_BYTES, Access, Admission, Wait, may
@@ -311,7 +311,7 @@ class Dispatcher:
         self._runner.context.addresses[job.id] = client
         write_started_at = time.monotonic()
 
-        def on_stored(stored: asyncio.Future[str]) -> None:
+        def on_stored(stored: Outcome[str]) -> None:
             if recorded is not None and not recorded.is_done:  # the store has not begun a transaction
                 self.audit.write_calls()
             if (error := stored.exception()) is not None:
@@ -345,7 +345,7 @@ class Dispatcher:
                 job_id.set_result(stored.result())
 
         self._runner.request_claim()  # before `add_job`, so that both share a commit
-        asyncio.ensure_future(self.store.add_job(job, self._wall())).add_done_callback(on_stored)
+        when_done(self.store.add_job(job, self._wall()), on_stored)
         return job_id
 
     @_shielded

@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 
+from harp_daemon.outcome import Outcome, when_done
 from harpcaller.model.jobs import Job, State
 from harpcaller.runs.context import RunContext
 from harpcaller.runs.host_starts import HostStarts
@@ -40,7 +41,9 @@ class Runner:
         self._is_claiming = False
         self._claim_requested = False
         self._claim_postponed = False  # until a call has ended, or a claim has returned
-        self._claims: dict[asyncio.Future[list[Job]], int] = {}  # the claims in progress, with their limits
+        self._claims: dict[
+            asyncio.Future[list[Job]] | Outcome[list[Job]], int
+        ] = {}  # the claims in progress, with their limits
         self._retry: asyncio.TimerHandle | None = None
 
     async def recover(self) -> bool:
@@ -90,7 +93,7 @@ class Runner:
         if self._retry is not None:
             self._retry.cancel()
         if self._claims:
-            await asyncio.wait(self._claims)
+            await asyncio.gather(*self._claims, return_exceptions=True)
         for run in list(self.runs.values()):
             run.detach()
 
@@ -113,11 +116,9 @@ class Runner:
         if not self._claim_postponed:
             per_host = context.config.max_calls_per_host
             claimed = context.store.claim_jobs(context.wall(), limit, per_host, self.starts.max_new)
-            claim = asyncio.ensure_future(claimed)
-            self._claims[claim] = limit
-            claim.add_done_callback(self._on_claimed)
+            self._claims[when_done(claimed, self._on_claimed)] = limit
 
-    def _on_claimed(self, claim: asyncio.Future[list[Job]]) -> None:
+    def _on_claimed(self, claim: asyncio.Future[list[Job]] | Outcome[list[Job]]) -> None:
         limit = self._claims.pop(claim)
         try:
             jobs = claim.result()

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from starlette.requests import ClientDisconnect, Request
 
 from harp_daemon.memory_quota import MemoryQuota, Reservation
-from harp_daemon.outcome import Outcome
+from harp_daemon.outcome import Outcome, when_done
 from harp_daemon.sockets import Listener
 from harpcaller.access.client import Client
 from harpcaller.access.enforcement import Rates
@@ -137,12 +137,14 @@ class HTTPService:
         """
         disconnect = asyncio.ensure_future(wait_disconnected(request))
         stopping = asyncio.ensure_future(self.stopping.wait())
+        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        when_done(waiting, lambda _: ended.cancel())
         owner = client.owner
         self.waits += 1
         self._waits_of[owner] += 1
         request.state.waits = True
         try:
-            futures: set[Any] = {waiting, disconnect, stopping}
+            futures: set[asyncio.Future[Any]] = {ended, disconnect, stopping}
             await asyncio.wait(futures, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self.waits -= 1

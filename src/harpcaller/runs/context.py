@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from harp.protocol.harpd import Attach, Caller, Request, RequestedTerms, StartEncoder, encode_request
+from harp_daemon.outcome import when_done
 from harp_daemon.timer_wheel import TimerWheel
 from harpcaller.audit import Audit
 from harpcaller.config import Config
@@ -69,7 +70,7 @@ class StoreWrites:
         """Repeat a write while it raises `StorageError`; pass its result to `on_stored`, other errors to `on_error`."""
 
         def attempt() -> None:
-            asyncio.ensure_future(write()).add_done_callback(on_done)
+            when_done(write(), on_done)
 
         def on_done(attempted: asyncio.Future[T]) -> None:
             if attempted.cancelled():
