@@ -814,7 +814,7 @@ class ActingAs:
         if job is None or not self._may_read(job):
             await self._raise_unknown(job_id, job, action, began_at)
         self._log_denial(action, None, job=job_id)
-        denial = AccessDenied(f"{self._client.owner} has not the right to this job: {action}")
+        denial = AccessDenied(f"{self._client.owner} does not have the right to this job: {action}")
         fields = {"job": job_id, **_names_of(job)}
         denial.recorded = self._dispatcher.audit.record_denial(self._client, action.value, **fields)
         raise denial
@@ -870,7 +870,7 @@ class ActingAs:
 
     def _deny(self, action: Action, decision: Decision | None) -> None:
         self._log_denial(action, decision)
-        denial = AccessDenied(f"{self._client.owner} has not the right: {action}")
+        denial = AccessDenied(f"{self._client.owner} does not have the right: {action}")
         rule = None if decision is None else decision.rule
         denial.recorded = self._dispatcher.audit.record_denial(self._client, action.value, rule=rule)
         raise denial

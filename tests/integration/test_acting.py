@@ -397,7 +397,7 @@ async def test_lists_have_what_the_client_may_list(tmp_path: Path) -> None:
             for client in (READER, NOBODY, STRANGER):
                 acting = ActingAs(dispatcher, client)
                 for attempt in (acting.list_queues, lambda client=client: listed(client)):
-                    with pytest.raises(AccessDenied, match="has not the right: list"):
+                    with pytest.raises(AccessDenied, match="does not have the right: list"):
                         await attempt()
                 with pytest.raises(AccessDenied):
                     acting.list_hosts()
@@ -410,7 +410,7 @@ async def test_administration_needs_the_right_to_manage(tmp_path: Path) -> None:
         for client in (SHOP, READER, NOBODY, LEGACY):
             acting = ActingAs(dispatcher, client)
             for attempt in (acting.prune(), acting.refresh_hosts(), acting.compare_hosts(), acting.release_slot(job)):
-                with pytest.raises(AccessDenied, match="has not the right: manage"):
+                with pytest.raises(AccessDenied, match="does not have the right: manage"):
                     await attempt
         for client in (OPS, LOCAL_ADMINISTRATOR):
             assert await ActingAs(dispatcher, client).release_slot(job) is False

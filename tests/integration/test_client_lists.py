@@ -241,7 +241,7 @@ def test_counts_have_values(shell: Shell) -> None:
 
 
 def test_access_denied_is_raised_as_such(shell: Shell) -> None:
-    refusal = {"error": {"type": "access_denied", "message": "x has not the right: list", "refused": True}}
+    refusal = {"error": {"type": "access_denied", "message": "x does not have the right: list", "refused": True}}
     with Peer(answering(refusal)) as peer, pytest.raises(harp.AccessDenied, match="the right: list"):
         shell.caller(peer).jobs().all()
 
