@@ -36,19 +36,21 @@ def result(token: str) -> str:
 
 
 def _sabotage(token: str) -> None:
-    """Break a promise in HARP's name, if this run has to detect that: once, in the first job that returns."""
+    """Break a promise in HARP's name, if this run has to detect that: in the first jobs that return, until it is done.
+
+    The run may kill this process at any moment.
+    """
     if token.startswith("d"):  # a direct call; its client may not receive its end
         return
     file = Path(os.environ.get(VARIABLE, os.devnull)).with_name(SABOTAGE_FILE)
-    claimed = file.with_suffix(f".{os.getpid()}")
     with contextlib.suppress(FileNotFoundError):  # the order does not exist, or another job was faster
-        file.rename(claimed)
-        kind, bystander = claimed.read_text().split()
+        kind, bystander = file.read_text().split()
         found = read_stat(int(bystander))
         if kind == "wrong-kill" and found is not None:
             os.kill(int(bystander), signal.SIGKILL)
         elif found is not None:  # it survives the stop of the call to which it seems to belong
             _marks.write(token, "child", process=Identity(int(bystander), found[1]))
+        file.unlink()
 
 
 def _returned(token: str) -> str:

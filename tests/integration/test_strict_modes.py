@@ -27,7 +27,7 @@ def run(harpd: Harpd, *options: str) -> subprocess.CompletedProcess[str]:
 def harpd(tmp_path: Path) -> Harpd:
     directory = tmp_path / "harpd"
     users = tmp_path / "users"
-    users.write_text("")
+    users.write_text("u:$5$saltsalt$0IyaXrmV7.sGNS6tirgqHLqX/G.FBvgkYA.lpPdS5sA\n")
     users.chmod(0o600)
     modules = tmp_path / "modules"
     modules.mkdir()

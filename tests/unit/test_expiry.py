@@ -110,7 +110,7 @@ def test_dispatcher_with_expired_authority_fails_check_and_warns(tmp_path: Path)
     authorities.write_text(expired)
     hosts.write_text(expired)
     files = {"ca_file": str(authorities), "known_certs_file": str(hosts), "max_age": 720}
-    dispatcher = Harpcallerd(tmp_path / "d", settings=files)
+    dispatcher = Harpcallerd(tmp_path / "d", {"web01": 1}, settings=files)
     test = [*dispatcher.command()[:-1], "--test", f"--config={dispatcher.config_file}"]
     status, errors = run_test(test)
     reason = f"{authorities}: certificate 1 has expired on {NOW - DAY:%Y-%m-%d}; replace it"
