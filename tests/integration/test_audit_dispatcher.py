@@ -58,6 +58,7 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
 def test_audit_call_and_end_answer_who_did_it(system: System) -> None:
     call = system.rpc.web01.same("secret-of-1234")
     assert call.get() == "secret-of-1234"
+    wait_until(lambda: entries(system.dispatcher, action="end", job=call.id()), what="the entry of the end")
     found = system.dispatcher.control(
         *("audit", "search", "--host=web01", "--procedure=sa*", f"--job={call.id()}", "--json"),
         f"--config={system.dispatcher.config_file}",
