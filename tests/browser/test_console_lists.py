@@ -182,6 +182,7 @@ def test_rows_that_come_before_the_first_page_stand_in_their_place(pages: Pages,
 def test_row_of_the_keys_stays_through_many_changes(pages: Pages, filled: Site) -> None:
     page = pages.open("/jobs")
     expect(page.locator(".live-live")).to_be_visible()
+    expect(rows(page).nth(1)).to_be_visible()  # keys go to rows that are there
     page.keyboard.press("j")
     page.keyboard.press("j")
     at = page.locator("tr.at")

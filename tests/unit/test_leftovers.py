@@ -39,8 +39,8 @@ def test_find_leftovers_names_running_thread() -> None:
 def test_find_leftovers_names_orphaned_process() -> None:
     before = snapshot()
     subprocess.run(["setsid", "--fork", "sleep", "600"], check=True)
+    wait_until(lambda: find_leftovers(before)[0].endswith(": sleep 600 "), what="its program")
     (left,) = find_leftovers(before)
-    assert left.endswith(": sleep 600 ")
     os.kill(int(left.split()[1]), 9)
     wait_until(lambda: not new_since(before, snapshot()), what="the end of the process")
 
