@@ -132,7 +132,7 @@ def test_denied_call(dispatcher: Harpcallerd, peer: Peer) -> None:
     assert refusal == {"error": {"type": "access_denied", "message": message, "refused": True}}
     [refusal] = Client(dispatcher).ask(submit_many=[{"host": "web01", "procedure": "reboot", "arguments": []}])
     assert refusal["error"]["type"] == "access_denied"
-    [event] = dispatcher.events("access denied")[:1]
+    event = dispatcher.wait_event("access denied")
     assert (event["principal"], event["action"], event["procedure"]) == ("token:shop", "call", "reboot")
     assert dispatcher.listed("list", "--all") == []
     assert peer.connections == []

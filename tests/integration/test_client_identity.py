@@ -226,7 +226,7 @@ def test_token_appears_in_no_file_and_no_process(dispatcher: Harpcallerd) -> Non
             assert secret.encode() not in data, path
             assert b"5" * 64 not in data, path
     assert secret not in str(psutil.Process(dispatcher.pid).cmdline())
-    assert dispatcher.events("client not authenticated", token="shop")
+    dispatcher.wait_event("client not authenticated", token="shop")
 
 
 def test_token_over_plain_text_is_refused_and_reported(tmp_path: Path) -> None:

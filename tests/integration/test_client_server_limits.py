@@ -193,7 +193,7 @@ def test_clients_over_the_limit_are_refused(dispatcher: Harpcallerd) -> None:
     for client in waiting:
         assert client.messages() == [{"cancelled": True}]
         client.close()
-    assert dispatcher.events("too many connections")
+    dispatcher.wait_event("too many connections")
 
 
 def test_accepting_pauses_without_descriptors(tmp_path_factory: pytest.TempPathFactory, peer: Peer) -> None:
@@ -205,6 +205,7 @@ def test_accepting_pauses_without_descriptors(tmp_path_factory: pytest.TempPathF
             client.close()
         dispatcher.wait_event("accepting connections again")
         assert dispatcher.ask(cancel=UNKNOWN) == [{"cancelled": False}]
+        dispatcher.wait_event("cannot accept connections")
         assert len(dispatcher.events("cannot accept connections")) == 1
         assert dispatcher.events("limit of open files too low", limit=64)
 

@@ -299,7 +299,7 @@ def test_debug_logs_everything(tmp_path: Path) -> None:
         directory = tmp_path / str(logged)
         with Harpcallerd(directory, settings={"log_level": "info"}, options=options) as dispatcher:
             dispatcher.submit("nowhere", "p", "the argument")
-            assert ("the argument" in dispatcher.log_file.read_text()) is logged
+        assert ("the argument" in dispatcher.log_file.read_text()) is logged
 
 
 # Listening addresses.
