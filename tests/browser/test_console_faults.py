@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -10,24 +11,38 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from support.browser import PROCEDURES, Pages, Site, eventually, free_port, running_site
-from support.cutting_proxy import CuttingProxy, cutting
+from support.cutting_proxy import cutting
 from support.job_page import append, row, state
 from support.nginx import running_nginx
 
 #: What Chromium reports when a connection ends early, or nobody listens.
 BROKEN = r"net::ERR_|503"
 
-RECORDS, CUTS, KILLS = 1_500, 8, 3
-#: Seconds between two records, and the most bytes until a cut, of which a record has about 80.
-PAUSE, LONGEST = 0.02, 6_000
-#: More bytes than the head of an answer has. EventSource takes a head that was cut for a refusal, and ends itself.
-HEAD = 1_000
+CUTS = 8
+#: Bytes until a cut, of which a line of the page has about 80.
+LONGEST = 6_000
 
-FOLLOW = """(path) => {
-    const seen = (window.seen = { numbers: [], ends: [], opened: 0, source: new EventSource(path) });
-    seen.source.addEventListener("record", ({ data }) => seen.numbers.push(JSON.parse(data).packet));
-    seen.source.addEventListener("end", ({ data }) => seen.ends.push(data));
-    seen.source.addEventListener("open", () => seen.opened++);
+#: Cuts of the streams of all event sources of a page. A browser waits a second after each, so several sources share
+#: them; with HARP_LONG=1, all are of one.
+SOURCE_CUTS, KILLS = 100, 3
+SOURCES = 1 if os.environ.get("HARP_LONG") == "1" else 5
+#: The least and most bytes until a cut. The head of an answer has fewer than the least, and EventSource takes a head
+#: that was cut for a refusal, and ends itself.
+HEAD, SOURCE_LONGEST = 1_000, 2_500
+#: Lines that are written at once, and milliseconds between them: some seconds' lines for each source that was cut.
+LINES, PAUSE = 10, 100
+
+FOLLOW = """([path, number]) => {
+    window.seen = Array.from({ length: number }, () => {
+        const seen = { records: [], ends: [], opened: 0, source: new EventSource(path) };
+        seen.source.addEventListener("record", ({ data, lastEventId }) => {
+            const record = JSON.parse(data);
+            seen.records.push([record.packet, Number(lastEventId), record.data]);
+        });
+        seen.source.addEventListener("end", ({ data }) => seen.ends.push(data));
+        seen.source.addEventListener("open", () => seen.opened++);
+        return seen;
+    });
 }"""
 
 
@@ -37,32 +52,42 @@ def port_of(site: Site) -> int:
     return port
 
 
-def wait_for_cuts(page: Page, proxy: CuttingProxy, number: int) -> None:
-    eventually(page, lambda: proxy.cuts >= number, f"{number} cuts", 120_000)
-
-
 @pytest.mark.timeout(480)
 def test_event_source_continues_through_cuts_and_kills(browser: Browser, tmp_path: Path) -> None:
+    path, number, kills = tmp_path / "lines", 0, 0
+    path.touch()
     with (
         running_site(tmp_path / "site", PROCEDURES) as site,
-        cutting(port_of(site), b"text/event-stream", CUTS, LONGEST, HEAD) as proxy,
+        cutting(port_of(site), b"text/event-stream", SOURCE_CUTS, SOURCE_LONGEST, HEAD) as proxy,
         Pages(browser, Site(site.system, f"http://127.0.0.1:{proxy.port}"), site.log_in()) as pages,
     ):
         pages.allow(BROKEN)
-        job = site.submit("count", RECORDS, PAUSE)
+        job = site.submit("tail", str(path))
         page = pages.open("/sessions")  # a view without a stream of its own
         expect(page.get_by_text("this one")).to_be_visible()
-        page.evaluate(FOLLOW, f"/api/v1/jobs/{job}/records?follow=1&since=0")
-        for kill in range(KILLS):
-            wait_for_cuts(page, proxy, CUTS * (kill + 1) // (KILLS + 1))
-            site.system.dispatcher.kill()
-            site.system.dispatcher.start()
-        eventually(page, lambda: page.evaluate("seen.ends.length"), "the end of the job", 180_000)
-        assert page.evaluate("seen.numbers") == list(range(RECORDS))
-        assert page.evaluate("seen.opened") > KILLS
+        page.evaluate(FOLLOW, [f"/api/v1/jobs/{job}/records?follow=1&since=0", SOURCES])
+
+        def write_until_cut() -> bool:
+            nonlocal number, kills
+            append(path, *(f"line {number + each}" for each in range(LINES)))
+            number += LINES
+            if kills < KILLS and proxy.cuts >= SOURCE_CUTS * (kills + 1) // (KILLS + 1):
+                site.system.dispatcher.restart(kill=True)
+                kills += 1
+            page.wait_for_timeout(PAUSE)
+            return proxy.cuts == SOURCE_CUTS
+
+        eventually(page, write_until_cut, f"{SOURCE_CUTS} cuts", 60_000)
+        append(path, "end")
+        eventually(page, lambda: page.evaluate("seen.every(({ ends }) => ends.length)"), "the end of the job", 60_000)
+        for records in page.evaluate("seen.map(({ records }) => records)"):
+            assert records == [[each, each, f"line {each}"] for each in range(number)]
+        assert kills == KILLS
+        assert page.evaluate("seen.map(({ opened }) => opened).reduce((a, b) => a + b)") >= SOURCE_CUTS + SOURCES
         # A browser asks again when a stream ends. The answer is that there is no more.
-        eventually(page, lambda: page.evaluate("seen.source.readyState") == 2, "the end of the source")
-        assert page.evaluate("seen.ends.length") == 1
+        closed = "seen.every(({ source }) => source.readyState == EventSource.CLOSED)"
+        eventually(page, lambda: page.evaluate(closed), "the ends of the sources")
+        assert page.evaluate("seen.every(({ ends }) => ends.length == 1)")
 
 
 @pytest.mark.timeout(300)
