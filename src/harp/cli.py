@@ -446,11 +446,24 @@ def _describe(command: str, names: str) -> completion.Arguments:
 
 
 def _parse_value(text: str) -> Any:
-    """Return an argument's value: JSON, or else the text."""
+    """Return an argument's value: JSON, or else the text. Raises `ArgumentTypeError` if an object repeats a key."""
     try:
-        return loads(text)
+        value = loads(text)
     except InvalidJSON:
         return text
+    if isinstance(value, (dict, list)):
+        json.loads(text, object_pairs_hook=_check_keys)
+    return value
+
+
+def _check_keys(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object. Otherwise, `json` would keep the last member of a name, and drop the others."""
+    found = dict(members)
+    if len(found) < len(members):
+        names = [name for name, _ in members]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise argparse.ArgumentTypeError(f"repeated key {json.dumps(repeated)} in an object")
+    return found
 
 
 def _parse_named(text: str) -> tuple[str, Any]:
@@ -531,7 +544,10 @@ def _parse_arguments(arguments: Sequence[str]) -> Namespace:
     if rest and hasattr(options, "words"):
         options.words = [*options.words, *rest]
     elif rest:
-        options.arguments = [*options.arguments, *map(_parse_value, rest)]
+        try:
+            options.arguments = [*options.arguments, *map(_parse_value, rest)]
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"argument ARG: {error}")
     return options
 
 

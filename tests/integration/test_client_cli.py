@@ -427,6 +427,38 @@ def test_control_c_while_waiting_prints_the_job() -> None:
     )
 
 
+def test_control_c_while_modules_load_prints_nothing(tmp_path: Path) -> None:
+    (tmp_path / "argparse.py").write_text("import time; print('loading', flush=True); time.sleep(60)")
+    handler = "signal.signal(signal.SIGINT, signal.default_int_handler)"
+    program = f"import signal; {handler}; from harp.__main__ import main; main()"
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(
+        [sys.executable, "-c", program, "jobs"], env={**os.environ, "PYTHONPATH": str(tmp_path)}, **options
+    ) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "loading\n"
+        child.send_signal(signal.SIGINT)
+        _, errors = child.communicate(timeout=60)
+    assert (errors, child.returncode) == ("", -signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["call", "web01", "p", '{"a": 1, "a": 2}'],
+        ["call", "web01", "p", '[{"b": {"a": 1, "\\u0061": 2}}]'],
+        ["call", "web01", "p", "--named", 'x={"a": 1, "a": 2}'],
+        ["call", "web01", "p", "--info", '{"a": 1, "a": 2}'],
+        ["call", "web01", "p", "--wait", '{"a": 1, "a": 2}'],
+    ],
+)
+def test_argument_that_repeats_a_key_is_a_usage_error(line: list[str]) -> None:
+    """No connection is made: the program would have to choose one of the values."""
+    done = harp(*line, HARP_DISPATCHER="localhost:1")
+    assert (done.returncode, done.stdout) == (Exit.USAGE, "")
+    assert 'repeated key "a" in an object' in done.stderr
+
+
 def test_direct_without_verification_is_a_usage_error(tmp_path: Path) -> None:
     """No connection is made, so that no other server gets the password."""
     done = harp("direct", "localhost:1", "p", "--user", "u", HARP_PASSWORD="p")
