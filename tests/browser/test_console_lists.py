@@ -92,6 +92,25 @@ def test_logout_in_one_tab_shows_the_login_in_others(visitor_pages: Pages, site:
     assert "echo" not in second.inner_text("body")
 
 
+@pytest.mark.parametrize("path", ["/job/0199e9c1-0000-7000-8000-000000000000", "/jobs/1/2", "/docs/none"])
+def test_unknown_address_shows_a_page_that_says_so(site: Site, pages: Pages, path: str) -> None:
+    pages.allow("404")
+    page = pages.context().new_page()
+    answer = page.goto(site.url + path)
+    assert answer is not None
+    assert answer.status == 404
+    expect(page.get_by_role("heading", name="There is no such page")).to_be_visible()
+    page.get_by_role("main").get_by_role("link", name="Jobs").click()
+    expect(page).to_have_url(re.compile("/jobs$"))
+
+
+def test_unknown_address_answers_programs_with_a_problem(site: Site, pages: Pages) -> None:
+    request = pages.context().request
+    for path, accept in (("/job/1", "*/*"), ("/job/1", "application/json"), ("/api/v2/jobs", "text/html")):
+        answer = request.get(site.url + path, headers={"Accept": accept})
+        assert (answer.status, answer.json()["code"]) == (404, "not_found")
+
+
 # --- the list of jobs ---------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from functools import cache, lru_cache, partial
 from typing import Any
@@ -76,15 +76,24 @@ _PIECE = 256 * 1024  #: Bytes of a response that are passed to the transport at 
 
 
 class HTTPApp:
-    """The ASGI application. `routes` are further routes below the base path, which are not operations of the API."""
+    """The ASGI application.
+
+    Args:
+        service: what the operations need.
+        operations: the operations of the API.
+        routes: further routes below the base path, which are not operations.
+        find_page: returns the page for a request to an unknown path, or None.
+    """
 
     def __init__(
         self,
         service: HTTPService,
         operations: Sequence[Operation] = OPERATIONS,
         routes: Sequence[BaseRoute] = (),
+        find_page: Callable[[Request], Response | None] = lambda request: None,
     ) -> None:
         self.service = service
+        self._find_page = find_page
         self._base = service.base_path
         _encode_openapi(self._base)  # before the first request
         by_path: dict[str, dict[str, Operation]] = {}
@@ -160,6 +169,9 @@ class HTTPApp:
         return self._others
 
     async def _not_found(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if (page := self._find_page(Request(scope))) is not None:
+            await page(scope, receive, send)
+            return
         raise Problem("not_found", f"there is nothing at this path; the page {self._base}/docs lists what there is")
 
     def _check_host(self, scope: Scope) -> None:

@@ -118,6 +118,7 @@ class Console:
     """
 
     def __init__(self, base_path: str = "") -> None:
+        self._base = base_path
         self._files = read_static_files()
         self.version: Final = hash_files(self._files)
         page = self._files.pop(_PAGE).body.replace(_PLACE.encode(), f"{base_path}/static/{self.version}".encode())
@@ -139,6 +140,13 @@ class Console:
         if status == 200 and request.headers.get("if-none-match") == self._page_tag:
             return Response(status_code=304, headers=headers)
         return _send(request, self._page, status, headers)
+
+    def find_unknown(self, request: Request) -> Response | None:
+        """Return the page for an unknown path that a browser opens; None: it is another client, or asks for a file."""
+        first = request.scope["path"].removeprefix(f"{self._base}/").partition("/")[0]
+        is_view = request.scope["path"].startswith(f"{self._base}/") and first not in ("api", "static")
+        is_opened = request.method in ("GET", "HEAD") and "text/html" in request.headers.get("accept", "")
+        return self.page(request, 404) if is_view and is_opened else None
 
     async def _send_page(self, request: Request) -> Response:
         return self.page(request)

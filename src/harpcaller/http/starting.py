@@ -74,10 +74,12 @@ class HTTPAPI:
         settings = self.service.settings
         routes = MonitoringRoutes(self.service).routes()
         routes += DocsPages(self.service, OPERATIONS).routes()
-        routes += Console(settings.base_path).routes() if settings.console else []
-        self.server = HTTPServer(
-            HTTPApp(self.service, routes=routes), lambda: self.service.settings, lambda: config().idle_timeout, tls
-        )
+        if settings.console:
+            console = Console(settings.base_path)
+            app = HTTPApp(self.service, routes=[*routes, *console.routes()], find_page=console.find_unknown)
+        else:
+            app = HTTPApp(self.service, routes=routes)
+        self.server = HTTPServer(app, lambda: self.service.settings, lambda: config().idle_timeout, tls)
 
     @property
     def open_connections(self) -> int:
