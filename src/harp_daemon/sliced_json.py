@@ -168,18 +168,20 @@ def _without_surrogates(text: bytes) -> bytes:
     return text.replace(rb"\ud", rb"\u0").replace(rb"\uD", rb"\u0")
 
 
-def slice_records(lines: Sequence[bytes]) -> list[Raw] | None:
+def slice_records(lines: Sequence[bytes]) -> list[bytes] | None:
     """Return the payloads of many lines that all begin as records do, in one step; None: decode line by line.
 
     The insides of the lines must be the elements of one array: then each is exactly one value.
     """
     insides = [line[len(RECORD_PREFIX) : -1] for line in lines]
-    if any(not line.endswith(b"}") for line in lines) or any(map(may_exceed_depth, lines)):
+    if any(not line.endswith(b"}") for line in lines):
+        return None
+    if max(map(len, lines)) > MAX_DEPTH and any(map(may_exceed_depth, lines)):
         return None
     text = b"[%b]" % b",".join(insides)
     try:
         text.decode("utf-8")
-        found = list(map(Raw, _array.decode(text)))
+        found = list(map(bytes, _array.decode(text)))
     except _REJECTIONS:
         return None
     # A space after the colon is usual, too. Within an array, only white space can differ.

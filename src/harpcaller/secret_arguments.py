@@ -121,13 +121,13 @@ def mask_message(message: Message, texts: Sequence[bytes]) -> Message:
     return message
 
 
-def mask_records(records: list[Raw], texts: Sequence[bytes]) -> list[Raw]:
+def mask_records(records: list[bytes], texts: Sequence[bytes]) -> list[bytes]:
     """Return records in which each of these texts is masked; many small ones cost as little as their bytes."""
     if not texts:
         return records
     joined = b"\n".join(records)
     masked = mask_texts(joined, [text for text in texts if b"\n" not in text])  # which no record contains
-    return records if masked == joined else [Raw(record) for record in masked.split(b"\n")]
+    return records if masked == joined else masked.split(b"\n")
 
 
 def mask_payload(payload: Raw, texts: Sequence[bytes]) -> Raw:

@@ -49,12 +49,12 @@ class Collector:
     """A receiver that keeps everything; `on_event` is called after each event."""
 
     def __init__(self, on_event: Callable[[], None] = lambda: None) -> None:
-        self.records: list[Raw] = []
+        self.records: list[bytes] = []
         self.messages: list[Message] = []
         self.ends: list[Exception | None] = []
         self._on_event = on_event
 
-    def on_records(self, records: list[Raw]) -> None:
+    def on_records(self, records: list[bytes]) -> None:
         self.records += records
         self._on_event()
 

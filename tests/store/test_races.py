@@ -76,8 +76,8 @@ async def test_reads_during_writes_are_consistent(store: Store) -> None:
     job_id = await job_in(store, State.RUNNING)
     total = 300
 
-    async def follow() -> list[Raw]:
-        found: list[Raw] = []
+    async def follow() -> list[bytes]:
+        found: list[bytes] = []
         while len(found) < total:
             found += (await store.read_records(job_id, len(found), 200)).values
             await asyncio.sleep(0)

@@ -87,7 +87,7 @@ async def test_read_records_respects_max_bytes(store: Store) -> None:
     await store.append_records(job_id, 10_000, records([b'"' + b"x" * 100_000 + b'"', b"1"]))
     assert await store.read_records(job_id, 3, 380) == records(b'"%06d"' % n for n in range(3, 13))
     assert [len(record) for record in (await store.read_records(job_id, 10_000, 80)).values] == [100_002]
-    found: list[Raw] = []
+    found: list[bytes] = []
     while more := (await store.read_records(job_id, len(found), 5000)).values:
         assert len(more) == 1 or sum(30 + len(record) for record in more) <= 5000
         found += more

@@ -33,7 +33,7 @@ class ModelStore:
 
     def __init__(self) -> None:
         self.jobs: dict[str, tuple[int, Job]] = {}
-        self.records: dict[str, list[tuple[Raw, float]]] = {}
+        self.records: dict[str, list[tuple[bytes, float]]] = {}
         self.metadata: dict[str, JobMetadata] = {}
         self.limits: dict[str, tuple[Raw, int]] = {}
         # by request id and owner: job id, digest, time

@@ -589,7 +589,7 @@ def encode_reply(reply: Reply, keep_alive: float | None = None) -> bytes:
     return b"{%b%b%b}\n" % (version, encode_members(reply), granted)
 
 
-def encode_packets(first: int, values: Sequence[Raw], times: Sequence[float] | None = None) -> bytes:
+def encode_packets(first: int, values: Sequence[bytes], times: Sequence[float] | None = None) -> bytes:
     """Return the lines of consecutive packets from the number `first` on. Optimised: a stream may have millions."""
     if times is None:
         return b"".join([b'{"packet":%d,"data":%b}\n' % numbered for numbered in enumerate(values, first)])

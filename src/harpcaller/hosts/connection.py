@@ -66,8 +66,8 @@ def _is_record(line: bytes) -> bool:
 class Receiver(Protocol):
     """The receiver of one request's messages. It may send commands and close the connection, and must not raise."""
 
-    def on_records(self, records: list[Raw]) -> None:
-        """Receive the next records, at least one."""
+    def on_records(self, records: list[bytes]) -> None:
+        """Receive the next records, at least one, as the values of `Records`."""
 
     def on_message(self, message: Message) -> None:
         """Receive the next message; it is not a record."""
@@ -330,7 +330,7 @@ class HarpdConnection(asyncio.Protocol):
         """Return whether it would delay the event loop to mask a text of this length."""
         return length * len(self._masked_texts) > _MAX_MASKING
 
-    def _on_masked(self, masking: asyncio.Future[list[Raw]]) -> None:
+    def _on_masked(self, masking: asyncio.Future[list[bytes]]) -> None:
         self._suspended = False
         if self._receiver is not None:
             self._receiver.on_records(masking.result())
@@ -385,7 +385,7 @@ class HarpdConnection(asyncio.Protocol):
     def _receive(self, message: Message) -> None:
         assert self._receiver is not None
         if isinstance(message, Record):
-            self._receiver.on_records([Raw(message.data)])
+            self._receiver.on_records([bytes(message.data)])
         else:
             if isinstance(message, Heartbeat):
                 self._peer_time = message.time
@@ -442,10 +442,10 @@ class MessageQueue:
         self._conn = conn
         self._messages: asyncio.Queue[Message | Exception | None] = asyncio.Queue()
 
-    def on_records(self, records: list[Raw]) -> None:
+    def on_records(self, records: list[bytes]) -> None:
         """See `Receiver`."""
         for record in records:
-            self.on_message(Record(record))
+            self.on_message(Record(Raw(record)))
 
     def on_message(self, message: Message) -> None:
         """See `Receiver`."""

@@ -194,7 +194,7 @@ def _encode_text(first: int, records: Records) -> bytes:
     return b"".join([_to_text(value) + b"\n" for value in records.values])
 
 
-def _to_text(value: Raw) -> bytes:
+def _to_text(value: bytes) -> bytes:
     if value.startswith(b'"'):
         return str(loads(value)).encode("utf-8", "backslashreplace")
     return value

@@ -206,9 +206,13 @@ NO_METADATA = JobMetadata()
 
 
 class Records(Struct, frozen=True):
-    """Consecutive records of a stream: their values, and the time of each (Unix seconds with fractions)."""
+    """Consecutive records of a stream: their values, and the time of each (Unix seconds with fractions).
 
-    values: Sequence[Raw] = ()
+    A value is checked JSON text in UTF-8 without a line feed, as `Raw`. It is not a `Raw`: Python's garbage collector
+    visits each object of a subclass, so that 100,000 records that wait would halt the process for 40 ms.
+    """
+
+    values: Sequence[bytes] = ()
     timestamps: Sequence[float] = ()
 
     def __len__(self) -> int:

@@ -9,7 +9,6 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from harp.protocol.json_text import Raw
 from harpcaller.model.jobs import Job, Records
 from harpcaller.runs.context import RunContext
 
@@ -33,7 +32,7 @@ class RecordWriter:
         self._job_id = job.id
         self._context = context
         self._on_stored = on_stored
-        self._values: list[Raw] = []
+        self._values: list[bytes] = []
         self._timestamps: list[float] = []
         self._bytes = 0
         self._longest = 0
@@ -61,7 +60,7 @@ class RecordWriter:
         """Return whether the caller should stop reading until the buffer is empty."""
         return self._bytes - self._longest > _RESUMABLE_LIMIT if resumable else self._bytes > _BOUND_LIMIT
 
-    def add_records(self, records: Sequence[Raw], timestamp: float) -> None:
+    def add_records(self, records: Sequence[bytes], timestamp: float) -> None:
         """Buffer the next records, at least one, with the Unix time of their creation."""
         if self.closed:
             self.count += len(records)  # discarded, but acknowledged to the host

@@ -385,7 +385,7 @@ class Run:
         return self._host
 
     @_event
-    def on_records(self, records: list[Raw]) -> None:
+    def on_records(self, records: list[bytes]) -> None:
         """See `Receiver`."""
         if self._phase is not RunPhase.RUNNING:
             return

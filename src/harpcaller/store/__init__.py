@@ -44,7 +44,7 @@ class LimitReached(SubmissionRefused):
 class RecordMatches:
     """The records that have a text, among those that were looked at."""
 
-    records: Sequence[tuple[int, Raw, float]]  #: Number, value and time of each.
+    records: Sequence[tuple[int, bytes, float]]  #: Number, value and time of each.
     next: int  #: Number of the first record that was not looked at.
     searched_bytes: int
 

@@ -110,7 +110,7 @@ def read_records(db: sqlite3.Connection, job_id: str, first: int, max_bytes: int
     The size of a record is that of its line in a reply, which limits the number of tiny records. The result is empty if
     the job is unknown.
     """
-    values: list[Raw] = []
+    values: list[bytes] = []
     times: list[float] = []
     room = max_bytes
     parameters = {"id": job_id, "first": min(first, MAX_INTEGER)}
@@ -151,7 +151,7 @@ def search_records(
 
     if fold:
         needles = [needle.lower() for needle in needles]
-    matches: list[tuple[int, Raw, float]] = []
+    matches: list[tuple[int, bytes, float]] = []
     number, searched = first, 0
     parameters = {"id": job_id, "first": min(first, MAX_INTEGER)}
     with closing(db.execute(QUERIES["read_chunks"], parameters)) as chunks:

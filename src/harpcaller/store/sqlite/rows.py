@@ -85,7 +85,7 @@ def decode_job(row: Sequence[Any]) -> Job:
     return Job(job_id, state, *call, submitted, started, *outcome, start_within, tried, *submitter, *others)
 
 
-def join_records(records: Sequence[Raw]) -> bytes:
+def join_records(records: Sequence[bytes]) -> bytes:
     """Return records as the bytes of a chunk. Raises `ValueError` if a record contains a line feed."""
     joined = b"\n".join(records)
     if joined.count(b"\n") != len(records) - 1:
@@ -93,9 +93,9 @@ def join_records(records: Sequence[Raw]) -> bytes:
     return joined
 
 
-def split_records(chunk: bytes) -> list[Raw]:
+def split_records(chunk: bytes) -> list[bytes]:
     """Return the records that `join_records` joined."""
-    return [Raw(record) for record in chunk.split(b"\n")]
+    return chunk.split(b"\n")
 
 
 def join_timestamps(stored: bytes, timestamps: Sequence[float]) -> bytes:
