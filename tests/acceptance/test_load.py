@@ -69,6 +69,7 @@ def test_queue_of_eight_runs_a_thousand_jobs(system: System, tmp_path: Path) -> 
     assert 1 < most <= 8
     # Calls that were started one after the other may overtake each other on the host; the starts are in order.
     ids = [job.id() for job in jobs]
+    system.dispatcher.wait_event("call started", job=ids[-1])
     started = [event["job"] for event in system.dispatcher.events("call started")]
     assert [job for job in started if job in set(ids)] == ids
     starts = [job.start_time() or 0 for job in jobs]

@@ -170,12 +170,7 @@ def test_cancel_while_host_is_cut_off_is_confirmed_later(tmp_path: Path) -> None
         second = host.count(1)
         wait_until(lambda: (job.details()["call"] or {}).get("instance"), DEADLINE, "the call")
         assert "is full (1 of 1: " + job.id() in second.why()
-        supervisor = psutil.Process(running_system.harpd.supervisor)
-        call = next(
-            process
-            for process in supervisor.children(recursive=True)
-            if process.children() == [] and process != supervisor
-        )
+        call = psutil.Process(running_system.harpd.wait_event("call started", procedure="wait_for")["pid"])
         running_system.harpd.kill()
         assert job.cancel() is True
         assert job.result() is harp.CALL_CANCELLED

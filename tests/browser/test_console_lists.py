@@ -155,7 +155,7 @@ def test_back_restores_rows_and_place(pages: Pages, filled: Site) -> None:
     expect(page).to_have_url(re.compile(target))
     page.go_back()
     expect(row(page, target)).to_be_visible()
-    assert page.locator(".list").evaluate("(list) => list.scrollTop") == 300
+    eventually(page, lambda: page.locator(".list").evaluate("(list) => list.scrollTop") == 300, "the place")
     page.go_forward()
     expect(page).to_have_url(re.compile(target))
 
@@ -205,8 +205,9 @@ def test_row_of_the_keys_stays_through_many_changes(pages: Pages, filled: Site) 
     page.keyboard.press("j")
     page.keyboard.press("j")
     at = page.locator("tr.at")
-    expect(at).to_have_count(1)
-    job = at.get_attribute("data-job")
+    job = job_ids(page)[1]
+    expect(at).to_have_attribute("data-job", job)
+    expect(at.locator("a").first).to_be_focused()
     for number in range(40):
         filled.submit("echo", number)
     last = filled.finish("echo", "last")
@@ -525,7 +526,7 @@ def test_hidden_tab_lets_go_of_its_stream(pages: Pages, filled: Site) -> None:
     job = filled.finish("echo", "while hidden")
     page.evaluate(show, False)
     expect(row(page, job)).to_be_visible()
-    assert page.evaluate(held) == 1
+    eventually(page, lambda: page.evaluate(held) == 1, "the next stream")
 
 
 def test_restart_below_a_base_path_shows_a_banner_and_catches_up(browser: Browser, tmp_path: Path) -> None:

@@ -225,7 +225,6 @@ def test_output_follows_and_only_the_user_thaws_it(site: Site, pages: Pages, tmp
     page.locator(".log-layer").hover()
     page.mouse.wheel(0, -300)
     expect(page.locator(".log-status")).to_contain_text("Paused at record")
-    page.wait_for_timeout(300)  # the browser scrolls smoothly
     before = visible_numbers(page)
     append(path, *(f"line {number}" for number in range(400, 600)))
     expect(page.locator(".tab-count")).to_have_text("600")
@@ -263,7 +262,8 @@ def test_output_view_is_in_the_address_and_downloads(site: Site, pages: Pages, c
     expect(page.locator(".log-row.selected")).to_have_count(4)
     page.locator(".log-layer").focus()
     page.keyboard.press("y")
-    assert page.evaluate("navigator.clipboard.readText()") == f"{site.url}/jobs/{job}#r30-33"
+    copied = f"{site.url}/jobs/{job}#r30-33"
+    eventually(page, lambda: page.evaluate("navigator.clipboard.readText()") == copied, "the copy")
     page.keyboard.press("w")
     expect(page).to_have_url(re.compile("wrap=1"))
     page.keyboard.press("t")
@@ -361,6 +361,7 @@ def test_hidden_tab_releases_its_stream(site: Site, pages: Pages, tmp_path: Path
     page.clock.install()
     page.goto(f"{site.url}/jobs/{job}")
     expect(row(page, 0)).to_be_in_viewport()
+    eventually(page, lambda: opened, "the stream")
     assert (len(opened), len(ended)) == (1, 0)
     hide = """(hidden) => {
         Object.defineProperty(document, "hidden", { configurable: true, get: () => hidden });
@@ -372,7 +373,7 @@ def test_hidden_tab_releases_its_stream(site: Site, pages: Pages, tmp_path: Path
     append(path, "line 1")
     page.evaluate(hide, False)
     expect(row(page, 1)).to_be_in_viewport()
-    assert len(opened) == 2
+    eventually(page, lambda: len(opened) == 2, "the next stream")
     append(path, "end")
 
 

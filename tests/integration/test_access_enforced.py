@@ -211,7 +211,7 @@ def test_revoked_token_ends_the_requests_that_wait(dispatcher: Harpcallerd) -> N
     with dispatcher.connect() as follower, dispatcher.connect() as waiting:
         follower.send({"harpcaller": 1, "follow_stream": job, **shop.auth})
         waiting.send({"harpcaller": 1, "get_result": job, **shop.auth})
-        wait_until(lambda: len(dispatcher.events("job submitted")) == 1, what="the job")
+        dispatcher.wait_events(1, "job submitted")
         assert dispatcher.control("token", "revoke", "shop").returncode == 0
         began = time.monotonic()
         assert [client.message()["error"]["type"] for client in (follower, waiting)] == ["auth_error"] * 2

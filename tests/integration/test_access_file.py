@@ -82,7 +82,7 @@ def test_wrong_change_keeps_the_rules_in_use(dispatcher: Harpcallerd, rules: Pat
 
         text = wait_until(warning, DEADLINE, "the warning")
         assert text.startswith(f"harpcallerd: warning: {wrong(rules)}")
-        [event] = dispatcher.events("cannot use changed file")
+        [event] = dispatcher.wait_events(1, "cannot use changed file")
         assert (event["level"], event["file"]) == ("error", str(rules))
         [status] = dispatcher.listed("status", "--full")
         assert status["access"]["rules"] == 3

@@ -17,14 +17,14 @@ from typing import Any
 import pytest
 
 from harp_daemon.audit_reading import verify
+from support.audit_entries import read_audit, wait_audit
 from support.deadline import wait_until
 from support.harpd import Harpd
 from support.procedures_file import PROCEDURES
 
 
 def entries(harpd: Harpd, **wanted: Any) -> list[dict[str, Any]]:
-    lines = (harpd.directory / "audit.jsonl").read_bytes().splitlines()
-    return [entry for entry in map(json.loads, lines) if wanted.items() <= entry.items()]
+    return read_audit(harpd.directory / "audit.jsonl", **wanted)
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_audit_harpd_records_denials_and_failed_logins(harpd: Harpd) -> None:
         with harpd.connect() as client:
             client.send(harpd.request("same", [1], auth={"user": "mallory", "password": "guess"}))
             client.lines()
-    failed = wait_until(lambda: entries(harpd, action="authenticate"), what="the report of the frontend")
+    failed = wait_audit(harpd.directory / "audit.jsonl", 1, action="authenticate")
     assert failed[0].items() >= {"principal": "user:mallory", "reporter": "frontend", "peer": "127.0.0.1"}.items()
 
 

@@ -181,7 +181,7 @@ def test_limit_that_cannot_be_set_is_logged_once(tmp_path: Path) -> None:
             Path(own).write_text(str(supervisor.status()["supervisor"]))  # a cgroup with processes limits none below
             for _ in range(2):
                 assert supervisor.result("fork", 9) == 9
-            [event] = supervisor.events("cannot limit calls as a whole")
+            [event] = supervisor.wait_events(1, "cannot limit calls as a whole")
             assert (event["controller"], event["directory"]) == ("pids", str(place))
             Path(f"{place.parent}/cgroup.procs").write_text(str(supervisor.status()["supervisor"]))
 

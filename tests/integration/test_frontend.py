@@ -265,7 +265,7 @@ def test_connection_over_the_limit_gets_an_error(tmp_path: Path) -> None:
             assert rejection["error"]["type"] == "too_many_connections"
             open_clients.pop().close()
             wait_until(lambda: serves(harpd), DEADLINE, "a free connection")
-            assert len(harpd.events("too many connections")) == 1
+            assert len(harpd.wait_events(1, "too many connections")) == 1
         finally:
             for client in open_clients:
                 client.close()
@@ -411,7 +411,7 @@ def test_truthy_answer_of_a_module_counts_with_a_warning(own: Harpd) -> None:
     assert (warning["level"], warning["user"], warning["type"]) == ("warning", "truthy", "str")
     own.reload()
     assert ask_as(own, "truthy") == {"result": []}
-    wait_until(lambda: len(own.events("authentication module returned no bool")) == 2, what="the warning of the reload")
+    own.wait_events(2, "authentication module returned no bool")
 
 
 MISTAKES = ["alice:$5$saltsalt$0IyaXrmV7.sGNS6tirgqHLqX/G.FBvgkYA.lpPdS5sA"] * 2
@@ -433,7 +433,7 @@ def test_mistake_in_users_file_fails_the_test_and_warns(tmp_path: Path) -> None:
         harpd.wait_event("configuration has a mistake", problem=problem, level="warning")
         harpd.stop()
         harpd.start()
-        assert len(harpd.events("configuration has a mistake")) == 2
+        assert len(harpd.wait_events(2, "configuration has a mistake")) == 2
 
 
 def test_passfile_is_checked_at_every_request(tmp_path: Path) -> None:

@@ -336,7 +336,7 @@ def test_client_with_keep_alive_reuses_its_connection(harpd: Harpd, keep: bool) 
         with pytest.raises(harp.RemoteException):
             server.fail("text")
         assert server.same("last") == "last"
-    accepted = harpd.events("call accepted")[before:]
+    accepted = harpd.wait_events(before + 13, "call accepted")[before:]
     assert len(accepted) == 13
     assert len({event["peer"] for event in accepted}) == (1 if keep else 13)
 
@@ -346,4 +346,4 @@ async def test_async_client_with_keep_alive_reuses_its_connection(harpd: Harpd) 
     arguments = (harpd.host, harpd.user, harpd.password, harpd.port, str(harpd.ca_file))
     async with harp.aio.AsyncHarpServer(*arguments, keep_alive=True) as server:
         assert [await server.same(number) for number in range(10)] == list(range(10))
-    assert len({event["peer"] for event in harpd.events("call accepted")[before:]}) == 1
+    assert len({event["peer"] for event in harpd.wait_events(before + 10, "call accepted")[before:]}) == 1

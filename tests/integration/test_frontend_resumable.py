@@ -299,9 +299,9 @@ def test_log_contains_no_owner_and_no_secret(harpd: Harpd) -> None:
         closing_line(client)
     with harpd.attach(client.call) as again:
         again.lines()
-    assert harpd.events("call accepted", call=client.call)
-    assert harpd.events("attach accepted", call=client.call)
     harpd.list_calls()
+    harpd.wait_event("call accepted", call=client.call)
+    harpd.wait_event("attach accepted", call=client.call)
     assert not [line for line in harpd.log_lines() if OWNER in line or SECRET in line]
 
 

@@ -320,9 +320,8 @@ def test_listen_logs_every_address(tmp_path: Path) -> None:
         assert answers(socket.AF_INET6, ("::1", ports[2]))
         assert answers(socket.AF_UNIX, str(path))
         assert stat.S_IMODE(path.stat().st_mode) == 0o660
-        assert len(dispatcher.events("listening address is not loopback", level="warning")) == 1
-        message = "every local user can call procedures"
-        assert len(dispatcher.events(message)) == 1
+        assert len(dispatcher.wait_events(1, "listening address is not loopback", level="warning")) == 1
+        assert len(dispatcher.wait_events(1, "every local user can call procedures")) == 1
     assert not path.exists()
 
 
@@ -356,7 +355,7 @@ def test_reload_changed_listen_needs_restart(tmp_path: Path) -> None:
             done = dispatcher.control("reload")
             assert done.returncode == 0
             assert done.stderr == "harpcallerd: warning: the change of listen needs a restart\n"
-        assert len(dispatcher.events("a changed setting needs a restart", key="listen")) == 2
+        assert len(dispatcher.wait_events(2, "a changed setting needs a restart", key="listen")) == 2
         assert not path.exists()
         assert answers(socket.AF_INET, (dispatcher.host, dispatcher.port))
         dispatcher.configure({"listen": ["127.0.0.1:0"]})
@@ -392,8 +391,8 @@ def test_reload_applies_request_and_log_settings(dispatcher: Harpcallerd) -> Non
         (reply,) = dispatcher.ask(cancel="x" * 2000)
         assert reply["error"]["message"] == "the request line is longer than 1024 bytes"
         dispatcher.submit("nowhere", "p", "the argument")
-        assert "the argument" not in dispatcher.log_file.read_text()
-        assert dispatcher.events("a changed setting needs a restart", key="stream_directory")
+        dispatcher.wait_event("a changed setting needs a restart", key="stream_directory")
+    assert "the argument" not in dispatcher.log_file.read_text()
 
 
 def test_reload_many_times_in_parallel(dispatcher: Harpcallerd) -> None:

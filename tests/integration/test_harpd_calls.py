@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from support.calls import ACKNOWLEDGED, error, last_call, nothing_is_left, printed, result
+from support.calls import ACKNOWLEDGED, error, nothing_is_left, printed, result
 from support.daemonlog import DEADLINE
 from support.deadline import wait_until
 from support.harpd import Harpd, LineClient
@@ -434,7 +434,7 @@ def test_exception_text_is_cut_with_a_mark(harpd: Harpd) -> None:
 
 def test_traceback_is_logged_as_a_warning(harpd: Harpd) -> None:
     harpd.call("raises_chained")
-    (event,) = harpd.events("procedure raised", call=last_call(harpd, "raises_chained"))
+    event = harpd.wait_event("procedure raised", call=harpd.last_call())
     assert event["level"] == "warning"
     first, *_, last = lines = event["traceback"].splitlines()
     assert (first, last) == ("Traceback (most recent call last):", "ValueError: outer")
@@ -442,7 +442,7 @@ def test_traceback_is_logged_as_a_warning(harpd: Harpd) -> None:
     assert "KeyError: 'key'" in lines
     assert not [line for line in lines if "harpd/worker" in line]  # it begins with the procedure
     harpd.call("raises", "broken")
-    (event,) = harpd.events("procedure raised", call=last_call(harpd, "raises"))
+    event = harpd.wait_event("procedure raised", call=harpd.last_call())
     assert "Broken: <exception str() failed>" in event["traceback"]
 
 
@@ -492,7 +492,7 @@ def test_closed_descriptors_never_corrupt_files(harpd: Harpd, tmp_path: Path) ->
 def test_call_environment(harpd: Harpd) -> None:
     found = result(harpd, "surroundings")
     assert re.fullmatch(r"[0-9a-f-]{36}", found["call"])
-    assert found["call"] == last_call(harpd, "surroundings")
+    assert found["call"] == harpd.last_call()
     assert found["stdin"] == ""
     assert found["sid"]
     kinds = sorted(re.sub(r"\d+", "N", target) for target in found["fds"].values())
@@ -507,7 +507,7 @@ def test_executed_program_inherits_standard_streams_only(harpd: Harpd) -> None:
     limit, call, *status = shown.splitlines()
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     assert int(limit) >= min(soft, 1024)
-    assert call == last_call(harpd, "executed")
+    assert call == harpd.last_call()
     blocked = next(line for line in status if line.startswith("SigBlk"))
     assert int(blocked.split()[1], 16) == 0
 
@@ -518,7 +518,7 @@ def test_signals_have_default_effect(harpd: Harpd) -> None:
 
 def test_printed_lines_are_logged_with_call_id(harpd: Harpd) -> None:
     assert harpd.call("prints", "one\ntwo\n\nno line feed", "to stderr\n") == [ACKNOWLEDGED, {"result": None}]
-    call = last_call(harpd, "prints")
+    call = harpd.last_call()
     wait_until(lambda: len(printed(harpd, call)) >= 5, DEADLINE, "the lines in the log")
     events = [(event["stream"], event["text"]) for event in harpd.events("call printed", call=call)]
     assert [text for stream, text in events if stream == "stdout"] == ["one", "two", "", "no line feed"]
@@ -536,15 +536,15 @@ def test_printed_line_is_logged_immediately(harpd: Harpd, tmp_path: Path) -> Non
 
 def test_printed_bytes_and_long_lines_are_logged(harpd: Harpd) -> None:
     result(harpd, "prints_bytes", "\x00\xff\xfe\n", 1)
-    call = last_call(harpd, "prints_bytes")
+    call = harpd.last_call()
     wait_until(lambda: printed(harpd, call) == ["\x00\\xff\\xfe"], DEADLINE, "the bytes")
     text = "x" + "\u20ac" * 1000
     result(harpd, "prints_bytes", text.encode().decode("latin-1"), 60)
-    call = last_call(harpd, "prints_bytes")
+    call = harpd.last_call()
     wait_until(lambda: "".join(printed(harpd, call)) == text * 60, DEADLINE, "all of the long line")
     assert 18 < len(printed(harpd, call)) < 36
     assert result(harpd, "prints_around", "surrogate") == "surrogate"
-    harpd.wait_event("call printed", call=last_call(harpd, "prints_around"), text="\\ud800 and \u20ac")
+    harpd.wait_event("call printed", call=harpd.last_call(), text="\\ud800 and \u20ac")
 
 
 def test_calls_two_hundred_in_parallel_return(harpd: Harpd, tmp_path: Path) -> None:

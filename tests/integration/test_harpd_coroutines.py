@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from support.calls import error, last_call, nothing_is_left, printed, result
+from support.calls import error, nothing_is_left, printed, result
 from support.daemonlog import DEADLINE
 from support.deadline import wait_until
 from support.harpd import Harpd
@@ -239,7 +239,7 @@ def test_coroutine_returns_records(harpd: Harpd) -> None:
 )
 def test_limit_cancels_the_task(harpd: Harpd, procedure: str, arguments: list[Any], lines: list[str]) -> None:
     assert error(harpd, procedure, *arguments)["type"] == "timeout"
-    call = last_call(harpd, procedure)
+    call = harpd.last_call()
     wait_until(lambda: printed(harpd, call) == lines, DEADLINE, "the output")
 
 

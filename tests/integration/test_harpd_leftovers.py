@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from support.calls import last_call, nothing_is_left, printed
+from support.calls import nothing_is_left, printed
 from support.calls import result as quick_result
 from support.daemonlog import DEADLINE
 from support.deadline import wait_until
@@ -267,7 +267,7 @@ def test_own_children_are_not_reaped_if_subprocess_loads_early(monkeypatch: pyte
 def test_exit_handlers_run_in_reverse_order(harpd: Harpd, tmp_path: Path) -> None:
     assert result(harpd, "exit_handler", str(tmp_path / "path")) is None
     assert (tmp_path / "path").read_text() == "last registered\nfirst registered\n"
-    call = last_call(harpd, "exit_handler")
+    call = harpd.last_call()
     wait_until(lambda: "printed at exit" in printed(harpd, call), DEADLINE, "the output")
     assert any("ValueError: in a handler" in line for line in printed(harpd, call))
 
@@ -328,7 +328,7 @@ def test_subprocess_continues(harpd: Harpd) -> None:
 def test_endless_leftover_is_ended_after_kill_grace(impatient: Harpd, procedure: str) -> None:
     seen = len(impatient.events("process does not exit; sending signal"))
     assert result(impatient, procedure) is None
-    events = impatient.events("process does not exit; sending signal")[seen:]
+    events = impatient.wait_events(seen + 1, "process does not exit; sending signal")[seen:]
     assert [event["signal"] for event in events] == ["SIGTERM"]
 
 

@@ -63,7 +63,7 @@ def test_harpd_metrics_by_command_and_listener(tmp_path: Path) -> None:
             client.lines()
         done = subprocess.run(harpd.command("status", "--metrics"), capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
-        [event] = harpd.events("harpd serves metrics")
+        event = harpd.wait_event("harpd serves metrics")
         with urllib.request.urlopen(f"http://127.0.0.1:{event['port']}/metrics", timeout=30) as reply:
             assert reply.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
             scraped = reply.read().decode()

@@ -223,11 +223,6 @@ def all_dead(found: list[int]) -> bool:
     return all(map(is_dead, found))
 
 
-def call_id(harpd: Harpd, procedure: str) -> str:
-    harpd.wait_event("call started", procedure=procedure)
-    return str(harpd.events("call started", procedure=procedure)[-1]["call"])
-
-
 def test_limit_raises_in_procedure(harpd: Harpd, notes: Path) -> None:
     acknowledged, last = harpd.call("limited", str(notes))
     assert acknowledged == ACKNOWLEDGED
@@ -271,7 +266,7 @@ def test_cancel_raises_in_procedure(harpd: Harpd, notes: Path) -> None:
         assert client.message() == ACKNOWLEDGED
         pid = wait_pid(notes)
     wait_word(notes, "Cancelled")
-    call = call_id(harpd, "sleeps")
+    call = harpd.call_id(client)
     harpd.wait_event("client disconnected; call stopped", call=call)
     assert is_dead(pid)
     assert harpd.wait_event("call ended", call=call)["end"] == "cancelled"
@@ -283,7 +278,7 @@ def test_disconnect_of_stream_cleans_up(harpd: Harpd, notes: Path) -> None:
         assert client.message() == STREAMING
         wait_pid(notes)
     wait_word(notes, "finally")
-    harpd.wait_event("client disconnected; call stopped", call=call_id(harpd, "streams"))
+    harpd.wait_event("client disconnected; call stopped", call=harpd.call_id(client))
     assert all_dead(pids(notes))
 
 
@@ -293,7 +288,7 @@ def test_cancel_kills_all_processes(harpd: Harpd, procedure: str, notes: Path) -
         client.send(harpd.request(procedure, [str(notes)]))
         assert client.message() == ACKNOWLEDGED
         wait_word(notes, "ready")
-    harpd.wait_event("client disconnected; call stopped", call=call_id(harpd, procedure))
+    harpd.wait_event("client disconnected; call stopped", call=harpd.call_id(client))
     assert len(pids(notes)) == 3
     assert all_dead(pids(notes))
 
@@ -302,7 +297,7 @@ def test_cancel_kills_breeding_processes(harpd: Harpd, notes: Path) -> None:
     with harpd.connect() as client:
         client.send(harpd.request("breeds", [str(notes)]))
         wait_until(lambda: len(pids(notes)) > 10, DEADLINE, "some children")
-    harpd.wait_event("client disconnected; call stopped", call=call_id(harpd, "breeds"))
+    harpd.wait_event("client disconnected; call stopped", call=harpd.call_id(client))
     assert all_dead(pids(notes))
 
 

@@ -10,7 +10,7 @@ import pytest
 from harp_daemon.settings import ConfigError
 from harpd.cli import parser
 from harpd.config.loaded import CommandLine, check
-from support.calls import error, last_call, nothing_is_left, printed, result
+from support.calls import error, nothing_is_left, printed, result
 from support.daemonlog import DEADLINE
 from support.deadline import wait_until
 from support.harpd import Harpd, is_dead
@@ -62,7 +62,7 @@ def print_empty_lines():
 def test_empty_lines_do_not_multiply_into_the_log(tmp_path: Path) -> None:
     with Harpd(tmp_path, EMPTY_LINES) as harpd:
         assert result(harpd, "print_empty_lines") == "printed"
-        call = last_call(harpd, "print_empty_lines")
+        call = harpd.last_call()
         wait_until(lambda: printed(harpd, call).count("text") == 2, DEADLINE, "the last line")
         assert sorted(printed(harpd, call)) == ["", "", "", "text", "text"]
         assert harpd.log_file.stat().st_size < 32 * 1024
@@ -73,9 +73,10 @@ def test_procedures_file_unruly_does_not_harm_harpd(tmp_path: Path) -> None:
     with harpd:
         assert harpd.wait_event("procedures file started threads")["threads"] == 1
         assert result(harpd, "setting")[:3] == ["/", "here", ""]
+        setting = harpd.last_call()
         assert error(harpd, "slow")["type"] == "timeout"
         harpd.wait_event("call printed", procedure="slow", text="cleaned up")
-        assert "no line feed" not in printed(harpd, last_call(harpd, "setting"))
+        assert "no line feed" not in printed(harpd, setting)
         zygote = harpd.zygote
         assert harpd.reload()["event"] == "reloaded"
         wait_until(lambda: is_dead(zygote), DEADLINE, "the end of the zygote that has threads")
@@ -174,7 +175,7 @@ def start(script, pid):
     script = f"while [ ! -e {go} ]; do sleep 0.05; done; echo still here; echo and here >&2; echo $? > {go}"
     with Harpd(tmp_path / "harpd", procedures) as harpd:
         assert result(harpd, "start", script, str(pid)) is None
-        call = last_call(harpd, "start")
+        call = harpd.last_call()
         wait_until(lambda: harpd.status()["calls"] == 0, DEADLINE, "the call's end")
         assert harpd.reload()["event"] == "reloaded"
         assert not is_dead(int(pid.read_text()))

@@ -25,11 +25,6 @@ CALL_LIST_KEEP_ALIVE = {"harp": 1, "calls": [], "instance": "w1", "keep_alive": 
 ACKNOWLEDGEMENT_KEEP_ALIVE = {**acknowledgement(), "keep_alive": 60}
 
 
-def peers(harpd: Harpd) -> list[str]:
-    """Return the peer addresses of the calls."""
-    return [event["peer"] for event in harpd.events("call accepted")]
-
-
 @pytest.fixture
 def harpd(tmp_path: Path) -> Harpd:
     return Harpd(tmp_path / "harpd", PROCEDURES, {"limits": {"kill_grace": 1}}, services=True)
@@ -53,7 +48,7 @@ def test_pool_reuses_one_connection_after_any_end(harpd: Harpd, tmp_path: Path) 
             for job in (host.fail("text"), host.too_long()):
                 with pytest.raises(Exception, match=r"text|limit"):
                     job.get()
-        found = peers(harpd)
+        found = [event["peer"] for event in harpd.wait_events(20, "call accepted")]
         assert len(found) == 20
         # A call may start before the previous one has returned its connection.
         assert len(set(found)) <= 4

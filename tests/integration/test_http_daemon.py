@@ -108,12 +108,12 @@ def test_http_reload_is_all_or_nothing(daemon: Daemon) -> None:
                 assert client.get("/openapi.json").status_code == 200
             daemon.configure({**settings, "http": {**http, "base_path": "/harp"}, "request_line": 2000})
             assert daemon.reload()["event"] == "reloaded"
-            assert daemon.events("a changed setting needs a restart")[-1]["key"] == "http.base_path"
+            daemon.wait_event("a changed setting needs a restart", key="http.base_path")
             long = client.post("/jobs", json={**CALL, "info": "x" * 3000})
             assert (long.status_code, long.json()["code"]) == (413, "too_long")
             daemon.configure({**settings, "http": None})
             assert daemon.reload()["event"] == "reloaded"
-            assert daemon.events("a changed setting needs a restart")[-1]["key"] == "http"
+            daemon.wait_event("a changed setting needs a restart", key="http")
             assert client.get("/openapi.json").status_code == 200
     finally:
         daemon.configure(settings)

@@ -15,6 +15,7 @@ import pytest
 from harpcaller.config import Address, HTTPSettings
 from harpcaller.http import server
 from support.certificates import server_files
+from support.deadline import eventually
 from support.dispatcher import host_line
 from support.http_api import RunningAPI, running_api
 from support.peers import Peer
@@ -162,7 +163,7 @@ async def test_http_bodies_have_limits(tmp_path: Path) -> None:
                 other = api.headers_of(f"other{number}", "admin")["Authorization"]  # each client has its share
                 request = request.replace(api.authorization, f"Authorization: {other}\r\n")
                 waiting[-1][1].write(request.encode() + text[:-1])
-            await asyncio.sleep(0.3)
+            await eventually(lambda: api.api.service.memory.available < 50 * KIB, what="both bodies")
             writer.write(post(api, text))
             assert status(await read_head(reader)) == 429
             for held, sender in waiting:

@@ -15,6 +15,7 @@ import pytest
 from harpcaller.access.policy import Action
 from harpcaller.access.tokens import revoke_token
 from harpcaller.config import HTTPSettings
+from support.audit_entries import read_audit
 from support.deadline import eventually
 from support.dispatcher import call, host_line
 from support.http_api import RunningAPI, running_api
@@ -68,7 +69,7 @@ async def test_http_login_of_a_stranger_is_no_denial(tmp_path: Path) -> None:
         for path in ("/me", f"/jobs/{'0' * 8}-0000-0000-0000-{'0' * 12}"):
             assert (await alice.get(path)).status_code == (await alice.head(path)).status_code == 401
         await log_in(api, alice, "viewer")
-        assert not denials(file)
+        assert not read_audit(file, decision="denied")
         for cookie in ("harp=ended", ""):
             refused = [
                 await alice.get("/me", headers={"Cookie": cookie, "Authorization": "" if cookie else "Bearer x"}),
@@ -76,12 +77,7 @@ async def test_http_login_of_a_stranger_is_no_denial(tmp_path: Path) -> None:
                 await alice.post("/session", json={"link": "wrong"}, headers={"Cookie": cookie}),
             ]
             assert [reply.status_code for reply in refused] == [401] * 3
-        assert len(denials(file)) == 6
-
-
-def denials(audit_file: Path) -> list[Any]:
-    entries = [json.loads(line) for line in audit_file.read_text().splitlines()]
-    return [entry for entry in entries if entry.get("decision") == "denied"]
+        assert len(read_audit(file, decision="denied")) == 6
 
 
 async def test_http_token_logs_in_and_its_session_ends_with_it(tmp_path: Path) -> None:

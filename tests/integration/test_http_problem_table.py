@@ -332,8 +332,7 @@ async def stopping_dispatcher(fault: Fault) -> httpx.Response:
     headers = {"Content-Type": "application/json"}
     request = asyncio.create_task(fault.api.client.post("/jobs", content=body(), headers=headers))
     await entered.wait()
-    await fault.wait_for(lambda: fault.api.api.server.acceptor.connections)
-    await asyncio.sleep(0.2)
+    await fault.wait_for(lambda: fault.api.api.service.bodies_of)
     await fault.api.api.aclose()
     return await request
 

@@ -13,6 +13,7 @@ import pytest
 
 from harpcaller.config import HTTPSettings
 from harpcaller.http.problems import CODES
+from support.deadline import eventually
 from support.dispatcher import host_line, until
 from support.http_api import running_api
 from support.peers import Peer
@@ -187,7 +188,7 @@ async def test_http_stopping_dispatcher_is_a_problem(tmp_path: Path) -> None:
 
         request = asyncio.create_task(api.client.post("/jobs", content=body(), headers=JSON))
         await entered.wait()
-        await asyncio.sleep(0.2)
+        await eventually(lambda: api.api.service.bodies_of, what="the request in progress")
         await api.api.aclose()
         assert is_problem(await request, 503, "stopping")
         with pytest.raises(httpx.ConnectError):

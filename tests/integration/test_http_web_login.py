@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from support.audit_entries import read_audit
 from support.harpcallerd import Harpcallerd
 
 HTTP = {"listen": ["127.0.0.1:0"]}
@@ -67,7 +67,7 @@ def test_web_login_session_survives_a_killed_dispatcher(tmp_path: Path) -> None:
         text = file.read_text()
         for secret in secrets:
             assert secret not in text, file
-    entries = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    entries = read_audit(tmp_path / "audit.jsonl")
     actions = [(entry["action"], entry["principal"]) for entry in entries if "principal" in entry]
     assert ("web-login", "administrator") in actions
     assert ("login", "user:alice") in actions

@@ -91,7 +91,7 @@ def test_status_has_the_checks(dispatcher: Harpcallerd) -> None:
 
     wait_until(lambda: all(status().values()), what="a dispatcher that is ready")
     assert status().keys() == {"store", "hosts", "recovery", "serving"}
-    assert dispatcher.events("harpcallerd is ready")
+    dispatcher.wait_event("harpcallerd is ready")
 
 
 def test_dispatcher_that_is_not_ready_says_why(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_dispatcher_that_is_not_ready_says_why(tmp_path: Path) -> None:
         assert "harpcallerd: not ready: hosts: the hosts registry is not loaded yet\n" in done.stderr
         assert not dispatcher.events("harpcallerd is ready")
         (tmp_path / "go").touch()
-        wait_until(lambda: dispatcher.events("harpcallerd is ready"), what="a dispatcher that is ready")
+        dispatcher.wait_event("harpcallerd is ready")
 
 
 def test_dispatcher_without_http_imports_no_web_package(tmp_path: Path) -> None:

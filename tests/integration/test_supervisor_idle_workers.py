@@ -193,11 +193,8 @@ def test_worker_serves_streaming_calls(supervisor: Supervisor) -> None:
 def test_worker_survives_exception_not_wrong_arguments(supervisor: Supervisor) -> None:
     first = supervisor.result("spin", 0)
     assert supervisor.closing_line("spin", "no number")["exception"]["type"] == "TypeError"
-    assert supervisor.result("spin", 0) == {
-        **first,
-        "calls": 2,
-        "cookie": supervisor.events("call started")[-1]["call"],
-    }
+    with supervisor.call("spin", [0]) as call:
+        assert call.lines()[-1]["result"] == {**first, "calls": 2, "cookie": call.id}
     assert supervisor.closing_line("spin", 1, 2)["error"]["type"] == "invalid_argument_list"
     assert supervisor.result("spin", 0)["calls"] == 1
 
@@ -212,7 +209,7 @@ def test_stop_ends_worker(supervisor: Supervisor, tmp_path: Path) -> None:
     with supervisor.call("meet", [str(path), str(tmp_path / "never")]) as call:
         call.line()
         wait_until(path.exists)
-        pid = supervisor.events("call started")[-1]["pid"]
+        pid = supervisor.wait_event("call started", call=call.id)["pid"]
         call.stop()
     assert not psutil.pid_exists(pid)
 
@@ -252,7 +249,7 @@ def test_exit_info_of_reused_worker_counts_its_call_only(tmp_path: Path) -> None
         used = [finish(supervisor, "spin", seconds)[0]["cpu"] for seconds in (0.2, 0.0, 0.1)]
         assert 0.2 <= used[0] < 0.3 + used[1]  # type: ignore[operator]
         assert 0.1 <= used[2] < 0.2  # type: ignore[operator]
-        events = supervisor.events("call printed")
+        events = supervisor.wait_events(2, "call printed")
         assert [event["text"] for event in events] == ["why one", "why two"]
         assert len({event["call"] for event in events}) == 2
 

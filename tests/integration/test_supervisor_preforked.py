@@ -101,7 +101,7 @@ def test_preforked_worker_killed_with_arguments_fails_its_call(supervisor: Super
             process.suspend()
         with supervisor.call("note", [str(path)]) as call:
             assert call.line() == PLAIN
-            pid = supervisor.events("call started", procedure="note")[-1]["pid"]
+            pid = supervisor.wait_event("call started", call=call.id)["pid"]
             assert pid in {process.pid for process in waiting}
             os.kill(pid, signal.SIGKILL)
             assert call.line()["error"]["type"] == "call_died"

@@ -195,7 +195,9 @@ async def _seed(directory: Path, seed: Callable[[Store], Awaitable[None]]) -> No
 @contextmanager
 def running_browser() -> Iterator[Browser]:
     """Run Chromium; skip the test if there is none."""
-    options = ["--disable-dev-shm-usage"] + (["--no-sandbox"] if os.geteuid() == 0 else [])
+    # A place is reached at once, not in a time that depends on the machine.
+    options = ["--disable-dev-shm-usage", "--disable-smooth-scrolling"]
+    options += ["--no-sandbox"] if os.geteuid() == 0 else []
     with sync_playwright() as playwright:
         program = find_chromium(playwright)
         if program is None:

@@ -34,7 +34,3 @@ def error(harpd: Harpd, procedure: str, *arguments: Any) -> Any:
 
 def printed(harpd: Harpd, call: str) -> list[str]:
     return [event["text"] for event in harpd.events("call printed", call=call)]
-
-
-def last_call(harpd: Harpd, procedure: str) -> str:
-    return str(harpd.events("call started", procedure=procedure)[-1]["call"])

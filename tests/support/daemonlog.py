@@ -1,4 +1,8 @@
-"""The log of a daemon under test: JSON lines, and any other output on its stdout and stderr."""
+"""The log of a daemon under test: JSON lines, and any other output on its stdout and stderr.
+
+A daemon writes its events at the end of a turn of its loop, or in a thread: later than a reply of that turn. So a test
+waits for events, and counts them when it has waited for one that is behind them in the log of the same process.
+"""
 
 from __future__ import annotations
 
@@ -50,4 +54,13 @@ class DaemonLog:
 
     def wait_event(self, name: str, **fields: Any) -> dict[str, Any]:
         """Wait until the log has the event; return the first match."""
-        return wait_until(lambda: self.events(name, **fields), DEADLINE, f"the event {name!r} {fields}")[0]
+        return self.wait_events(1, name, **fields)[0]
+
+    def wait_events(self, count: int, *names: str, **fields: Any) -> list[dict[str, Any]]:
+        """Wait until the log has so many events with one of these names and with these fields; return all."""
+
+        def found() -> list[dict[str, Any]] | None:
+            events = self.events(*names, **fields)
+            return events if len(events) >= count else None
+
+        return wait_until(found, DEADLINE, f"{count} events {names} {fields}") or []

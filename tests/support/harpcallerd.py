@@ -26,6 +26,8 @@ from support.daemonlog import DEADLINE, DaemonLog
 from support.deadline import wait_until
 from support.toml import toml
 
+#: Logged for each address: of the client API, then of the HTTP API.
+_SERVING = "harpcallerd is serving", "harpcallerd is serving HTTP"
 #: Maximum length of a Unix socket's path, with a margin.
 _LONGEST_PATH = 100
 
@@ -128,7 +130,7 @@ class Harpcallerd(DaemonLog):
         start = self.command("start", f"--config={self.config_file}", *self._options)
         self._configured_port = self.port
         self.configure(self._settings)
-        seen = len(self.events("harpcallerd is serving"))
+        seen = len(self.events(*_SERVING))
         with self.log_file.open("ab") as log:
             self._process = subprocess.Popen(
                 [*limit, *start],
@@ -143,14 +145,17 @@ class Harpcallerd(DaemonLog):
         except BaseException:
             self.kill()
             raise
-        self.port = next((event["port"] for event in serving if "port" in event), 0)
+        self.port = next((event["port"] for event in serving if event["event"] == _SERVING[0] and "port" in event), 0)
         return self
 
     def _serves(self, seen: int) -> list[dict[str, Any]]:
+        """Return the events about all addresses, the last events of its start; none before all are there."""
         assert self._process is not None
         status = self._process.poll()
         assert status is None, f"harpcallerd ended with {status} at its start:\n{self.log_file.read_text()}"
-        return self.events("harpcallerd is serving")[seen:]
+        addresses = [*self._settings.get("listen", [""]), *(self._settings.get("http") or {}).get("listen", [])]
+        found = self.events(*_SERVING)[seen:]
+        return found if len(found) >= len(addresses) else []
 
     @property
     def pid(self) -> int:

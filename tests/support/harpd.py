@@ -86,6 +86,7 @@ class Harpd(DaemonLog):
         self._options = options
         self._descriptors = descriptors
         self._frontend: subprocess.Popen[bytes] | None = None
+        self._last_client: LineClient
         self._services = services
         self._launcher: subprocess.Popen[bytes] | None = None
         self._prefix: list[str] = []
@@ -377,10 +378,19 @@ class Harpd(DaemonLog):
         return reply
 
     def call(self, procedure: str, *arguments: Any) -> list[Any]:
-        """Call a procedure; return all messages, decoded."""
+        """Call a procedure; return all messages, decoded. `last_call` returns its id."""
         with self.connect() as client:
+            self._last_client = client
             client.send(self.request(procedure, list(arguments)))
             return client.lines()
+
+    def call_id(self, client: LineClient) -> str:
+        """Wait until the call of a client is accepted; return its id."""
+        return str(self.wait_event("call accepted", peer=client.address)["call"])
+
+    def last_call(self) -> str:
+        """Return the id of the last call by `call`."""
+        return self.call_id(self._last_client)
 
 
 def is_dead(pid: int) -> bool:
@@ -403,6 +413,8 @@ class LineClient:
 
     def __init__(self, host: str, port: int, context: ssl.SSLContext) -> None:
         plain = socket.create_connection((host, port), DEADLINE)
+        #: Its own address, as the log has it.
+        self.address = ":".join(map(str, plain.getsockname()))
         try:
             self.socket = context.wrap_socket(plain, server_hostname="localhost")
         except BaseException:

@@ -36,7 +36,7 @@ from harpd.supervisor.frames import (
     encode_frame,
 )
 from harpd.supervisor.listener import ACTIVE_SOCKET
-from support.daemonlog import decode_events
+from support.daemonlog import DaemonLog
 from support.deadline import wait_until
 from support.leftovers import COOKIE_VARIABLE
 from support.other_user import as_user
@@ -65,7 +65,7 @@ _LOGGING = {
 }
 
 
-class Supervisor:
+class Supervisor(DaemonLog):
     """A supervisor and its launcher's part; a context manager that starts it and ends it by `shutdown`.
 
     Args:
@@ -329,27 +329,13 @@ class Supervisor:
 
     # Its log.
 
-    def events(self, name: str | None = None, **fields: Any) -> list[dict[str, Any]]:
-        """Return the log events with this name and these fields."""
-        lines = self.log_file.read_text("utf-8", "replace").splitlines()
-        return [
-            event
-            for event in decode_events(lines)
-            if name in (None, event["event"]) and fields.items() <= event.items()
-        ]
-
-    def wait_event(self, name: str, **fields: Any) -> dict[str, Any]:
-        """Wait until the log has the event; return the first match."""
-        return wait_until(lambda: self.events(name, **fields), DEADLINE, f"the event {name!r} {fields}")[0]
-
     def logged_bugs(self) -> list[str]:
         """Return the log lines that no peer and no procedure may cause."""
-        lines = self.log_file.read_text("utf-8", "replace").splitlines()
         marks = ("Traceback", "callback failed", "Exception ignored", "Fatal Python error")
         of_procedures = ("call printed", "procedure raised")
         return [
             line
-            for line in lines
+            for line in self.log_lines()
             if any(map(line.__contains__, marks)) and not any(map(line.__contains__, of_procedures))
         ]
 

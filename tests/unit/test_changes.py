@@ -16,6 +16,7 @@ from harp.protocol.json_text import Raw, dumps
 from harpcaller.changes import ChangeFeed, Event, LiveJobs, Position, Reset, Subscription, View
 from harpcaller.model.changes import Change, ChangeKind
 from harpcaller.model.jobs import JobSummary, State
+from support.deadline import eventually
 
 
 def changes(*job_ids: str) -> list[Change]:
@@ -312,14 +313,12 @@ async def test_watchers_are_called_for_their_job_only() -> None:
     end = jobs.live.watch("a", lambda: told.append("a"))
     jobs.live.watch(None, lambda: told.append("any"))
     jobs.put(summary("b"))
-    await asyncio.sleep(0.1)
+    await eventually(lambda: told == ["any"])
     jobs.put(summary("a"))
-    await asyncio.sleep(0.4)
-    assert told == ["any", "any", "a"]
+    await eventually(lambda: told == ["any", "any", "a"])
     end()
     jobs.put(summary("a"))
-    await asyncio.sleep(0.4)
-    assert told == ["any", "any", "a", "any"]
+    await eventually(lambda: told == ["any", "any", "a", "any"])
 
 
 async def test_a_failed_read_lets_readers_ask_again() -> None:
