@@ -16,6 +16,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from harp_daemon.der import certificate_fields, elements
+from harp_daemon.regular_files import read_regular
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ def read_validities(file: Path, content: bytes | None = None) -> list[Validity]:
     `content`: of the file; None: it is read.
     """
     found = []
-    content = file.read_bytes() if content is None else content
+    content = read_regular(file) if content is None else content
     for number, text in enumerate(_PEM.findall(content.decode("ascii", "replace")), 1):
         try:
             found.append(Validity(file, number, *_read_dates(ssl.PEM_cert_to_DER_cert(text))))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import ssl
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+from harp_daemon.regular_files import open_regular
 from harp_daemon.settings import ConfigError, set_minimum_version
 from harp_daemon.watched_file import WatchedFile
 
@@ -71,7 +73,7 @@ def server_context(
         try:
             if file is not None:
                 with readable_path(file) as path:
-                    path.open("rb").close()
+                    os.close(open_regular(path))
         except OSError as error:
             raise ConfigError(f"{where}.{key}: {file}: {error.strerror}") from error
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

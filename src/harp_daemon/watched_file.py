@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
+from harp_daemon.regular_files import read_regular
+
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -64,7 +66,7 @@ class WatchedFile(Generic[T]):
         self._pending = _identify_if_exists(self._files)  # at the last check
         self._newest = self._pending, if_missing  # the latest parsed contents, which may not be in use
         if self._pending is not None or if_missing is None:
-            self._newest = _identify(self._files), parse(file.read_bytes())
+            self._newest = _identify(self._files), parse(read_regular(file))
         first = self._newest[1]
         assert first is not None
         self._identity, self._value = (self._newest[0], first) if in_use is None else (None, in_use)
@@ -94,7 +96,7 @@ class WatchedFile(Generic[T]):
         identity = _identify_if_exists(self._files)
         if identity is not None and identity != self._newest[0]:
             try:
-                self._newest = identity, self._parse(self.file.read_bytes())
+                self._newest = identity, self._parse(read_regular(self.file))
             except (OSError, ValueError):
                 self._newest = identity, value
         return self._newest[1] or value
@@ -131,7 +133,7 @@ class WatchedFile(Generic[T]):
 
     def _read(self, identity: _Identities | None, force: bool) -> None:
         try:
-            value = self._parse(self.file.read_bytes())
+            value = self._parse(read_regular(self.file))
             if _identify(self._files) != identity:  # it has changed during the read
                 self.is_settled = False
                 return

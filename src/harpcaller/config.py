@@ -23,6 +23,7 @@ from typing import Annotated, Any, Self
 import msgspec
 from msgspec import Meta
 
+from harp_daemon.regular_files import read_regular
 from harp_daemon.settings import DEFAULT_TLS_MINIMUM, TLS_VERSIONS, Bytes, ConfigError, Count, check_choice, convert
 
 DEFAULT_FILE = Path("/etc/harpcaller/harpcaller.toml")  #: The default path of the configuration file.
@@ -264,7 +265,7 @@ def load(file: Path = DEFAULT_FILE) -> Config:
         return file.absolute().parent / value
 
     try:
-        members = tomllib.loads(file.read_bytes().decode("utf-8-sig"))
+        members = tomllib.loads(read_regular(file).decode("utf-8-sig"))
     except OSError as error:
         hint = "; copy examples/harpcaller.toml, or use --config" if isinstance(error, FileNotFoundError) else ""
         raise ConfigError(f"{file}: {error.strerror}{hint}") from error

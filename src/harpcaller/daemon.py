@@ -29,6 +29,7 @@ from harp_daemon.audit_file import check_usable
 from harp_daemon.expiry import Validity, log_expiry_regularly, read_validities
 from harp_daemon.file_modes import describe_reader
 from harp_daemon.process import ProcessError, notify_service_manager
+from harp_daemon.regular_files import read_regular
 from harp_daemon.settings import ConfigError, report_restart_needed
 from harp_daemon.sockets import Listener, ListenError, listen_unix
 from harpcaller.access.identities import Identities
@@ -373,7 +374,7 @@ def _describe_program(config: Config, dispatcher: Dispatcher) -> dict[str, Any]:
     """Return the fields of an entry about the daemon and its settings."""
     digest = None
     with suppress(OSError):
-        digest = sha256(config.file.read_bytes()).hexdigest()
+        digest = sha256(read_regular(config.file)).hexdigest()
     listeners = [str(address) for address in config.listen]
     settings = {"config": str(config.file), "config_sha256": digest, **dispatcher.access.source.describe_version()}
     return {"version": __version__, "pid": os.getpid(), "listen": listeners, **settings}

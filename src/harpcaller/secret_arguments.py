@@ -24,6 +24,7 @@ from harp.protocol.ends import Failed, Raised, Returned
 from harp.protocol.harpd import ExitInfo, Message, Record, StopReport
 from harp.protocol.json_text import Raw, dumps, loads
 from harp.protocol.schema import ProtocolError
+from harp_daemon.regular_files import open_regular
 from harp_daemon.secret_values import MASK, MAX_ARGUMENTS, MAX_TEXTS, find_texts, forms_of, mask_texts, replace_value
 from harp_daemon.settings import ConfigError
 from harp_daemon.stable_files import replace_file
@@ -156,7 +157,7 @@ def load_keys(file: Path) -> SecretKeys:
     """Read a key file: a line ``ID KEY`` for each key, hexadecimal and Base64. Raises `ConfigError`."""
     keys: dict[bytes, _Key] = {}
     try:
-        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        descriptor = open_regular(file, os.O_NOFOLLOW)
         with open(descriptor, encoding="ascii") as opened:
             status = os.fstat(descriptor)
             if status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
+from harp_daemon.regular_files import read_regular
 from harp_daemon.settings import ConfigError
 from harpcaller.access.client import LOCAL_ADMINISTRATOR, Client
 from harpcaller.access.rules import (
@@ -253,7 +254,7 @@ ALLOW_ALL = Policy(by_default=frozenset({Action.CALL, Action.READ, Action.CANCEL
 def load(path: Path) -> Policy:
     """Return the policy of a file. Raises `ConfigError`."""
     try:
-        text = path.read_bytes()
+        text = read_regular(path)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
     return parse(path, text)

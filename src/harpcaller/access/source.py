@@ -11,6 +11,7 @@ from collections.abc import Set
 from typing import Any
 
 from harp_daemon.file_modes import describe_writer
+from harp_daemon.regular_files import read_regular
 from harp_daemon.settings import ConfigError
 from harp_daemon.watched_file import WatchedFile
 from harpcaller.access.policy import ALLOW_ALL, Policy, parse
@@ -65,7 +66,7 @@ def _watch(config: Config) -> WatchedFile[Policy] | None:
 
     try:
         with file_errors(config, "access_file"):
-            file.read_bytes()
+            read_regular(file)
         return WatchedFile(file, parse_text)
     except (OSError, ValueError) as error:
         raise ConfigError(str(error)) from error

@@ -37,6 +37,7 @@ from harp.protocol.schema import (
     decode_object,
     encode_object,
 )
+from harp_daemon.regular_files import read_regular
 from harp_daemon.watched_file import WatchedFile
 from harpcaller.config import Config, file_errors
 from harpcaller.hosts.script import ScriptFailed, run_script
@@ -241,7 +242,7 @@ class HostsRegistry:
             watched = _watch_hosts_file(config, None if watched is None else watched.value)
         else:
             with file_errors(config, "hosts_file"):
-                watched.file.read_bytes()
+                read_regular(watched.file)
         self._watched_file = watched
         if config.host_db_script is None:
             self._cached, self._script_rejected, self._script_error = CachedHosts(), (), None
@@ -429,7 +430,7 @@ def _watch_hosts_file(config: Config, in_use: HostList | None = None) -> Watched
 
 def read_hosts_file(file: Path) -> HostList:
     """Return the hosts of a file. Raises OSError."""
-    return parse_hosts(file.read_bytes().split(b"\n"), file)
+    return parse_hosts(read_regular(file).split(b"\n"), file)
 
 
 def read_tags(config: Config) -> dict[str, tuple[str, ...]]:
@@ -530,7 +531,7 @@ def parse_hosts(lines: Sequence[bytes], source: object) -> HostList:
 def read_cache(file: Path) -> CachedHosts:
     """Return the cached hosts; an empty value if the file does not exist or has another format. Raises OSError."""
     try:
-        header, *lines = file.read_bytes().split(b"\n")
+        header, *lines = read_regular(file).split(b"\n")
     except FileNotFoundError:
         return CachedHosts()
     refreshed_at = _parse_header(header)

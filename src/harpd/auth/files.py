@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from harp_daemon.regular_files import check_regular, open_regular
+
 __all__ = ["Files"]
 
 _READ_SIZE = 1 << 16
@@ -21,7 +23,7 @@ class Files:
 
     def open(self, path: Path) -> int:
         """Return a descriptor for reading a file; the caller closes it."""
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return open_regular(path)
 
     def stat(self, path: Path) -> os.stat_result:
         """Return the status of a file."""
@@ -31,6 +33,7 @@ class Files:
         """Return the content of a file."""
         descriptor = self.open(path)
         try:
+            check_regular(os.fstat(descriptor))
             return b"".join(iter(lambda: os.read(descriptor, _READ_SIZE), b""))
         finally:
             os.close(descriptor)

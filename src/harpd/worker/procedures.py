@@ -6,6 +6,7 @@ import os
 import sys
 from types import MappingProxyType, ModuleType
 
+from harp_daemon.regular_files import read_regular
 from harpd.proc import Procedure, check_function, check_options
 
 TYPE_CHECKING = False
@@ -29,8 +30,7 @@ def load_procedures(file: str | os.PathLike[str]) -> Mapping[str, Procedure]:
     module = sys.modules[_MODULE_NAME] = ModuleType(_MODULE_NAME)
     module.__file__ = path
     try:
-        with open(path, "rb") as opened:
-            text = opened.read()
+        text = read_regular(path)
         code = compile(text, path, "exec", dont_inherit=True)  # without the __future__ imports of this module
         exec(code, module.__dict__)  # noqa: S102 - running it is the purpose
     except BaseException as error:
