@@ -23,6 +23,7 @@ from harpd.control.supervisor_client import (
     SupervisorClient,
     SupervisorError,
     SupervisorNotRunning,
+    check_directory,
     find_runtime_directory,
 )
 from harpd.frontend import service
@@ -86,7 +87,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run_command(options: CommandLine) -> int:
     if options.test:
-        for warning in check(options):
+        warnings = check(options)
+        check_directory(load(options.config).runtime_directory, options.config)
+        for warning in warnings:
             print_escaped(f"harpd: warning: {warning}", file=sys.stderr)
         print_escaped("config OK")
         return 0

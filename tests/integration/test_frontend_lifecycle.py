@@ -56,6 +56,46 @@ def break_users(harpd: Harpd) -> None:
     harpd.configure({"authentication": {"module": "harpd.auth.passfile", "file": "/nowhere"}})
 
 
+def use_pipe(*keys: str) -> Any:
+    """Return a function that makes a file of the configuration a named pipe; opening it would wait for a writer."""
+
+    def break_(harpd: Harpd) -> None:
+        pipe = harpd.directory / "pipe"
+        os.mkfifo(pipe, 0o600)
+        section, key = keys
+        more = {"module": "harpd.auth.passfile"} if section == "authentication" else {}
+        harpd.configure({section: {key: str(pipe), **more}})
+
+    return break_
+
+
+def use_pipe_as(attribute: str) -> Any:
+    """Return a function that replaces a file of the command line by a named pipe."""
+
+    def break_(harpd: Harpd) -> None:
+        file: Path = getattr(harpd, attribute)
+        file.unlink()
+        os.mkfifo(file, 0o600)
+
+    return break_
+
+
+def use_file_as_runtime_directory(harpd: Harpd) -> None:
+    harpd.runtime_directory.touch()
+
+
+def use_directory_in_a_file(harpd: Harpd) -> None:
+    harpd.configure({"runtime_directory": str(harpd.certfile / "run")})
+
+
+def name_no_user(harpd: Harpd) -> None:
+    harpd.configure({"default_user": "no-such-user"})
+
+
+def name_no_group(harpd: Harpd) -> None:
+    harpd.configure({"default_group": "no-such-group"})
+
+
 def break_certificate(harpd: Harpd) -> None:
     harpd.procedures_file.write_text(CHANGED)
     harpd.certfile.write_text("garbage")
@@ -281,6 +321,14 @@ def test_test_option_prints_ok_and_has_no_effect(harpd: Harpd, tmp_path: Path) -
         (break_users, "No such file or directory"),
         (break_certificate, "network.certfile: expected PEM files"),
         (break_logging, "logging.conf: Unable to configure handler 'a'"),
+        (use_pipe("authentication", "file"), "authentication.file: "),
+        (use_pipe("network", "certfile"), "pipe: expected a regular file, got a named pipe"),
+        (use_pipe("network", "keyfile"), "pipe: expected a regular file, got a named pipe"),
+        (use_pipe_as("config_file"), "harpd.conf: expected a regular file, got a named pipe"),
+        (use_pipe_as("logging_file"), "logging.conf: expected a regular file, got a named pipe"),
+        (use_pipe_as("procedures_file"), "procedures.py: expected a regular file, got a named pipe"),
+        (use_file_as_runtime_directory, "runtime_directory: {directory}/run: Not a directory"),
+        (use_directory_in_a_file, "runtime_directory: {directory}/server.pem/run: Not a directory"),
     ],
 )
 def test_test_option_reports_each_error_in_one_line(harpd: Harpd, break_: Any, expected: str) -> None:
@@ -289,7 +337,7 @@ def test_test_option_reports_each_error_in_one_line(harpd: Harpd, break_: Any, e
     assert (outcome.returncode, outcome.stdout) == (1, "")
     (line,) = outcome.stderr.splitlines()
     assert line.startswith("harpd: ")
-    assert expected in line
+    assert expected.format(directory=harpd.directory) in line
     started = run(harpd)
     assert started.returncode == 1
     assert "Traceback" not in started.stderr
@@ -317,15 +365,25 @@ def test_test_option_warns_of_later_failures(harpd: Harpd) -> None:
         "threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
         "@procedure(uid='no-such-user')\ndef p(): pass\n"
     )
-    outcome = run(harpd, "--test", "--default-group", "no-such-group")
+    outcome = run(harpd, "--test")
     assert (outcome.returncode, outcome.stdout) == (0, "config OK\n")
     expected = (
         "started 1 thread(s), which will be missing in calls",
-        "unknown group: 'no-such-group'; calls will fail",
         "unknown user: 'no-such-user'; calls will fail",
     )
     for line, end in zip(outcome.stderr.splitlines(), expected, strict=True):
         assert line.endswith(f": {end}")
+
+
+@pytest.mark.parametrize(
+    ("break_", "expected"),
+    [(name_no_user, "unknown user: 'no-such-user'"), (name_no_group, "unknown group: 'no-such-group'")],
+)
+def test_test_option_refuses_an_unknown_default_user(harpd: Harpd, break_: Any, expected: str) -> None:
+    break_(harpd)
+    outcome = run(harpd, "--test")
+    assert (outcome.returncode, outcome.stdout) == (1, "")
+    assert outcome.stderr == f"harpd: {harpd.config_file}: default_user, default_group: {expected}\n"
 
 
 def test_test_option_hides_output_of_the_procedures_file(harpd: Harpd) -> None:

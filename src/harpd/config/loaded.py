@@ -293,37 +293,37 @@ def check(options: CommandLine, timeout: float = LOAD_TIMEOUT) -> list[str]:
             null = os.open(os.devnull, os.O_RDWR)
             for stream in (0, 1, 2):
                 os.dup2(null, stream)
-            try:
-                result = {"error": "", "warnings": _load_everything(options)}
-            except BaseException as error:  # noqa: BLE001 - any exception of the loaded code is reported
-                result = {"error": one_line(error) or type(error).__name__}
             with os.fdopen(writing_end, "w") as report:
+                try:
+                    warnings = _load_everything(options, lambda step: print(json.dumps(step), file=report, flush=True))
+                    result = {"error": "", "warnings": warnings}
+                except BaseException as error:  # noqa: BLE001 - any exception of the loaded code is reported
+                    result = {"error": one_line(error) or type(error).__name__}
                 json.dump(result, report)
         finally:
             os._exit(0)
     os.close(writing_end)
     try:
-        text = _read_report(reading_end, child, timeout)
+        text, ended = _read_report(reading_end, child, timeout)
     finally:
         os.close(reading_end)
         with suppress(ProcessLookupError):  # it has ended, or has just been forked
             os.killpg(child, signal.SIGKILL)
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
-    if text is None:
-        reason = f"loading them took longer than {timeout:g} s"
-        raise ConfigError(f"{options.procedures}, or the authentication module: {reason}; it blocks at its import")
-    if not text:
+    result = json.loads(text.splitlines()[-1] if text else "null")  # the last step, or the outcome
+    if not ended:
+        raise ConfigError(f"{result or options.config} took longer than {timeout:g} s")
+    if not isinstance(result, dict):
         exited = describe_exit(os.waitstatus_to_exitcode(status))
         raise ConfigError(f"{options.config}: the check exited early ({exited})")
-    result = json.loads(text)
     if result["error"]:
         raise ConfigError(result["error"])
     return list(result["warnings"])
 
 
-def _read_report(descriptor: int, child: int, timeout: float) -> bytes | None:
-    """Wait for the end of the child process, and return its output; None: not ended after `timeout` seconds."""
+def _read_report(descriptor: int, child: int, timeout: float) -> tuple[bytes, bool]:
+    """Wait for the end of the child process, for `timeout` seconds; return its output, and whether it has ended."""
     pidfd = os.pidfd_open(child)
     try:
         poll = select.poll()
@@ -335,11 +335,11 @@ def _read_report(descriptor: int, child: int, timeout: float) -> bytes | None:
             try:
                 data = os.read(descriptor, 1 << 16)
             except BlockingIOError:
-                return text  # the child has ended
+                return text, True  # the child has ended
             if not data:
-                return text
+                return text, True
             text += data
-        return None
+        return text, False
     finally:
         os.close(pidfd)
 
@@ -365,9 +365,12 @@ def _enter_surroundings(configuration: Configuration) -> None:
     os.environ.update(environment)
 
 
-def _load_everything(options: CommandLine) -> list[str]:
+def _load_everything(options: CommandLine, begin: Callable[[str], None]) -> list[str]:
+    """Load what a start loads; return warnings. `begin` is called with the name of each step that may block."""
+    begin(f"{options.config}: reading it, its files and its authentication module")
     config = load_config(options)
     config.configure_log()
+    begin(f"{options.config}: network.address: looking up {config.configuration.network.address}")
     try:
         resolve(config.configuration.network.address)  # only a start can find that a port is in use
     except ResolveError as error:
@@ -384,6 +387,7 @@ def _load_everything(options: CommandLine) -> list[str]:
     writable, readable = config.writable_files(), config.readable_files()
     threads_before = threading.active_count()
     _enter_surroundings(config.configuration)
+    begin(f"{options.procedures}: loading it")
     procedures = load_procedures(options.procedures)
     warnings += filter(None, [config.frontend_warning()])
     for line in _services_without_output(options.procedures):
@@ -407,6 +411,7 @@ def _load_everything(options: CommandLine) -> list[str]:
         warnings.append(f"{options.procedures}: started {running} thread(s), which will be missing in calls")
     if config.runs_calls_as_root:
         warnings.append(f"{options.config}: {ROOT_CALLS}")
+    begin(f"{options.config}: looking up users and groups")
     identity = config.frontend_identity()
     frontend_user = None if identity is None else identity[0]
     if (uids := config.configuration.uid_range()) is not None:
@@ -414,7 +419,8 @@ def _load_everything(options: CommandLine) -> list[str]:
         if taken:
             raise ConfigError(f"{options.config}: dynamic_uids: user {taken[0]} has an id of this range")
     default_groups = None if config.default_group is None else (config.default_group,)
-    accounts: list[tuple[str, Any, Any]] = [("the default user and group", config.default_user, default_groups)]
+    default = "the default user and group"
+    accounts: list[tuple[str, Any, Any]] = [(default, config.default_user, default_groups)]
     for name, found in procedures.items():
         has_dynamic_uid = found.uid == DYNAMIC_UID
         if has_dynamic_uid and config.configuration.dynamic_uids is None:
@@ -429,6 +435,8 @@ def _load_everything(options: CommandLine) -> list[str]:
         try:
             uid, *_ = resolve_credentials(user, groups)
         except UserError as error:
+            if owner == default:
+                raise ConfigError(f"{options.config}: default_user, default_group: {error}") from error
             warnings.append(f"{owner}: {error}; calls will fail")
         else:
             if uid is not None and uid == frontend_user:

@@ -33,6 +33,7 @@ from harpd.config.loaded import SupervisorConfig
 from harpd.supervisor.listener import ACTIVE_SOCKET, SOCKET_PREFIX
 from harpd.supervisor.runtime_directory import (
     FRONTEND_DIRECTORY,
+    check_runtime_directory,
     default_runtime_directory,
     is_open,
     open_runtime_directory,
@@ -295,6 +296,17 @@ def find_runtime_directory(configured: str | None, file: Path) -> Path:
         hint = "frontend and supervisor find each other by it, and XDG_RUNTIME_DIR is not set"
         raise ConfigError(f"{file}: runtime_directory: missing; {hint}")
     return found.absolute()
+
+
+def check_directory(configured: str | None, file: Path) -> None:
+    """Raise `ConfigError` if the configured or default directory cannot be used by `runtime_directory`."""
+    if configured is None and default_runtime_directory() is None:
+        return  # it is a temporary directory
+    path = find_runtime_directory(configured, file)
+    try:
+        check_runtime_directory(path)
+    except OSError as error:
+        raise ConfigError(f"{file}: runtime_directory: {path}: {error.strerror}") from error
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import stat
@@ -34,6 +35,24 @@ def open_runtime_directory(path: str | os.PathLike[str], mode: int = 0o700) -> i
     if another user can write there, or if it is a symbolic link: another directory could impersonate the supervisor.
     """
     Path(path).mkdir(mode=mode, parents=True, exist_ok=True)
+    return _open_existing(path)
+
+
+def check_runtime_directory(path: Path) -> None:
+    """Raise OSError if `open_runtime_directory` would; nothing is created."""
+    if path.exists() or path.is_symlink():
+        os.close(_open_existing(path))
+        return
+    above = next(each for each in path.parents if each.exists())
+    if not above.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    if not os.access(above, os.W_OK | os.X_OK, effective_ids=True):
+        read_only = os.statvfs(above).f_flag & os.ST_RDONLY
+        number = errno.EROFS if read_only else errno.EACCES
+        raise OSError(number, os.strerror(number))
+
+
+def _open_existing(path: str | os.PathLike[str]) -> int:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except NotADirectoryError as error:  # Linux reports a symbolic link so
