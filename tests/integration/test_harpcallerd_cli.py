@@ -21,6 +21,12 @@ import psutil
 import pytest
 
 import harp
+from harp_daemon.settings import ConfigError
+from harpcaller.api import control_client
+from harpcaller.api.control_client import ControlClient, ControlError
+from harpcaller.config import load
+from harpcaller.daemon import check
+from support.certificates import server_files
 from support.daemonlog import DEADLINE
 from support.deadline import wait_until
 from support.harpcallerd import Harpcallerd, LineClient
@@ -134,6 +140,30 @@ def test_stop_reports_a_timeout(dispatcher: Harpcallerd) -> None:
     assert message == f"harpcallerd: harpcallerd does not answer on {dispatcher.socket}\n"
     os.kill(dispatcher.pid, signal.SIGCONT)
     assert dispatcher.wait() == 0  # the request was received in the meantime
+
+
+def test_commands_to_a_halted_daemon_end(dispatcher: Harpcallerd, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control_client, "_REPLY_TIMEOUT", 0.2)
+    with dispatcher:
+        os.kill(dispatcher.pid, signal.SIGSTOP)
+        try:
+            for command in ("list", "reload", "hosts-list", "prune-jobs", "token-list"):
+                with pytest.raises(ControlError, match="does not answer on"):
+                    list(ControlClient(dispatcher.socket).send_command(command))
+        finally:
+            os.kill(dispatcher.pid, signal.SIGCONT)
+
+
+def test_command_that_takes_long_is_waited_for(dispatcher: Harpcallerd, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The daemon answers other requests meanwhile."""
+    script = dispatcher.directory / "script"
+    script.write_text("#!/bin/sh\nsleep 1\n")
+    script.chmod(0o700)
+    monkeypatch.setattr(control_client, "_REPLY_TIMEOUT", 0.2)
+    dispatcher.configure({"host_db_script": str(script)})
+    with dispatcher:
+        (reply,) = ControlClient(dispatcher.socket).send_command("hosts-refresh")
+        assert "problems" in json.loads(bytes(reply))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -613,6 +643,35 @@ def test_check_prints_every_error(dispatcher: Harpcallerd) -> None:
     assert [error.split(": ")[2] for error in errors[1:]] == ["hosts_file", "host_db_script"]  # after a warning
     dispatcher.configure({"log_level": "loud"})
     assert "log_level: expected" in fails(dispatcher, "--test", f"--config={dispatcher.config_file}")
+
+
+def test_check_refuses_a_named_pipe(dispatcher: Harpcallerd) -> None:
+    """Opening it would wait for a writer."""
+    pipe = dispatcher.directory / "pipe"
+    os.mkfifo(pipe, 0o600)
+    for key in ("hosts_file", "ca_file", "known_certs_file", "access_file", "secrets_key_file", "certfile", "crl_file"):
+        files = {"certfile": str(pipe), "keyfile": str(pipe)}
+        dispatcher.configure({"tls": files} if key == "certfile" else {key: str(pipe)})
+        if key == "crl_file":
+            own = server_files(dispatcher.directory)
+            files = {"certfile": str(own.certfile), "keyfile": str(own.keyfile), "client_ca_file": str(own.ca_file)}
+            dispatcher.configure({"tls": files | {"crl_file": str(pipe)}})
+        (error,) = check(load(dispatcher.config_file))[0]
+        assert key in error
+        assert "expected a regular file, got a named pipe" in error
+    with pytest.raises(ConfigError, match="expected a regular file, got a named pipe"):
+        load(pipe)
+
+
+def test_hosts_file_that_became_a_pipe_is_not_used(dispatcher: Harpcallerd) -> None:
+    dispatcher.set_hosts({"web01": 4306})
+    with dispatcher:
+        os.mkfifo(dispatcher.directory / "pipe")
+        (dispatcher.directory / "pipe").rename(dispatcher.hosts_file)
+        refreshed = dispatcher.control("hosts-refresh")
+        assert refreshed.returncode == 1
+        assert "expected a regular file, got a named pipe" in refreshed.stderr
+        assert '"web01"' in dispatcher.control("hosts-list").stdout
 
 
 def test_list_into_a_closed_pipe_succeeds(dispatcher: Harpcallerd) -> None:

@@ -11,15 +11,18 @@ import os
 import select
 import socket
 import struct
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from harp.protocol.json_text import Envelope, InvalidJSON, Raw, dumps
+from harp.protocol.lines import LineBuffer
 from harp_daemon.sliced_json import decode_slices
 
-_REPLY_TIMEOUT = 10.0  # maximum seconds for the reply to a simple command
+_REPLY_TIMEOUT = 10.0  # maximum seconds for the reply to a simple command, and without a part of another reply
+_READ_SIZE = 64 * 1024
 _POLL_INTERVAL = 0.05  # seconds between two attempts to connect to a starting daemon
 
 
@@ -44,7 +47,9 @@ class ControlClient:
     def send_command(self, command: str, **options: Any) -> Iterator[Raw]:
         """Send a command with its options that are not None; yield the items of the reply as JSON text."""
         with self._connect() as connection:
-            yield from self._exchange(connection, command, options)
+            connection.settimeout(_REPLY_TIMEOUT)
+            # A long command sends nothing for some time: is it the daemon that hangs?
+            yield from self._exchange(connection, command, options, on_silence=self.is_running)
 
     def is_running(self) -> bool:
         """Return whether the daemon runs and replies."""
@@ -94,20 +99,45 @@ class ControlClient:
             raise ControlError(f"control socket {self._path}: {error.strerror or error}") from error
         return connection
 
-    def _exchange(self, connection: socket.socket, command: str, options: dict[str, Any]) -> Iterator[Raw]:
+    def _exchange(
+        self,
+        connection: socket.socket,
+        command: str,
+        options: dict[str, Any],
+        on_silence: Callable[[], object] | None = None,
+    ) -> Iterator[Raw]:
+        """Send a command and yield the items of its reply. The connection has the time-out of each wait.
+
+        After a wait without data, `on_silence` is called before the next one; None: the reply is late.
+        """
         given = {name: option for name, option in options.items() if option is not None}
         try:
             connection.sendall(dumps(Envelope(command=command, **given)) + b"\n")
-            with connection.makefile("rb") as reply:
-                for line in reply:
-                    members = decode_slices(line)
-                    if "done" in members:
-                        return
-                    if "error" in members:
-                        raise ControlError(str(members.value("error")))
-                    yield members.payload("item")
+            for line in _read_lines(connection, on_silence):
+                members = decode_slices(line)
+                if "done" in members:
+                    return
+                if "error" in members:
+                    raise ControlError(str(members.value("error")))
+                yield members.payload("item")
         except TimeoutError as error:
             raise ControlError(f"harpcallerd does not answer on {self._path}") from error
         except (OSError, InvalidJSON, KeyError) as error:
             raise ControlError(f"control socket {self._path}: {error}") from error
         raise ControlError("harpcallerd exited before its reply was complete")
+
+
+def _read_lines(connection: socket.socket, on_silence: Callable[[], object] | None) -> Iterator[bytes]:
+    """Yield the complete lines until the end. Raises OSError."""
+    lines = LineBuffer(sys.maxsize)
+    while True:
+        try:
+            data = connection.recv(_READ_SIZE)
+        except TimeoutError:
+            if on_silence is None:
+                raise
+            on_silence()
+            continue
+        if not data:
+            return
+        yield from lines.feed(data)
