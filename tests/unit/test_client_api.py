@@ -316,6 +316,25 @@ def test_attributes_have_static_types() -> None:
     assert_type(arpc.web01(info=1).restart, aio.AsyncRemoteProcedure)
 
 
+def test_methods_can_be_pickled() -> None:
+    """As for `multiprocessing.Pool.map(harp.RemoteCall.get, jobs)`."""
+    for module in (harp, aio):
+        for name in module.__all__:
+            for method in vars(getattr(module, name)).values() if inspect.isclass(getattr(module, name)) else ():
+                if inspect.isfunction(method) and method.__module__.startswith("harp"):
+                    assert pickle.loads(pickle.dumps(method)) is method
+    assert harp.RemoteCall.get.__qualname__ == "RemoteCall.get"
+    assert harp.RemoteProcedure.__call__.__name__ == "__call__"
+    program = """
+import harp, multiprocessing
+jobs = [harp.HarpCaller("127.0.0.1", 1).job("1")] * 2
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    print(pool.map(harp.RemoteCall.id, jobs), *map(type, pool.map(harp.RemoteCall.result, jobs)))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == f"['1', '1'] {harp.CommunicationError} {harp.CommunicationError}\n"
+
+
 def test_sentinel_copies_are_the_same_object() -> None:
     for sentinel, text in ((harp.CALL_NOT_FINISHED, "<CallNotFinished>"), (harp.CALL_CANCELLED, "<CallCancelled>")):
         assert repr(sentinel) == text

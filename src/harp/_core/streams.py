@@ -194,7 +194,7 @@ class StreamBase(Generic[C]):
         self._pool = pool
         self._parsed: deque[Any] = deque()  # items that arrived with an earlier one
         self._closed = False
-        self._failure: Exception | None = None
+        self._failure: HarpException | None = None
         self._finalizer = weakref.finalize(self, conn.close_threadsafe)
 
     def _end(self) -> bool:
@@ -218,11 +218,11 @@ class StreamBase(Generic[C]):
                 if items and not self._reader.finished:
                     self._parsed += items
                     self._parsed += self._conn.parse_buffered(self._reader.read_batch)
-            except Exception as error:
+            except HarpException as error:
                 self._failure = error
                 yield from self._finish()
                 raise
-            except BaseException:  # the task was cancelled, or KeyboardInterrupt: the iteration can continue
+            except BaseException:  # the task was cancelled, or a signal handler raised it: it can continue
                 self._parsed.clear()
                 yield self._conn.close()
                 self._reader.resume()

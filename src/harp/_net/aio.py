@@ -20,7 +20,14 @@ from harp._core.connections import Peer, Steps
 from harp._core.lists import ListBase
 from harp._core.streams import StreamBase
 from harp._net.connecting import AddressInfo, find_connected, look_up
-from harp._net.sockets import FOREIGN_ERRORS, READ_BYTES, BufferedConnection, TLSConnection, Uncopyable
+from harp._net.sockets import (
+    FOREIGN_ERRORS,
+    READ_BYTES,
+    BufferedConnection,
+    NamedByClass,
+    TLSConnection,
+    Uncopyable,
+)
 from harp.errors import CommunicationError
 
 T = TypeVar("T")
@@ -28,26 +35,33 @@ P = ParamSpec("P")
 
 
 def method(operation: Callable[P, Steps[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
-    """Return the coroutine function that runs the steps of an operation; its name has no underscore."""
+    """Return the coroutine function that runs the steps of an operation; the class gives it its name."""
 
     @wraps(operation)
     async def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        steps = operation(*args, **kwargs)
+        steps, deleted = operation(*args, **kwargs), False
         try:
             step = next(steps)
             while True:
                 try:
                     value = await step
                 except BaseException as error:  # noqa: BLE001  the steps handle or raise it
-                    step = steps.throw(error)
+                    # The task is deleted with its loop: after GeneratorExit, the steps could not close connections.
+                    deleted = isinstance(error, GeneratorExit)
+                    step = steps.throw(asyncio.CancelledError() if deleted else error)
                 else:
                     step = steps.send(value)
         except StopIteration as end:
             outcome: T = end.value
             return outcome
+        except asyncio.CancelledError:
+            if deleted:
+                raise GeneratorExit from None
+            raise
 
-    run.__name__ = operation.__name__.removeprefix("_")
-    return run
+    named: Any = NamedByClass(run)
+    method: Callable[P, Coroutine[Any, Any, T]] = named
+    return method
 
 
 class _Closable(Uncopyable):
@@ -140,7 +154,7 @@ class AsyncJSONConnection(BufferedConnection, _Closable):
 
     async def close(self) -> None:
         """See `harp.JSONConnection.close`."""
-        if self._socket is not None and self._process == os.getpid() and self._loop is asyncio.get_running_loop():
+        if self._socket is not None and self._process == os.getpid() and self._loop is _running_loop():
             self._close()
         else:
             self.close_threadsafe()
@@ -229,7 +243,7 @@ class AsyncJSONConnection(BufferedConnection, _Closable):
 
     def is_idle(self) -> bool:
         """See `BufferedConnection`; also, the connection must belong to the running event loop."""
-        return self._socket is not None and self._loop is asyncio.get_running_loop() and super().is_idle()
+        return self._socket is not None and self._loop is _running_loop() and super().is_idle()
 
     def _connected(self) -> socket.socket:
         if self._failure is not None:
@@ -242,6 +256,14 @@ class AsyncJSONConnection(BufferedConnection, _Closable):
         if self._socket is None:
             await self.connect()
         return self
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    """Return the loop that runs in this thread; None: none does, as when a task is deleted after its loop."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 class AsyncJSONSSLConnection(TLSConnection, AsyncJSONConnection):

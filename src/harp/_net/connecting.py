@@ -52,7 +52,10 @@ def look_up(host: str, port: int, put: Callable[[Sequence[AddressInfo] | Excepti
     try:
         put(resolve(flags=socket.AI_NUMERICHOST))
     except (OSError, ValueError):
-        threading.Thread(target=work, name="harp resolver", daemon=True).start()
+        try:
+            threading.Thread(target=work, name="harp resolver", daemon=True).start()
+        except RuntimeError:  # a limit of the system, or the interpreter ends
+            work()
 
 
 class CannotConnect(Exception):

@@ -91,6 +91,31 @@ def describe_error(error: Exception) -> str:
     return str(error) or ("timed out" if isinstance(error, TimeoutError) else type(error).__name__)
 
 
+#: Seconds by which a timer of an event loop may be early.
+_TIMER_STEP = 0.05
+
+
+def is_of_program(error: Exception, until: float) -> bool:
+    """Return whether the program has raised an error in a wait that ends at `until`, usually in a handler of SIGALRM.
+
+    It is a `TimeoutError` without a number of the system, before this time of the monotonic clock.
+    """
+    return isinstance(error, TimeoutError) and error.errno is None and time.monotonic() < until - _TIMER_STEP
+
+
+class NamedByClass:
+    """A function that gets its name from the body of the class in which it is: so it can be pickled."""
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        function = self._function
+        function.__module__, function.__name__ = owner.__module__, name
+        function.__qualname__ = f"{owner.__qualname__}.{name}"
+        setattr(owner, name, function)
+
+
 class Uncopyable:
     """Base of connections and iterators."""
 
@@ -145,6 +170,8 @@ class BufferedConnection(Connection, Uncopyable):
         try:
             found = yield self._resolve(deadline)
         except FOREIGN_ERRORS as error:
+            if is_of_program(error, deadline):
+                raise
             raise self.error("cannot resolve the name", error) from error
         try:
             sock: socket.socket = yield from connect_first(found, deadline, self._wait_connected)
@@ -166,7 +193,7 @@ class BufferedConnection(Connection, Uncopyable):
             yield self._shake_hands(sock, deadline)
         except BaseException as error:
             self._close_socket(sock)
-            if isinstance(error, FOREIGN_ERRORS):
+            if isinstance(error, FOREIGN_ERRORS) and not is_of_program(error, deadline):
                 raise self.error("TLS handshake", error) from error
             raise
         return sock
@@ -174,12 +201,14 @@ class BufferedConnection(Connection, Uncopyable):
     def _open_path(self, path: str, deadline: float) -> Steps[socket.socket]:
         """Return a socket that is connected to the Unix socket `path`, as soon as its queue has room."""
         while True:
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            sock = None
             try:
+                sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
                 sock.setblocking(False)
                 sock.connect(path)
             except BaseException as error:
-                self._close_socket(sock)
+                if sock is not None:
+                    self._close_socket(sock)
                 if not isinstance(error, FOREIGN_ERRORS):
                     raise
                 if not isinstance(error, BlockingIOError) or time.monotonic() >= deadline:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import ssl
 import threading
@@ -16,7 +17,15 @@ from harp._core.connections import Peer, Steps
 from harp._core.lists import ListBase
 from harp._core.streams import StreamBase
 from harp._net.connecting import AddressInfo, find_connected, look_up
-from harp._net.sockets import FOREIGN_ERRORS, READ_BYTES, BufferedConnection, TLSConnection, Uncopyable
+from harp._net.sockets import (
+    FOREIGN_ERRORS,
+    READ_BYTES,
+    BufferedConnection,
+    NamedByClass,
+    TLSConnection,
+    Uncopyable,
+    is_of_program,
+)
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -26,7 +35,7 @@ _LONGEST_WAIT = 1e6
 
 
 def method(operation: Callable[P, Steps[T]]) -> Callable[P, T]:
-    """Return the method that runs the steps of an operation and returns their outcome; its name has no underscore."""
+    """Return the method that runs the steps of an operation and returns their outcome; the class gives it its name."""
 
     @wraps(operation)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -45,8 +54,9 @@ def method(operation: Callable[P, Steps[T]]) -> Callable[P, T]:
             while True:
                 steps.send(None)
 
-    run.__name__ = operation.__name__.removeprefix("_")
-    return run
+    named: Any = NamedByClass(run)
+    method: Callable[P, T] = named
+    return method
 
 
 class _Closable(Uncopyable):
@@ -142,22 +152,39 @@ class JSONConnection(BufferedConnection, _Closable):
     send = method(BufferedConnection._send)
     receive = method(BufferedConnection._receive)
 
-    def _limit(self, sock: socket.socket) -> None:
-        """Give a socket the time until the deadline, or `_LONGEST_WAIT`. Raise `TimeoutError` if it is over."""
-        if self.deadline is not None or sock.gettimeout() is not None:
-            remaining = self._remaining()
-            sock.settimeout(None if remaining is None else min(remaining, _LONGEST_WAIT))
+    def _limit(self, sock: socket.socket, action: str) -> float:
+        """Give a socket the time until the deadline, or `_LONGEST_WAIT`; return when it ends, on the monotonic clock.
+
+        Raise `CommunicationError` if it is over.
+        """
+        seconds, until = None, math.inf
+        if self.deadline is not None:
+            now = time.monotonic()
+            seconds = min(self.deadline.at - now, _LONGEST_WAIT)
+            until = now + seconds
+            if seconds <= 0:
+                late = TimeoutError()
+                raise self.error(action, late) from late
+        elif sock.gettimeout() is None:
+            return until
+        try:
+            sock.settimeout(seconds)
+        except OSError as error:  # another thread has closed it
+            raise self.error(action, error) from error
+        return until
 
     def _send_line(self, line: bytes) -> None:
         sock = self._socket
         if sock is None:
             raise self._closed_here()
+        until = self._limit(sock, "sending")
         try:
-            self._limit(sock)
             sent = sock.send(line)
             if sent < len(line):
                 sock.sendall(memoryview(line)[sent:])
         except FOREIGN_ERRORS as error:
+            if is_of_program(error, until):
+                raise
             raise self.error("sending", error) from error
 
     def receive_line(self) -> bytes:
@@ -167,16 +194,15 @@ class JSONConnection(BufferedConnection, _Closable):
             sock = self._socket
             if sock is None:
                 raise self._closed_here()
+            until = self._limit(sock, "reading")
             try:
-                self._limit(sock)
-                try:
-                    data = sock.recv(READ_BYTES)
-                except TimeoutError as error:
-                    if error.errno:  # of the system: the peer has vanished
-                        raise
-                    continue  # `_limit` raises if the deadline is over
+                data = sock.recv(READ_BYTES)
                 lines += self._partial.feed(data) if data else self._end_of_input()
             except FOREIGN_ERRORS as error:
+                if is_of_program(error, until):
+                    raise
+                if isinstance(error, TimeoutError) and not error.errno:
+                    continue  # `_limit` raises if the deadline is over
                 raise self.error("reading", error) from error
         return lines.popleft()
 
