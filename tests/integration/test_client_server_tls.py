@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from support.certificates import make_client, server_files, write_revocations
+from support.certificates import give_unreadable_name, make_client, server_files, write_revocations
 from support.daemonlog import DEADLINE
 from support.deadline import wait_until
 from support.harpcallerd import Harpcallerd, LineClient
@@ -328,6 +328,32 @@ def test_tls_client_certificate_is_optional_but_must_be_valid(certified: TLS) ->
     with pytest.raises(OSError):
         ask(certified, stranger)
     certified.wait_event("TLS handshake failed")
+
+
+def test_tls_certificate_with_an_unreadable_name_stops_nobody(certified: TLS) -> None:
+    """Python cannot decode the name: the error must not end the handshakes of others."""
+    pki = certified.directory / "pki"
+    odd = make_client(pki, "DNS:odd.example.net")
+    give_unreadable_name(pki, odd[0])
+    good = client_context(certified, *make_client(pki, "DNS:alice.ops.example.net"))
+    for _ in range(3):
+        with pytest.raises((OSError, json.JSONDecodeError)):
+            ask(certified, client_context(certified, *odd))
+        assert ask(certified, good) == {"cancelled": False}
+    reason = "the certificate of the client has a name that is not valid text"
+    assert len(certified.events("TLS handshake failed", reason=reason)) == 3
+
+
+def test_tls_client_with_many_certificates_is_disconnected(certified: TLS) -> None:
+    """OpenSSL needs 112 ms to check 300 certificates, also those of a stranger."""
+    pki = certified.directory / "pki"
+    certificate, key = make_client(pki, "DNS:odd.example.net")
+    chain = pki / "chain.pem"
+    chain.write_bytes(certificate.read_bytes() + 150 * (pki / "ca.pem").read_bytes())
+    with pytest.raises((OSError, json.JSONDecodeError)):
+        ask(certified, client_context(certified, chain, key))
+    [event] = certified.events("TLS client sends no data")
+    assert event["bytes"] < 40_000
 
 
 def test_tls_revoked_certificate_closes_its_connection(certified: TLS) -> None:

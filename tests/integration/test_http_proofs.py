@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from harpcaller.config import Address, HTTPSettings
-from support.certificates import make_client, server_files, write_revocations
+from support.certificates import give_unreadable_name, make_client, server_files, write_revocations
 from support.deadline import eventually
 from support.http_api import RunningAPI, running_api
 
@@ -74,6 +74,21 @@ async def test_http_certificate_is_a_principal_and_no_page_can_use_it(tmp_path: 
             assert (await client.get("/hosts")).status_code == 403
         async with client_of(api, None) as client:
             assert (await client.get("/me")).status_code == 401
+
+
+async def test_http_certificate_with_an_unreadable_name_is_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server_files(tmp_path)
+    odd, shop = make_client(tmp_path, "DNS:odd"), make_client(tmp_path, "DNS:shop")
+    give_unreadable_name(tmp_path, odd[0])
+    async with running_api(tmp_path, rules=RULES, http=settings_of(tmp_path)) as api:
+        async with client_of(api, odd) as client:
+            with pytest.raises(httpx.TransportError):
+                await client.get("/me")
+        async with client_of(api, shop) as client:
+            assert (await client.get("/me")).status_code == 200
+    assert "connection failed" not in caplog.messages
 
 
 async def test_http_revoked_certificate_is_refused_when_connected(tmp_path: Path) -> None:

@@ -70,17 +70,25 @@ def make_client(directory: Path, *names: str, expires: datetime | None = None) -
     ):
         subprocess.run(command.split(), check=True, capture_output=True)
     if expires is not None:
-        _expire(directory, certificate, expires)
+        _sign_again(directory, certificate, expires=expires)
     return certificate, key
 
 
-def _expire(directory: Path, file: Path, at: datetime) -> None:
-    """Replace a certificate of the authority of a directory by one that expires at a time."""
+def give_unreadable_name(directory: Path, file: Path) -> None:
+    """Replace the alternative names of a certificate, of the authority of a directory, by one that is no text."""
+    _sign_again(directory, file, names=bytes.fromhex("30048202fffe"))  # a DNS name of two bytes that are not UTF-8
+
+
+def _sign_again(directory: Path, file: Path, expires: datetime | None = None, names: bytes | None = None) -> None:
+    """Replace a certificate by one that expires at a time, or has other alternative names, encoded as DER."""
     found = x509.load_pem_x509_certificate(file.read_bytes())
     builder = x509.CertificateBuilder(found.issuer, found.subject, found.public_key(), found.serial_number)
-    builder = builder.not_valid_before(found.not_valid_before_utc).not_valid_after(at)
+    builder = builder.not_valid_before(found.not_valid_before_utc).not_valid_after(expires or found.not_valid_after_utc)
     for extension in found.extensions:
-        builder = builder.add_extension(extension.value, extension.critical)
+        value = extension.value
+        if names is not None and isinstance(value, x509.SubjectAlternativeName):
+            value = x509.UnrecognizedExtension(value.oid, names)
+        builder = builder.add_extension(value, extension.critical)
     key = serialization.load_pem_private_key((directory / "ca.key").read_bytes(), None)
     assert isinstance(key, rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey)
     file.write_bytes(builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))

@@ -24,7 +24,7 @@ from harpcaller.hosts.connecting import open_connection, to_failed
 from harpcaller.hosts.registry import Host
 from harpcaller.hosts.resolving import Resolver
 from harpcaller.hosts.tls import CertificateRefused, HostTLS, names_host, server_name
-from support.certificates import Certificates, authority
+from support.certificates import Certificates, authority, give_unreadable_name, server_files
 from support.deadline import eventually
 from support.peers import Peer, server_context
 
@@ -91,6 +91,15 @@ async def test_certificate_sha256_accepts_one_certificate_only(tmp_path: Path) -
         with host(other) as found:
             message = await outcome(HostTLS(config), found._replace(certificate_sha256=digest))
             assert f"certificate_sha256 of the host is {digest}" in str(message)
+
+
+async def test_certificate_with_an_unreadable_name_is_refused(tmp_path: Path) -> None:
+    files = server_files(tmp_path)
+    give_unreadable_name(tmp_path, files.certfile)
+    with host(Issued(files)) as found:
+        assert "it has a name that is not valid text" in str(
+            await outcome(HostTLS(Config(ca_file=files.ca_file)), found)
+        )
 
 
 @pytest.mark.parametrize(

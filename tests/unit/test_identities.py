@@ -52,6 +52,9 @@ def shake_hands(server: ssl.SSLContext, client: ssl.SSLContext) -> ssl.SSLSocket
         (["URI:spiffe://example.net/shop"], ["cert:spiffe://example.net/shop"]),
         (["DNS:*.ops.example.net"], ["cert:*.ops.example.net"]),
         (["URI:a b", "IP:192.0.2.1", "DNS:a", "DNS:a"], ["cert:a"]),
+        # A name with the form of another kind: the rules for that kind would match it.
+        (["URI:a.ops.example.net", "email:a.ops.example.net", "DNS:a@ops.example.net", "DNS:spiffe://a"], []),
+        (["URI:a@ops.example.net", "URI:/a", "email:spiffe://a@b", "email:@b", "email:a@b@c"], []),
         (["IP:192.0.2.1"], []),
     ],
 )

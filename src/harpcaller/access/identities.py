@@ -27,8 +27,10 @@ from harpcaller.config import Config
 
 log = logging.getLogger(__name__)
 
-#: The kinds of alternative names that are principals, and the names that are: rules and logs show them as they are.
-_NAME_KINDS = ("DNS", "URI", "email")
+#: The kinds of alternative names that are principals, and the form of each. Rules tell the kinds apart by their forms
+#: only, and an authority may let clients choose their addresses and URIs.
+_NAME_FORMS = {"DNS": re.compile(r"[^@:/]+"), "email": re.compile(r"[^@:/]+@[^@:/]+"), "URI": re.compile(r"[^:/]+:.+")}
+#: The names that are principals: rules and logs show them as they are.
 _NAME = re.compile(r"[!-~]{1,255}", re.ASCII)
 _MAX_NAMES = 100
 
@@ -132,21 +134,35 @@ class Identities:
             self.tokens.record_use(token)
 
 
+class UnreadableCertificate(Exception):
+    """A certificate of a client with a name that Python cannot decode."""
+
+
 def anonymous(peer: str, listener: Listener) -> Client:
     """Return a client that has proven nothing. `peer` is its address or user, for logs."""
     return Client((f"anonymous@{listener.name}",), listener.name, peer)
 
 
 def find_expiry(connection: ssl.SSLSocket | ssl.SSLObject) -> float | None:
-    """Return the Unix time at which the certificate that a client has shown expires; None: it has shown none."""
-    certificate = connection.getpeercert()
+    """Return the Unix time at which the certificate that a client has shown expires; None: it has shown none.
+
+    Raises `UnreadableCertificate`.
+    """
+    certificate = _read_certificate(connection)
     return ssl.cert_time_to_seconds(str(certificate["notAfter"])) if certificate else None
 
 
 def certified(client: Client, connection: ssl.SSLSocket | ssl.SSLObject) -> Client:
-    """Return a client with the names of the certificate that it has shown, if any."""
-    certificate = connection.getpeercert()
+    """Return a client with the names of the certificate that it has shown, if any. Raises `UnreadableCertificate`."""
+    certificate = _read_certificate(connection)
     return replace(_with(client, _names(certificate)), authenticated=True) if certificate else client
+
+
+def _read_certificate(connection: ssl.SSLSocket | ssl.SSLObject) -> dict[str, Any] | None:
+    try:
+        return connection.getpeercert()
+    except (ValueError, ssl.SSLError) as error:
+        raise UnreadableCertificate("the certificate of the client has a name that is not valid text") from error
 
 
 def _with(client: Client, principals: tuple[str, ...]) -> Client:
@@ -159,7 +175,7 @@ def _names(certificate: Mapping[str, Any]) -> tuple[str, ...]:
     names = [
         name.lower() if kind == "DNS" else name
         for kind, name in certificate.get("subjectAltName", ())
-        if kind in _NAME_KINDS and _NAME.fullmatch(name)
+        if kind in _NAME_FORMS and _NAME_FORMS[kind].fullmatch(name) and _NAME.fullmatch(name)
     ]
     return tuple(f"cert:{name}" for name in dict.fromkeys(names[:_MAX_NAMES]))
 

@@ -29,10 +29,12 @@ class HandshakeQueue:
 
     def _run(self) -> None:
         end = time.monotonic() + _SECONDS_PER_TURN
-        while self._steps and time.monotonic() < end:
-            step = next(iter(self._steps))
-            del self._steps[step]
-            step()
-        self._is_scheduled = bool(self._steps)
-        if self._is_scheduled:
-            asyncio.get_running_loop().call_soon(self._run)
+        try:
+            while self._steps and time.monotonic() < end:
+                step = next(iter(self._steps))
+                del self._steps[step]
+                step()
+        finally:  # an error in the step of one client stops none of the others
+            self._is_scheduled = bool(self._steps)
+            if self._is_scheduled:
+                asyncio.get_running_loop().call_soon(self._run)

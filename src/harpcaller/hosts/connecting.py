@@ -88,6 +88,8 @@ async def _open_connection(
         except ssl.SSLCertVerificationError as error:
             chain_error = error.verify_message
             continue
+        except UnicodeDecodeError as error:  # Python decodes all names
+            raise CertificateRefused("it has a name that is not valid text; issue another one") from error
         try:
             tls.check_certificate(transport.get_extra_info("ssl_object"), host, chain_error)
         except BaseException:

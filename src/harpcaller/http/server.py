@@ -238,7 +238,7 @@ class HTTPConnection(HttpToolsProtocol):
             if self._context is not None:
                 seconds["ssl_shutdown_timeout"] = _LINGER_SECONDS
             await self.loop.connect_accepted_socket(lambda: self, self._accepted, ssl=self._context, **seconds)
-        except (OSError, ssl.SSLError) as error:
+        except (OSError, ValueError) as error:  # ValueError: a certificate with a name that Python cannot decode
             log.info("TLS handshake failed", extra={"peer": self.peer.peer, "reason": str(error)})
             return
         await self.closed
