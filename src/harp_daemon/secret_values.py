@@ -10,6 +10,7 @@ Spec: docs/access.md, Secret arguments.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
@@ -28,6 +29,9 @@ MAX_ARGUMENTS, MAX_TEXTS = 64 * 1024, 100
 #: For the same reason: maximum number of secret values, of steps of a pointer, of elements of each array on its way.
 MAX_SECRETS, _MAX_STEPS, _MAX_ELEMENTS = 20, 8, 100
 _MIN_MASKED_LINE = 8  # the same for a line of a text with several, such as a private key
+#: A string of a JSON text, and the colon behind it if it is the name of a member.
+_STRING = re.compile(rb'"((?:[^"\\\n]++|\\.)*+)"([ \t\r]*+:)?')
+_STRINGS_AT_ONCE = 1000
 
 
 def replace_value(text: Raw, pointer: str, value: Raw) -> tuple[Raw, Raw]:
@@ -86,17 +90,23 @@ def find_texts(values: Sequence[bytes]) -> list[str]:
         for string in _strings_in(loads(value)):
             texts[string] = None
             if "\n" in string:
-                texts |= dict.fromkeys(line for line in string.splitlines() if len(line) >= _MIN_MASKED_LINE)
+                lines = (line.rstrip("\r") for line in string.split("\n"))
+                texts |= dict.fromkeys(line for line in lines if len(line) >= _MIN_MASKED_LINE)
     return list(texts)
 
 
 def forms_of(texts: Sequence[str]) -> tuple[bytes, ...]:
-    """Return how texts may be written, the longest first: as they are, as `repr`, and both as JSON."""
+    """Return how texts may be written, the longest first: as they are, as `repr` and as JSON, and these as JSON."""
     forms = set[str]()
     for text in texts:
-        for written in (text, repr(text)[1:-1]):
-            forms |= {written, json.dumps(written)[1:-1], json.dumps(written, ensure_ascii=False)[1:-1]}
+        # A text with both kinds of quotes is written differently. This one may be a part of such a text.
+        for written in (text, repr(text)[1:-1], repr(f'{text}"')[1:-2], *_as_json(text)):
+            forms |= {written, *_as_json(written)}
     return tuple(sorted((form.encode("utf-8", "surrogatepass") for form in forms), key=len, reverse=True))
+
+
+def _as_json(text: str) -> set[str]:
+    return {json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1]}
 
 
 def _strings_in(value: Any) -> Iterator[str]:
@@ -113,18 +123,61 @@ def _strings_in(value: Any) -> Iterator[str]:
 
 def mask_texts(text: bytes, texts: Sequence[bytes]) -> bytes:
     """Return a text in which each of these texts is masked; a long one in short steps, in turn with other threads."""
-    window = max(LONG, 4 * max(map(len, texts), default=0))
+    longest = max(map(len, texts), default=1)
+    window = max(LONG, 4 * longest)
     if len(text) <= window:
         return _mask(text, texts)
-    overlap = len(max(texts, key=len)) - 1  # a text that is masked may begin in one window and end in the next
+    overlap = longest - 1  # a text that is masked may begin in one window and end in the next
     masked, rest = [], b""
     for at in range(0, len(text), window):
-        found = _mask(rest + text[at : at + window], texts)
-        end = max(0, len(found) - overlap)
-        masked.append(found[:end])
-        rest = found[end:]
+        rest += text[at : at + window]
+        end = _end_between(rest, max(0, len(rest) - overlap), texts)
+        masked.append(_mask(rest[:end], texts))
+        rest = rest[end:]
         json_pieces.between_pieces()
-    return b"".join([*masked, rest])
+    return b"".join([*masked, _mask(rest, texts)])
+
+
+def _end_between(text: bytes, end: int, texts: Sequence[bytes]) -> int:
+    """Return an index up to `end` that is within none of these texts."""
+    before = -1
+    while before != end:
+        before = end
+        for secret in texts:
+            at = text.find(secret, max(0, end - len(secret) + 1), end + len(secret) - 1)
+            end = end if at < 0 else at
+    return end
+
+
+def mask_json(text: Raw, texts: Sequence[bytes], with_names: bool = True) -> Raw:
+    """Return a JSON text in whose strings each of these texts is masked, also in names of members with `with_names`.
+
+    What is not a string stays: a text may look like a number, or like a part of JSON. The text may consist of several
+    values with line feeds between them.
+    """
+    if mask_texts(text, texts) == text:
+        return text
+    texts = [each for each in texts if b"\n" not in each]  # which no string of JSON contains
+    strings = (string for string in _STRING.finditer(text) if with_names or string[2] is None)
+    masked, end = list[bytes](), 0
+    while batch := list(islice(strings, _STRINGS_AT_ONCE)):
+        contents = mask_texts(b"\n".join([string[1] for string in batch]), texts).split(b"\n")
+        pieces = []
+        for string, content in zip(batch, contents, strict=True):
+            pieces += [text[end : string.start(1)], content if content == string[1] else _valid_content(content)]
+            end = string.end(1)
+        masked.append(b"".join(pieces))
+        json_pieces.between_pieces()
+    return Raw(b"".join([*masked, text[end:]]))
+
+
+def _valid_content(content: bytes) -> bytes:
+    """Return the masked content of a string; a mask that replaces the end of an escape makes it invalid."""
+    try:
+        loads(b'"%b"' % content)
+    except InvalidJSON:
+        return b"***"
+    return content
 
 
 def _mask(text: bytes, texts: Sequence[bytes]) -> bytes:

@@ -14,6 +14,7 @@ import binascii
 import hmac
 import json
 import os
+import re
 import secrets
 import stat
 from collections.abc import Sequence
@@ -22,15 +23,26 @@ from pathlib import Path
 
 from harp.protocol.ends import Failed, Raised, Returned
 from harp.protocol.harpd import ExitInfo, Message, Record, StopReport
-from harp.protocol.json_text import Raw, dumps, loads
+from harp.protocol.json_text import Raw
 from harp.protocol.schema import ProtocolError
 from harp_daemon.regular_files import open_regular
-from harp_daemon.secret_values import MASK, MAX_ARGUMENTS, MAX_TEXTS, find_texts, forms_of, mask_texts, replace_value
+from harp_daemon.secret_values import (
+    MASK,
+    MAX_ARGUMENTS,
+    MAX_TEXTS,
+    find_texts,
+    forms_of,
+    mask_json,
+    mask_texts,
+    replace_value,
+)
 from harp_daemon.settings import ConfigError
 from harp_daemon.stable_files import replace_file
 from harpcaller.config import Config
 
 _ID_BYTES, _NONCE_BYTES, _KEY_BYTES = 8, 12, 32
+#: The mark of harpd, and of the dispatcher, at the end of a long text that is cut.
+_CUT = re.compile(r"\.\.\. \((?:\d+ characters, cut at \d+|cut: it had \d+ bytes)\)\Z")
 
 
 class CannotDecrypt(Exception):
@@ -111,14 +123,14 @@ def mask_message(message: Message, texts: Sequence[bytes]) -> Message:
     """Return a message of a host in which each of these texts is masked."""
     match message:
         case Returned(result):
-            return Returned(mask_payload(Raw(result), texts))
+            return Returned(mask_json(Raw(result), texts))
         case Raised() | Failed():
-            data = None if message.data is None else mask_payload(Raw(message.data), texts)
+            data = None if message.data is None else mask_json(Raw(message.data), texts)
             return replace(message, message=_mask_string(message.message, texts), data=data)
         case ExitInfo(data) | StopReport(data):
-            return type(message)(mask_payload(Raw(data), texts))
+            return type(message)(mask_json(Raw(data), texts, with_names=False))
         case Record(data):
-            return Record(mask_payload(Raw(data), texts))
+            return Record(mask_json(Raw(data), texts))
     return message
 
 
@@ -126,18 +138,16 @@ def mask_records(records: list[bytes], texts: Sequence[bytes]) -> list[bytes]:
     """Return records in which each of these texts is masked; many small ones cost as little as their bytes."""
     if not texts:
         return records
-    joined = b"\n".join(records)
-    masked = mask_texts(joined, [text for text in texts if b"\n" not in text])  # which no record contains
-    return records if masked == joined else masked.split(b"\n")
-
-
-def mask_payload(payload: Raw, texts: Sequence[bytes]) -> Raw:
-    """Return a payload in which each of these texts is masked."""
-    return Raw(mask_texts(payload, texts))
+    joined = Raw(b"\n".join(records))
+    masked = mask_json(joined, texts)
+    return records if masked is joined else masked.split(b"\n")
 
 
 def _mask_string(text: str, texts: Sequence[bytes]) -> str:
-    return str(loads(mask_texts(dumps(text), texts)))
+    masked = mask_texts(text.encode("utf-8", "surrogatepass"), texts).decode("utf-8", "surrogatepass")
+    if (mark := _CUT.search(masked)) is not None:  # it may be cut within a text that is masked
+        masked = masked[: max(0, mark.start() - max(map(len, texts)) + 1)] + mark[0]
+    return masked
 
 
 # The key file.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import resource
 import sqlite3
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
@@ -56,6 +58,26 @@ def wait(password, go):
     while not os.path.exists(go):
         time.sleep(0.02)
     return "done with " + password
+
+@procedure()
+def core_limit(password):
+    import resource
+    return resource.getrlimit(resource.RLIMIT_CORE)
+
+@procedure()
+def echo(password, value):
+    print(value)
+    return value
+
+@procedure()
+def raises(password, before, after):
+    raise RuntimeError("x" * before + password + "y" * after)
+
+@procedure()
+def write(password, before, line_feed):
+    sys.stdout.write("x" * before)
+    sys.stdout.flush()
+    sys.stdout.write(password + line_feed)
 """
 
 
@@ -159,6 +181,52 @@ def test_printed_secret_is_masked_in_log_and_exit_info(system: System, tmp_path:
     printed = system.harpd.wait_event("call printed", stream="stderr")
     assert printed["text"] == "the password is ***"
     assert files_with(SECRET, tmp_path) == []
+
+
+def test_printed_secret_that_crosses_the_end_of_an_event_is_masked(system: System) -> None:
+    secret = "first-part-of-it--second-part-of-it"
+    written = [*itertools.product((8180, 8192 - 500, 16384 - 20), ("", "\n"))]
+    jobs = [submit(system.dispatcher, "write", [secret, *each], ["/0"]) for each in written]
+    for job in jobs:
+        assert system.dispatcher.ask(get_result=job) == [{"result": None}]
+    wait_until(lambda: len(system.harpd.events("call ended")) == len(jobs), DEADLINE, "the ends")
+    printed: dict[str, str] = {}
+    for event in system.harpd.events("call printed"):
+        printed[event["call"]] = printed.get(event["call"], "") + event["text"]
+    assert sorted(printed.values()) == sorted("x" * before + "***" for before, _ in written)
+
+
+def test_call_with_a_secret_dumps_no_core(system: System) -> None:
+    """Also if no text is masked. The usual limits are those of harpd."""
+    limits = []
+    for arguments, secrets in (([SECRET], ["/0"]), ([1234567], ["/0"]), ([SECRET], [])):
+        job = submit(system.dispatcher, "core_limit", arguments, secrets)
+        (reply,) = system.dispatcher.ask(get_result=job)
+        limits.append(reply["result"])
+    assert limits == [[1, 1], [1, 1], [*resource.getrlimit(resource.RLIMIT_CORE)]]
+
+
+def test_exception_that_is_cut_within_a_secret_has_no_part_of_it(system: System) -> None:
+    """harpd cuts the text of the exception, and its traceback, before it masks them."""
+    secret = "first-part-of-it--second-part-of-it"
+    for before, after in ((65536 - 20, 100), (0, 16384 - 20)):
+        job = submit(system.dispatcher, "raises", [secret, before, after], ["/0"])
+        (reply,) = system.dispatcher.ask(get_result=job)
+        assert reply["exception"]["message"].count("x") > before - 50
+        for text in (json.dumps(reply), "\n".join(system.log_lines())):
+            assert "first-part" not in text
+            assert "second-part" not in text
+
+
+def test_secret_that_looks_like_a_part_of_json_breaks_nothing(system: System) -> None:
+    value = {"number": 12345, "nothing": None, "flag": True, "list": ["a", "b"]}
+    jobs = []
+    for secret in ("null", "1234", "exit", "true", '": ', "], "):
+        jobs.append(job := submit(system.dispatcher, "echo", [secret, value], ["/0"]))
+        assert system.dispatcher.ask(get_result=job) == [{"result": value}]
+        (details,) = system.dispatcher.ask(get_details=job)
+        assert details["details"]["exit_info"]["exit"] == 0
+    assert {row["job"] for row in system.dispatcher.listed("list", "--all")} == {*jobs}
 
 
 def test_ciphertext_is_erased_when_the_job_ends(system: System, tmp_path: Path) -> None:

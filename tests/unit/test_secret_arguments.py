@@ -13,11 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from harp.protocol.ends import Raised
+from harp.protocol.harpd import ExitInfo
 from harp.protocol.json_text import Raw
 from harp.protocol.schema import ProtocolError
-from harp_daemon.secret_values import MAX_ARGUMENTS, MAX_TEXTS, mask_texts, texts_at
+from harp_daemon.secret_values import MAX_ARGUMENTS, MAX_TEXTS, forms_of, mask_json, mask_texts, texts_at
 from harp_daemon.settings import ConfigError
-from harpcaller.secret_arguments import CannotDecrypt, SecretKeys, add_key, load_keys, mask_records
+from harpcaller.secret_arguments import CannotDecrypt, SecretKeys, add_key, load_keys, mask_message, mask_records
 
 
 @pytest.fixture(scope="module")
@@ -225,3 +227,87 @@ def test_long_text_is_masked_at_every_place(length: int) -> None:
     for step in range(0, 7 * length, max(1, length // 3)):
         text = b"." * (4 * 70_000 - step) + secret + b"." * 5 + other + b"." * 300_000 + secret
         assert mask_texts(text, [secret, other]) == text.replace(secret, b"***").replace(other, b"***")
+
+
+@pytest.mark.parametrize("secret", ["it's", 'a "quoted" one', "hün'ter\\2", "a\tb\u2028c"])
+def test_texts_are_masked_in_longer_reprs_and_in_json(secret: str) -> None:
+    texts = forms_of([secret])
+    for around in ("{}", '"{}"', "'{}'"):
+        longer = around.format(secret)
+        for written in (longer, repr(longer), json.dumps([longer]), json.dumps([longer], ensure_ascii=False)):
+            masked = mask_texts(written.encode(), texts).decode()
+            assert "***" in masked, written
+            assert len(masked) <= len(written) - len(secret) + 3, masked
+            for payload in (json.dumps(written), json.dumps(written, ensure_ascii=False)):
+                assert json.loads(mask_json(Raw(payload.encode()), texts)) == masked
+
+
+@given(value=PAYLOADS, data=st.data(), ascii_only=st.booleans())
+def test_masked_payload_has_the_same_values_but_strings(value: Any, data: st.DataObject, ascii_only: bool) -> None:
+    """A secret text may be any part of the JSON text: a number, ``null``, what is between values, half an escape."""
+    text = json.dumps(value, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
+    start = data.draw(st.integers(0, len(text)))
+    secret = text[start : start + data.draw(st.integers(4, 12))].decode("utf-8", "ignore")
+    masked = json.loads(mask_json(Raw(text), forms_of([secret]))) if len(secret) >= 4 else value
+
+    def compare(found: Any, expected: Any) -> None:
+        if isinstance(expected, str):
+            assert found == expected or (secret not in found and "***" in found)
+        elif isinstance(expected, list):
+            for pair in zip(found, expected, strict=True):
+                compare(*pair)
+        elif isinstance(expected, dict):
+            for name in expected.keys() & found.keys():  # others are masked, too
+                compare(found[name], expected[name])
+        else:
+            assert found == expected
+
+    compare(masked, value)
+
+
+@pytest.mark.parametrize("secret", ["null", "1234", "exit", '": ', "true", "code"])
+def test_exit_info_keeps_its_form_whatever_is_secret(secret: str) -> None:
+    info = {
+        "exit": None,
+        "signal": "SIGKILL",
+        "code": 12345,
+        "ok": True,
+        "stderr": ["the exit code is 1234, null, true"],
+    }
+    masked = mask_message(ExitInfo(Raw(json.dumps(info).encode())), forms_of([secret]))
+    assert isinstance(masked, ExitInfo)
+    found = json.loads(masked.info)
+    assert {**found, "stderr": None} == {**info, "stderr": None}
+    assert secret not in found["stderr"][0]
+
+
+@pytest.mark.parametrize("secret", ["u00fc", "ünde"])
+def test_message_of_an_exception_is_masked_as_text(secret: str) -> None:
+    masked = mask_message(Raised("E", f"gründe: {secret}"), forms_of([secret]))
+    assert isinstance(masked, Raised)
+    assert secret not in masked.message
+    assert masked.message.startswith("gr")
+
+
+@pytest.mark.parametrize("mark", ["... (70000 characters, cut at 65536)", "... (cut: it had 2000000 bytes)"])
+def test_message_that_is_cut_within_a_secret_has_no_part_of_it(mark: str) -> None:
+    masked = mask_message(Raised("E", f"{'x' * 100}hunter{mark}"), forms_of(["hunter2-correct"]))
+    assert isinstance(masked, Raised)
+    assert "hunt" not in masked.message
+    assert masked.message.startswith("x" * 90)
+    assert masked.message.endswith(mark)
+
+
+def test_other_line_breaks_are_parts_of_lines() -> None:
+    """The lines of a log end with a line feed only."""
+    secret = "pass\x0cword\rone\u2028\nand another line\r\nx"
+    texts = texts_at(Raw(json.dumps([secret]).encode()), ["/0"])
+    assert mask_texts("pass\x0cword\rone\u2028".encode(), texts) == b"***"
+    assert mask_texts(b"and another line", texts) == b"***"
+
+
+def test_short_secret_in_a_longer_one_leaves_no_rest_of_it() -> None:
+    long, short = b"-----BEGIN----- abcd", b"BEGIN"
+    for step in range(300):
+        text = b"." * (256 * 1024 - step) + long + b"." * 300_000
+        assert mask_texts(text, [long, short]) == text.replace(long, b"***")

@@ -40,6 +40,7 @@ from harp_daemon.secret_values import mask_texts
 from harpd.auth.rights import UserRights
 from harpd.processes.cgroup import CallCgroups, delegated_cgroup
 from harpd.processes.cookie import cookie_for
+from harpd.processes.core_dumps import never_dump_core_of
 from harpd.processes.process_tree import CallTree, Scan, Snapshot, send_signal
 from harpd.supervisor.audit import CallAudit
 from harpd.supervisor.dynamic_uids import DynamicUids
@@ -244,6 +245,7 @@ class Call:
         self._cpu: float | None = None
         self._memory: int | None = None
         self._traceback: str | None = None
+        self._has_secrets = False
         self._secret_texts: Sequence[bytes] = ()
         self._began, self._began_at = time.time(), self._loop.now()
         self._requested_at = time.monotonic()
@@ -254,7 +256,11 @@ class Call:
         self._worker = zygote.assign(self, call_id, procedure)
 
     def start(
-        self, arguments: Raw, authentication: float | None, caller: Raw | None, secret_texts: Sequence[bytes] = ()
+        self,
+        arguments: Raw,
+        authentication: float | None,
+        caller: Raw | None,
+        secret_texts: Sequence[bytes] | None = None,
     ) -> None:
         """Send the worker its arguments; once.
 
@@ -262,11 +268,11 @@ class Call:
             arguments: an array or an object.
             authentication: its duration in seconds, for exit info.
             caller: an object for `harpd.proc.caller`; None: the call has no known caller.
-            secret_texts: texts that are masked in the log and in exit info.
+            secret_texts: texts that are masked in the log and in exit info; None: no argument is secret.
         """
         self._authentication_seconds = authentication
-        self._secret_texts = secret_texts
-        if secret_texts:
+        if secret_texts is not None:
+            self._has_secrets, self._secret_texts = True, secret_texts
             self._worker.mask_output(secret_texts)
         uid = b"-" if self._dynamic_uid is None else b"%d" % self._dynamic_uid
         head = self.id.encode(), self._info.number, uid, b"-" if caller is None else caller
@@ -296,6 +302,8 @@ class Call:
         self._session.on_started()
         if self._stop_reason is None and self._info.timeout is not None:
             self._deadline = self._loop.call_later(self._info.timeout, lambda: self.stop(StopReason.TIMEOUT))
+        if self._has_secrets:
+            never_dump_core_of(pid)
         self._flush_arguments()  # immediately: the worker waits for them
         self.update_watch()
 
@@ -397,7 +405,7 @@ class Call:
             traceback = records[last_record:] if records.startswith(_TRACEBACK_PREFIX, last_record) else b""
             records = records.removesuffix(traceback)
         if traceback:
-            self._traceback = _decode_traceback(mask_texts(traceback, self._secret_texts))
+            self._traceback = _decode_traceback(traceback, self._secret_texts)
         if (not records or self._handle_records(records)) and closing:
             self._handle_closing(closing)
 
@@ -616,13 +624,18 @@ class Call:
         return dumps(exit_info)
 
 
-def _decode_traceback(line: bytes) -> str | None:
-    """Return the traceback in a line of the worker; None if the line is invalid."""
+def _decode_traceback(line: bytes, secret_texts: Sequence[bytes]) -> str | None:
+    """Return the traceback in a line of the worker, masked; None if the line is invalid."""
     try:
         found = loads(line)["traceback"]
     except (InvalidJSON, LookupError, TypeError):
         return None
-    return found[-_MAX_TRACEBACK_LENGTH:] if isinstance(found, str) else None
+    if not isinstance(found, str):
+        return None
+    masked = mask_texts(found.encode("utf-8", "surrogatepass"), secret_texts).decode("utf-8", "surrogatepass")
+    if secret_texts and len(found) >= _MAX_TRACEBACK_LENGTH:  # its beginning is missing, perhaps of a masked text
+        masked = masked[max(map(len, secret_texts)) - 1 :]
+    return masked[-_MAX_TRACEBACK_LENGTH:]
 
 
 def _signal_name(number: int) -> str:

@@ -297,7 +297,7 @@ class Supervisor:
         secrets = header.get("secrets", [])
         if not isinstance(secrets, list) or not all(isinstance(pointer, str) for pointer in secrets):
             raise ProtocolError("secrets: expected an array of JSON pointers")
-        texts = texts_at(arguments, secrets) if secrets else ()
+        texts = texts_at(arguments, secrets) if secrets else None
         caller_text = None if caller is None else dumps(caller)  # it may fail, and then there must be no call yet
         audit = self._context.audit
         call = audit.check_room() or self._create_call(channel, call_id, name, user, header)

@@ -123,7 +123,7 @@ class WorkerProcess:
     def mask_output(self, texts: Sequence[bytes]) -> None:
         """Mask these texts in the output of the present call."""
         for pipe in self._pipes:
-            pipe.masked_texts = texts
+            pipe.mask(texts)
 
     def on_forked(self, pid: int, start: int) -> None:
         self.identity = pid, start
@@ -254,16 +254,23 @@ class OutputPipe:
         os.set_blocking(self._descriptor, False)
         self._fields: Mapping[str, str] = {"stream": stream}
         self._partial_line = b""
-        self.masked_texts: Sequence[bytes] = ()  #: Texts that are masked in its lines.
+        self._masked_texts: Sequence[bytes] = ()  # texts that are masked in its lines
+        self._overlap = 0  # bytes of the longest of these texts that may be missing
         self._is_empty = False  # the last line is empty; of such lines in a row, the first is logged
+        self._is_cut = False  # the beginning of the present line was dropped, and so is its rest
         self._last: deque[bytes] = deque(maxlen=_MAX_LAST_LINES)
         self._watch()
 
     def assign(self, fields: Mapping[str, str]) -> None:
         self._fields = {**fields, "stream": self._fields["stream"]}
         self._last.clear()
-        self._is_empty = False
-        self.masked_texts = ()
+        self._is_empty = self._is_cut = False
+        self.mask(())
+
+    def mask(self, texts: Sequence[bytes]) -> None:
+        """Mask these texts in the lines from now on."""
+        self._masked_texts = texts
+        self._overlap = max(map(len, texts), default=1) - 1
 
     def drain(self) -> list[str]:
         """Read all output of a call that has just ended; return its last lines. Long lines are cut."""
@@ -296,14 +303,25 @@ class OutputPipe:
         if dropping:
             self._drop(data)
             return True
+        if self._is_cut:
+            _, line_feed, data = data.partition(b"\n")
+            self._is_cut = not line_feed
         *lines, self._partial_line = (self._partial_line + data).split(b"\n")
         for line in lines:
-            self._log(line)
-        while len(self._partial_line) > _MAX_LINE_BYTES:
-            cut = _character_start(self._partial_line, _MAX_LINE_BYTES)
-            self._log(self._partial_line[:cut])
-            self._partial_line = self._partial_line[cut:]
+            self._log(self._log_beginning(line, _MAX_LINE_BYTES))
+        # A text that is masked may still be incomplete.
+        self._partial_line = self._log_beginning(self._partial_line, _MAX_LINE_BYTES + self._overlap)
         return True
+
+    def _log_beginning(self, line: bytes, most: int) -> bytes:
+        """Log pieces of a line while it has more bytes than these; return its rest. No piece ends in a masked text."""
+        while len(line) > most:
+            line = mask_texts(line, self._masked_texts)
+            if len(line) > most:
+                cut = _character_start(line, _MAX_LINE_BYTES)
+                self._log(line[:cut])
+                line = line[cut:]
+        return line
 
     def _drop(self, data: bytes) -> None:
         """Drop lines, without the cost of handling each; then pause, so that the flood costs others little time."""
@@ -312,10 +330,11 @@ class OutputPipe:
             self._limit.drop(complete_lines.count(b"\n") + 1, len(complete_lines) + 1)
             last = complete_lines.rsplit(b"\n", _MAX_LAST_LINES)[-_MAX_LAST_LINES:]
             self._last.extend(line[:_MAX_LINE_BYTES] for line in last)
-        if len(self._partial_line) > _MAX_LINE_BYTES:
+            self._is_cut = False
+        if self._is_cut or len(self._partial_line) > _MAX_LINE_BYTES:
             self._limit.drop(1, len(self._partial_line))
             self._last.append(self._partial_line[:_MAX_LINE_BYTES])
-            self._partial_line = b""
+            self._partial_line, self._is_cut = b"", True
         self._collector.loop.unwatch(self._descriptor)
         self._collector.loop.call_later(_DROPPED_READ_INTERVAL, self._watch)
 
@@ -325,7 +344,7 @@ class OutputPipe:
 
     def flush(self) -> None:
         if self._partial_line:
-            self._log(self._partial_line)
+            self._log(self._log_beginning(self._partial_line, _MAX_LINE_BYTES))
             self._partial_line = b""
 
     def _close(self) -> None:
@@ -342,7 +361,7 @@ class OutputPipe:
             output_log.info(self._event, extra={**self._fields, "text": self._text(line)})
 
     def _text(self, line: bytes) -> str:
-        return mask_texts(line, self.masked_texts).decode("utf-8", "backslashreplace")
+        return mask_texts(line, self._masked_texts).decode("utf-8", "backslashreplace")
 
 
 def _character_start(text: bytes, at: int) -> int:
