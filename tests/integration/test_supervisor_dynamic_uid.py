@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import grp
 import os
 import pwd
 import shutil
@@ -49,7 +52,8 @@ def reach(pid):
 
 @procedure(uid="dynamic", gid=["nogroup"])
 def ids():
-    return [os.getuid(), os.getgid(), os.environ["HOME"], "USER" in os.environ]
+    import resource
+    return [os.getuid(), os.getgid(), os.environ["HOME"], "USER" in os.environ, resource.getrlimit(4)]
 
 @procedure(uid="dynamic")
 def plant(path):
@@ -86,6 +90,41 @@ def share(name):
     made = [libc.shmget(0, 4096, 0o1600), libc.msgget(0, 0o1600), libc.semget(0, 1, 0o1600)]
     open("/dev/shm/" + name, "w").close()
     return [os.getuid(), made]
+
+def keep(ring, name):
+    import ctypes
+    libc = ctypes.CDLL(None, use_errno=True)
+    number = {"x86_64": 248, "aarch64": 217}[os.uname().machine]
+    if libc.syscall(number, b"user", name, b"secret", 6, ctypes.c_int(ring)) < 0:
+        return ctypes.get_errno()
+    return "kept"
+
+def find(name):
+    import ctypes
+    libc = ctypes.CDLL(None, use_errno=True)
+    number = {"x86_64": 250, "aarch64": 219}[os.uname().machine]
+    found = [libc.syscall(number, 10, ctypes.c_int(ring), b"user", name, 0) for ring in (-3, -4, -5)]
+    return max(found) > 0
+
+@procedure(uid="nobody")
+def keep_key_in_session():
+    return [keep(-3, b"harpd-test"), find(b"harpd-test")]
+
+@procedure(uid=64399)
+def find_key():
+    return find(b"harpd-test")
+
+@procedure(uid="dynamic")
+def keep_keys():
+    return [os.getuid(), [keep(ring, b"harpd-test") for ring in (-3, -4, -5)], find(b"harpd-test")]
+
+@procedure(uid="dynamic")
+def open_queue():
+    import ctypes
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mq_open(b"/harpd-test", os.O_RDWR | os.O_CREAT, 0o600, None) < 0:
+        return [os.getuid(), ctypes.get_errno()]
+    return [os.getuid(), "opened"]
 
 @procedure(uid="dynamic")
 def execute(path):
@@ -124,8 +163,8 @@ def test_calls_of_one_procedure_cannot_reach_each_other(tmp_path: Path) -> None:
             reaching, refused = running.result("reach", found["pid"])
             assert reaching != uid
             assert refused == [True] * 4
-        uid, gid, home, has_user = running.result("ids")
-        assert (gid, home, has_user) == (65534, "/", False)
+        uid, gid, home, has_user, core = running.result("ids")
+        assert (gid, home, has_user, core) == (65534, "/", False, [1, 1])
 
 
 @needs_root
@@ -160,6 +199,41 @@ def test_shared_memory_and_queues_of_a_call_are_removed(tmp_path: Path) -> None:
         for kind, number in zip(("shm", "msg", "sem"), made, strict=True):
             rows = [line.split() for line in Path(f"/proc/sysvipc/{kind}").read_text().splitlines()[1:]]
             assert str(number) not in {row[1] for row in rows}, kind
+
+
+@needs_root
+def test_calls_of_different_users_share_no_session_keyring(tmp_path: Path) -> None:
+    """A service of systemd has such a keyring, and so have all of its processes."""
+    number = {"x86_64": 250, "aarch64": 219}[os.uname().machine]
+    if ctypes.CDLL(None).syscall(number, 1, 0) < 0:
+        pytest.skip("keyrings are refused here")
+    with supervisor(tmp_path, 1) as running:
+        assert running.result("keep_key_in_session") == ["kept", True]
+        assert running.result("find_key") is False
+
+
+@needs_root
+def test_call_with_dynamic_uid_leaves_no_key_and_no_queue(tmp_path: Path) -> None:
+    """The kernel keeps both for a user without processes, and they have no name in a file system that must exist."""
+    with supervisor(tmp_path, 1) as running:
+        uid, kept, is_found = running.result("keep_keys")
+        assert (uid, kept, is_found) == (FIRST, [errno.ENOSYS] * 3, False)
+        assert running.result("open_queue") == [FIRST, errno.ENOSYS]
+
+
+@needs_root
+def test_id_that_an_account_has_is_given_to_no_call(tmp_path: Path) -> None:
+    """It was added after the start of harpd, or `harpd --test` could not list it. A group counts, too."""
+    used = {0, *(process.uids().real for process in psutil.process_iter())}
+    uids = {entry.pw_uid: f"user {entry.pw_name}" for entry in pwd.getpwall() if entry.pw_uid not in used}
+    gids = {entry.gr_gid: f"group {entry.gr_name}" for entry in grp.getgrall() if entry.gr_gid not in {*used, *uids}}
+    for ids in (uids, gids):
+        number, name = next(iter(ids.items()))
+        directory = tmp_path / str(number)
+        with Supervisor(directory, PROCEDURES, dynamic_uids=[number, number]) as running:
+            error = running.closing_line("ids")["error"]
+        assert error["type"] == "system_error"
+        assert f"id {number} of dynamic_uids is that of {name}" in error["message"]
 
 
 @needs_root

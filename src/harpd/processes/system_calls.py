@@ -1,7 +1,8 @@
-"""A filter of system calls (seccomp): a process and its descendants can make no setuid and no setgid program.
+"""A filter of system calls (seccomp): a process and its descendants leave no programs and no keys to later processes.
 
-The filter is a program for the kernel, which it runs before each system call. It refuses to set these bits of a mode,
-and the calls whose arguments it cannot see: `openat2`, and rings of requests (io_uring). Programs of another
+The filter is a program for the kernel, which it runs before each system call. It refuses to set the setuid and setgid
+bits of a mode, and the calls whose arguments it cannot see: `openat2`, and rings of requests (io_uring). It refuses
+keyrings, and POSIX message queues: the kernel keeps both for a user that has no process any more. Programs of another
 architecture, such as those of 32 bits, have other numbers of system calls, so that all of theirs are refused.
 """
 
@@ -27,9 +28,9 @@ _MACHINES = {
         0xC000003E,
         {90: 1, 91: 1, 268: 2, 452: 2, 85: 1, 133: 1, 259: 2},  # chmod, fchmod(at)(2), creat, mknod(at)
         {2: (1, 2), 257: (2, 3)},  # open(at)
-        (437, 425),  # openat2, io_uring_setup
+        (437, 425, 248, 249, 250, 240),  # openat2, io_uring_setup, add_key, request_key, keyctl, mq_open
     ),
-    "aarch64": (0xC00000B7, {52: 1, 53: 2, 452: 2, 33: 2}, {56: (2, 3)}, (437, 425)),
+    "aarch64": (0xC00000B7, {52: 1, 53: 2, 452: 2, 33: 2}, {56: (2, 3)}, (437, 425, 217, 218, 219, 180)),
 }
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -39,7 +40,7 @@ class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p))
 
 
-def make_no_setuid_programs() -> None:
+def leave_nothing_to_later_processes() -> None:
     """Apply the filter to this process, which has no_new_privs or all rights. It has no effect on other machines.
 
     Raises OSError.

@@ -23,9 +23,10 @@ from harp.protocol.call_output import VERSION, encode_record
 from harp.protocol.json_text import InvalidJSON, NotJSON, encode_value, loads
 from harpd.proc import Cancelled, Procedure, Result, StreamingProcedure, TimeLimit, _set_caller, is_asynchronous
 from harpd.processes.cookie import EnvCookie
+from harpd.processes.keyring import make_session_keyring
 from harpd.processes.prctl import become_subreaper, die_with_parent
 from harpd.worker.environment import oom_score_is_changed, reset_oom_score
-from harpd.worker.privileges import UserError, change_user, is_present_user
+from harpd.worker.privileges import UserError, change_user, check_id_is_free, is_present_user
 from harpd.worker.process_end import ProcessEnd
 from harpd.worker.process_limits import RestrictionError, has_restrictions, restrict_process
 from harpd.worker.signals import SignalGuard, exit_with
@@ -237,6 +238,10 @@ class Worker:
         elif user is None:
             user, groups = self._default_user, groups or self._default_groups
         try:
+            if os.geteuid() == 0:
+                make_session_keyring()
+            if dynamic_uid is not None:
+                check_id_is_free(dynamic_uid)
             if user is not None or groups is not None:
                 try:
                     change_user(user, groups)

@@ -46,6 +46,16 @@ def change_user(user: Identity | None, groups: Sequence[Identity] | None) -> Non
         os.environ.update(user_variables(entry))
 
 
+def check_id_is_free(number: int) -> None:
+    """Raise `UserError` if a user or a group of the system has this id, which is meant for calls only."""
+    for kind, find in (("user", pwd.getpwuid), ("group", grp.getgrgid)):
+        try:
+            name = find(number)[0]
+        except KeyError:
+            continue
+        raise UserError(f"id {number} of dynamic_uids is that of {kind} {name}; set another range")
+
+
 def user_id(user: Identity | None) -> int | None:
     """Return the id of a user, by default of this process's; None: the system does not know the name."""
     try:

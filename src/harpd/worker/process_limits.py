@@ -10,8 +10,9 @@ import os
 import resource
 
 from harpd.proc import DYNAMIC_UID
+from harpd.processes.core_dumps import never_dump_core_of
 from harpd.processes.prctl import set_no_new_privileges
-from harpd.processes.system_calls import make_no_setuid_programs
+from harpd.processes.system_calls import leave_nothing_to_later_processes
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -61,8 +62,9 @@ def restrict_process(procedure: Procedure) -> None:
         if gains_no_privileges(procedure):
             set_no_new_privileges()
         if procedure.uid == DYNAMIC_UID:
+            never_dump_core_of()  # programs that collect core dumps let the user read them, and so a later call
             name = "a filter of system calls"
-            make_no_setuid_programs()
+            leave_nothing_to_later_processes()
     except (OSError, ValueError) as error:
         raise RestrictionError(f"cannot apply {name}: {error}") from error
     if procedure.environment is not None:
