@@ -129,6 +129,21 @@ def test_rerun_keeps_the_arguments_to_the_byte(site: Site, pages: Pages, cookie:
     assert json.loads(body)["host"] == "web02"
 
 
+def test_rerun_offers_more_hosts_than_a_page_of_them(site: Site, pages: Pages) -> None:
+    job = site.finish("echo")
+    others = [f"node{number:03}" for number in range(150)]
+    dispatcher, port = site.system.dispatcher, site.system.harpd.port
+    dispatcher.set_hosts(dict.fromkeys([*NAMES, *others], port))
+    dispatcher.reload()
+    try:
+        page = pages.open(f"/jobs/{job}")
+        page.get_by_role("button", name="Re-run").first.click()
+        expect(page.locator("#rerun-hosts option")).to_have_count(len(NAMES) + len(others))
+    finally:
+        dispatcher.set_hosts(dict.fromkeys(NAMES, port))
+        dispatcher.reload()
+
+
 def test_stop_report_shows_survivors_and_slot_is_released(site: Site, pages: Pages) -> None:
     page = pages.open(f"/jobs/{STUCK}?tab=process")
     expect(page.locator(".job-stop")).to_contain_text("Stop failed")

@@ -586,7 +586,7 @@ function RerunDialog({ job, close }) {
   const [hosts, setHosts] = useState([]);
   const key = useMemo(newKey, []);
   useEffect(() => {
-    get("/hosts").then(({ hosts }) => setHosts(hosts.map(({ name }) => name)), () => null); // a help that not all may see
+    get("/hosts", { limit: 500 }).then(({ hosts }) => setHosts(hosts.map(({ name }) => name)), () => null); // a help that not all may see
   }, []);
   return html`<${Confirm} title="Re-run this job" label="Re-run" kind="primary" close=${close} action=${async () => {
     const changes = host === job.host ? {} : { host };
