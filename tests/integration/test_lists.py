@@ -20,7 +20,7 @@ from harp import aio
 from harp.cli import Exit
 from support.blocking import LoopThread
 from support.harpcallerd import Harpcallerd
-from support.peers import DEADLINE, Peer, PeerConnection
+from support.peers import DEADLINE, Peer, PeerConnection, answering
 from support.shells import Shell
 from support.system import System, running
 from support.terminal import Terminal
@@ -335,6 +335,12 @@ def test_long_search_shows_progress_and_what_was_found(system: System) -> None:
     assert "OSError" in terminal.text.rpartition("what was found")[2]
 
 
+def test_command_jobs_shows_no_progress_without_a_second_page(system: System) -> None:
+    with on_terminal(system, "jobs", "--limit", "2") as terminal:
+        assert "--limit N prints more" in terminal.read_all()
+        assert "searched" not in terminal.printed
+
+
 def test_command_jobs_without_rich_prints_the_same_text(system: System) -> None:
     without = "import sys; sys.modules['rich'] = None; " + PROGRAM.removeprefix("import sys; ")
     with on_terminal(system, "jobs", "procedure:backup,hostile") as terminal:
@@ -402,6 +408,28 @@ def test_commands_hosts_and_queues(system: System) -> None:
         assert '{"slow":2}' in run(system, "queues", "--format", "table").stdout
     finally:
         job.cancel(wait=True)
+
+
+def test_commands_hosts_and_queues_say_that_nothing_matches(system: System) -> None:
+    for command, text, expected in (
+        ("hosts", "nothing", "no host matches"),
+        ("queues", "nothing", "no queue matches"),
+        ("queues", "", "there are no queues"),
+    ):
+        with on_terminal(system, command, *filter(None, [text])) as terminal:
+            assert terminal.read_all().strip() == expected
+    assert run(system, "hosts", "nothing").stdout == ""
+    assert run(system, "hosts", "nothing", "--format", "table").stdout.split()[0] == "HOST"
+
+
+def test_command_hosts_cuts_long_names_on_a_narrow_terminal() -> None:
+    host = {"name": "a-long-name." * 8, "address": "192.0.2.1", "port": 4306, "state": "up", "running": 0, "queued": 0}
+    with Peer(answering({"hosts": [host], "next": None})) as peer:
+        variables = {"HARP_DISPATCHER": f"{peer.host}:{peer.port}", "PATH": os.environ["PATH"]}
+        with Terminal([sys.executable, "-c", PROGRAM, "hosts"], variables, columns=80) as terminal:
+            printed = terminal.read_all().splitlines()
+    assert [len(line) <= 80 for line in printed] == [True, True]
+    assert "…" in printed[1]
 
 
 def test_command_show_prints_all_of_a_job(system: System) -> None:

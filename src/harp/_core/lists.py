@@ -239,8 +239,8 @@ class ListBase(Generic[T]):
         #: The cursor with which a list continues after the pages that were requested; None: at its beginning, or its
         #: end.
         self.cursor: str | None = request.cursor
-        #: Called after each page.
-        self._on_page: Callable[[], None] = lambda: None
+        #: Called before each page but the first.
+        self._on_next_page: Callable[[], None] = lambda: None
         #: The number of jobs that the dispatcher has examined for this list, and the submission of the last one.
         self.examined = 0
         self.searched_to: float | None = None
@@ -267,6 +267,8 @@ class ListBase(Generic[T]):
     def _read_page(self) -> Steps[None]:
         most = protocol.DEFAULT_LISTED if self._remaining is None else min(self._remaining, protocol.MAX_LISTED)
         request = replace(self._request, limit=most, cursor=self.cursor)
+        if not self._is_first:
+            self._on_next_page()
         reply: Any = None
         while reply is None:
             try:
@@ -290,4 +292,3 @@ class ListBase(Generic[T]):
         if isinstance(reply, JobsListed):
             self.examined += reply.examined
             self.searched_to = reply.searched_to
-        self._on_page()

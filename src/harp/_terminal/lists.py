@@ -108,7 +108,7 @@ JOB_COLUMNS: Mapping[str, _Field] = {
 }
 USUAL_JOB_COLUMNS = ("job", "state", "host", "procedure", "submitted", "took", "end")
 _HOST_COLUMNS = (
-    _Field(Column("HOST"), _text("name")),
+    _Field(Column("HOST", flexible=True), _text("name")),
     _Field(Column("STATE"), _state),
     _Field(Column("ADDRESS"), lambda host, now: Span(f"{host.address}:{host.port}")),
     _Field(
@@ -162,7 +162,7 @@ def list_jobs(caller: HarpCaller, options: Namespace) -> None:
     found: list[JobSummary] = []
     progress = _Progress(jobs)
     if screen.can_redraw and sys.stderr.isatty():
-        jobs._on_page = progress.show
+        jobs._on_next_page = progress.show
     try:
         found += iter(jobs)
     finally:  # also after Ctrl-C in a long search
@@ -203,12 +203,11 @@ class _Progress:
         self._is_shown = False
 
     def show(self) -> None:
-        """Show it after a page."""
-        if self._jobs.cursor is not None:
-            at = format_time(self._jobs.searched_to, time.time())
-            text = f"searched {self._jobs.examined} jobs, back to {at}; Ctrl-C shows what was found"
-            print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
-            self._is_shown = True
+        """Show it before the search goes on."""
+        at = format_time(self._jobs.searched_to, time.time())
+        text = f"searched {self._jobs.examined} jobs, back to {at}; Ctrl-C shows what was found"
+        print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
+        self._is_shown = True
 
     def clear(self) -> None:
         """Clear the line."""
@@ -375,15 +374,15 @@ def _fit(line: Line, width: int) -> Line:
 
 def list_hosts(caller: HarpCaller, options: Namespace) -> None:
     """Print the hosts of the registry."""
-    _print_items(caller.hosts(" ".join(options.words), limit=options.limit or None), _HOST_COLUMNS, options)
+    _print_items(caller.hosts(" ".join(options.words), limit=options.limit or None), _HOST_COLUMNS, "host", options)
 
 
 def list_queues(caller: HarpCaller, options: Namespace) -> None:
     """Print the queues that have jobs."""
-    _print_items(caller.queues(" ".join(options.words), limit=options.limit or None), _QUEUE_COLUMNS, options)
+    _print_items(caller.queues(" ".join(options.words), limit=options.limit or None), _QUEUE_COLUMNS, "queue", options)
 
 
-def _print_items(items: Iterable[T], fields: Sequence[_Field], options: Namespace) -> None:
+def _print_items(items: Iterable[T], fields: Sequence[_Field], noun: str, options: Namespace) -> None:
     screen = Screen()
     chosen = chosen_format(options, screen)
     if chosen != "table":
@@ -391,7 +390,10 @@ def _print_items(items: Iterable[T], fields: Sequence[_Field], options: Namespac
         return
     now = time.time()
     rows = [[field.cell(item, now) for field in fields] for item in items]
-    screen.print(lay_out([field.column for field in fields], rows, screen.width))
+    if screen.is_terminal and not rows:
+        screen.print([[Span(f"no {noun} matches" if options.words else f"there are no {noun}s", "dim")]])
+    else:
+        screen.print(lay_out([field.column for field in fields], rows, screen.width))
 
 
 def find_job(caller: HarpCaller, words: Sequence[str]) -> tuple[str, bool]:
