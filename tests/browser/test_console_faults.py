@@ -75,7 +75,7 @@ def test_event_source_continues_through_cuts_and_kills(browser: Browser, tmp_pat
                 site.system.dispatcher.restart(kill=True)
                 kills += 1
             page.wait_for_timeout(PAUSE)
-            return proxy.cuts == SOURCE_CUTS
+            return proxy.cuts >= SOURCE_CUTS  # two may be cut at once
 
         eventually(page, write_until_cut, f"{SOURCE_CUTS} cuts", 60_000)
         append(path, "end")
