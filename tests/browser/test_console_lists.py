@@ -14,6 +14,8 @@ import harp
 from support.browser import PROCEDURES, Pages, Site, eventually, find_axe_violations, running_site
 from support.jobs import new_id
 
+NAMES = ("web01", "quiet01")
+
 
 @pytest.fixture(scope="module")
 def filled(site: Site) -> Site:
@@ -365,6 +367,20 @@ def test_columns_and_theme_are_remembered(pages: Pages, filled: Site) -> None:
     assert page.evaluate("document.documentElement.dataset.theme") == "dark"
 
 
+def test_wrong_filter_shows_no_numbers_of_the_one_before(pages: Pages, filled: Site) -> None:
+    pages.allow("400")
+    page = pages.open("/jobs")
+    expect(page.locator(".facet-host .count").first).not_to_be_empty()
+    expect(page.locator(".sum")).not_to_be_empty()
+    page.get_by_role("searchbox", name="Search jobs").fill("state:runing")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("alert")).to_contain_text("did you mean running?")
+    expect(page.locator(".sum")).to_be_empty()
+    expect(page.locator(".facet-host")).to_have_count(0)
+    page.get_by_role("link", name="Clear all filters").click()
+    expect(page.locator(".facet-host .count").first).not_to_be_empty()
+
+
 def test_palette_and_key_help_work_by_keys_alone(pages: Pages, filled: Site) -> None:
     page = pages.open("/jobs")
     expect(rows(page).first).to_be_visible()
@@ -372,6 +388,17 @@ def test_palette_and_key_help_work_by_keys_alone(pages: Pages, filled: Site) -> 
     page.get_by_role("combobox", name="Go to or do").fill("hosts")
     page.keyboard.press("Enter")
     expect(page).to_have_url(re.compile("/hosts$"))
+    page.keyboard.press("g")
+    page.keyboard.press("j")
+    expect(page).to_have_url(re.compile("/jobs$"))
+    page.keyboard.press("Control+k")
+    page.get_by_role("combobox", name="Go to or do").fill("quiet")  # a host that has no job
+    expect(page.get_by_role("option").first).to_have_text("Host quiet01")
+    page.keyboard.press("Enter")
+    expect(page).to_have_url(re.compile("/hosts/quiet01$"))
+    page.keyboard.press("?")
+    expect(page.get_by_role("dialog", name="Keys")).to_contain_text("Go to Jobs")
+    page.keyboard.press("Escape")
     page.keyboard.press("g")
     page.keyboard.press("j")
     expect(page).to_have_url(re.compile("/jobs$"))

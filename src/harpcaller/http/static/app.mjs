@@ -217,11 +217,9 @@ function Palette({ close, actions }) {
   const [at, setAt] = useState(0);
   const list = useRef(null);
   useEffect(() => {
-    get("/jobs/counts", { by: "procedure,host" }).then(({ by }) =>
-      setNames([
-        ...(by.host || []).map(({ value }) => [`Host ${visible(value)}`, () => navigate(hostLink(value))]),
-        ...(by.procedure || []).map(({ value }) => [`Jobs of ${visible(value)}`, () => navigate(link("/jobs", { procedure: value }))]),
-      ]), () => null);
+    const add = (request, entriesOf) => request.then((answer) => setNames((before) => [...before, ...entriesOf(answer)]), () => null);
+    add(get("/hosts", { limit: 500 }), ({ hosts }) => hosts.map(({ name }) => [`Host ${visible(name)}`, () => navigate(hostLink(name))]));
+    add(get("/jobs/counts", { by: "procedure" }), ({ by }) => by.procedure.map(({ value }) => [`Jobs of ${visible(value)}`, () => navigate(link("/jobs", { procedure: value }))]));
   }, []);
   const wanted = sought.toLowerCase().split(/\s+/);
   const found = [...actions, ...names].filter(([name]) => wanted.every((word) => name.toLowerCase().includes(word))).slice(0, 12);

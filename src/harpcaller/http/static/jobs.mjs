@@ -522,7 +522,7 @@ function Nothing({ query, list, names }) {
 export function JobsView({ query, returned }) {
   useSettings();
   const redraw = useRedraw();
-  const [counts, setCounts] = useState(null);
+  const [known, setCounts] = useState(null);
   const [sheet, setSheet] = useState(false);
   const body = useRef(null);
   const filter = normal(query);
@@ -552,6 +552,7 @@ export function JobsView({ query, returned }) {
     };
   }, [key]);
   const isRefused = !list.rows.length && list.error?.status === 400;
+  const counts = isRefused ? null : known;
   useLive(isRefused ? "" : "jobs,counts", filter.toString(), {
     jobs(data) {
       list.take(data);
