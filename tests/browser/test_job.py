@@ -258,10 +258,28 @@ def test_find_counts_new_matches_while_the_job_runs(site: Site, pages: Pages, tm
     page = pages.open(f"/jobs/{job}")
     page.get_by_label("Find in all records").fill("APPLE")
     page.keyboard.press("Enter")
-    expect(page.locator(".find-count")).to_have_text("1")
+    expect(page.locator(".find-count")).to_have_text("1 of 1")
     append(path, "two apples", "a pear")
-    expect(page.locator(".find-count")).to_have_text("2")
+    expect(page.locator(".find-count")).to_have_text("1 of 2")
     append(path, "end")
+
+
+def test_find_goes_to_the_first_match(site: Site, pages: Pages) -> None:
+    job = site.finish("count", 500)
+    page = pages.open(f"/jobs/{job}?tab=output#r400")
+    expect(row(page, 400)).to_be_in_viewport()
+    page.get_by_label("Find in all records").fill("orders_7")
+    page.keyboard.press("Enter")
+    expect(row(page, 7)).to_be_in_viewport()
+    expect(page.locator(".find-count")).to_have_text("1 of 11")
+    page.keyboard.press("Enter")
+    expect(page.locator(".find-count")).to_have_text("2 of 11")
+    page.goto(f"{site.url}/jobs/{job}?tab=output&find=orders_12")
+    expect(row(page, 12)).to_be_in_viewport()
+    page.goto("about:blank")
+    page.goto(f"{site.url}/jobs/{job}?tab=output&find=orders_12#r300")  # the link to a record says more
+    expect(page.locator(".find-count")).to_have_text("11")
+    expect(row(page, 300)).to_be_in_viewport()
 
 
 def test_output_view_is_in_the_address_and_downloads(site: Site, pages: Pages, cookie: str) -> None:

@@ -61,12 +61,14 @@ def test_long_stream_opens_at_the_linked_record(site: Site, pages: Pages) -> Non
 
 def test_find_counts_all_matches_of_the_stream(site: Site, pages: Pages) -> None:
     page = pages.open(f"/jobs/{LONG}?tab=output&find=needle")
-    expect(page.locator(".find-count")).to_have_text("20")
-    page.locator(".log-layer").focus()
-    page.keyboard.press("n")
     expect(page.locator(".find-count")).to_have_text("1 of 20")
     expect(row(page, 7)).to_be_in_viewport()
     expect(row(page, 7).locator("mark")).to_have_text("Needle")
+    page.locator(".log-layer").focus()
+    page.keyboard.press("n")
+    expect(page.locator(".find-count")).to_have_text("2 of 20")
+    page.keyboard.press("N")
+    expect(page.locator(".find-count")).to_have_text("1 of 20")
     page.keyboard.press("N")
     expect(page.locator(".find-count")).to_have_text("20 of 20")
     expect(row(page, 1_900_007)).to_be_in_viewport()

@@ -75,21 +75,29 @@ export function Output({ job, client, query, hash, change, openResult }) {
     log.current.redraw();
   }, [times, zone, isWrapped, job.time.start]);
 
+  const opened = useRef(false);
+  const isNew = useRef(false);   // whether the first match of the search is to be shown when it is known
   useEffect(() => {
     setFound(null);
     setPlace((place_.current = null));
     log.current.needle = needle.toLowerCase();
     client.post({ find: needle });
+    isNew.current = needle !== "" && (opened.current || !range);
     if (field.current) field.current.value = needle;
     log.current.redraw();
   }, [needle]);
+
+  useEffect(() => {
+    if (!isNew.current || found?.text !== needle || !found.count) return;
+    isNew.current = false;
+    client.post({ seek: { number: 0, isForward: true } });
+  }, [found]);
 
   useEffect(() => {
     log.current.setList(isOnly ? "matches" : "all");
   }, [isOnly]);
 
   // Where it opens: at the linked record, else at the first match, else at the end.
-  const opened = useRef(false);
   useEffect(() => {
     log.current.select(...(range ?? [-1, -1]));
     if (range && (!opened.current || !isSeen(range[0]))) {
