@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import ssl
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -215,6 +216,25 @@ async def test_http_client_that_does_not_read_is_disconnected(tmp_path: Path, pe
                 while data := await reader.read(MIB):
                     received += len(data)
             assert received < 12 * MIB
+
+
+async def test_http_client_that_ends_while_it_is_sent_data_is_no_fault(
+    tmp_path: Path, peer: Peer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A transport of asyncio that has closed behind its last data cannot be aborted."""
+    async with running_api(tmp_path, host_line(peer.port)) as api:
+        call = {"host": "web01", "procedure": "echo", "arguments": ["x" * 12 * MIB]}
+        job = (await api.client.post("/jobs?wait=20&payloads=none", json=call)).json()["job"]
+        async with connected(api) as (reader, writer):
+            head = GET.replace(b"/openapi.json", f"/jobs/{job}/result".encode())
+            writer.write(head + api.authorization.encode() + b"\r\n")
+            await read_head(reader)
+            writer.write_eof()
+            async with asyncio.timeout(20):
+                await reader.read()
+                while api.api.open_connections > 1:  # that of api.client
+                    await asyncio.sleep(0.01)
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
 async def test_http_long_responses_wait_for_memory(tmp_path: Path, peer: Peer) -> None:

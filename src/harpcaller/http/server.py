@@ -300,10 +300,10 @@ class HTTPConnection(HttpToolsProtocol):
     def abort(self) -> None:
         """Close the connection at once."""
         self.is_closing = True
-        if self._plain is not None:
-            self._plain.abort()
-        else:
+        if self._plain is None:
             self._accepted.close()
+        elif not self.closed.done():  # asyncio fails if its transport has closed behind its last data
+            self._plain.abort()
 
     def close(self, transport: asyncio.Transport) -> None:
         """Close the connection when all is sent. Further input is discarded."""
