@@ -203,7 +203,7 @@ class _Progress:
         self._is_shown = False
 
     def show(self) -> None:
-        """Show it before the search goes on."""
+        """Show it before the search continues."""
         at = format_time(self._jobs.searched_to, time.time())
         text = f"searched {self._jobs.examined} jobs, back to {at}; Ctrl-C shows what was found"
         print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
