@@ -22,7 +22,7 @@ class ChangeKind(StrEnum):
     DELETED = "deleted"
 
 
-class Change(Struct, frozen=True):
+class Change(Struct, frozen=True, gc=False):
     """A committed change of a job. Observers keep neither `job` nor `end`: their payloads may be long."""
 
     kind: ChangeKind

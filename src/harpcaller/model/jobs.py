@@ -58,7 +58,8 @@ class StopState(StrEnum):
     UNKNOWN = "unknown"  # the host runs a legacy harpd, which cannot report it
 
 
-class NewJob(Struct, frozen=True):
+# A frozen job without collections cannot be part of a cycle, so that the garbage collector need not visit 10,000 of them.
+class NewJob(Struct, frozen=True, gc=False):
     """A job that is not stored yet."""
 
     id: str  # UUID in its lower-case text form
@@ -83,7 +84,7 @@ class NewJob(Struct, frozen=True):
     rerun_of: str | None = None  # id of the job that is submitted again
 
 
-class Job(Struct, frozen=True):
+class Job(Struct, frozen=True, gc=False):
     """A stored job. Times are Unix seconds with fractions; None: not yet, or never."""
 
     id: str
