@@ -58,7 +58,7 @@ class StopState(StrEnum):
     UNKNOWN = "unknown"  # the host runs a legacy harpd, which cannot report it
 
 
-# A frozen job without collections cannot be part of a cycle, so that the garbage collector need not visit 10,000 of them.
+# A job cannot be part of a cycle, so that the garbage collector need not visit it: a request has up to 10,000.
 class NewJob(Struct, frozen=True, gc=False):
     """A job that is not stored yet."""
 
