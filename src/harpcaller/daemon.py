@@ -112,8 +112,10 @@ def check(config: Config) -> tuple[list[str], list[str]]:
         if hosts is not None and not hosts.hosts and not hosts.rejected:
             warnings.append(f"{config.file}: {key}: it has no host; a job for a host that is missing fails")
     if source is not None and not errors:
-        tags = {tag for hosts in lists if hosts for host in hosts.hosts.values() for tag in host.tags or ()}
-        warnings += source.describe_unknown_tags(tags)
+        known = [host for hosts in lists if hosts for host in hosts.hosts.values()]
+        tags = {tag for host in known for tag in host.tags or ()}
+        addresses = (*config.listen, *(config.http.listen if config.http is not None else ()))
+        warnings += source.describe_unmatched({host.hostname for host in known}, tags, {*map(str, addresses)})
     return [*errors, *(str(line) for hosts in lists if hosts is not None for line in hosts.rejected)], warnings
 
 

@@ -196,6 +196,22 @@ def test_access_questions_know_the_tags_of_hosts(dispatcher: Harpcallerd, rules:
     assert "note: tags of hosts are unknown: " in ask(dispatcher, *shop, "--host=web07").stdout
 
 
+def test_check_warns_of_conditions_that_nothing_meets(dispatcher: Harpcallerd, rules: Path) -> None:
+    """They may be mistyped: a rule with `deny` would deny nothing."""
+    rules.write_text(
+        '[roles]\nall = ["anonymous@localhost:*", "anonymous@127.0.0.1:*"]\n'
+        '[[rule]]\nwho = ["role:all"]\ndeny = ["call"]\nhosts = ["db*", "DB01", "web0[0-9]"]\n'
+    )
+    dispatcher.set_hosts({"db01": 1, "web01": 2})
+    done = dispatcher.control("--test", f"--config={dispatcher.config_file}")
+    where = f"harpcallerd: warning: {rules}: rule 1 (line 3): "
+    assert [line for line in done.stderr.splitlines() if "rule 1" in line] == [
+        f"{where}hosts: no host has the name DB01",
+        f"{where}hosts: no host has the name web0[0-9]",
+        f"{where}who: no listener is that of anonymous@localhost:*",
+    ]
+
+
 def test_access_questions_of_the_page_print_what_it_shows(dispatcher: Harpcallerd, rules: Path) -> None:
     page = PAGE.read_text()
     (example,) = re.findall(r"^```toml\n(\[roles\]\n.*?)^```", page, re.MULTILINE | re.DOTALL)

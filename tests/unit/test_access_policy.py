@@ -334,6 +334,13 @@ def test_page_has_a_valid_example_and_all_keys() -> None:
         ("[roles]\nweb = 1", "roles.web: expected a list of texts, got 1"),
         ("[roles]\nweb = ['tokn:shop']", "tokn:shop'; did you mean token:shop?"),
         (
+            rule("", who="['token:shop ']"),
+            "who: expected letters, digits, dots, hyphens and underscores, got 'token:shop '",
+        ),
+        (rule("", who="['token:a,uid:b']"), "got 'token:a,uid:b', which no client has"),
+        (rule("", who="['token:\u0455hop']"), "which no client has"),
+        (rule("", who="['cert:a b']"), "who: expected printable ASCII characters without spaces, got 'cert:a b'"),
+        (
             "[roles]\nweb = ['role:wob']",
             "roles.web: expected a role of [roles], got 'role:wob'; did you mean role:web?",
         ),

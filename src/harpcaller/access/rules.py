@@ -31,6 +31,8 @@ MAX_PATTERN_TEXT = 1024  #: A longer text matches no pattern: the time of some p
 ROLE = "role:"  #: The beginning of a role in `who`.
 TOKEN = "token:"  #: The beginning of the principal of a token.  # noqa: S105
 
+ANONYMOUS = "anonymous@"  #: The beginning of the principal of every client of a listener.
+
 Scalar: TypeAlias = str | int | float | bool
 
 

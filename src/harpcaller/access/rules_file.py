@@ -24,6 +24,7 @@ from harpcaller.access.rules import (
     NO_QUEUE,
     RATE_NAMES,
     ROLE,
+    TOKEN,
     Action,
     Arguments,
     Check,
@@ -43,6 +44,11 @@ T = TypeVar("T")
 _HEADER = re.compile(rb"[ \t]*\[\[[ \t]*rule[ \t]*\]\][ \t]*(?:#.*)?")
 _PRINCIPAL = re.compile(r"\*|(?:(?:token|cert|user|uid|gid):|anonymous@).+", re.DOTALL)
 _PREFIXES = ("token:", "cert:", "user:", "uid:", "gid:", ROLE, "anonymous@")
+#: The names that principals of a kind can have, with the characters of globs: another name would never match.
+_FORMS = {
+    TOKEN: (re.compile(r"[A-Za-z0-9*?][A-Za-z0-9._*?-]{0,63}"), "letters, digits, dots, hyphens and underscores"),
+    CERT: (re.compile(r"[!-~]{1,255}"), "printable ASCII characters without spaces"),
+}
 _RATE = re.compile(r"([1-9]\d{0,8})/(s|min|h)", re.ASCII)
 _BYTES = re.compile(r"([1-9]\d{0,17}) ?(B|KiB|MiB|GiB)", re.ASCII)
 _UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
@@ -126,6 +132,9 @@ def _expand(
         if not text.startswith(ROLE):
             if not is_principal(text):
                 raise _Wrong(f'expected a principal such as "token:shop" or "role:web", got {text!r}{_near(text)}')
+            for kind, (form, names) in _FORMS.items():
+                if text.startswith(kind) and not form.fullmatch(text.removeprefix(kind)):
+                    raise _Wrong(f"expected {names}, got {text!r}, which no client has")
             name = text.removeprefix(CERT)
             if name != text and "@" not in name and not is_uri(name) and name != name.lower():
                 raise _Wrong(f"expected a DNS name in lower case, got {text!r}")

@@ -15,6 +15,7 @@ from harp_daemon.regular_files import read_regular
 from harp_daemon.settings import ConfigError
 from harp_daemon.watched_file import WatchedFile
 from harpcaller.access.policy import ALLOW_ALL, Policy, parse
+from harpcaller.access.rules import ANONYMOUS, Globs
 from harpcaller.config import Config, file_errors
 
 
@@ -35,12 +36,29 @@ class PolicySource:
             return {}
         return {"access_file": str(self._watched.file), "access_sha256": self._watched.value.sha256}
 
-    def describe_unknown_tags(self, tags: Set[str]) -> list[str]:
-        """Return a warning for each rule with tags that no host has, such as mistyped ones; `tags` are all of hosts."""
+    def describe_unmatched(self, hosts: Set[str], tags: Set[str], listeners: Set[str]) -> list[str]:
+        """Return a warning for each condition of a rule that nothing meets: it may be mistyped.
+
+        The arguments are the names and the tags of all hosts, and the names of all listeners.
+        """
         if self._watched is None:
             return []
-        rules = [rule for rule in self.policy.rules if rule.tags is not None and not rule.tags.match_any(tags)]
-        return [f"{self._watched.file}: {rule.place}: tags: no host has one of {rule.tags}" for rule in rules]
+        found, anonymous = list[str](), [ANONYMOUS + name for name in listeners]
+        for rule in self.policy.rules:
+            where = f"{self._watched.file}: {rule.place}"
+            names = () if rule.hosts is None else rule.hosts.texts
+            found += [
+                f"{where}: hosts: no host has the name {text}" for text in names if not Globs([text]).match_any(hosts)
+            ]
+            if rule.tags is not None and not rule.tags.match_any(tags):
+                found.append(f"{where}: tags: no host has one of {rule.tags}")
+            texts = [text for text in rule.who.texts if text.startswith(ANONYMOUS)]
+            found += [
+                f"{where}: who: no listener is that of {text}"
+                for text in texts
+                if not Globs([text]).match_any(anonymous)
+            ]
+        return found
 
     def describe(self) -> dict[str, Any] | None:
         """Return file, number of rules, age in seconds and the error of the latest contents; None without a file."""
