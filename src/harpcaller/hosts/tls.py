@@ -125,11 +125,13 @@ class HostTLS:
     def _find_other(self, der: bytes, host: Host) -> str | None:
         """Return another host of the registry that a certificate names, unless it names this host, too."""
         names = certificate_names(der)
-        forms = names.union(*map(_name_forms, names))
-        entries = {"subjectAltName": [("DNS", name) for name in names if name.startswith("*")]}
-        if not forms.isdisjoint(_host_forms(host)) or names_host(entries, host):
-            return None
-        return next((one.hostname for one in self._list_hosts() if not forms.isdisjoint(_host_forms(one))), None)
+        forms = set[str]().union(*map(_name_forms, names))
+        wildcards = {"subjectAltName": [("DNS", name) for name in names if name.startswith("*")]}
+
+        def is_named(one: Host) -> bool:
+            return not forms.isdisjoint(_host_forms(one)) or names_host(wildcards, one)
+
+        return None if is_named(host) else next((one.hostname for one in self._list_hosts() if is_named(one)), None)
 
     def chain_refused(self, chain_error: str) -> CertificateRefused:
         """Return the error for a certificate with a chain that no handshake accepted."""
@@ -157,12 +159,17 @@ def _check_digest(der: bytes, expected: str) -> None:
 
 
 def _host_forms(host: Host) -> set[str]:
-    return {*_name_forms(host.hostname.lower()), host.address.lower()}
+    address = parse_ip(host.address)
+    return {*_name_forms(host.hostname.lower()), host.address.lower() if address is None else str(address)}
 
 
 def _name_forms(name: str) -> set[str]:
-    """Return a name and its first label: a certificate and the registry may have the short or the long name."""
-    return {name} if parse_ip(name) is not None else {name, name.partition(".")[0]}
+    """Return a name and its first label: a certificate and the registry may have the short or the long name.
+
+    An address has one form.
+    """
+    address = parse_ip(name)
+    return {name, name.partition(".")[0]} if address is None else {str(address)}
 
 
 def _name_file(known_certs: WatchedFile[frozenset[bytes]]) -> str:
