@@ -178,12 +178,13 @@ def test_disconnect_during_a_stream_frees_the_connection(dispatcher: Harpcallerd
 
 
 def test_clients_over_the_limit_are_refused(dispatcher: Harpcallerd) -> None:
-    job = dispatcher.submit("web01", "hang")
+    job = dispatcher.submit("web01", "feed", 0)
     wait_for_connections(dispatcher, 0)
     waiting = [dispatcher.connect() for _ in range(40)]
     for client in waiting:
-        client.send({"harpcaller": 1, "get_result": job})
-    wait_for_connections(dispatcher, 40)
+        client.send({"harpcaller": 1, "follow_stream": job, "since": 0})
+    for client in waiting:  # a connection whose request was not read yet would give way to others
+        assert client.message() == {"packet": 0, "data": 0}
     assert dispatcher.ask(get_status=job) == [{"error": REFUSAL}]
     with dispatcher.connect() as silent:  # it does not delay the others
         assert silent.messages() == [{"error": REFUSAL}]

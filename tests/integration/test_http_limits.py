@@ -19,6 +19,7 @@ from support.certificates import server_files
 from support.deadline import eventually
 from support.dispatcher import host_line
 from support.http_api import RunningAPI, running_api
+from support.http_streams import ended
 from support.peers import Peer
 from support.scripted import scripted_harpd
 
@@ -204,8 +205,7 @@ async def test_http_silent_connections_give_way(tmp_path: Path) -> None:
 
 async def test_http_client_that_does_not_read_is_disconnected(tmp_path: Path, peer: Peer) -> None:
     async with running_api(tmp_path, host_line(peer.port), idle_timeout=0.5) as api:
-        call = {"host": "web01", "procedure": "echo", "arguments": ["x" * 12 * MIB]}
-        job = (await api.client.post("/jobs?wait=20&payloads=none", json=call)).json()["job"]
+        job = await ended(api, "echo", "x" * 12 * MIB)
         async with connected(api) as (reader, writer):
             head = GET.replace(b"/openapi.json", f"/jobs/{job}/result".encode())
             writer.write(head + api.authorization.encode() + b"\r\n")
@@ -238,19 +238,16 @@ async def test_http_client_that_ends_while_it_is_sent_data_is_no_fault(
 
 
 async def test_http_long_responses_wait_for_memory(tmp_path: Path, peer: Peer) -> None:
-    async with running_api(tmp_path, host_line(peer.port), idle_timeout=2.0, reply_memory=MIB) as api:
-        call = {"host": "web01", "procedure": "echo", "arguments": ["x" * 12 * MIB]}
-        job = (await api.client.post("/jobs?wait=20&payloads=none", json=call)).json()["job"]
+    async with running_api(tmp_path, host_line(peer.port), reply_memory=MIB) as api:
+        job = await ended(api, "echo", "x" * 12 * MIB)
         async with connected(api) as (reader, writer):
             head = GET.replace(b"/openapi.json", f"/jobs/{job}/result".encode())
             writer.write(head + api.authorization.encode() + b"\r\n")
             await read_head(reader)  # and nothing else of it
             second = asyncio.create_task(api.client.get(f"/jobs/{job}/result"))
-            async with asyncio.timeout(20):
-                while not api.api.service.streams.memory.has_waiting:
-                    await asyncio.sleep(0.01)
+            await eventually(lambda: api.api.service.streams.memory.has_waiting, what="the wait of the second one")
             assert (await api.client.get("/jobs")).status_code == 200  # short responses need no share
-            assert len((await second).content) > 12 * MIB
+        assert len((await second).content) > 12 * MIB
         assert not api.api.service.streams.memory.has_waiting
 
 

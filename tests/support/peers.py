@@ -101,14 +101,18 @@ class PeerConnection:
         for message in messages:
             self.send(line_of(message))
 
-    def until_closed(self) -> None:
-        """Be silent until the client closes, and set `closed`; or until the test ends."""
+    def until_closed(self, deadline: float | None = DEADLINE) -> None:
+        """Be silent until the client closes, and set `closed`; or until the test ends.
+
+        With None as `deadline` the client may stay as long as the test takes.
+        """
+        self.sock.settimeout(deadline)
         while not self._ending.is_set():
             try:
                 if self.sock.recv(65536):
                     continue
             except TimeoutError as error:
-                raise AssertionError(f"the client did not close within {DEADLINE} s") from error
+                raise AssertionError(f"the client did not close within {deadline} s") from error
             except OSError:
                 pass
             if not self._ending.is_set():

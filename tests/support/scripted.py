@@ -51,10 +51,10 @@ def _answer(conn: PeerConnection, request: dict[str, Any]) -> None:
             conn.reply(b"HTTP/1.1 400 Bad Request\n")
         case "hang", _:
             conn.reply(_SINGLE)
-            conn.until_closed()
+            conn.until_closed(deadline=None)
         case "feed", [*first]:
             conn.reply(_STREAM, *({"stream": record} for record in first))
-            conn.until_closed()
+            conn.until_closed(deadline=None)
         case name, _:
             conn.reply(
                 {"harp": 1, "error": {"type": "no_such_procedure", "message": name, "data": {"procedure": name}}}
