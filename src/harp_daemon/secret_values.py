@@ -96,11 +96,13 @@ def find_texts(values: Sequence[bytes]) -> list[str]:
 
 
 def forms_of(texts: Sequence[str]) -> tuple[bytes, ...]:
-    """Return how texts may be written, the longest first: as they are, as `repr` and as JSON, and these as JSON."""
+    """Return how texts may be written, the longest first: as they are, as `repr` and as JSON, and these in JSON."""
     forms = set[str]()
     for text in texts:
+        as_bytes = text.encode("utf-8", "surrogatepass")
         # A text with both kinds of quotes is written differently. This one may be a part of such a text.
-        for written in (text, repr(text)[1:-1], repr(f'{text}"')[1:-2], *_as_json(text)):
+        reprs = repr(text)[1:-1], repr(f'{text}"')[1:-2], repr(as_bytes)[2:-1], repr(as_bytes + b'"')[2:-2]
+        for written in (text, *reprs, *_as_json(text)):
             forms |= {written, *_as_json(written)}
     return tuple(sorted((form.encode("utf-8", "surrogatepass") for form in forms), key=len, reverse=True))
 

@@ -126,7 +126,8 @@ def mask_message(message: Message, texts: Sequence[bytes]) -> Message:
             return Returned(mask_json(Raw(result), texts))
         case Raised() | Failed():
             data = None if message.data is None else mask_json(Raw(message.data), texts)
-            return replace(message, message=_mask_string(message.message, texts), data=data)
+            names = {"type": _mask_string(message.type, texts)} if isinstance(message, Raised) else {}
+            return replace(message, message=_mask_string(message.message, texts), data=data, **names)
         case ExitInfo(data) | StopReport(data):
             return type(message)(mask_json(Raw(data), texts, with_names=False))
         case Record(data):

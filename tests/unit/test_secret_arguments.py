@@ -234,7 +234,8 @@ def test_texts_are_masked_in_longer_reprs_and_in_json(secret: str) -> None:
     texts = forms_of([secret])
     for around in ("{}", '"{}"', "'{}'"):
         longer = around.format(secret)
-        for written in (longer, repr(longer), json.dumps([longer]), json.dumps([longer], ensure_ascii=False)):
+        as_bytes = repr(longer.encode())
+        for written in (longer, repr(longer), as_bytes, json.dumps([longer]), json.dumps([longer], ensure_ascii=False)):
             masked = mask_texts(written.encode(), texts).decode()
             assert "***" in masked, written
             assert len(masked) <= len(written) - len(secret) + 3, masked
@@ -287,6 +288,11 @@ def test_message_of_an_exception_is_masked_as_text(secret: str) -> None:
     assert isinstance(masked, Raised)
     assert secret not in masked.message
     assert masked.message.startswith("gr")
+
+
+def test_name_of_an_exception_is_masked() -> None:
+    masked = mask_message(Raised("hunter2Error", "m", Raw(b'{"class":"hunter2Error"}')), forms_of(["hunter2"]))
+    assert masked == Raised("***Error", "m", Raw(b'{"class":"***Error"}'))
 
 
 @pytest.mark.parametrize("mark", ["... (70000 characters, cut at 65536)", "... (cut: it had 2000000 bytes)"])
