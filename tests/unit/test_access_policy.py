@@ -418,6 +418,12 @@ def test_mutated_file_is_rules_or_an_error(start: int, length: int, new: str) ->
             found.decide(client("token:shop"), action, call('{"site":"blog"}', queue='{"site":"blog"}'))
 
 
+def test_very_long_file_is_refused() -> None:
+    """Another file was copied to its place. It would halt the event loop: 60 MB of comments took 20 s."""
+    with pytest.raises(ConfigError, match="expected at most 1048576 bytes, got 1200000"):
+        policy("# x\n" * 300_000)
+
+
 def test_file_that_ends_within_a_line_is_refused() -> None:
     with pytest.raises(ConfigError, match="expected a line feed at the end, got none; the file may be incomplete"):
         policy(rule('hosts = ["web*"]').rstrip("\n"))

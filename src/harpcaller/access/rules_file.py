@@ -41,6 +41,7 @@ from harpcaller.config import MAX_SECONDS
 
 T = TypeVar("T")
 
+_MAX_FILE = 1024 * 1024  #: Bytes: the event loop reads a changed file, and they take up to half a second.
 _HEADER = re.compile(rb"[ \t]*\[\[[ \t]*rule[ \t]*\]\][ \t]*(?:#.*)?")
 _PRINCIPAL = re.compile(r"\*|(?:(?:token|cert|user|uid|gid):|anonymous@).+", re.DOTALL)
 _PREFIXES = ("token:", "cert:", "user:", "uid:", "gid:", ROLE, "anonymous@")
@@ -74,6 +75,8 @@ def _key(key: str) -> Iterator[None]:
 
 def read_rules(path: Path, text: bytes) -> tuple[list[Rule], dict[str, tuple[str, ...]]]:
     """Return the rules of a text, and the principals of each role. Raises `ConfigError`; `path` is for the message."""
+    if len(text) > _MAX_FILE:
+        raise ConfigError(f"{path}: expected at most {_MAX_FILE} bytes, got {len(text)}")
     try:
         document = tomllib.loads(text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # also for numbers of too many digits
