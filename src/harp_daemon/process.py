@@ -38,6 +38,15 @@ def occupy_standard_descriptors() -> None:
     os.close(descriptor)
 
 
+def reset_signals() -> None:
+    """Block no signal, and do not ignore the deaths of children: a process inherits both from the one that starts it.
+
+    The daemon could not be stopped otherwise, or not wait for its children.
+    """
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
 @contextmanager
 def pidfile(path: Path | None) -> Iterator[None]:
     """Write and lock a pid file on entry and remove it on exit. None: no file.

@@ -19,7 +19,7 @@ from harp.protocol.json_text import MAX_LINE_DEPTH, Raw, loads
 from harp.protocol.printing import escape_controls, print_escaped
 from harp_daemon.audit_commands import add_commands as add_audit_commands
 from harp_daemon.audit_commands import run as run_on_audit_file
-from harp_daemon.process import ProcessError, detach, occupy_standard_descriptors, pidfile
+from harp_daemon.process import ProcessError, detach, occupy_standard_descriptors, pidfile, reset_signals
 from harp_daemon.program import add_version, parse_number, written_output
 from harp_daemon.settings import ConfigError
 from harp_daemon.sliced_json import decode_slices
@@ -67,6 +67,7 @@ exit status: 0 success, 1 failure (one line on stderr says why; status: stopped)
 def main(arguments: list[str] | None = None) -> int:
     """Run harpcallerd; return its exit status."""
     occupy_standard_descriptors()
+    reset_signals()
     sys.setrecursionlimit(10_000)  # values may be nested as deeply as the protocol allows
     program = parser()
     with written_output("harpcallerd"):  # for --help and --version

@@ -12,7 +12,7 @@ from pathlib import Path
 from harp.protocol.printing import print_escaped
 from harp_daemon.event_loop import run
 from harp_daemon.exposition import render
-from harp_daemon.process import ProcessError, detach, occupy_standard_descriptors, pidfile
+from harp_daemon.process import ProcessError, detach, occupy_standard_descriptors, pidfile, reset_signals
 from harp_daemon.program import add_version, parse_number, written_output
 from harp_daemon.settings import ConfigError
 from harpd.config.loaded import CommandLine, check, load_supervisor_config
@@ -63,6 +63,7 @@ exit status: 0 success; 1 an error (one line on stderr; status: no supervisor ru
 def main(arguments: list[str] | None = None) -> int:
     """Run harpd; return its exit status."""
     occupy_standard_descriptors()
+    reset_signals()
     given = sys.argv[1:] if arguments is None else arguments
     if given[:1] == ["audit"]:
         return _audit(given[1:])

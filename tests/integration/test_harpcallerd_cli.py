@@ -295,6 +295,23 @@ def test_daemon_option_detaches(dispatcher: Harpcallerd, tmp_path: Path) -> None
     assert not pidfile.exists()
 
 
+def test_signals_that_the_parent_blocks_stop_the_daemon(dispatcher: Harpcallerd) -> None:
+    script = dispatcher.directory / "script"
+    script.write_text("#!/bin/sh\nexit 3\n")
+    script.chmod(0o700)
+    dispatcher.configure({"host_db_script": str(script)})
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    ignored = signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the exit status of children would be unknown
+    try:
+        dispatcher.start()
+    finally:
+        signal.signal(signal.SIGCHLD, ignored)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    dispatcher.wait_event("cannot refresh hosts registry", error=f"{script} exited with status 3")
+    assert dispatcher.reload()["event"] == "reloaded"
+    assert dispatcher.stop() == 0
+
+
 def test_pidfile_is_written_and_removed(dispatcher: Harpcallerd, tmp_path: Path) -> None:
     pidfile = tmp_path / "pid"
     with Harpcallerd(tmp_path / "one", options=(f"--pidfile={pidfile}",)) as one:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import pwd
+import signal
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +121,45 @@ def test_call_of_other_user_has_its_variables_and_oom_score(tmp_path: Path) -> N
     assert {name: with_entry["here"].get(name) for name in expected} == expected
     assert (with_entry["umask"], with_entry["cwd"], with_entry["oom"], own["oom"]) == (0o022, "/", 0, 0)
     assert {name: without.get(name) for name in expected} == dict.fromkeys(expected) | {"HOME": "/", "SHELL": "/bin/sh"}
+
+
+SIGNALS = """
+import signal
+from harpd.proc import procedure
+
+@procedure
+def signals():
+    ignored = [number for number in signal.valid_signals() if signal.getsignal(number) == signal.SIG_IGN]
+    return sorted(ignored), sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+"""
+
+
+@contextmanager
+def parent_of_odd_signals() -> Iterator[None]:
+    """Block all signals, and ignore some: a program that starts a daemon passes this on."""
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    numbers = (signal.SIGCHLD, signal.SIGQUIT, signal.SIGUSR1, signal.SIGALRM)
+    before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+@pytest.mark.parametrize("services", [False, True])
+def test_signals_of_the_parent_have_no_effect(tmp_path: Path, services: bool) -> None:
+    harpd = Harpd(tmp_path / "harpd", SIGNALS, services=services)
+    with parent_of_odd_signals():
+        found = subprocess.run(harpd.command("--test"), capture_output=True, text=True, check=False)
+        assert (found.stdout, found.stderr) == ("config OK\n", "")
+        harpd.start()
+    try:
+        assert result(harpd, "signals") == [[signal.SIGPIPE, signal.SIGXFSZ], []]  # as Python has them
+        assert harpd.reload()["event"] == "reloaded"
+    finally:
+        assert harpd.stop() == 0
 
 
 @pytest.mark.parametrize("name", ["HARPD_CALL", "A=B", ""])

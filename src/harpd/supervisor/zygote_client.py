@@ -42,8 +42,9 @@ _PREFORKED = 4
 #: zygote. The first two are checked every `_CHECK_INTERVAL` seconds.
 _FORK_TIMEOUT, _IDLE_TIMEOUT, _DEATH_TIMEOUT = 10.0, 10.0, 5.0
 _CHECK_INTERVAL = 2.0
-#: Signals that the supervisor ignores. They have their default effect in the zygote and in programs that it executes.
-_IGNORED_SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+#: Signals with their default effect in the zygote and in programs that it executes: also those that the supervisor
+#: ignores, or the program that has started harpd.
+_DEFAULT_SIGNALS = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
 
 
 @dataclass(frozen=True, slots=True)
@@ -381,7 +382,7 @@ def _spawn(zygote_end: socket.socket, environment: Mapping[str, str], stdout: in
         (os.POSIX_SPAWN_DUP2, stderr, 2),
     ]
     return os.posix_spawn(
-        sys.executable, arguments, environment, file_actions=files, setsigdef=_IGNORED_SIGNALS, setsigmask=()
+        sys.executable, arguments, environment, file_actions=files, setsigdef=_DEFAULT_SIGNALS, setsigmask=()
     )
 
 
