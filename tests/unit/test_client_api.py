@@ -421,6 +421,9 @@ def test_concurrency_without_queue_is_refused_at_submission() -> None:
     [
         (lambda: harp.HarpCaller(""), "host: expected a name"),
         (lambda: harp.HarpCaller(None), "host: expected a name"),  # type: ignore[arg-type]
+        (lambda: harp.HarpCaller("h:3502"), "host: .* the port is an argument of its own, got 'h:3502'"),
+        (lambda: harp.HarpCaller("https://h"), "host: expected a name or an address"),
+        (lambda: harp.HarpServer("[::1]", "u", "p"), "host: expected a name or an address without brackets"),
         (lambda: harp.HarpCaller("h", 0), "port: expected a number"),
         (lambda: harp.HarpCaller("h", "3502"), "port: expected a number"),  # type: ignore[arg-type]
         (lambda: harp.HarpCaller("h", 65536), "port: expected a number"),

@@ -44,7 +44,7 @@ def test_parse_line_ignores_key_order_and_space() -> None:
     assert parse_line(b"  " + json.dumps(reordered, indent=1).replace("\n", "\r").encode() + b" \r\n") == WEB01
 
 
-@pytest.mark.parametrize("address", ["10.0.0.1", "::1", "web01.example.net"])
+@pytest.mark.parametrize("address", ["10.0.0.1", "::1", "fe80::1%eth0", "web01.example.net", "bücher.example"])
 def test_addresses_are_parsed(address: str) -> None:
     assert parse_line(line(address=address)).address == address
 
@@ -63,6 +63,10 @@ BROKEN = [
     (line(hostname=""), "hostname: expected a name"),
     (line(hostname=5), "hostname: expected a string, got a number"),
     (line(address=None), "address: expected a string, got null"),
+    *(
+        (line(address=text), "address: expected a name or an address of 1 to 255 characters, without brackets and port")
+        for text in ("web01:4306", "[::1]", "[::1]:4306", "https://web01", "")
+    ),
     (line(port=0), "port: expected"),
     (line(port=65536), "port: expected"),
     (line(port=-1), "port: expected"),

@@ -80,6 +80,10 @@ def parse_tls(
 _CAPACITY = 32
 
 
+#: Characters of URLs and of addresses in brackets, which no name and no address has.
+_NO_HOST = frozenset("/[]@")
+
+
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """A host, by name or address, and a port; or ``unix:/PATH``, a Unix socket, whose port has no meaning.
@@ -95,6 +99,9 @@ class Endpoint:
             raise HarpException(f"host: expected a name, an address or unix:/PATH, got {self.host!r}")
         if self.host.startswith("unix:") and not self.host.startswith("unix:/"):
             raise HarpException(f"host: expected the absolute path of a Unix socket, got {self.host!r}")
+        if self.path is None and (self.host.count(":") == 1 or not _NO_HOST.isdisjoint(self.host)):
+            hint = "the port is an argument of its own"
+            raise HarpException(f"host: expected a name or an address without brackets; {hint}, got {self.host!r}")
         if not isinstance(self.port, int) or isinstance(self.port, bool) or not 0 < self.port < 65536:
             raise HarpException(f"port: expected a number from 1 to 65535, got {self.port!r}")
 

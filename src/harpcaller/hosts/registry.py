@@ -52,6 +52,11 @@ _MAX_REPORTED_LINES = 1000  #: Maximum number of rejected lines of a source that
 _MIN_SHARE = 0.5  #: A list of hosts with a smaller share of the previous number of hosts is refused.
 _FORMAT = "harpcaller hosts 1"
 _NAME = Kind(lambda name: 0 < len(name) <= MAX_NAME, f"a name of 1 to {MAX_NAME} characters", is_text=True)
+_ADDRESS = Kind(
+    lambda text: 0 < len(text) <= MAX_NAME and text.count(":") != 1 and frozenset("/[]@").isdisjoint(text),
+    f"a name or an address of 1 to {MAX_NAME} characters, without brackets and port",
+    is_text=True,
+)
 
 
 class Host(NamedTuple):
@@ -478,7 +483,7 @@ class _Line(WireObject):
     """The line of a host. No error quotes a value."""
 
     hostname: Annotated[str, _NAME]
-    address: Annotated[str, _NAME]
+    address: Annotated[str, _ADDRESS]
     port: Annotated[
         int,
         Kind(lambda port: type(port) is int and 0 < port <= 65535, "an integer from 1 to 65535"),
