@@ -48,7 +48,7 @@ examples:
   harpd -u nobody --syslog -d -p /run/harpd.pid run in the background; return when harpd serves
   harpd status --metrics > /var/lib/node_exporter/harpd.prom.new; mv ...
                                                 for the textfile collector of node_exporter
-  harpd drain --timeout 600 && systemctl stop harpd harpd-supervisor
+  harpd drain --timeout 600 && systemctl stop harpd-supervisor harpd
 
 signals:
   HUP         reload configuration, certificate, users, log settings and procedures, all or nothing

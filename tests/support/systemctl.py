@@ -40,6 +40,7 @@ _IGNORED = {
         "Description",
         "NotifyAccess",
         "RestartKillSignal",
+        "StartLimitIntervalSec",
         "KillMode",
         "Delegate",
         "DelegateSubgroup",
@@ -47,7 +48,7 @@ _IGNORED = {
         "Restart",
     ),
     *("RestartSec", "RuntimeDirectoryPreserve", "NoNewPrivileges", "ProtectSystem", "ProtectHome", "PrivateTmp"),
-    *("CapabilityBoundingSet", "AmbientCapabilities", "PrivateDevices", "PrivateMounts", "PrivateIPC", "PrivateUsers"),
+    *("CapabilityBoundingSet", "AmbientCapabilities", "PrivateDevices", "PrivateMounts", "PrivateIPC"),
     *("ProtectClock", "ProtectControlGroups", "ProtectHostname", "ProtectKernelLogs", "ProtectKernelModules"),
     *("ProtectKernelTunables", "ProtectProc", "ProcSubset", "RestrictAddressFamilies", "RestrictNamespaces"),
     *("RestrictRealtime", "RestrictSUIDSGID", "LockPersonality", "KeyringMode", "SystemCallArchitectures"),
@@ -226,7 +227,8 @@ def main() -> None:
                 if unit.name in named:
                     manager.reload(unit)
         case "stop" | "disable":
-            for unit in reversed(units):
+            for name in parsed.units:  # systemd begins with the first one, whatever Before= says
+                [unit] = (unit for unit in units if unit.name == f"{name.removesuffix('.service')}.service")
                 manager.stop(unit)
 
 
