@@ -68,7 +68,7 @@ def read_context(file: str, name: str | None, check_address: Callable[[str], obj
         raise HarpException(f"{file}: {error.strerror}; --context {name} must be in this file") from error
     except OSError as error:
         raise HarpException(f"{file}: {error.strerror}") from error
-    except ValueError as error:  # also TOMLDecodeError and UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # also TOMLDecodeError and UnicodeDecodeError
         raise HarpException(f"{file}: not TOML: {error}") from error
     reject_unknown(file, "", content, ("default", "contexts"))
     found = content.get("contexts", {})
@@ -91,7 +91,7 @@ def context_names(file: str) -> list[str]:
     try:
         with open(file, "rb") as opened:
             found = tomllib.load(opened).get("contexts")
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return []
     return list(found) if isinstance(found, dict) else []
 

@@ -248,6 +248,7 @@ def test_options_and_environment_before_contexts(harp: Harp) -> None:
         (f'[contexts.a]\ntoken = "{TOKEN}"', "contexts.a.token: expected one of dispatcher, tls, ca_file, certfile, "),
         ("[contexts.a]\ntoken_file = [5]", "contexts.a.token_file: expected the path of a file, got a list"),
         ("[contexts.a", "not TOML: "),
+        (f"a = {100_000 * '['}", "not TOML: "),
         ("[contexts.b]\ndispatcher = 'h'", "contexts: expected one of b, got --context 'a'"),
     ],
 )
