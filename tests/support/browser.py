@@ -105,9 +105,14 @@ def tail(path):
 
 
 def find_chromium(playwright: Playwright) -> str | None:
-    """Return the path of the system's Chromium, else of the build that `./dev test` installs on Ubuntu, or None."""
-    own = playwright.chromium.executable_path
-    return shutil.which("chromium") or (own if os.access(own, os.X_OK) else None)
+    """Return the path of the system's Chromium, else of the build that `./dev test` installs on Ubuntu, or None.
+
+    Ubuntu's own is a snap, which cannot use the files of tests.
+    """
+    system, own = shutil.which("chromium"), playwright.chromium.executable_path
+    if system is not None and not system.startswith("/snap/"):
+        return system
+    return own if os.access(own, os.X_OK) else None
 
 
 @dataclass(frozen=True)
