@@ -45,7 +45,8 @@ def client_of(api: RunningAPI, certificate: tuple[Path, Path] | None, **headers:
     context = ssl.create_default_context(cafile=api.directory / "ca.pem")
     if certificate is not None:
         context.load_cert_chain(*certificate)
-    return httpx.AsyncClient(base_url=f"https://localhost:{api.port}/api/v1", verify=context, headers=headers)
+    url, limits = f"https://localhost:{api.port}/api/v1", httpx.Limits(keepalive_expiry=None)  # it stays connected
+    return httpx.AsyncClient(base_url=url, verify=context, headers=headers, limits=limits)
 
 
 async def test_http_certificate_is_a_principal_and_no_page_can_use_it(tmp_path: Path) -> None:
