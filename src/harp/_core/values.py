@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from enum import Enum
+from functools import lru_cache
+from operator import attrgetter
 from typing import Any, Final, NamedTuple, NoReturn, TypedDict
 
 from harp.errors import (
@@ -22,7 +24,7 @@ from harp.errors import (
 from harp.protocol import dispatcher as protocol
 from harp.protocol.ends import Cancelled, End, Failed, Raised, Returned
 from harp.protocol.json_text import NotJSON, Raw, dumps
-from harp.protocol.schema import ProtocolError, is_count, is_seconds, is_seconds_or_zero
+from harp.protocol.schema import MAX_NAME, ProtocolError, is_count, is_seconds, is_seconds_or_zero
 
 ID_LENGTH: Final = 36  #: Characters of a job id.
 
@@ -99,6 +101,8 @@ _OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "start_within": (is_seconds_or_zero, "a number of seconds of at least 0"),
     "request_id": (protocol.is_request_id, f"a text of 1 to {protocol.MAX_REQUEST_ID} characters"),
 }
+
+_read_options = attrgetter(*_OPTIONS)
 
 
 def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,8 +210,9 @@ class Call:
         if not isinstance(self.arguments, (list, tuple, dict)):
             raise HarpException(f"arguments: expected a list, a tuple or a dict, got {self.arguments!r}")
         arguments = encode_arguments(self.arguments)
-        options = check_options({name: getattr(self, name) for name in _OPTIONS})
-        object.__setattr__(self, "_request", job_request(self.host, self.procedure, arguments, options))
+        options = {name: value for name, value in zip(_OPTIONS, _read_options(self), strict=True) if value is not None}
+        checked = check_options(options) if options else options
+        object.__setattr__(self, "_request", job_request(self.host, self.procedure, arguments, checked))
 
 
 def job_request(host: str, procedure: str, arguments: Arguments, options: Mapping[str, Any]) -> protocol.Call:
@@ -215,18 +220,25 @@ def job_request(host: str, procedure: str, arguments: Arguments, options: Mappin
 
     Raise `HarpException` for `concurrency` without `queue`, and for a name that is too long.
     """
-    text, secrets = arguments
+    call: dict[str, Any] = {"host": host, "procedure": procedure, "arguments": arguments.text}
     try:
-        if not options and secrets is None:
-            return protocol.Call(host, procedure, text)
-        queue, concurrency, timeout, max_exec_time, info, start_within, request_id = map(options.get, _OPTIONS)
-        if concurrency is not None and queue is None:
-            raise HarpException("option 'concurrency' needs option 'queue'")
-        in_queue = None if queue is None else protocol.Queue(queue, concurrency or 1)
-        options_of_job = timeout, max_exec_time, in_queue, info, start_within, request_id
-        return protocol.Call(host, procedure, text, *options_of_job, secrets)
+        if options:
+            call |= {name: value for name, value in options.items() if value is not None}
+            concurrency = call.pop("concurrency", None)
+            if "queue" in call:
+                call["queue"] = _queue(call["queue"], concurrency or 1)
+            elif concurrency is not None:
+                raise HarpException("option 'concurrency' needs option 'queue'")
+        if arguments.secrets is not None:
+            call["secrets"] = arguments.secrets
+        # All else was checked when it was passed.
+        is_valid = len(host) <= MAX_NAME and len(procedure) <= MAX_NAME
+        return protocol.Call.of_valid(call) if is_valid else protocol.Call(**call)
     except ProtocolError as error:
         raise HarpException(str(error)) from error
+
+
+_queue = lru_cache(100)(protocol.Queue)  # many calls have the same one
 
 
 def encode_line(value: Any, what: str = "the value") -> bytes:

@@ -25,6 +25,7 @@ from typing import (
     Any,
     ClassVar,
     NamedTuple,
+    Self,
     TypeAlias,
     TypeVar,
     dataclass_transform,
@@ -200,6 +201,13 @@ class WireObject:
             if value is not default and not is_valid(value):
                 raise ProtocolError(f"{label}: expected {expected.format(_Quoted(value))}")
 
+    @classmethod
+    def of_valid(cls, values: Mapping[str, Any]) -> Self:
+        """Return a message with values that were checked already, by the names of its fields; others are defaults."""
+        message = object.__new__(cls)
+        message.__dict__.update(values)
+        return message
+
 
 T = TypeVar("T", bound=WireObject)
 
@@ -210,12 +218,12 @@ def encode_members(message: WireObject) -> bytes:
     texts = [layout.constants] if layout.constants else []
     for section in layout.sections:
         found = []
-        for member in section.members:
-            value = getattr(message, member.name)
-            if value is not member.omitted:
-                if member.kind.encode is not None and value is not None:
-                    value = member.kind.encode(value)
-                found.append(member.label + (value if type(value) is Raw else dumps(value)))
+        for name, label, omitted, encode in section.written:
+            value = getattr(message, name)
+            if value is not omitted:
+                if encode is not None and value is not None:
+                    value = encode(value)
+                found.append(label + (value if type(value) is Raw else dumps(value)))
         if not section.key:
             texts += found
         elif found:
@@ -284,6 +292,7 @@ class _Section(NamedTuple):
     key: str
     label: bytes
     members: tuple[_Member, ...]
+    written: tuple[tuple[str, bytes, object, Callable[[Any], Any] | None], ...]  # name, label, omitted, encode
     keys: frozenset[str]
     expected: str  # the expectation in errors
     values_only: bool  # whether no member is a payload
@@ -340,6 +349,7 @@ def _section(key: str, members: list[_Member]) -> _Section:
         key=key,
         label=dumps(key) + b":",
         members=tuple(members),
+        written=tuple((member.name, member.label, member.omitted, member.kind.encode) for member in members),
         keys=frozenset(member.key for member in members),
         expected=f"an object with {' and '.join(required)}",
         values_only=all(member.kind.decode is None for member in members),
