@@ -83,12 +83,12 @@ from harpcaller.shared_answers import SharedAnswers
 from harpcaller.store import LimitReached, QueueSummary, RecordMatches, StorageError, UnknownJob
 from harpcaller.store.disk_space import DiskSpace
 from harpcaller.store.sqlite import Store
-from harpcaller.store.sqlite.staging import STEP_JOBS
 
 log = logging.getLogger(__name__)
 
 _PAGE_SIZE = 200  #: Maximum number of jobs or queues that are read together for a list.
 _CANCEL_STEP = 100  #: Maximum number of jobs of a queue that are cancelled in one transaction: 2 ms.
+_NEW_STEP = 250  #: Number of new jobs that are made in one step, without a pause for other threads: 1 ms.
 _SHUTDOWN_TIMEOUT = 10.0  #: Maximum seconds that a shutdown waits until the ends of the active calls are stored.
 _POLICY_INTERVAL = 0.25  #: Seconds between two checks whether the policy has changed.
 _WAITS_STEP = 500  #: Maximum number of waiting requests that are decided about in one step.
@@ -826,7 +826,7 @@ class Dispatcher:
         others = b"".join(map(self._digest, calls)) if as_one else b""
         jobs: list[NewJob] = []
         for of_job in zip(ids, calls, admissions, strict=True):
-            if len(jobs) % STEP_JOBS == 0:
+            if len(jobs) % _NEW_STEP == 0:
                 json_pieces.between_pieces()
             jobs.append(self._new_job(*of_job, others))
         return jobs

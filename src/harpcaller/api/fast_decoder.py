@@ -8,14 +8,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 import msgspec
 
-from harp.protocol.dispatcher import MAX_CALLS, MAX_TOKEN, Call, GetResult, Queue, Received, SubmitMany
+from harp.protocol.dispatcher import (
+    MAX_CALLS,
+    MAX_REQUEST_ID,
+    MAX_TOKEN,
+    Call,
+    GetResult,
+    Queue,
+    Received,
+    SubmitMany,
+)
 from harp.protocol.dispatcher import decode_request as decode_any_request
 from harp.protocol.json_text import InvalidJSON, Raw, decode_checked
-from harp.protocol.schema import ProtocolError
+from harp.protocol.schema import MAX_NAME, ProtocolError, is_arguments
 from harp_daemon import json_pieces
 from harp_daemon.sliced_json import decode_slices
 
@@ -23,8 +33,9 @@ from harp_daemon.sliced_json import decode_slices
 _MAX_STEP = 1024 * 1024
 #: The same of a line with many calls, and its most commas: hostile ones of more elements would need longer. The calls
 #: are separated in one step, and then decoded by steps of this many: about 1 ms.
-_MAX_MANY, _MAX_COMMAS, _STEP_CALLS = 4 * 1024 * 1024, 250_000, 250
+_MAX_MANY, _MAX_COMMAS, _STEP_CALLS = 4 * 1024 * 1024, 250_000, 400
 
+_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME)]
 _Number = Annotated[int, msgspec.Meta(gt=0, lt=10**9)]
 
 
@@ -36,24 +47,42 @@ class _Queue(_Members):
     name: msgspec.Raw
     concurrency: _Number | None = None
 
+    def to_queue(self) -> Queue:
+        return _queue(Raw(self.name), self.concurrency or 1)
+
+
+_queue = lru_cache(256)(Queue)  # the calls of a request often have the same one
+_NO_INFO = msgspec.Raw()
+
 
 class _Call(_Members):
-    host: str
-    procedure: str
+    host: _Name
+    procedure: _Name
     arguments: msgspec.Raw
     timeout: _Number | None = None
     max_exec_time: _Number | None = None
     queue: _Queue | None = None
-    info: msgspec.Raw = msgspec.Raw()
+    info: msgspec.Raw = _NO_INFO
     start_within: Annotated[int, msgspec.Meta(ge=0, lt=10**9)] | None = None
-    request_id: str | None = None
+    request_id: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_REQUEST_ID)] | None = None
 
     def to_request(self) -> Call:
-        queue = Queue(Raw(self.queue.name), self.queue.concurrency or 1) if self.queue else None
-        info = None if (text := Raw(self.info)) in (b"", b"null") else text
-        limits = self.timeout, self.max_exec_time
-        call = self.host, self.procedure, Raw(self.arguments), *limits
-        return Call(*call, queue, info, self.start_within, self.request_id)
+        arguments = Raw(self.arguments)
+        if not is_arguments(arguments):
+            raise ProtocolError("arguments: neither an array nor an object")
+        call: dict[str, Any] = {"host": self.host, "procedure": self.procedure, "arguments": arguments}
+        if self.queue is not None:
+            call["queue"] = self.queue.to_queue()
+        if self.info is not _NO_INFO and (info := Raw(self.info)) != b"null":
+            call["info"] = info
+        for name in _OPTIONS:
+            if (value := getattr(self, name)) is not None:
+                call[name] = value
+        return Call.of_valid(call)
+
+
+#: The options of a call whose values need no conversion.
+_OPTIONS = ("timeout", "max_exec_time", "start_within", "request_id")
 
 
 class _Auth(_Members):
@@ -105,10 +134,11 @@ def decode_request(line: bytes) -> Received:
 
 def decode_usual_request(line: bytes) -> Received | None:
     """Return what `decode_request` returns, or None if the line is long, unusual or invalid."""
-    is_many = b'"submit_many"' in line
+    is_many = line.find(b'"submit_many"') >= 0  # `in` takes longer
+    is_get = line.find(b'"get_result"') >= 0
     if len(line) > (_MAX_MANY if is_many else _MAX_STEP) or (is_many and line.count(b",") > _MAX_COMMAS):
         return None
-    decode = _submit_many.decode if is_many else _get_result.decode if b'"get_result"' in line else _submit.decode
+    decode = _submit_many.decode if is_many else _get_result.decode if is_get else _submit.decode
     try:
         decode_checked(line)
         members = _decode_exactly(decode, line)
