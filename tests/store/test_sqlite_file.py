@@ -322,6 +322,30 @@ class Anything(dict[str, int]):
         return 1
 
 
+def test_new_job_needs_no_list_and_no_trigger(database: sqlite3.Connection) -> None:
+    steps = [row[1] for row in database.execute("EXPLAIN " + QUERIES["add_job"], (1,) * 9)]
+    assert "Insert" in steps
+    assert steps.count("OpenEphemeral") == 1  # for `stop`, which no new job has
+    assert "Program" not in steps
+
+
+@pytest.mark.parametrize(
+    ("state", "started", "ended", "holds_slot"),
+    [("bad", None, None, 0), ("queued", 1.0, None, 0), ("running", 1.0, None, 0), ("returned", None, 2.0, 0)],
+)
+def test_file_rejects_job_in_impossible_state(
+    database: sqlite3.Connection, state: str, started: float | None, ended: float | None, holds_slot: int
+) -> None:
+    columns = "id, lane, host, state, submitted, started, ended, holds_slot"
+    insert = f"INSERT INTO jobs ({columns}) VALUES (?, 'l', 'h', ?, 0, ?, ?, ?)"
+    database.execute(insert, ("a", "running", 1.0, None, 1))
+    with pytest.raises(sqlite3.IntegrityError, match="CHECK constraint failed"):
+        database.execute(insert, ("b", state, started, ended, holds_slot))
+    with pytest.raises(sqlite3.IntegrityError, match="CHECK constraint failed"):
+        database.execute("UPDATE jobs SET holds_slot = 0")
+    assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+
 @pytest.mark.parametrize("name", QUERIES)
 def test_statement_plan_does_not_scan_ended_jobs(database: sqlite3.Connection, name: str) -> None:
     given = (1,) * QUERIES[name].count("?") or Anything()

@@ -1,7 +1,7 @@
 """Staging: many jobs of one request are stored all or none, without a transaction that others wait for.
 
-Theory of operation. Inserting a job costs about 15 us, mostly for indexes; 10,000 in one transaction would delay the
-writes of all others by 150 ms. So the jobs are first written as a few long rows, without indexes, in one transaction:
+Theory of operation. Inserting a job costs about 11 us, mostly for indexes; 10,000 in one transaction would delay the
+writes of all others by 110 ms. So the jobs are first written as a few long rows, without indexes, in one transaction:
 from then on they are stored. Then each row is replaced by its jobs, in a short transaction, between those of others.
 The first jobs may start before the last are inserted. A store that is opened inserts the jobs that were staged when a
 dispatcher died.
