@@ -401,11 +401,10 @@ class DirectAuditLog:
             if not self._repetitions.admit((action, decision, repeats), entry, now):
                 return
         if must:
-            self._waiting.add([entry])
-            self._write_waiting()
+            self._write_waiting(entry)
         elif self._file.has_room:
             self._file.append([entry])
-            self._written.set()
+            self._request_sync()
         else:
             raise AuditError(self.problem or f"{self.path}: no room")
 
@@ -439,15 +438,27 @@ class DirectAuditLog:
         self._waiting.add(self._repetitions.end_window(time.monotonic()))
         self._write_waiting()
 
-    def _write_waiting(self) -> None:
-        if not self._waiting:
+    def _write_waiting(self, *entries: dict[str, Any]) -> None:
+        """Write entries that cannot be refused, after those that wait. If that fails, they wait, too."""
+        if self._waiting:
+            self._waiting.add(entries)
+            entries = (*self._waiting.describe_discarded(), *self._waiting)
+        elif not entries:
             return
         try:
-            self._file.append([*self._waiting.describe_discarded(), *self._waiting])
+            self._file.append(entries)
         except AuditError:
+            if not self._waiting:
+                self._waiting.add(entries)
             self._set_timer(_RETRY_INTERVAL)
         else:
-            self._waiting.clear()
+            if self._waiting:
+                self._waiting.clear()
+            self._request_sync()
+
+    def _request_sync(self) -> None:
+        """Have the thread wait for the disk soon, after a write."""
+        if not self._written.is_set():  # faster than to set it again; it is cleared before the wait
             self._written.set()
 
     def _sync_repeatedly(self) -> None:

@@ -16,6 +16,8 @@ from harp.protocol.schema import ProtocolError, check, check_string
 from harp_daemon.audit import DirectAuditLog
 from harpd.supervisor.event_loop import EventLoop
 
+#: The fields about the client of a dispatcher, and their keys in the header.
+_OF_CALLER = [(f"caller_{key}", key) for key in ("principal", "job", "address")]
 MAX_REPORTS = 100  #: Maximum number of failed logins in a message of the frontend.
 
 
@@ -47,7 +49,8 @@ class CallAudit:
         fields: dict[str, Any] = {"principal": f"user:{user}", "peer": peer, "procedure": procedure}
         fields["arguments"] = arguments
         if (caller := header.get("caller")) is not None:
-            fields |= {f"caller_{key}": str(caller.get(key)) for key in ("principal", "job", "address")}
+            for field, key in _OF_CALLER:
+                fields[field] = str(caller.get(key))
         if rejection is None:
             self._log.record("call", "allowed", must=True, job=call_id, **fields)
         else:
