@@ -84,15 +84,20 @@ def hash_line(text: bytes) -> str:
 
 
 def check_usable(path: Path) -> None:
-    """Raise `AuditError` if this process could not write an audit file there. Nothing is created or changed."""
+    """Raise `AuditError` if this process could not write an audit file there. Nothing is created or changed.
+
+    For root, which may check the file of a daemon with another user, the owner of the directory may have it, too.
+    """
     try:
-        if not stat.S_ISDIR(os.stat(path.parent).st_mode):
+        directory = os.stat(path.parent)
+        owners = {os.geteuid(), directory.st_uid} if os.geteuid() == 0 else {os.geteuid()}
+        if not stat.S_ISDIR(directory.st_mode):
             raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path.parent))
         if not os.access(path.parent, os.W_OK | os.X_OK, effective_ids=True):
             raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(path.parent))
         for file in (path, head_file(path), _key_file(path)):
             with suppress(FileNotFoundError):
-                _check_own(file, os.lstat(file))
+                _check_own(file, os.lstat(file), owners)
     except OSError as error:
         raise AuditError(f"{error.filename or path}: {error.strerror}") from error
 
@@ -544,7 +549,7 @@ def _open_private(path: Path, flags: int) -> int:
     descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
     try:
         status = os.fstat(descriptor)
-        _check_own(path, status)
+        _check_own(path, status, {os.geteuid()})
         if status.st_mode & 0o077:
             os.fchmod(descriptor, 0o600)
     except OSError:
@@ -581,9 +586,9 @@ def _allocate(descriptor: int, offset: int, length: int) -> None:
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
-def _check_own(path: Path, status: os.stat_result) -> None:
-    """Raise OSError unless it is a regular file of this user."""
+def _check_own(path: Path, status: os.stat_result, owners: set[int]) -> None:
+    """Raise OSError unless it is a regular file of one of these users."""
     if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "not a regular file", str(path))
-    if status.st_uid != os.geteuid():
+    if status.st_uid not in owners:
         raise OSError(errno.EPERM, f"it belongs to uid {status.st_uid}, not to uid {os.geteuid()}", str(path))

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harp_daemon import audit_reading
-from harp_daemon.audit_file import AuditError, AuditFile, Position, format_time, hash_line, head_file
+from harp_daemon.audit_file import AuditError, AuditFile, Position, check_usable, format_time, hash_line, head_file
 from harp_daemon.audit_reading import Cursor, read_page, search, verify
 
 LARGE = 1 << 30
@@ -405,3 +405,18 @@ def test_audit_pipe_in_place_of_a_file_is_an_error(path: Path, name: str) -> Non
     if file == path:
         with pytest.raises(AuditError, match="not a regular file"):
             AuditFile(path, LARGE)
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_root_checks_the_file_of_the_daemons_user(tmp_path: Path) -> None:
+    """`harpcallerd --test` runs as root, the daemon does not."""
+    file = tmp_path / "audit.jsonl"
+    write(file, 1)
+    os.chown(tmp_path, 1234, 1234)
+    for path in tmp_path.iterdir():
+        os.chown(path, 1234, 1234)
+    check_usable(file)
+    os.chown(file, 999, 999)
+    with pytest.raises(AuditError, match="it belongs to uid 999"):
+        check_usable(file)
