@@ -12,7 +12,7 @@ UPDATE sqlite_schema SET sql = replace(replace(sql,
               OR state = ''failed'' OR state = ''cancelled'')'),
     'CHECK (started IS NOT NULL OR state NOT IN (''running'', ''returned'', ''raised''))',
     'CHECK (started IS NOT NULL OR (state <> ''running'' AND state <> ''returned'' AND state <> ''raised'')),
-    CHECK (state <> ''running'' OR holds_slot = 1)')
+    CONSTRAINT "a running job holds a slot" CHECK (state <> ''running'' OR holds_slot = 1)')
 WHERE type = 'table' AND name = 'jobs';
 PRAGMA writable_schema = RESET;                   -- this connection reads the text again
 
