@@ -34,3 +34,10 @@ def test_other_kinds_of_files_are_refused(tmp_path: Path) -> None:
         read_regular(tmp_path)
     with pytest.raises(FileNotFoundError):
         read_regular(tmp_path / "missing")
+
+
+def test_sparse_file_is_not_read(tmp_path: Path) -> None:
+    with open(tmp_path / "sparse", "wb") as file:
+        file.truncate(6 * 1024**3)
+    with pytest.raises(OSError, match="expected a file of at most 64 MiB"):
+        read_regular(tmp_path / "sparse")
