@@ -365,6 +365,7 @@ def test_restart_of_the_dispatcher_leaves_no_gap(browser: Browser, tmp_path: Pat
     append(path, *(f"line {number}" for number in range(20)))
     with running_site(tmp_path / "site", PROCEDURES) as site, Pages(browser, site, site.log_in()) as pages:
         pages.allow("ERR_CONNECTION_REFUSED|ERR_INCOMPLETE_CHUNKED|ERR_CONNECTION_RESET|ERR_EMPTY_RESPONSE|503")
+        pages.allow("ERR_SOCKET_NOT_CONNECTED")
         job = site.submit("tail", str(path))
         page = pages.open(f"/jobs/{job}")
         expect(row(page, 19)).to_be_in_viewport()
@@ -379,6 +380,23 @@ def test_restart_of_the_dispatcher_leaves_no_gap(browser: Browser, tmp_path: Pat
         shown = page.locator(".log-text").all_inner_texts()
         numbers = [int(text.removeprefix("line ")) for text in shown]
         assert numbers == list(range(numbers[0], 31))
+
+
+def test_job_that_ends_before_events_come_again_leaves_no_banner(browser: Browser, tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    append(path, "line 0")
+    with running_site(tmp_path / "site", PROCEDURES) as site, Pages(browser, site, site.log_in()) as pages:
+        pages.allow("ERR_CONNECTION_REFUSED|ERR_INCOMPLETE_CHUNKED|ERR_CONNECTION_RESET|ERR_EMPTY_RESPONSE|503")
+        pages.allow("ERR_FAILED|ERR_SOCKET_NOT_CONNECTED")
+        page = pages.open(f"/jobs/{site.submit('tail', str(path))}")
+        expect(row(page, 0)).to_be_in_viewport()
+        page.route("**/api/v1/events?*", lambda route: route.abort())
+        site.system.dispatcher.kill()
+        expect(page.locator(".banner")).to_contain_text("does not answer")
+        site.system.dispatcher.start()
+        append(path, "line 1", "end")
+        expect(state(page)).to_contain_text("returned", timeout=60_000)
+        expect(page.locator(".banner")).to_have_count(0)
 
 
 def test_hidden_tab_releases_its_stream(site: Site, pages: Pages, tmp_path: Path) -> None:

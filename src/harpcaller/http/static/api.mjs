@@ -143,7 +143,9 @@ export function useLive(topics, filter, handlers) {
       if (view !== mine) return;
       view = null;
       stop();
-      if (!paused && status.state !== "away") setStatus("off");
+      if (paused) return;
+      if (status.state === "away") askUntilBack();
+      else setStatus("off");
     };
   }, [topics, filter]);
 }
@@ -270,15 +272,20 @@ document.addEventListener("visibilitychange", () => {
 });
 addEventListener("online", () => view && !paused && start());
 
-// Views without a stream meet an absence by their own requests: ask until the dispatcher answers again.
+// Without a stream, such as that of a job that has ended, only requests find out that the dispatcher answers again.
 let asking = 0;
+
+function askUntilBack() {
+  asking ||= setInterval(() => get("/me").catch(() => null), 2_000);
+}
+
 facts.follow(({ away }) => {
-  if (away === true && !running && !asking && !paused) {
+  if (away === true && !running && !paused) {
     setStatus("away");
-    asking = setInterval(() => get("/me").catch(() => null), 2_000);
+    askUntilBack();
   }
+  if (away === false) asking = clearInterval(asking) || 0;
   if (away === false && !running && status.state === "away") {
-    asking = clearInterval(asking) || 0;
     setStatus("off");
     facts.tell({ back: true });
   }
