@@ -6,22 +6,30 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
+import threading
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
 from harpd.supervisor.event_loop import EventLoop
 from harpd.supervisor.listener import Listener
-from harpd.supervisor.runtime_directory import default_runtime_directory, open_runtime_directory
+from harpd.supervisor.runtime_directory import (
+    FRONTEND_DIRECTORY,
+    default_runtime_directory,
+    identify,
+    open_runtime_directory,
+)
 from harpd.supervisor.state_files import StateFiles
 from support.daemonlog import DEADLINE
 from support.deadline import wait_until
-from support.harpd import Harpd
+from support.harpd import OWNER, Harpd, is_dead
 from support.procedures_file import PROCEDURES
 
 
@@ -113,6 +121,111 @@ def test_retired_supervisor_does_not_take_the_new_calls(tmp_path: Path, clean: C
             while (line := again.message()) != {"result": "there"}:
                 assert "error" not in line
             again.send({"release": True})
+
+
+@contextmanager
+def halted(pid: int) -> Iterator[None]:
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+@contextmanager
+def changing(directory: Path) -> Iterator[None]:
+    """Change the directory of a frontend's sockets all the time, as supervisors do that create theirs one by one."""
+    ended = threading.Event()
+
+    def change() -> None:
+        while not ended.wait(0.1):
+            for above in (directory, directory / FRONTEND_DIRECTORY):
+                if above.is_dir():
+                    (above / "changed").touch()
+                    (above / "changed").unlink()
+
+    with ThreadPoolExecutor(1) as threads:
+        changes = threads.submit(change)
+        try:
+            yield
+        finally:
+            ended.set()
+            changes.result(DEADLINE)
+
+
+@pytest.mark.parametrize("asked", ["attach", "list"])
+def test_call_of_a_supervisor_without_socket_is_not_denied(tmp_path: Path, asked: str) -> None:
+    """A retired supervisor creates its socket later than the active one; nobody hears before that its call is unknown.
+
+    It is halted, so that it is late.
+    """
+    with Harpd(tmp_path / "harpd", PROCEDURES, services=True) as harpd:
+        with harpd.start_resumable("wait_for", str(tmp_path / "go")) as running:
+            running.line()
+            call, retired = running.call, harpd.supervisor
+            harpd.reload(launcher=True)
+        harpd.stop_frontend()  # it has a link to the retired supervisor
+        with changing(harpd.runtime_directory):
+            with halted(retired):
+                remove_files(harpd.runtime_directory)
+                wait_until((harpd.runtime_directory / "supervisor").exists, DEADLINE, "the socket")
+                harpd.start_frontend()
+                if asked == "attach":
+                    client = harpd.attach(call)
+                    harpd.wait_event("attach accepted", call=call)
+                else:
+                    client = harpd.connect()
+                    client.send({"harp": 1, "calls": OWNER, "auth": harpd.auth})
+                    harpd.wait_event("calls listed")
+        with client:
+            reply = client.message()
+            assert "error" not in reply
+            assert asked == "attach" or reply["calls"] == [call]
+        (tmp_path / "go").touch()
+        with harpd.attach(call) as again:
+            assert again.closing_line() == {"result": "there"}
+
+
+def test_supervisor_that_a_reload_did_not_find_retires(tmp_path: Path) -> None:
+    """Its socket had been removed, and it had not yet created it again. Otherwise it would take the new calls back."""
+    with Harpd(tmp_path / "harpd", PROCEDURES, services=True) as harpd:
+        with harpd.start_resumable("wait_for", str(tmp_path / "go")) as running:
+            running.line()
+            call, old = running.call, harpd.supervisor
+            with halted(old):
+                remove_files(harpd.runtime_directory)
+                harpd.reload(launcher=True)
+                new = harpd.supervisor
+            harpd.wait_event("supervisor retires", calls=1)
+            assert harpd.supervisor == new != old
+            assert harpd.call("echo", 1)[-1] == {"result": [1]}
+        (tmp_path / "go").touch()
+        with harpd.attach(call) as again:
+            while (line := again.message()) != {"result": "there"}:
+                assert "error" not in line
+            again.send({"release": True})
+        wait_until(lambda: is_dead(old), DEADLINE, "the end of the old supervisor")
+
+
+def test_socket_with_the_inode_of_a_removed_one_is_another(tmp_path: Path) -> None:
+    """A file system gives the inode of a removed socket to the next one, perhaps of another supervisor."""
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    try:
+        found = set()
+        for _ in range(5):
+            with socket.socket(socket.AF_UNIX) as listener:
+                listener.bind(f"/proc/self/fd/{descriptor}/supervisor")
+                found.add(identify("supervisor", descriptor))
+                os.chmod("supervisor", 0o600, dir_fd=descriptor)
+                os.link("supervisor", "other", src_dir_fd=descriptor, dst_dir_fd=descriptor)
+                found.add(identify("other", descriptor))
+                time.sleep(0.02)  # the clock of a file system has steps of at most 10 ms
+            os.unlink("supervisor", dir_fd=descriptor)
+            os.unlink("other", dir_fd=descriptor)
+        assert len(found) == 5
+        assert identify("supervisor", descriptor) is None
+    finally:
+        os.close(descriptor)
 
 
 def test_restore_that_fails_is_repeated(tmp_path: Path) -> None:

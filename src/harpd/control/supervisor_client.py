@@ -18,6 +18,7 @@ import shutil
 import signal
 import socket
 import tempfile
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -35,6 +36,7 @@ from harpd.supervisor.runtime_directory import (
     FRONTEND_DIRECTORY,
     check_runtime_directory,
     default_runtime_directory,
+    identify,
     is_open,
     open_runtime_directory,
 )
@@ -49,6 +51,9 @@ _START_TIMEOUT = 5.0
 REPLY_TIMEOUT = 10.0
 #: Seconds between two attempts: while a supervisor is starting, and while its backlog of connections is full.
 _RETRY_INTERVAL, _BACKLOG_INTERVAL = 0.02, 0.01
+#: Seconds without a change of the directory after which the socket of no running supervisor is missing: two of the
+#: intervals in which a supervisor looks after its own.
+_SETTLING_TIME = 2.0
 #: Seconds for the exit of a process after SIGKILL.
 _KILL_TIMEOUT = 10.0
 _READ_SIZE = 64 * 1024
@@ -108,12 +113,28 @@ class SupervisorClient:
         names = os.listdir(self._descriptor)
         return sorted(name for name in names if name.startswith(SOCKET_PREFIX) and "." not in name)
 
-    def inode(self, name: str = ACTIVE_SOCKET) -> int | None:
-        """Return the inode of a socket, which is the same for both names of the active supervisor; None: no socket."""
-        try:
-            return os.stat(name, dir_fd=self._descriptor).st_ino
-        except FileNotFoundError:
-            return None
+    def version(self) -> tuple[int, int]:
+        """Return the version of the directory, which changes with each socket that is created or removed."""
+        self._follow_directory()
+        status = os.fstat(self._descriptor)
+        return status.st_ino, status.st_mtime_ns
+
+    async def confirm(self, version: tuple[int, int]) -> bool:
+        """Return True if the sockets of this version of the directory were those of all running supervisors.
+
+        Otherwise return False when it is time to ask again. After a clean-up of the directory, each supervisor creates
+        its socket again at its own time; before, no list shows that it runs.
+        """
+        current = self.version()
+        age = abs(time.time() - current[1] / 1e9)  # the clock may have been set
+        if current == version and age >= _SETTLING_TIME:
+            return True
+        await asyncio.sleep(max(_SETTLING_TIME - age, 0))
+        return False
+
+    def identify(self, name: str = ACTIVE_SOCKET) -> tuple[int, int] | None:
+        """Return what identifies a supervisor's socket, the same for both names of the active one; None: no socket."""
+        return identify(name, self._descriptor)
 
     async def connect(self, name: str = ACTIVE_SOCKET) -> socket.socket:
         """Return a non-blocking connection to a supervisor. Raises `SupervisorNotRunning` and `SupervisorError`."""
@@ -224,15 +245,22 @@ class SupervisorClient:
     async def list_calls(self, owner: str) -> CallList:
         """Return the owner's calls in all supervisors, and the instance of the active supervisor.
 
-        Raises `SupervisorError`: no supervisor is active, or one sends no reply. With an incomplete list, the
-        dispatcher would conclude that the missing calls have ended.
+        Raises `SupervisorError`: no supervisor is active, one sends no reply, or their sockets keep changing. With an
+        incomplete list, the dispatcher would conclude that the missing calls have ended.
         """
-        active = await retry_until_active(partial(self._calls_of, ACTIVE_SOCKET, owner))
-        calls = dict.fromkeys(active.calls)
-        for name in {*self.socket_names()} - {SOCKET_PREFIX + active.instance}:
-            with suppress(SupervisorNotRunning):
-                calls |= dict.fromkeys((await self._calls_of(name, owner)).calls)
-        return CallList(tuple(calls), active.instance)
+        latest = time.monotonic() + _START_TIMEOUT
+        while True:
+            version = self.version()
+            calls: dict[str, None] = {}
+            for name in self.socket_names():
+                with suppress(SupervisorNotRunning):
+                    calls |= dict.fromkeys((await self._calls_of(name, owner)).calls)
+            # The last, because it then has the calls of a supervisor that has died since.
+            active = await retry_until_active(partial(self._calls_of, ACTIVE_SOCKET, owner))
+            if await self.confirm(version):
+                return CallList(tuple(calls | dict.fromkeys(active.calls)), active.instance)
+            if time.monotonic() > latest:
+                raise SupervisorError("the sockets of supervisors keep changing; the log of harpd shows why")
 
     async def _calls_of(self, name: str, owner: str) -> CallList:
         """Return the owner's calls in one supervisor. Raises `SupervisorError`."""

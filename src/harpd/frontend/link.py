@@ -81,18 +81,22 @@ class Channel(ABC):
 class Link(FrameSocket):
     """A link, before the preface.
 
-    `inode` is that of the supervisor's socket. `on_lost` is called once, when the supervisor has closed the link or
+    `identity` is that of the supervisor's socket. `on_lost` is called once, when the supervisor has closed the link or
     died. If the link is not `shared`, it has one channel and is closed with it.
     """
 
     _log = log
 
     def __init__(
-        self, connection: socket.socket, inode: int | None, on_lost: Callable[[Link], None], shared: bool
+        self,
+        connection: socket.socket,
+        identity: tuple[int, int] | None,
+        on_lost: Callable[[Link], None],
+        shared: bool,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         super().__init__(connection, frames.MAX_LINES_BYTES, self._loop.call_soon)
-        self.inode = inode
+        self.identity = identity
         self.shared = shared
         self._notify_lost = on_lost
         self._channels: dict[int, Channel | None] = {}  # None: abandoned, but still open in the supervisor
@@ -166,17 +170,17 @@ class SupervisorLinks:
 
     def __init__(self, client: SupervisorClient) -> None:
         self.client = client
-        self._shared: dict[int, Link] = {}  # by the inode of the supervisor's socket
+        self._shared: dict[tuple[int, int], Link] = {}  # by the identity of the supervisor's socket
         self._all: set[Link] = set()
 
     def find_link(self, name: str = ACTIVE_SOCKET) -> Link | None:
         """Return the open link to the supervisor of this socket, usually of the active one; None if no link is open."""
-        inode = self.client.inode(name)
-        link = None if inode is None else self._shared.get(inode)
+        identity = self.client.identify(name)
+        link = None if identity is None else self._shared.get(identity)
         return None if link is None or link.broken else link
 
     def is_active(self, link: Link) -> bool:
-        return link.inode is not None and link.inode == self.client.inode()
+        return link.identity is not None and link.identity == self.client.identify()
 
     async def connect_active(self, shared: bool = True) -> Link:
         """Return a link to the active supervisor; wait a short time for a supervisor that is starting.
@@ -214,29 +218,32 @@ class SupervisorLinks:
         if shared and (link := self.find_link(name)) is not None:  # another task has connected since
             connection.close()
             return link
-        inode = self.client.inode(os.path.basename(connection.getpeername()))  # of the supervisor's own socket
-        link = Link(connection, inode, self._on_lost, shared)
+        identity = self.client.identify(os.path.basename(connection.getpeername()))  # of the supervisor's own socket
+        link = Link(connection, identity, self._on_lost, shared)
         self._all.add(link)
-        if shared and inode is not None:
-            self._shared[inode] = link
+        if shared and identity is not None:
+            self._shared[identity] = link
         return link
 
     def _on_lost(self, link: Link) -> None:
         self._all.discard(link)
-        self._shared = {inode: other for inode, other in self._shared.items() if other is not link}
+        self._shared = {identity: other for identity, other in self._shared.items() if other is not link}
 
     async def _attach_once(self, attach: Callable[[Link], Awaitable[bytes | None]]) -> bytes | None:
-        """Try each supervisor. Raises `SupervisorNotRunning` if none is active and no other one has the call."""
-        active_error = b""
-        for name in (ACTIVE_SOCKET, *self.client.socket_names()):
+        """Try each supervisor. Raises `SupervisorNotRunning`: perhaps a supervisor that has the call was not asked."""
+        version = self.client.version()
+        own = self.client.identify()
+        others = [name for name in self.client.socket_names() if self.client.identify(name) != own]
+        # The active one again if there are others: it then has the calls of a supervisor that has died since.
+        for name in (ACTIVE_SOCKET, *others, ACTIVE_SOCKET) if others else (ACTIVE_SOCKET,):
             try:
                 error = await attach(await self._connect(name))
             except SupervisorNotRunning:
-                continue
+                error = b""
             if error is None:
                 return None
-            if name == ACTIVE_SOCKET:
-                active_error = error
-        if not active_error:
-            raise SupervisorNotRunning
-        return active_error
+        if not error:
+            raise SupervisorNotRunning("the supervisor died")
+        if not await self.client.confirm(version):
+            raise SupervisorNotRunning("the sockets of supervisors have just changed")
+        return error

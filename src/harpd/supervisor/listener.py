@@ -22,6 +22,7 @@ from harp_daemon.unix_sockets import UnixSocket, refuse_descriptors
 from harpd.supervisor.event_loop import READ, WRITE, EventLoop
 from harpd.supervisor.runtime_directory import (
     FRONTEND_DIRECTORY,
+    identify,
     is_open,
     open_frontend_directory,
     open_runtime_directory,
@@ -68,7 +69,7 @@ class Listener:
             open_runtime_directory if frontend is None else open_frontend_directory, directory
         )
         self._name = SOCKET_PREFIX + instance
-        self._is_active = False
+        self.is_active = False  #: Whether this listener receives all new calls.
         self._waiting: dict[socket.socket, None] = {}  # connections without their first line, the oldest first
         self._directory = self._open_directory()
         self._listen()
@@ -84,23 +85,27 @@ class Listener:
                 os.chown(self._name, *self._frontend, dir_fd=self._directory, follow_symlinks=False)
             refuse_descriptors(listener)
             listener.listen(_BACKLOG)
-            inode = os.stat(self._name, dir_fd=self._directory).st_ino
+            identity = identify(self._name, self._directory)
         except OSError:
             listener.close()
             raise
-        self._listener, self._inode = listener, inode
+        self._listener, self._identity = listener, identity
         self._watch()
 
     def restore(self) -> bool:
-        """Create the sockets again if they, or their directory, have been removed; return whether. Raises OSError."""
+        """Create the sockets again if they, or their directory, have been removed; return whether. Raises OSError.
+
+        If another supervisor has become active, the socket of new calls is left to it.
+        """
         if self._listener.fileno() < 0:
             return False
         if not is_open(self._path, self._directory):
             directory = self._open_directory()
             os.close(self._directory)
             self._directory = directory
-        has_name = self._find(self._name) == self._inode
-        if has_name and (not self._is_active or self._find(ACTIVE_SOCKET) is not None):
+        active, has_name = self._find(ACTIVE_SOCKET), self._find(self._name) == self._identity
+        self.is_active &= active in (None, self._identity)
+        if has_name and (not self.is_active or active is not None):
             return False
         if not has_name:
             with contextlib.suppress(FileNotFoundError):
@@ -109,27 +114,23 @@ class Listener:
             self._listen()
             self._loop.unwatch(removed.fileno())
             removed.close()
-        if self._is_active:
+        if self.is_active:
             self.become_active()
         return True
 
-    def _find(self, name: str) -> int | None:
-        """Return the inode of a socket; None: it is missing."""
-        try:
-            return os.stat(name, dir_fd=self._directory).st_ino
-        except OSError:
-            return None
+    def _find(self, name: str) -> tuple[int, int] | None:
+        return identify(name, self._directory)
 
     def become_active(self) -> None:
         """Receive all new calls from now on. The socket's name is replaced in one step, so that it always exists."""
-        self._is_active = True
+        self.is_active = True
         new_name = self._name + ".new"
         os.link(self._name, new_name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
         os.rename(new_name, ACTIVE_SOCKET, src_dir_fd=self._directory, dst_dir_fd=self._directory)
 
     def retire(self) -> None:
         """Leave the new calls to another supervisor: `restore` creates only this supervisor's socket from now on."""
-        self._is_active = False
+        self.is_active = False
 
     def close(self) -> None:
         """Stop accepting; remove the socket, and the other name if it still refers to this socket."""
@@ -137,7 +138,7 @@ class Listener:
         self._listener.close()
         try:
             for name in (self._name, ACTIVE_SOCKET):
-                if self._find(name) == self._inode:
+                if self._find(name) == self._identity:
                     os.unlink(name, dir_fd=self._directory)
         except OSError:
             pass  # the directory or the socket has been removed

@@ -155,6 +155,8 @@ class Supervisor:
         is_busy = self._retired
         if self._restore_files():
             is_busy |= self._registry.clean_up_orphans()
+        if self._accepting and not all(listener.is_active for listener in self._listeners):
+            self._retire()  # the launcher did not find the socket, which had been removed
         self._exit_if_idle()
         self._loop.call_later(_BUSY_CHECK_INTERVAL if is_busy else _CHECK_INTERVAL, self._check_repeatedly)
 
@@ -406,14 +408,7 @@ class Supervisor:
                 log.info("rejecting new calls" if self._draining else "accepting new calls again")
                 reply({"ok": True})
             case "retire":
-                counts = {"calls": len(self._context.calls), "resumable": len(self._registry)}
-                log.info("supervisor retires", extra=counts)
-                self._retired, self._accepting = True, False
-                for listener in self._listeners:
-                    listener.retire()
-                if self._zygote is not None:
-                    self._zygote.retire()
-                    self._zygote = None
+                self._retire()
                 reply({"ok": True})
                 self._exit_if_idle()
             case "shutdown":
@@ -421,6 +416,16 @@ class Supervisor:
                 self._shut_down()
             case other:
                 reply({"error": f"unknown control request {other!r}"})
+
+    def _retire(self) -> None:
+        counts = {"calls": len(self._context.calls), "resumable": len(self._registry)}
+        log.info("supervisor retires", extra=counts)
+        self._retired, self._accepting = True, False
+        for listener in self._listeners:
+            listener.retire()
+        if self._zygote is not None:
+            self._zygote.retire()
+            self._zygote = None
 
     def _request_settings(self, reply: Callable[[dict[str, Any]], None]) -> None:
         """Have the launcher read the configuration; load the settings that it sends, then reply."""

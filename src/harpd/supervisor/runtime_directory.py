@@ -86,6 +86,18 @@ def open_frontend_directory(runtime_directory: str | os.PathLike[str]) -> int:
     return descriptor
 
 
+def identify(name: str, directory: int) -> tuple[int, int] | None:
+    """Return what identifies a socket in the directory of a descriptor; None: it is missing.
+
+    It is the inode and the time of its creation: a file system uses the inode of a removed file again.
+    """
+    try:
+        found = os.stat(name, dir_fd=directory, follow_symlinks=False)
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
 def is_open(path: str | os.PathLike[str], descriptor: int, directory: int | None = None) -> bool:
     """Return whether the file of a path, in `directory` if it is given, is the open file of the descriptor."""
     try:
