@@ -638,6 +638,32 @@ async def test_restarted_dispatcher_recovers_its_calls(tmp_path: Path, caplog: p
     assert seconds >= 100.0  # the job's time, by the host's clock; not the time since the restart
 
 
+@pytest.mark.parametrize("type_", ["authentication_timeout", "access_denied", "auth_error"])
+async def test_recovered_call_of_a_host_that_refuses_its_list_is_not_given_up(tmp_path: Path, type_: str) -> None:
+    """The refusal does not prove a legacy harpd, whose calls end with their connections."""
+
+    def begin(conn: PeerConnection) -> None:
+        started(conn)
+        conn.until_closed()
+
+    def refuse(conn: PeerConnection) -> None:
+        conn.expect()
+        conn.reply({"harp": 1, "error": {"type": type_, "message": "not now"}})
+
+    def again(conn: PeerConnection) -> None:
+        attached(conn)
+        ends(conn, EXIT_INFO, {"result": 1})
+
+    store = await open_store(tmp_path / "store")
+    with playing(tmp_path, call_list(), begin, refuse, call_list(), again) as peer:
+        async with running(tmp_path, host_line(peer.port), store=store, resumable_calls=True) as dispatcher:
+            job_id = await dispatcher.submit(call(), "test")
+            await acknowledged(dispatcher, job_id)
+        async with running(tmp_path, host_line(peer.port), store=store, resumable_calls=True) as dispatcher:
+            assert await dispatcher.result(job_id) == Returned(b"1")
+    await store.close()
+
+
 async def test_call_without_its_host_logs_the_job_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     store = await open_store(tmp_path / "store")

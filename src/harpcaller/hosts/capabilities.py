@@ -27,9 +27,18 @@ from harpcaller.model.jobs import Identity
 log = logging.getLogger(__name__)
 
 _LEGACY_RETRY_SECONDS = 300.0  #: Seconds after which a legacy harpd is queried again.
-#: Errors that do not prove a legacy harpd.
-_TEMPORARY_ERRORS = frozenset(
-    {"auth_error", "too_many_connections", "shutdown", "procedure_loading_error", "system_error", "call_died"}
+#: Errors that do not prove a legacy harpd: a current one may reply them, too, whatever the request is.
+_UNSPECIFIC_ERRORS = frozenset(
+    {
+        "access_denied",
+        "auth_error",
+        "authentication_timeout",
+        "call_died",
+        "procedure_loading_error",
+        "shutdown",
+        "system_error",
+        "too_many_connections",
+    }
 )
 _MAX_LIST_BYTES = 1024 * 1024  #: Maximum length of a list of calls in bytes: about 26,000 calls.
 
@@ -122,7 +131,7 @@ class HostCapabilities:
                 self._cached[host] = support
                 self._on_call_list(host, calls)
                 return support
-            case Failed(kind) if kind in _TEMPORARY_ERRORS:  # a start would receive the same error
+            case Failed(kind) if kind in _UNSPECIFIC_ERRORS:  # a start would receive the same error
                 raise HostUnreachable(reply)
             case _:  # the host does not support the request
                 log.info("host runs a legacy harpd", extra={"host": host.hostname})
