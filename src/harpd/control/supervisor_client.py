@@ -245,22 +245,15 @@ class SupervisorClient:
     async def list_calls(self, owner: str) -> CallList:
         """Return the owner's calls in all supervisors, and the instance of the active supervisor.
 
-        Raises `SupervisorError`: no supervisor is active, one sends no reply, or their sockets keep changing. With an
-        incomplete list, the dispatcher would conclude that the missing calls have ended.
+        Raises `SupervisorError`: no supervisor is active, or one sends no reply. Starts wait for the list, so it is not
+        confirmed: from a call that is missing, the dispatcher concludes nothing.
         """
-        latest = time.monotonic() + _START_TIMEOUT
-        while True:
-            version = self.version()
-            calls: dict[str, None] = {}
-            for name in self.socket_names():
-                with suppress(SupervisorNotRunning):
-                    calls |= dict.fromkeys((await self._calls_of(name, owner)).calls)
-            # The last, because it then has the calls of a supervisor that has died since.
-            active = await retry_until_active(partial(self._calls_of, ACTIVE_SOCKET, owner))
-            if await self.confirm(version):
-                return CallList(tuple(calls | dict.fromkeys(active.calls)), active.instance)
-            if time.monotonic() > latest:
-                raise SupervisorError("the sockets of supervisors keep changing; the log of harpd shows why")
+        active = await retry_until_active(partial(self._calls_of, ACTIVE_SOCKET, owner))
+        calls = dict.fromkeys(active.calls)
+        for name in {*self.socket_names()} - {SOCKET_PREFIX + active.instance}:
+            with suppress(SupervisorNotRunning):
+                calls |= dict.fromkeys((await self._calls_of(name, owner)).calls)
+        return CallList(tuple(calls), active.instance)
 
     async def _calls_of(self, name: str, owner: str) -> CallList:
         """Return the owner's calls in one supervisor. Raises `SupervisorError`."""
