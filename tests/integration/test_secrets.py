@@ -21,7 +21,7 @@ from support.system import DEADLINE, System, running
 
 SECRET = 'hün"ter2 corréct\\horse'
 PROCEDURES = """
-import os, sys, time
+import os, sys, threading, time
 from harpd.proc import Result, procedure, streaming_procedure
 
 @procedure()
@@ -63,6 +63,18 @@ def wait(password, go):
 def core_limit(password):
     import resource
     return resource.getrlimit(resource.RLIMIT_CORE)
+
+@procedure(max_calls_per_process=5)
+def print_later(password, go):
+    if password:
+        def run():
+            while not os.path.exists(go):
+                time.sleep(0.02)
+            print("later", password, flush=True)
+        threading.Thread(target=run, daemon=True).start()
+    else:
+        open(go, "x").close()
+    return os.getpid()
 
 @procedure()
 def echo(password, value):
@@ -181,6 +193,16 @@ def test_printed_secret_is_masked_in_log_and_exit_info(system: System, tmp_path:
     printed = system.harpd.wait_event("call printed", stream="stderr")
     assert printed["text"] == "the password is ***"
     assert files_with(SECRET, tmp_path) == []
+
+
+def test_secret_that_an_earlier_call_prints_is_masked(system: System, tmp_path: Path) -> None:
+    """A worker runs one call after the other; what the first one has left prints while the second one runs."""
+    go = tmp_path / "go"
+    job = submit(system.dispatcher, "print_later", [SECRET, str(go)], ["/0"])
+    (first,) = system.dispatcher.ask(get_result=job)
+    later = submit(system.dispatcher, "print_later", ["", str(go)], [])
+    assert system.dispatcher.ask(get_result=later) == [first]
+    assert system.harpd.wait_event("call printed", call=later)["text"] == "later ***"
 
 
 def test_printed_secret_that_crosses_the_end_of_an_event_is_masked(system: System) -> None:

@@ -50,6 +50,8 @@ _DROPPED_READ_SIZE, _DROPPED_READ_INTERVAL = 64 * 1024, 0.005
 _MAX_LINE_BYTES = 8192
 #: How many of the last lines exit info may have, and how many characters of each.
 _MAX_LAST_LINES, _MAX_LAST_LINE_LENGTH = 20, 500
+#: How many texts of earlier calls of a worker are masked; a value has up to eight.
+_MAX_EARLIER_TEXTS = 80
 #: How many reads drain a pipe at its call's end.
 _MAX_DRAIN_READS = 128
 
@@ -254,7 +256,8 @@ class OutputPipe:
         os.set_blocking(self._descriptor, False)
         self._fields: Mapping[str, str] = {"stream": stream}
         self._partial_line = b""
-        self._masked_texts: Sequence[bytes] = ()  # texts that are masked in its lines
+        self._recent_texts: Sequence[bytes] = ()  # texts that are masked in its lines, those of the last call first
+        self._masked_texts: Sequence[bytes] = ()  # the same, the longest first
         self._overlap = 0  # bytes of the longest of these texts that may be missing
         self._is_empty = False  # the last line is empty; of such lines in a row, the first is logged
         self._is_cut = False  # the beginning of the present line was dropped, and so is its rest
@@ -265,11 +268,12 @@ class OutputPipe:
         self._fields = {**fields, "stream": self._fields["stream"]}
         self._last.clear()
         self._is_empty = self._is_cut = False
-        self.mask(())
 
     def mask(self, texts: Sequence[bytes]) -> None:
-        """Mask these texts in the lines from now on."""
-        self._masked_texts = texts
+        """Mask these texts in the lines from now on, and those of earlier calls: their processes may still print."""
+        earlier = [text for text in self._recent_texts if text not in texts][:_MAX_EARLIER_TEXTS]
+        self._recent_texts = [*texts, *earlier]
+        self._masked_texts = sorted(self._recent_texts, key=len, reverse=True)
         self._overlap = max(map(len, texts), default=1) - 1
 
     def drain(self) -> list[str]:
