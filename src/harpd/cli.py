@@ -7,6 +7,7 @@ import asyncio
 import json
 import sys
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 from harp.protocol.printing import print_escaped
@@ -25,6 +26,7 @@ from harpd.control.supervisor_client import (
     SupervisorNotRunning,
     check_directory,
     find_runtime_directory,
+    retry_until_active,
 )
 from harpd.frontend import service
 
@@ -162,15 +164,33 @@ async def _control(client: SupervisorClient, command: str, deadline: float | Non
         for reply in replies:
             print_escaped(json.dumps(reply))
         return 0
-    try:
-        async with asyncio.timeout(deadline):
-            while command == "drain":
-                if not any(status["calls"] + status["resumable"] for status in await client.request_all("status")):
-                    break
-                await asyncio.sleep(_DRAIN_INTERVAL)
-    except TimeoutError:
-        return 1
+    if command == "drain":
+        try:
+            async with asyncio.timeout(deadline):
+                await _wait_until_drained(client)
+        except TimeoutError:
+            return 1
     return 0
+
+
+async def _wait_until_drained(client: SupervisorClient) -> None:
+    """Wait until no supervisor has a call or an end; one that has become active since rejects new calls, too.
+
+    Raises `SupervisorError`.
+    """
+    drained: str | None = None
+    while True:
+        version = client.version()
+        active = await retry_until_active(partial(client.request, {"control": "status"}))
+        if active["accepting"] and active["instance"] != drained:  # otherwise `harpd resume` was called
+            await client.request_all("drain")
+        else:
+            statuses = [active, *await client.request_all("status")]
+            is_empty = not any(status["calls"] + status["resumable"] for status in statuses)
+            if is_empty and await client.confirm(version):
+                return
+        drained = active["instance"]
+        await asyncio.sleep(_DRAIN_INTERVAL)
 
 
 def _runtime_directory(options: CommandLine) -> Path:

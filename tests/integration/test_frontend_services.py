@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -226,6 +227,36 @@ def test_status_drain_and_resume_commands(harpd: Harpd, tmp_path: Path) -> None:
 
     assert run(harpd, "resume").returncode == 0
     assert version(harpd) == {"result": 1}
+
+
+def test_drain_does_not_end_while_the_socket_of_a_supervisor_is_missing(harpd: Harpd, tmp_path: Path) -> None:
+    call, _ = begin(harpd, tmp_path / "call")
+    draining = subprocess.Popen(harpd.command("drain"), stderr=subprocess.PIPE)
+    harpd.wait_event("rejecting new calls")
+    for path in harpd.runtime_directory.glob("supervisor*"):
+        path.unlink()
+    harpd.wait_event("runtime directory was cleaned; files created again")
+    with pytest.raises(subprocess.TimeoutExpired):
+        draining.wait(1)
+    assert finish(harpd, call, tmp_path / "call") == {"result": "seen"}
+    _, output = draining.communicate(timeout=DEADLINE)
+    assert (draining.returncode, output) == (0, b"")
+
+
+def test_drain_continues_in_the_successor_of_a_supervisor_that_died(harpd: Harpd, tmp_path: Path) -> None:
+    """It rejects new calls, too, and has the end of a call that a dispatcher has to fetch."""
+    call, _ = begin(harpd, tmp_path / "call")
+    draining = subprocess.Popen(harpd.command("drain"), stderr=subprocess.PIPE)
+    harpd.wait_event("rejecting new calls")
+    os.kill(harpd.supervisor, signal.SIGKILL)
+    harpd.wait_events(2, "rejecting new calls")
+    assert version(harpd)["error"]["type"] == "shutdown"
+    assert draining.poll() is None
+    with harpd.attach(call) as client:
+        assert client.closing_line()["error"]["type"] == "call_died"
+        client.send({"release": True})
+    _, output = draining.communicate(timeout=DEADLINE)
+    assert (draining.returncode, output) == (0, b"")
 
 
 def test_commands_without_supervisor_report_it(tmp_path: Path) -> None:
