@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,33 @@ def test_upgrade_does_not_affect_running_calls(harpd: Harpd, tmp_path: Path) -> 
     harpd.wait_event("older supervisor exited", status="exit status 0")
     assert finish(harpd, other, tmp_path / "new") == {"result": "seen"}
     assert not harpd.events("supervisor died")
+
+
+def test_call_that_an_older_supervisor_adopts_is_not_denied(harpd: Harpd, tmp_path: Path) -> None:
+    """Of two older supervisors, the first one has replied that it has no such call. Then the second one dies, which had
+    it, and the first one finds its state file before the active one does."""
+    calls = {}
+    for path in (tmp_path / "one", tmp_path / "two"):
+        call, _ = begin(harpd, path)
+        calls[harpd.status()["instance"]] = call
+        harpd.reload(launcher=True)
+    asked_first, victim = sorted(calls)
+    active, pids = harpd.supervisor, {status["instance"]: status["supervisor"] for status in harpd.statuses()}
+    harpd.stop_frontend()
+    harpd.start_frontend()
+    changed_at = harpd.runtime_directory.stat().st_mtime
+    wait_until(lambda: time.time() - changed_at > 2.5, DEADLINE, "a directory without changes")
+    os.kill(pids[victim], signal.SIGSTOP)
+    with harpd.attach(calls[victim]) as client:
+        sockets = Path("/proc/net/unix")
+        is_asked = lambda: sockets.read_text().count(f"/supervisor-{victim}\n") == 2  # noqa: E731 - and the listener
+        wait_until(is_asked, DEADLINE, "the request to the supervisor")
+        os.kill(active, signal.SIGSTOP)
+        os.kill(pids[victim], signal.SIGKILL)
+        adopted = lambda: harpd.ask({"control": "status"}, f"supervisor-{asked_first}")["resumable"] == 2  # noqa: E731
+        wait_until(adopted, DEADLINE, "the adoption")
+        os.kill(active, signal.SIGCONT)
+        assert client.closing_line()["error"]["type"] == "call_died"
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGKILL])

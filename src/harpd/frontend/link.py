@@ -234,14 +234,19 @@ class SupervisorLinks:
         version = self.client.version()
         own = self.client.identify()
         others = [name for name in self.client.socket_names() if self.client.identify(name) != own]
+        error: bytes | None = b""
         # The active one again if there are others: it then has the calls of a supervisor that has died since.
         for name in (ACTIVE_SOCKET, *others, ACTIVE_SOCKET) if others else (ACTIVE_SOCKET,):
             try:
-                error = await attach(await self._connect(name))
+                link = await self._connect(name)
             except SupervisorNotRunning:
                 error = b""
+                continue
+            error = await attach(link)
             if error is None:
                 return None
+            if not error:
+                break  # one that has replied before may have its calls now
         if not error:
             raise SupervisorNotRunning("the supervisor died")
         if not await self.client.confirm(version):
