@@ -417,6 +417,26 @@ async def test_compare_shows_changes_and_makes_none(tmp_path: Path, script: Scri
             await registry.compare()
 
 
+async def test_registry_waits_for_the_script_although_the_file_has_hosts(tmp_path: Path, script: Script) -> None:
+    """Without a cache, the hosts of the program are not known before its first run: their jobs would end as unknown."""
+    script.does(host_line(1, "a"))
+    file = hosts_file(tmp_path, host_line(2, "b"))
+    async with refreshed(tmp_path, host_db_script=script.file, hosts_file=file) as registry:
+        ready = [registry.is_ready]
+        assert await registry.refresh() == 2
+        assert [*ready, registry.is_ready] == [False, True]
+
+
+async def test_registry_waits_for_an_emptied_file_although_the_cache_has_hosts(tmp_path: Path, script: Script) -> None:
+    write_cache(tmp_path / "hosts.db", CachedHosts({"web01": WEB01}, time.time()))
+    async with refreshed(tmp_path, host_db_script=script.file, hosts_file=hosts_file(tmp_path)) as registry:
+        ready = [registry.is_ready]
+        hosts_file(tmp_path, host_line(2, "b"))
+        await registry.read_changed_file()
+        assert [*ready, registry.is_ready] == [False, True]
+        assert registry.find_host("b") is not None
+
+
 @pytest.mark.parametrize("part", [0, 20, 150], ids=["emptied", "cut in the first line", "cut in the second line"])
 async def test_registry_waits_for_a_file_that_is_written(tmp_path: Path, part: int) -> None:
     """A start in the middle of a rewrite: jobs wait instead of ending as unknown."""

@@ -149,7 +149,7 @@ class HostsRegistry:
 
     @property
     def is_ready(self) -> bool:
-        """Whether calls may start. Without any host, they wait for the script's first run, or for a new hosts file.
+        """Whether calls may start: they wait for the script's first run if the cache has no host, and for a new file.
 
         A hosts file that has just changed, and is empty or ends in the middle of a line, may be incomplete. This
         concerns the first contents only: later incomplete contents are refused.
@@ -157,14 +157,9 @@ class HostsRegistry:
         file = self._watched_file
         if file is not None:
             contents = file.value
-            if contents.is_cut and not file.is_settled:
+            if not file.is_settled and (contents.is_cut or not contents.hosts):
                 return False
-            if contents.hosts:
-                return True
-        if self._cached.hosts:
-            return True
-        script_has_run = self._refresh_attempted or self._config.host_db_script is None
-        return script_has_run and (file is None or file.is_settled)
+        return self._config.host_db_script is None or bool(self._cached.hosts) or self._refresh_attempted
 
     def find_host(self, hostname: str) -> Host | None:
         """Return a host, also if it was just added to the file; None if it is not in the registry."""
