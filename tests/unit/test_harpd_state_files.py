@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -121,6 +122,27 @@ def clean_up_fully(records: StateFiles, until_gone: bool = True) -> list[Cleanup
         time.sleep(0.02)
         found.append(records.clean_up())
     return found
+
+
+def test_file_that_a_living_supervisor_creates_again_does_not_make_it_dead(
+    old: StateFiles, new: StateFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its removed file has no lock any more, and may be open in a clean-up of another supervisor."""
+    lock, file = fcntl.flock, tmp_path / "calls" / "old.1"
+
+    def lock_late(descriptor: int, operation: int) -> None:
+        monkeypatch.undo()
+        file.unlink()
+        assert old.restore()
+        lock(descriptor, operation)
+
+    with process("a") as pid:
+        old.write("a", tree("a", pid), Raw(b'{"owner":"o"}'))
+        monkeypatch.setattr(fcntl, "flock", lock_late)
+        result = new.clean_up()
+        assert (result.killed, [*result.calls]) == (0, [])
+        assert file.exists()
+        assert lives(pid)
 
 
 def test_clean_up_kills_and_reports_once(

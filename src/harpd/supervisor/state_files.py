@@ -155,7 +155,7 @@ class _OpenFile:
             return None
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if stat.S_ISREG(os.fstat(descriptor).st_mode) and path.exists():
+            if stat.S_ISREG(os.fstat(descriptor).st_mode) and is_open(path, descriptor):
                 return cls(path, descriptor)
         os.close(descriptor)
         return None
