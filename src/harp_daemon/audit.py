@@ -414,7 +414,8 @@ class DirectAuditLog:
             self._file.check_room()
 
     def reopen(self) -> None:
-        """Continue in another file if the file was renamed. That happens with the next entry, too."""
+        """Continue in another file if the file was renamed. Otherwise that happens within a second."""
+        self._file.reopen()
         with suppress(AuditError):
             self._file.append([])
 

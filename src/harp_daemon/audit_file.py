@@ -5,8 +5,9 @@ changes, drops, inserts or moves a line would have to write all later lines agai
 Numbers and hashes continue in the next file after a rotation, whose first entry names the file before it.
 
 Beside the file are two private files. ``.NAME.head`` has number and hash of the last entry on stable storage, so that
-an end that was cut off is found, too; the process that writes holds a lock on it. ``.NAME.key`` is the key of the
-digests of arguments: without it, a digest does not show whether a guess is right.
+an end that was cut off is found, too; the process that writes holds a lock on it. Of a file of several processes, it
+also has the mark of the one that wrote last: only if that is another one are there lines of others, or another file.
+``.NAME.key`` is the key of the digests of arguments: without it, a digest does not show whether a guess is right.
 
 Blocks are allocated in advance, beyond the end of the file. If no more can be allocated, the disk is full: `problem`
 reports it while some allocated blocks are left. The daemon then refuses new jobs; running jobs end with their entries.
@@ -48,7 +49,8 @@ _KEEP_SIZE = 1  # of fallocate(2): the size of the file stays as it is
 _RECENT = 8 * 1024 * 1024  #: The last bytes of a file, for `AuditFile.read_recent`.
 _FOLLOW_INTERVAL = 1.0  #: Seconds between two checks whether the file was renamed.
 _LINES_TRIED = 5  #: Lines at the start of a file of which one has to be an entry.
-_MAX_HEAD = 128  #: Longer than any head, in bytes.
+_MAX_HEAD = 128  #: Longer than any head, in bytes; behind them is the mark of the process that wrote last.
+_MARK_BYTES = 16
 _FRAGMENT_SHOWN = 1000  #: Maximum bytes of an incomplete line that the entry about it repeats.
 
 _encode = json.JSONEncoder(separators=(",", ":"), default=str).encode  # to ASCII
@@ -78,9 +80,14 @@ class Line(NamedTuple):
     is_complete: bool  # False: its line feed is missing
 
 
+_unhashed = sha256()
+
+
 def hash_line(text: bytes) -> str:
     """Return the hash of a line without its line feed."""
-    return sha256(text).hexdigest()
+    hashed = _unhashed.copy()  # takes less time than another one
+    hashed.update(text)
+    return hashed.hexdigest()
 
 
 def check_usable(path: Path) -> None:
@@ -131,7 +138,7 @@ def read_head(path: Path) -> Position | None:
 
 
 def _parse_head(text: bytes) -> Position | None:
-    found = re.fullmatch(rb"(\d{1,18}) ([0-9a-f]{64})\n", text)
+    found = re.match(rb"(\d{1,18}) ([0-9a-f]{64})\n", text)
     return None if found is None else Position(int(found[1]), found[2].decode())
 
 
@@ -231,6 +238,7 @@ class AuditFile:
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._shared = shared
+        self._mark = os.urandom(_MARK_BYTES)
         self._exclusion: AbstractContextManager[None] = nullcontext()
         self._follow_at = 0.0  # monotonic time
         self._descriptor = self._head = -1
@@ -269,9 +277,12 @@ class AuditFile:
         """Write entries with ``time``, ``action`` and so on. After an error none is written; raises `AuditError`."""
         with self._lock, self._exclusion:
             now = time.monotonic()
-            if self._shared or now >= self._follow_at:
+            is_continued = self._shared and os.pread(self._head, _MARK_BYTES, _MAX_HEAD) != self._mark  # by others
+            if is_continued or now >= self._follow_at:
                 self._follow_at = now + _FOLLOW_INTERVAL
                 self._follow_rename()
+                if is_continued:
+                    self._set_mark()
             if self._size >= self._max_bytes and self.problem is None:  # another file would need room
                 self.rotate()
             if entries:
@@ -348,6 +359,14 @@ class AuditFile:
 
     # Internals.
 
+    def _set_mark(self) -> None:
+        """Tell other processes of a shared file, before this one writes a line, that they have to follow it."""
+        if self._shared:
+            try:
+                os.pwrite(self._head, self._mark, _MAX_HEAD)
+            except OSError as error:
+                raise AuditError(f"{head_file(self.path)}: {error.strerror}") from error
+
     def _follow_others(self) -> None:
         """Continue after the lines that other processes have written to a shared file."""
         size = self._size
@@ -374,6 +393,7 @@ class AuditFile:
             found = _find_last(self.path) if head is None else _find_last_after(self.path, head)
         is_later = head is None or (found.entry > head.entry and (text is None or self._continues(head)))
         self._position = found if head is None or is_later else head
+        self._set_mark()
         self._allocated = self._size
         self.check_room()
         entries: list[dict[str, Any]] = []
@@ -468,14 +488,16 @@ class AuditFile:
         if not self._size:
             entries.append({"action": NEW_FILE, "previous_file": previous_file})
         if entries:
+            self._set_mark()
             self._write([{"time": time.time(), **entry} for entry in entries])
 
     def _write(self, entries: Sequence[Mapping[str, Any]]) -> None:
-        position, lines = self._position, []
+        (number, last_hash), lines = self._position, []
         for entry in entries:
-            text = self._encode_entry(position, entry)
+            number += 1
+            text = self._encode_entry(number, last_hash, entry)
+            last_hash = hash_line(text)
             lines.append(text + b"\n")
-            position = Position(position.entry + 1, hash_line(text))
         data = b"".join(lines)
         try:
             written = 0
@@ -488,18 +510,17 @@ class AuditFile:
             self.problem = f"{self.path}: {error.strerror}"
             raise AuditError(self.problem) from error
         self._size += len(data)
-        self._position = position
+        self._position = Position(number, last_hash)
         self.check_room()
 
-    def _encode_entry(self, position: Position, entry: Mapping[str, Any]) -> bytes:
-        members: dict[str, Any] = {"entry": position.entry + 1, "time": "", "previous": position.hash}
+    def _encode_entry(self, number: int, previous: str, entry: Mapping[str, Any]) -> bytes:
+        members: dict[str, Any] = {"entry": number, "time": "", "previous": previous}
         for key, value in entry.items():
             if value is None:
                 continue
             if type(value) is str and len(value) > MAX_TEXT:
-                members[key] = f"{value[:MAX_TEXT]}... ({len(value)} characters)"
-            else:
-                members[key] = value
+                value = f"{value[:MAX_TEXT]}... ({len(value)} characters)"
+            members[key] = value
         members["time"] = format_time(entry["time"])
         if "arguments" in entry:
             members["arguments"] = self.digest(entry["arguments"])

@@ -341,6 +341,25 @@ def test_audit_shared_file_has_one_chain(path: Path) -> None:
     assert verify(path).problems == []
 
 
+def test_audit_shared_file_is_left_as_soon_as_another_process_has_left_it(path: Path) -> None:
+    first = AuditFile(path, LARGE, shared=True)
+    first.append([{"time": 1.0, "action": "call", "job": "job-1"}])
+    path.rename(path.with_name("audit.jsonl.1"))  # by logrotate
+    second = AuditFile(path, LARGE, shared=True)
+    first.append([{"time": 2.0, "action": "call", "job": "job-2"}])
+    path.rename(path.with_name("audit.jsonl.2"))
+    second.append([{"time": 3.0, "action": "call", "job": "job-3"}])
+    second.append([{"time": 4.0, "action": "call", "job": "job-4"}])
+    first.append([{"time": 5.0, "action": "call", "job": "job-5"}])
+    for file in (first, second):
+        file.sync()
+        file.close()
+    jobs = [entry["job"] for entry, _ in search(path, {"job": "*"}, None)]
+    assert jobs == [f"job-{number}" for number in range(1, 6)]
+    assert [json.loads(line).get("job") for line in path.read_bytes().splitlines()][1:] == ["job-3", "job-4", "job-5"]
+    assert verify(path).problems == []
+
+
 def replace_by_other(path: Path) -> None:
     """Put the longer file of another daemon in place."""
     other = path.parent / "other"
