@@ -30,7 +30,7 @@ from harpd.supervisor.state_files import StateFiles
 from support.daemonlog import DEADLINE
 from support.deadline import wait_until
 from support.harpd import Harpd, is_dead
-from support.procedures_file import PROCEDURES
+from support.procedures_file import CHANGED, PROCEDURES
 
 
 @pytest.mark.parametrize(
@@ -197,6 +197,28 @@ def test_supervisor_that_a_reload_did_not_find_retires(tmp_path: Path) -> None:
                 assert "error" not in line
             again.send({"release": True})
         wait_until(lambda: is_dead(old), DEADLINE, "the end of the old supervisor")
+
+
+def test_supervisor_whose_socket_is_removed_while_it_loads_becomes_active(tmp_path: Path) -> None:
+    """Otherwise it would become active a second later, unknown to its launcher, which kills it with its calls."""
+    loading, go = tmp_path / "loading", tmp_path / "go"
+    wait = f"""
+import pathlib, time
+pathlib.Path({str(loading)!r}).touch()
+while not pathlib.Path({str(go)!r}).exists():
+    time.sleep(0.01)
+"""
+    with Harpd(tmp_path / "harpd", PROCEDURES, services=True) as harpd, ThreadPoolExecutor(1) as threads:
+        old = harpd.supervisor
+        harpd.procedures_file.write_text(CHANGED + wait)
+        reload = threads.submit(harpd.reload, launcher=True)
+        wait_until(loading.exists, DEADLINE, "the load")
+        with halted(old):
+            remove_files(harpd.runtime_directory)
+            go.touch()
+            assert reload.result(DEADLINE)["event"] == "reloaded"
+        assert harpd.supervisor != old
+        assert harpd.call("version")[-1] == {"result": 2}
 
 
 def test_socket_with_the_inode_of_a_removed_one_is_another(tmp_path: Path) -> None:

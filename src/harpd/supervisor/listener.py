@@ -123,10 +123,10 @@ class Listener:
 
     def become_active(self) -> None:
         """Receive all new calls from now on. The socket's name is replaced in one step, so that it always exists."""
-        self.is_active = True
         new_name = self._name + ".new"
         os.link(self._name, new_name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
         os.rename(new_name, ACTIVE_SOCKET, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+        self.is_active = True
 
     def retire(self) -> None:
         """Leave the new calls to another supervisor: `restore` creates only this supervisor's socket from now on."""

@@ -221,9 +221,10 @@ class Supervisor:
             logs.flush()
             os._exit(1)
         if not self._context.shutting_down and not self._retired:
-            self._accepting = True
+            self._restore_files()  # they may have been removed during the load
             for listener in reversed(self._listeners):  # others look at the first one
                 listener.become_active()
+            self._accepting = True
             with contextlib.suppress(OSError):  # the launcher has died
                 self._lifeline.send(self._instance.encode())
 
