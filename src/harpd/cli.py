@@ -9,6 +9,7 @@ import sys
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from harp.protocol.printing import print_escaped
 from harp_daemon.event_loop import run
@@ -164,24 +165,25 @@ async def _control(client: SupervisorClient, command: str, deadline: float | Non
         for reply in replies:
             print_escaped(json.dumps(reply))
         return 0
-    if command == "drain":
-        try:
-            async with asyncio.timeout(deadline):
-                await _wait_until_drained(client)
-        except TimeoutError:
-            return 1
+    try:
+        async with asyncio.timeout(deadline):
+            await (_wait_until_resumed(client) if command == "resume" else _wait_until_drained(client))
+    except TimeoutError:
+        return 1
     return 0
 
 
-async def _wait_until_drained(client: SupervisorClient) -> None:
-    """Wait until no supervisor has a call or an end; one that has become active since rejects new calls, too.
+async def _wait_until_resumed(client: SupervisorClient) -> None:
+    """Return when the active supervisor accepts new calls, which may not have received the command."""
+    if not (await _active_status(client))["accepting"]:
+        await client.request_all("resume")
 
-    Raises `SupervisorError`.
-    """
+
+async def _wait_until_drained(client: SupervisorClient) -> None:
+    """Wait until no supervisor has a call or an end; one that has become active since rejects new calls, too."""
     drained: str | None = None
     while True:
-        version = client.version()
-        active = await retry_until_active(partial(client.request, {"control": "status"}))
+        version, active = client.version(), await _active_status(client)
         if active["accepting"] and active["instance"] != drained:  # otherwise `harpd resume` was called
             await client.request_all("drain")
         else:
@@ -191,6 +193,11 @@ async def _wait_until_drained(client: SupervisorClient) -> None:
                 return
         drained = active["instance"]
         await asyncio.sleep(_DRAIN_INTERVAL)
+
+
+async def _active_status(client: SupervisorClient) -> dict[str, Any]:
+    """Return the status of the active supervisor; its socket may be missing for a moment. Raises `SupervisorError`."""
+    return await retry_until_active(partial(client.request, {"control": "status"}))
 
 
 def _runtime_directory(options: CommandLine) -> Path:

@@ -287,6 +287,25 @@ def test_drain_continues_in_the_successor_of_a_supervisor_that_died(harpd: Harpd
     assert (draining.returncode, output) == (0, b"")
 
 
+def test_resume_reaches_the_active_supervisor_when_its_socket_is_missing(harpd: Harpd, tmp_path: Path) -> None:
+    """An older supervisor has created its socket again before, and has replied."""
+    call, _ = begin(harpd, tmp_path / "call")
+    harpd.reload(launcher=True)
+    active = harpd.supervisor
+    assert run(harpd, "drain", "--timeout", "0.1").returncode == 1
+    os.kill(active, signal.SIGSTOP)
+    for path in harpd.runtime_directory.glob("supervisor*"):
+        path.unlink()
+    harpd.wait_event("runtime directory was cleaned; files created again")
+    resuming = subprocess.Popen(harpd.command("resume"), stderr=subprocess.PIPE)
+    harpd.wait_event("accepting new calls again")
+    os.kill(active, signal.SIGCONT)
+    _, output = resuming.communicate(timeout=DEADLINE)
+    assert (resuming.returncode, output) == (0, b"")
+    assert version(harpd) == {"result": 1}
+    assert finish(harpd, call, tmp_path / "call") == {"result": "seen"}
+
+
 def test_commands_without_supervisor_report_it(tmp_path: Path) -> None:
     harpd = Harpd(tmp_path / "harpd", PROCEDURES)
     outcome = run(harpd, "status")
