@@ -26,7 +26,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
-from operator import itemgetter
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -325,17 +324,18 @@ class AuditLog:
     def _write_group(self, group: Sequence[Recorded]) -> None:
         self._file.check_room()
         has_room = self._file.has_room
-        self._waiting.add(entry.fields for entry in group if entry.must)
-        others = [entry.fields for entry in group if not entry.must and entry.fields]
-        entries = [*self._waiting, *(others if has_room else ())]
-        if entries:
-            entries.sort(key=itemgetter("time"))
-            self._file.append([*self._waiting.describe_discarded(), *entries])
-            self.entries += len(entries)
+        entries = [entry.fields for entry in group if has_room or entry.must]
+        if entries or self._waiting:
+            try:
+                self._file.append([*self._waiting.describe_discarded(), *self._waiting, *entries])
+            except AuditError:
+                self._waiting.add(entry.fields for entry in group if entry.must)
+                raise
+            self.entries += len(self._waiting) + len(entries)
             self._waiting.clear()
         if self._sync_at is None and group:
             self._sync_at = time.monotonic() + _SYNC_DELAY
-        if others and not has_room:
+        if len(entries) < len(group):
             raise AuditError(self._file.problem or f"{self.path}: no room")
 
     def _finish(self, entries: Sequence[Recorded], error: AuditError | None) -> None:
@@ -421,8 +421,7 @@ class DirectAuditLog:
 
     def close(self) -> None:
         """Write all entries and close the file."""
-        self._waiting.add(self._repetitions.end_window(float("inf")))
-        self._write_waiting()
+        self._write_waiting(*self._repetitions.end_window(float("inf")))
         self._closing.set()
         self._written.set()
         self._thread.join()
@@ -436,21 +435,17 @@ class DirectAuditLog:
 
     def _on_timer(self) -> None:
         self._timer_at = math.inf
-        self._waiting.add(self._repetitions.end_window(time.monotonic()))
-        self._write_waiting()
+        self._write_waiting(*self._repetitions.end_window(time.monotonic()))
 
     def _write_waiting(self, *entries: dict[str, Any]) -> None:
         """Write entries that cannot be refused, after those that wait. If that fails, they wait, too."""
-        if self._waiting:
-            self._waiting.add(entries)
-            entries = (*self._waiting.describe_discarded(), *self._waiting)
-        elif not entries:
+        group = (*self._waiting.describe_discarded(), *self._waiting, *entries) if self._waiting else entries
+        if not group:
             return
         try:
-            self._file.append(entries)
+            self._file.append(group)
         except AuditError:
-            if not self._waiting:
-                self._waiting.add(entries)
+            self._waiting.add(entries)
             self._set_timer(_RETRY_INTERVAL)
         else:
             if self._waiting:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from harp_daemon import audit_file
+from harp_daemon import audit, audit_file
 from harp_daemon.audit import AuditError, AuditLog
 from harp_daemon.audit_reading import verify
 from support.deadline import eventually
@@ -82,6 +82,22 @@ def test_audit_call_that_cannot_be_written_follows_later(tmp_path: Path, monkeyp
         path.rmdir()
         await log.record("end", None, must=True, job="b")
         assert written(path) == ["a", "b"]
+
+    with_log(path, scenario)
+
+
+def test_audit_entries_of_a_large_group_are_all_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit of entries in memory is for those that cannot be written."""
+    monkeypatch.setattr(audit, "_MAX_WAITING", 10)
+    path = tmp_path / "audit.jsonl"
+    jobs = [f"job-{number}" for number in range(25)]
+
+    async def scenario(log: AuditLog) -> None:
+        for job in jobs:  # of a cancelled queue
+            log.report("end", job=job)
+        await log.record("cancel", "allowed", must=True, queue="backup")
+        assert written(path) == jobs
+        assert "audit-lost" not in path.read_text()
 
     with_log(path, scenario)
 

@@ -101,8 +101,8 @@ def test_audit_has_an_entry_about_those_that_were_discarded(
     asyncio.run(run())
     written = [json.loads(line) for line in path.read_text().splitlines()]
     found = [(entry["action"], entry.get("job"), entry.get("count")) for entry in written]
-    ends = [("end", job, None) for job in ("8", "9", "10", "11", "last")]
-    assert [one for one in found if one[0] != "audit-file"] == [("audit-lost", None, 8), *ends]
+    ends = [("end", job, None) for job in ("7", "8", "9", "10", "11", "last")]
+    assert [one for one in found if one[0] != "audit-file"] == [("audit-lost", None, 7), *ends]
 
 
 @contextmanager
