@@ -112,6 +112,18 @@ async def test_control_request_returns_reply_or_fails(tmp_path: Path, answer: by
             await client.request({"control": "status"})
 
 
+def test_removed_directory_is_left_to_the_supervisor(tmp_path: Path) -> None:
+    """If root looks for supervisors of another user, that user could not write to a directory of root."""
+    directory = tmp_path / "run"
+    with SupervisorClient(directory) as client:
+        directory.rmdir()
+        assert client.socket_names() == []
+        assert not directory.exists()
+        directory.mkdir()
+        dead_supervisor(directory, "a")
+        assert client.socket_names() == ["supervisor-a"]
+
+
 async def test_remove_dead_removes_sockets_of_dead(tmp_path: Path) -> None:
     dead_supervisor(tmp_path, "d")
     async with supervisor(tmp_path, "a", replying(b"")):

@@ -38,6 +38,7 @@ from harpd.supervisor.runtime_directory import (
     default_runtime_directory,
     identify,
     is_open,
+    open_existing_directory,
     open_runtime_directory,
 )
 
@@ -79,15 +80,18 @@ class SupervisorClient:
         self.directory = directory
         # Sockets are opened through this descriptor, because the address of a Unix socket has at most 107 bytes.
         try:
-            if not create:
-                os.stat(directory)
+            if create:
+                os.close(open_runtime_directory(directory))
             self._descriptor = self._open_directory()
         except OSError as error:
             raise SupervisorError(f"runtime_directory: {directory}: {error.strerror}") from error
 
     def _open_directory(self) -> int:
-        """Return a descriptor of the directory. Raises OSError."""
-        return open_runtime_directory(self.directory)
+        """Return a descriptor of the directory. Raises OSError.
+
+        A missing one is left to the supervisor, which may have another user than this process.
+        """
+        return open_existing_directory(self.directory)
 
     def _is_current(self) -> bool:
         """Return whether the directory has its path still."""

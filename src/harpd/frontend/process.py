@@ -117,7 +117,7 @@ class _MonitorClient(SupervisorClient):
 
     def __init__(self, files: MonitorFiles) -> None:
         self._files = files
-        super().__init__(Path("frontend"))
+        super().__init__(Path("frontend"), create=False)
 
     def _open_directory(self) -> int:
         return self._files.open_directory()

@@ -29,19 +29,15 @@ def default_runtime_directory() -> Path | None:
 
 
 def open_runtime_directory(path: str | os.PathLike[str], mode: int = 0o700) -> int:
-    """Create the directory with this mode if it is missing; return a descriptor of it.
-
-    The descriptor has a lock for which systemd-tmpfiles does not remove old files. Raises OSError, PermissionError also
-    if another user can write there, or if it is a symbolic link: another directory could impersonate the supervisor.
-    """
+    """Create the directory with this mode if it is missing; return `open_existing_directory` of it. Raises OSError."""
     Path(path).mkdir(mode=mode, parents=True, exist_ok=True)
-    return _open_existing(path)
+    return open_existing_directory(path)
 
 
 def check_runtime_directory(path: Path) -> None:
     """Raise OSError if `open_runtime_directory` would; nothing is created."""
     if path.exists() or path.is_symlink():
-        os.close(_open_existing(path))
+        os.close(open_existing_directory(path))
         return
     above = next(each for each in path.parents if each.exists())
     if not above.is_dir():
@@ -52,7 +48,12 @@ def check_runtime_directory(path: Path) -> None:
         raise OSError(number, os.strerror(number))
 
 
-def _open_existing(path: str | os.PathLike[str]) -> int:
+def open_existing_directory(path: str | os.PathLike[str]) -> int:
+    """Return a descriptor of the directory.
+
+    It has a lock for which systemd-tmpfiles does not remove old files. Raises OSError, PermissionError also
+    if another user can write there, or if it is a symbolic link: another directory could impersonate the supervisor.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except NotADirectoryError as error:  # Linux reports a symbolic link so
