@@ -1,4 +1,4 @@
-"""Another user's process with a forged cookie in the process group of a root service: the service survives."""
+"""Processes that look like those of a call: a forged cookie in a root service's process group, a reused session id."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ pytestmark = [
 
 ATTACKER = 54321
 PROCEDURES = f"""
-import signal, time
+import os, signal, time
 from harpd.proc import procedure
 
 def resist(started):
@@ -36,6 +36,13 @@ def resist(started):
     open(started, "w").close()
     while True:
         time.sleep(600)
+
+@procedure
+def fork_session(started):  # only the new session's process ignores SIGTERM
+    if os.fork() == 0:
+        os.setsid()
+        resist(started)
+    time.sleep(600)
 
 of_root = procedure(resist)
 of_attacker = procedure(uid={ATTACKER})(resist)
@@ -104,3 +111,55 @@ def test_service_with_forged_cookie_in_its_group_survives(
                 assert is_running(found.main)
                 # It has claimed to be of the call. It may stop processes of its own user, and root's call is not of it.
                 assert is_running(found.attacker) == (procedure == "of_root")
+
+
+#: A service of another user, which becomes a daemon: its session has no leader any more.
+DAEMON = f"""
+import os, time
+os.setsid()
+if os.fork() == 0:
+    os.setresuid({ATTACKER + 1}, {ATTACKER + 1}, {ATTACKER + 1})
+    time.sleep(600)
+"""
+
+
+@contextmanager
+def daemon_with_pid(pid: int) -> Iterator[psutil.Process]:
+    """Run a daemon whose session has this id, which must be free; yield the process that stays."""
+    for _ in range(1000):  # other processes start meanwhile
+        Path("/proc/sys/kernel/ns_last_pid").write_text(str(pid - 1))
+        process = subprocess.Popen([sys.executable, "-c", DAEMON])
+        assert process.wait() == 0
+        (left,) = [one for one in psutil.process_iter() if is_of_session(one, process.pid)]
+        try:
+            if process.pid == pid:
+                yield left
+                return
+        finally:
+            left.kill()
+    raise AssertionError(f"no process got pid {pid}")
+
+
+def is_of_session(process: psutil.Process, session: int) -> bool:
+    with suppress(ProcessLookupError):
+        return os.getsid(process.pid) == session
+    return False
+
+
+@pytest.mark.skipif(not Path("/proc/sys/kernel/ns_last_pid").exists(), reason="the kernel lets nobody choose pids")
+def test_service_whose_session_has_the_id_of_an_ended_call_survives(tmp_path: Path) -> None:
+    """While a process that the call has left is being stopped, its main process's pid is given to a service."""
+    started = tmp_path / "started"
+    with Supervisor(tmp_path / "supervisor", PROCEDURES, kill_grace=2.0) as supervisor:
+        with supervisor.call("fork_session", [str(started)]) as call:
+            assert call.line() == PLAIN
+            wait_until(started.exists, DEADLINE, "the other session")
+            main = supervisor.wait_event("call started")["pid"]
+            call.hang_up()
+            wait_until(lambda: not psutil.pid_exists(main), DEADLINE, "the end of the main process")
+            for _ in range(100):  # meanwhile, it scans all processes
+                supervisor.status()
+            with daemon_with_pid(main) as service:
+                assert call.lines() == []
+                assert supervisor.wait_event("call ended")["call"] == call.id
+                assert is_running(service)

@@ -76,6 +76,17 @@ def test_termination_after_long_pause_ignores_session(monkeypatch: pytest.Monkey
     assert (report["found"], report["complete"], survivor_reports) == (2, True, [])
 
 
+def test_termination_ignores_the_id_of_a_session_that_has_ended() -> None:
+    stranger = Process(MAIN + 2, 70, 1, MAIN, MAIN)
+    snapshots = iter([Snapshot({CHILD.pid: CHILD}), Snapshot()])
+    escapes = itertools.chain([True], itertools.repeat(False))
+    report, survivor_reports = run_sequence(
+        lambda time: next(snapshots, Snapshot({stranger.pid: stranger})), lambda: next(escapes)
+    )
+    assert {process["pid"] for process in report["processes"]} == {MAIN, CHILD.pid}
+    assert (report["found"], report["complete"], survivor_reports) == (2, True, [])
+
+
 def test_termination_of_fast_forker_reports_survivor(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that forks and exits in a loop is missing in some snapshots."""
     monkeypatch.setattr(termination, "_DEATH_TIMEOUT", 0.1)
@@ -89,7 +100,9 @@ def test_termination_of_fast_forker_reports_survivor(monkeypatch: pytest.MonkeyP
         if snapshots > 100:
             return Snapshot()
         pid = next(pids)
-        return Snapshot() if snapshots % 3 == 0 else Snapshot({pid: Process(pid, 60, 1, MAIN, MAIN)})
+        snapshot = Snapshot() if snapshots % 3 == 0 else Snapshot({pid: Process(pid, 60, 1, MAIN, MAIN)})
+        snapshot.complete = False
+        return snapshot
 
     report, survivor_reports = run_sequence(take_snapshot, lambda: snapshots <= 100)
     assert [len(one["survivors"]) for one in survivor_reports] == [1]

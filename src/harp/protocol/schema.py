@@ -385,8 +385,8 @@ def _object_kind(message: type[WireObject]) -> Kind:
 
 
 def _is_sendable_count(number: Any) -> bool:
-    repr(number)  # ValueError: it has more digits than Python writes, so it has no form in JSON
-    return is_count(number)
+    # `repr` raises ValueError if it has more digits than Python writes: it has no form in JSON then.
+    return is_count(number) and bool(repr(number))
 
 
 def decode_payload(members: JSONObject, key: str) -> Payload:

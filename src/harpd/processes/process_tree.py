@@ -103,8 +103,8 @@ class CallTree:
         """Return those processes of a snapshot that belong to the call and are alive.
 
         `previous` are the identities of processes that belonged to the call before; they and their children still do.
-        `ignore_session`: the call was not watched for a while. Its session id may now belong to another session without
-        a leader, so only the cookie counts.
+        `ignore_session`: the session has ended, or was not watched for a while. Its id may now belong to another
+        session without a leader, so only the cookie counts.
         """
         found = {pid for pid, start in previous if pid in processes and processes[pid].start == start}
         main = processes.get(self.pid)
@@ -132,6 +132,10 @@ class CallTree:
                     found.add(child)
                     unvisited.append(child)
         return [processes[pid] for pid in found if processes[pid].alive]
+
+    def has_session(self, processes: Snapshot) -> bool:
+        """Return whether the id of the call's session may still be in use, by a session or a process group."""
+        return not processes.complete or any(self.pid in (p.pid, p.session, p.group) for p in processes.values())
 
     def process_groups(
         self, targets: Iterable[Process], members: Container[tuple[int, int]], processes: Mapping[int, Process]

@@ -34,7 +34,8 @@ _DEATH_TIMEOUT = 2.0
 _MAX_HALTS = 20
 #: How many further scans follow from a possible escape, and the seconds between them.
 _MAX_ESCAPE_SCANS, _ESCAPE_SCAN_INTERVAL = 5, 0.02
-#: Seconds without a scan after which the main process's session id may belong to another session.
+#: Seconds without a scan after which the main process's session id may belong to another session. It may so as soon as
+#: a scan has found no process of the session: the kernel can assign all pids while the others are being stopped.
 _SESSION_TRUST = 10.0
 
 
@@ -74,7 +75,7 @@ class TerminationSequence:
         self._stopped_processes: set[tuple[int, int]] = set()
         self._halts = self._escape_scans = 0
         self._interval = _FIRST_INTERVAL
-        self._main_ended = self._complete = False
+        self._main_ended = self._session_ended = self._complete = False
         self._started_at = 0.0
         self._ended: float | None = None
 
@@ -186,7 +187,9 @@ class TerminationSequence:
                 self._scan(next_step)
                 return
             now = time.monotonic()
-            ignore_session = self._scanned_at is not None and now - self._scanned_at > _SESSION_TRUST
+            has_paused = self._scanned_at is not None and now - self._scanned_at > _SESSION_TRUST
+            ignore_session = self._session_ended or has_paused
+            self._session_ended = self._main_ended and (ignore_session or not self._tree.has_session(snapshot))
             self._scanned_at = now
             self._snapshot = snapshot
             self._report.record(self._tree.members(snapshot, self._report.remaining, ignore_session))
