@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -136,6 +137,33 @@ def test_frontend_that_reads_no_replies_loses_its_link(supervisor: Supervisor) -
         assert process.memory_info().rss - before < 200 << 20
     assert supervisor.result("echo", 1) == [1]
     no_calls(supervisor)
+
+
+def test_links_of_a_frontend_share_their_memory(tmp_path: Path) -> None:
+    """One link holds a frame of up to 96 MiB, and a frontend that was taken over may have any number of links."""
+    mib = 1 << 20
+    with Supervisor(tmp_path, PROCEDURES, request_line=4 * mib, request_memory=16 * mib) as supervisor:
+        process = psutil.Process(supervisor.status()["supervisor"])
+        before = process.memory_info().rss
+        with ExitStack() as stack:
+            with pytest.raises((BrokenPipeError, ConnectionResetError)):
+                for _ in range(20):
+                    link = stack.enter_context(Link(supervisor))
+                    link.socket.sendall(encode_frame(1, START, b"x" * 20 * mib)[: 16 * mib])
+            assert process.memory_info().rss - before < 100 * mib
+            assert supervisor.result("echo", 1) == [1]
+        assert supervisor.result("echo", "x" * 3 * mib) == ["x" * 3 * mib]
+
+
+def test_unused_links_give_way(supervisor: Supervisor) -> None:
+    """A frontend that was taken over cannot use up the descriptors of the supervisor by links."""
+    with Link(supervisor) as used, ExitStack() as stack:
+        used.start(1, "echo")
+        used.start(2, "sleep", 600)
+        first, *_ = [stack.enter_context(Link(supervisor)) for _ in range(257)]
+        assert first.socket.recv(1) == b""
+        assert supervisor.result("echo", 1) == [1]
+        assert b'{"result":[]}' in used.lines_until_closed(1)
 
 
 def test_call_with_tiny_limits_costs_no_time_while_it_is_stopped(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ from harpd.worker.procedures import LOAD_TIMEOUT, load_procedures
 #: The keys of section `limits` that the supervisor applies.
 _SUPERVISOR_LIMITS = (
     *("max_calls", "kill_grace", "spool", "spool_memory", "disconnect_timeout", "result_ttl"),
-    *("output_lines", "output_bytes", "request_line"),
+    *("output_lines", "output_bytes", "request_line", "request_memory"),
 )
 #: The error of a root harpd without a default user; a warning if the file is one of a legacy harpd.
 ROOT_CALLS = (

@@ -98,6 +98,11 @@ class FrameBuffer:
         self._partial = bytearray()  # the beginning of a frame
         self._needed = 0  # bytes of that frame
 
+    @property
+    def size(self) -> int:
+        """The bytes of the incomplete frame."""
+        return len(self._partial)
+
     def feed(self, data: bytes | memoryview) -> list[Frame]:
         """Add received bytes; return the frames that they complete. Raises `InvalidFrame`."""
         if self._partial:

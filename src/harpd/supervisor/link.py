@@ -30,6 +30,10 @@ _CHANNEL_HIGH_WATER = 64 * 1024
 #: The most channels of a link, and bytes that wait because the frontend does not read: a frontend that is not sound, or
 #: was taken over, cannot fill the memory. A sound one reads always, and has a channel for each of its connections.
 _MAX_CHANNELS, _MAX_UNSENT = 50_000, 64 * 1024 * 1024
+#: The bytes that a link may hold in any case, whatever the others hold.
+_ALWAYS_HELD = 1024 * 1024
+#: The most links without a channel; the oldest one gives way. A sound frontend has one.
+_MAX_UNUSED_LINKS = 256
 #: Seconds for which `send_soon` waits for more data to send with it. With 0.003, short calls on a busy machine have
 #: separate acknowledgements: frontend, supervisor and client need a twentieth more.
 _GATHER_SECONDS = 0.01
@@ -155,11 +159,32 @@ class LinkChannel:
         self.waiting_bytes = 0
 
 
+class Links(set["Link"]):
+    """All open links."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = 0  #: The bytes of all their frames that are incomplete, or that the frontends have not read.
+        self._unused: dict[Link, None] = {}  # the links without a channel, those of the longest time first
+
+    def add_unused(self, link: Link) -> None:
+        """Note that a link has no channel."""
+        self._unused[link] = None
+        if len(self._unused) > _MAX_UNUSED_LINKS:
+            next(iter(self._unused)).close()
+
+    def remove_unused(self, link: Link) -> None:
+        """Note that a link has a channel, or is closed."""
+        self._unused.pop(link, None)
+
+
 class Link(FrameSocket):
-    """A link, after the preface. `request_line`: the most bytes of a request line in the frontend.
+    """A link, after the preface.
+
+    `limits`: the most bytes of a request line, and of all of them together, in the frontend.
 
     `on_start` and `on_attach` receive each channel with the header, and with the arguments. If one of them raises
-    KeyError or ProtocolError, the channel is closed. `on_lost` is called once, after all channels were hung up.
+    KeyError or ProtocolError, the channel is closed. The link is one of `links` until all channels were hung up.
     """
 
     _log = log
@@ -168,17 +193,38 @@ class Link(FrameSocket):
         self,
         loop: EventLoop,
         connection: socket.socket,
-        request_line: int,
+        limits: tuple[int, int],
         on_start: Callable[[LinkChannel, Mapping[str, Any], Raw], None],
         on_attach: Callable[[LinkChannel, Mapping[str, Any]], None],
-        on_lost: Callable[[Link], None],
+        links: Links,
     ) -> None:
+        request_line, request_memory = limits
         super().__init__(connection, _MAX_EXPANSION * request_line + _MAX_FACTS_BYTES, loop.call_soon)
         self._loop = loop
-        self._on_start, self._on_attach, self._notify_lost = on_start, on_attach, on_lost
+        self._on_start, self._on_attach = on_start, on_attach
         self._channels: dict[int, LinkChannel] = {}
         self._gathering: list[LinkChannel] = []
+        self._links, self._held, self._max_held = links, 0, 2 * request_memory  # an earlier frontend may still run
         self._watch_writable(False)
+        links.add(self)
+        links.add_unused(self)
+
+    def close(self) -> None:
+        """Close the link: it uses memory that others need."""
+        log.error("frontend has too many links, or too long requests; link closed")
+        self._close_socket()
+
+    def receive(self, data: bytes) -> None:
+        """See `FrameSocket`."""
+        super().receive(data)
+        if not self._lost:
+            self._set_held(self._frames.size + len(self._unsent))
+            if self._held > _ALWAYS_HELD and self._links.held > self._max_held:
+                self.close()
+
+    def _set_held(self, size: int) -> None:
+        self._links.held += size - self._held
+        self._held = size
 
     def finish(self, deadline: float) -> None:
         """Handle the frames that have arrived, and send all data within this time: this process exits."""
@@ -198,6 +244,8 @@ class Link(FrameSocket):
         """Close a channel; its number is free."""
         if self._channels.pop(number, None) is not None:
             self.write(number, frames.CLOSED)
+            if not self._channels and not self._lost:
+                self._links.add_unused(self)
 
     def _flush_gathered(self) -> None:
         channels, self._gathering = self._gathering, []
@@ -222,6 +270,7 @@ class Link(FrameSocket):
                 channel.hang_up()
 
     def _open(self, number: int, kind: int, body: bytes) -> None:
+        self._links.remove_unused(self)
         channel = self._channels[number] = LinkChannel(self, number)
         head = body[: body.find(b"\n")] if kind == frames.START else body
         try:
@@ -242,7 +291,9 @@ class Link(FrameSocket):
     def _on_lost(self) -> None:
         for channel in list(self._channels.values()):
             channel.hang_up()
-        self._notify_lost(self)
+        self._set_held(0)
+        self._links.remove_unused(self)
+        self._links.discard(self)
 
     def _watch_writable(self, watch: bool) -> None:
         self._loop.watch(self._connection.fileno(), READ | (WRITE if watch else 0), self._on_ready)

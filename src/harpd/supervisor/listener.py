@@ -33,7 +33,7 @@ log = logging.getLogger("harpd.supervisor")
 _READ_SIZE = 1 << 16
 #: The most bytes of a first line. The longest is a request for the calls of an owner.
 _MAX_LINE_BYTES = 1024 * 1024
-#: The most connections that have not sent their first line; the oldest one gives way.
+#: The most connections that have not sent their first line, and that do not read their reply; the oldest one gives way.
 _MAX_WAITING = 256
 #: Seconds without accepting after no descriptor was free.
 _ACCEPT_PAUSE = 0.1
@@ -201,16 +201,35 @@ class Listener:
             connection.close()
 
 
-def send_final_reply(loop: EventLoop, connection: socket.socket, data: bytes) -> None:
-    """Send the last bytes on a connection, as soon as it is writable; then close it."""
-    try:
-        unsent = data[connection.send(data) :]
-    except BlockingIOError:
-        unsent = data
-    except OSError:
-        unsent = b""
-    if unsent:
-        loop.watch(connection.fileno(), WRITE, lambda: send_final_reply(loop, connection, unsent))
-    else:
-        loop.unwatch(connection.fileno())
+class FinalReplies:
+    """The last bytes on connections that are closed then. Of too many that are not read, the oldest one gives way."""
+
+    def __init__(self, loop: EventLoop) -> None:
+        self._loop = loop
+        self._unsent: dict[socket.socket, bytes] = {}  # the oldest first
+
+    def send(self, connection: socket.socket, data: bytes) -> None:
+        """Send the last bytes on a connection, as soon as it is writable; then close it."""
+        self._unsent[connection] = data
+        if self._continue(connection):
+            self._loop.watch(connection.fileno(), WRITE, lambda: self._continue(connection))
+            if len(self._unsent) > _MAX_WAITING:
+                self._close(next(iter(self._unsent)))
+
+    def _continue(self, connection: socket.socket) -> bool:
+        """Send more; return whether some bytes are left."""
+        try:
+            self._unsent[connection] = self._unsent[connection][connection.send(self._unsent[connection]) :]
+        except BlockingIOError:
+            return True
+        except OSError:
+            self._unsent[connection] = b""
+        if not self._unsent[connection]:
+            self._close(connection)
+            return False
+        return True
+
+    def _close(self, connection: socket.socket) -> None:
+        del self._unsent[connection]
+        self._loop.unwatch(connection.fileno())
         connection.close()

@@ -85,8 +85,8 @@ from harpd.supervisor.dynamic_uids import NoFreeUid
 from harpd.supervisor.event_loop import READ, EventLoop
 from harpd.supervisor.fair_shares import Account
 from harpd.supervisor.frames import VERSION
-from harpd.supervisor.link import Link, LinkChannel
-from harpd.supervisor.listener import Listener, send_final_reply
+from harpd.supervisor.link import Link, LinkChannel, Links
+from harpd.supervisor.listener import FinalReplies, Listener
 from harpd.supervisor.registry import CallRegistry, read_seconds, read_texts
 from harpd.supervisor.sessions import BoundSession, ResumableSession
 from harpd.supervisor.spool import GUARANTEED_BYTES
@@ -97,7 +97,7 @@ from harpd.supervisor.zygote_client import ZygoteClient
 log = logging.getLogger("harpd.supervisor")
 
 _READ_SIZE = 1 << 16
-_DEFAULT_REQUEST_LINE = 16 * 1024 * 1024
+_DEFAULT_REQUEST_LINE, _DEFAULT_REQUEST_MEMORY = 16 * 1024 * 1024, 256 * 1024 * 1024
 _RETAINED_BYTES, _MAPPED_BYTES = 16 * 1024 * 1024, 8 * 1024 * 1024
 
 #: The most bytes of the settings that a launcher sends.
@@ -127,7 +127,8 @@ class Supervisor:
         self._started_at = round(time.time(), 3)
         self._context = CallContext(loop, self._instance, settings)
         self._registry = CallRegistry(self._context)
-        self._links: set[Link] = set()
+        self._links = Links()
+        self._replies = FinalReplies(loop)
         self._lifeline = lifeline
         self._settings_lines = LineBuffer(_MAX_SETTINGS_BYTES)
         self._reloads: deque[Callable[[dict[str, Any]], None]] = deque()  # replies to those that wait for settings
@@ -251,17 +252,16 @@ class Supervisor:
         if "link" in request:
             version = request.value("link")
             check(version == VERSION, f"link: expected version {VERSION}, got {version!r}")
-            request_line, attach = self._context.settings["request_line"], self._registry.attach
-            link = Link(self._loop, connection, request_line, self._on_start, attach, self._links.discard)
-            self._links.add(link)
+            limits = self._context.settings["request_line"], self._context.settings["request_memory"]
+            link = Link(self._loop, connection, limits, self._on_start, self._registry.attach, self._links)
             link.receive(received)
         elif "report" in request:
             self._context.audit.record_reports(request.value("report"))
-            send_final_reply(self._loop, connection, b'{"ok":true}\n')
+            self._replies.send(connection, b'{"ok":true}\n')
         elif "metrics" in request:
-            send_final_reply(self._loop, connection, dumps({"metrics": self._measure()}) + b"\n")
+            self._replies.send(connection, dumps({"metrics": self._measure()}) + b"\n")
         else:
-            send_final_reply(self._loop, connection, self._registry.list_calls(required_string(request, "calls")))
+            self._replies.send(connection, self._registry.list_calls(required_string(request, "calls")))
 
     def _measure(self) -> dict[str, Any]:
         """Return the numbers for `harpd.control.metrics`."""
@@ -384,7 +384,7 @@ class Supervisor:
 
     def _handle_control(self, connection: socket.socket, request: JSONObject) -> None:
         def reply(message: dict[str, Any]) -> None:
-            send_final_reply(self._loop, connection, dumps(message) + b"\n")
+            self._replies.send(connection, dumps(message) + b"\n")
 
         command = request.value("control")
         if command in ("reload", "drain", "resume", "retire", "shutdown"):
@@ -442,7 +442,8 @@ class Supervisor:
         if "error" in received:
             reply(received)
             return
-        settings = {key: self._context.settings[key] for key in ("descriptors", "request_line")} | received
+        kept = ("descriptors", "request_line", "request_memory")
+        settings = {key: self._context.settings[key] for key in kept} | received
         self._load(settings, lambda error: reply(_finish_reload(settings, error)))
 
     # The end.
@@ -556,7 +557,11 @@ def main() -> NoReturn:
     tune_memory(_RETAINED_BYTES, _MAPPED_BYTES)
     loop = EventLoop()
     logs.write_per_turn(loop.call_soon)
-    defaults = {"descriptors": soft, "request_line": _DEFAULT_REQUEST_LINE}  # for a launcher of an earlier version
+    defaults = {  # for a launcher of an earlier version
+        "descriptors": soft,
+        "request_line": _DEFAULT_REQUEST_LINE,
+        "request_memory": _DEFAULT_REQUEST_MEMORY,
+    }
     try:
         Supervisor(loop, socket.socket(fileno=lifeline), defaults | settings)
     except AuditError as error:
