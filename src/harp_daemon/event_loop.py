@@ -18,11 +18,14 @@ import ssl
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Coroutine
+from collections import Counter, deque
+from collections.abc import Callable, Coroutine, Hashable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import Any, ClassVar, TypeVar
+from weakref import WeakKeyDictionary
 
+from harp.protocol.json_text import InvalidJSON
 from harp_daemon import json_pieces, logs
 from harp_daemon.process import tune_memory
 
@@ -33,8 +36,8 @@ log = logging.getLogger(__name__)
 
 #: Bytes from which a line is long: it is decoded in a thread, because the loop must not wait for it.
 LONG_LINE = 64 * 1024
-#: Threads for long lines and other work; a line that has none waits for the end of another one.
-_MAX_THREADS = 64
+#: Threads for long lines, and for other work; a line that has none waits for the end of another one.
+_MAX_THREADS, _MAX_THREADS_OF_PEER = 64, 8
 _RETAINED_BYTES, _MAPPED_BYTES = 64 * 1024 * 1024, 16 * 1024 * 1024
 #: Receive buffer of each TLS connection, in bytes. asyncio allocates 256 KiB, even for an idle connection. This many
 #: bytes of messages without data take about 20 ms.
@@ -138,11 +141,14 @@ class _Selector(selectors.DefaultSelector):
 
 
 long_lines = Turns()  #: The lock of the thread that decodes a long line.
+_ending = threading.Event()  # set when the daemon stops: nobody needs the lines any more
 
 
 def _between_pieces() -> None:
     """Let other long lines, then urgent work pass, if this thread decodes a long line."""
     if long_lines.pass_on():
+        if _ending.is_set():
+            raise InvalidJSON("the daemon stops")
         UrgentWork.let_pass()
 
 
@@ -159,9 +165,18 @@ def run(main: Coroutine[Any, Any, T]) -> T:
             runner.get_loop().set_default_executor(ThreadPoolExecutor(_MAX_THREADS))
             runner.get_loop().set_exception_handler(_log_unexpected)
             logs.write_per_turn(runner.get_loop().call_soon)
-            return runner.run(main)
+            return runner.run(_run_to_end(main))
     finally:
+        _ending.clear()
         logs.write_per_turn(None)
+
+
+async def _run_to_end(main: Coroutine[Any, Any, T]) -> T:
+    try:
+        return await main
+    finally:
+        if (long_texts := _long_texts.get(asyncio.get_running_loop())) is not None:
+            await long_texts.end()
 
 
 class _SSLProtocol(asyncio.sslproto.SSLProtocol):
@@ -208,11 +223,79 @@ def _log_unexpected(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) ->
     log.error("unexpected error", exc_info=context.get("exception"), extra={"where": context.get("message")})
 
 
-def run_in_turn(work: Callable[[A], T], text: A) -> asyncio.Future[T]:
-    """Do the work on a long text in a thread, in turn with other long texts; return a future of its result."""
+class _LongTexts:
+    """The threads for long texts of one event loop, apart from those for other work.
+
+    A peer has few of them. Otherwise one that sends many long lines would have all, and others wait for their ends.
+    """
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(_MAX_THREADS)
+        self._running: Counter[Hashable] = Counter()  # by peer
+        # Of peers that have all their threads: the outcome, and what starts the work.
+        self._waiting: dict[Hashable, deque[tuple[asyncio.Future[Any], Callable[[], object]]]] = {}
+
+    def run(self, work: Callable[[], T], peer: Hashable) -> asyncio.Future[T]:
+        """Do the work in a thread."""
+        loop = asyncio.get_running_loop()
+        outcome: asyncio.Future[T] = loop.create_future()
+
+        def start() -> None:
+            loop.run_in_executor(self._threads, work).add_done_callback(on_done)
+
+        def on_done(done: asyncio.Future[T]) -> None:
+            self._start_next(peer)
+            if outcome.cancelled():
+                return
+            if done.cancelled():
+                outcome.cancel()
+            elif (error := done.exception()) is None:
+                outcome.set_result(done.result())
+            else:
+                outcome.set_exception(error)
+
+        if peer is not None and self._running[peer] >= _MAX_THREADS_OF_PEER:
+            self._waiting.setdefault(peer, deque()).append((outcome, start))
+        else:
+            self._running[peer] += 1
+            start()
+        return outcome
+
+    async def end(self) -> None:
+        """Let the threads end soon, and wait for it; what waits for a text is cancelled or gets an exception."""
+        _ending.set()
+        for outcome, _ in chain.from_iterable(self._waiting.values()):
+            outcome.cancel()
+        await asyncio.to_thread(self._threads.shutdown, cancel_futures=True)
+
+    def _start_next(self, peer: Hashable) -> None:
+        """Give the thread of a peer, which is free again, to its next text."""
+        waiting = self._waiting.get(peer, deque())
+        while waiting:
+            outcome, start = waiting.popleft()
+            if not outcome.cancelled():
+                start()
+                return
+        self._waiting.pop(peer, None)
+        self._running[peer] -= 1
+        if not self._running[peer]:
+            del self._running[peer]
+
+
+_long_texts: WeakKeyDictionary[asyncio.AbstractEventLoop, _LongTexts] = WeakKeyDictionary()
+
+
+def run_in_turn(work: Callable[[A], T], text: A, peer: Hashable = None) -> asyncio.Future[T]:
+    """Do the work on a long text in a thread, in turn with other long texts; return a future of its result.
+
+    `peer`: who has sent it; None: a peer whose number of texts is limited elsewhere.
+    """
 
     def run_work() -> T:
         with long_lines:
             return work(text)
 
-    return asyncio.get_running_loop().run_in_executor(None, run_work)
+    loop = asyncio.get_running_loop()
+    if loop not in _long_texts:
+        _long_texts[loop] = _LongTexts()
+    return _long_texts[loop].run(run_work, peer)

@@ -37,6 +37,28 @@ async def test_long_line_that_is_invalid_raises() -> None:
     assert await run_in_turn(int, b"1") == 1
 
 
+async def test_long_lines_of_a_peer_leave_threads_to_others() -> None:
+    """With all threads, a peer made others wait until one of its lines was decoded, which took up to a minute."""
+    may_end = threading.Event()
+
+    def decode_expensive(line: bytes) -> int:
+        while not may_end.is_set():
+            json_pieces.between_pieces()
+        return int(line)
+
+    expensive = [run_in_turn(decode_expensive, b"%d" % number, "attacker") for number in range(70)]
+    abandoned = run_in_turn(decode_expensive, b"0", "attacker")
+    abandoned.cancel()
+    try:
+        async with asyncio.timeout(30):
+            assert await run_in_turn(int, b"1", "other") == 1
+            assert await asyncio.to_thread(int, "2") == 2
+        assert not any(one.done() for one in expensive)
+    finally:
+        may_end.set()
+    assert await asyncio.gather(*expensive) == list(range(70))
+
+
 async def test_long_lines_are_decoded_in_turn() -> None:
     """A short one waits for a piece of each other line only."""
     turns: list[bytes] = []
@@ -127,3 +149,24 @@ async def test_long_line_does_not_wait_for_ever() -> None:
         assert await asyncio.wait_for(run_in_turn(Pieces().decode, b"x"), 60) == b"x"
     finally:
         urgent.end()
+
+
+def test_long_lines_do_not_delay_the_end() -> None:
+    """Lines of an attacker that are being decoded, or wait for it, delayed the stop of a daemon by a minute."""
+    started = threading.Event()
+
+    def decode_endlessly(line: bytes) -> None:
+        started.set()
+        while True:
+            json_pieces.between_pieces()
+
+    async def main() -> list[asyncio.Future[None]]:
+        decoding = [run_in_turn(decode_endlessly, b"x", number % 9) for number in range(100)]
+        await asyncio.to_thread(started.wait)
+        return decoding
+
+    decoding = run(main())
+    assert all(one.done() for one in decoding)
+    assert any(one.cancelled() for one in decoding)
+    assert any(not one.cancelled() and one.exception() is not None for one in decoding)
+    assert run(asyncio.sleep(0, "a later one")) == "a later one"

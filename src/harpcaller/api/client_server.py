@@ -26,6 +26,7 @@ from harp_daemon.event_loop import LONG_LINE, run_in_turn
 from harp_daemon.outcome import Outcome
 from harp_daemon.sockets import Listener
 from harpcaller.access import AccessDenied, AuthError, RateLimited, Refusal
+from harpcaller.access.attempts import peer_of
 from harpcaller.access.client import Client
 from harpcaller.access.identities import (
     CERTIFICATE_EXPIRED,
@@ -204,7 +205,7 @@ class ClientServer(Server):
         if len(line) < LONG_LINE:
             self._execute(connection, partial(decode_request, line))
         else:
-            decoding = run_in_turn(decode_request, line)
+            decoding = run_in_turn(decode_request, line, peer_of(connection.client))
             decoding.add_done_callback(lambda decoded: self._execute(connection, decoded.result))
 
     def _execute(self, connection: Connection, decoded: Callable[[], protocol.Received]) -> None:

@@ -82,6 +82,7 @@ class HarpdConnection(asyncio.Protocol):
     def __init__(self, timers: TimerWheel, max_line: int) -> None:
         self._timers = timers
         self._transport: asyncio.Transport
+        self._address: str | None = None
         self._lines = LineBuffer(max_line)
         self._unread: list[bytes] = []  # complete lines that wait for the first request, or for a long line before them
         self._exchange: ReplyReader | None = None
@@ -111,6 +112,7 @@ class HarpdConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See `asyncio.Protocol`."""
         self._transport = cast(asyncio.Transport, transport)
+        self._address, *_ = transport.get_extra_info("peername")
 
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
@@ -269,7 +271,7 @@ class HarpdConnection(asyncio.Protocol):
                 if not self._check_length(len(line)):
                     return
                 self._suspend()
-                run_in_turn(self._decode, line).add_done_callback(self._on_decoded)
+                run_in_turn(self._decode, line, self._address).add_done_callback(self._on_decoded)
                 continue
             if exchange.phase in STREAMING and at >= decode_singly_to:
                 run = list(takewhile(_is_record, islice(lines, at, at + room)))
@@ -279,7 +281,7 @@ class HarpdConnection(asyncio.Protocol):
                     if self._is_masking_slow(sum(map(len, records))):
                         self._suspend()
                         masking = partial(mask_records, texts=self._masked_texts)
-                        run_in_turn(masking, records).add_done_callback(self._on_masked)
+                        run_in_turn(masking, records, self._address).add_done_callback(self._on_masked)
                     else:
                         receiver.on_records(mask_records(records, self._masked_texts))
                     continue

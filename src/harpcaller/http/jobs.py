@@ -149,7 +149,7 @@ async def decode_body(request: APIRequest, decode: Callable[[bytes], T]) -> T:
     body = request.body
     if len(body) < LONG_LINE:
         return decode(body.replace(b"\n", b" "))
-    return await run_in_turn(lambda text: decode(text.replace(b"\n", b" ")), body)
+    return await run_in_turn(lambda text: decode(text.replace(b"\n", b" ")), body, request.client.owner)
 
 
 def decoder_of(kind: type[WireObject]) -> Callable[[bytes], Any]:

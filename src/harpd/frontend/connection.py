@@ -43,6 +43,7 @@ from harp.protocol.harpd import AnyRequest, Attach, ListCalls, Request, encode_m
 from harp.protocol.json_text import dumps
 from harp.protocol.lines import LineBuffer, LineTooLong
 from harp.protocol.schema import ProtocolError
+from harp_daemon.acceptor import network
 from harp_daemon.event_loop import LONG_LINE, run_in_turn
 from harp_daemon.memory_quota import MemoryQuota, Reservation
 from harp_daemon.settings import OLD_TLS_REASONS
@@ -444,7 +445,8 @@ class Connection(asyncio.Protocol):
             self._fail()
 
     async def _handle_long_line(self, line: bytes) -> None:
-        request = await run_in_turn(partial(messages.decode_request, decoder=decode_slices), line)
+        decode = partial(messages.decode_request, decoder=decode_slices)
+        request = await run_in_turn(decode, line, network(self._address))
         if self._admit(request):
             await self._handle_request(request, shared_link=False)
 
