@@ -566,7 +566,12 @@ def test_frontend_that_cannot_be_killed_ends_the_service(tmp_path: Path, public:
     with harpd:
         frontend = frontend_of(harpd)
         with harpd.connect() as client:
-            code = "own_sockets(socket.SOCK_SEQPACKET)[1].send(b'nonsense'); os.kill(os.getpid(), 19)"
+            code = (  # it is halted before the monitor closes its sockets, whereupon it would exit
+                "if not os.fork():\n"
+                "    os.kill(os.getppid(), 19)\n"
+                "    own_sockets(socket.SOCK_SEQPACKET)[1].send(b'nonsense')\n"
+                "    os._exit(0)\n"
+            )
             client.send(harpd.request("version", [], auth={"user": "attacker", "password": f"# attack\n{code}"}))
             harpd.wait_event("cannot kill frontend; exiting")
         harpd.kill()

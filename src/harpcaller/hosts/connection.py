@@ -112,7 +112,8 @@ class HarpdConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See `asyncio.Protocol`."""
         self._transport = cast(asyncio.Transport, transport)
-        self._address, *_ = transport.get_extra_info("peername")
+        peername = transport.get_extra_info("peername")
+        self._address = peername[0] if peername else None  # the host may have closed the connection
 
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
