@@ -144,11 +144,15 @@ long_lines = Turns()  #: The lock of the thread that decodes a long line.
 _ending = threading.Event()  # set when the daemon stops: nobody needs the lines any more
 
 
+def _stopping() -> InvalidJSON:
+    return InvalidJSON("the daemon stops")
+
+
 def _between_pieces() -> None:
     """Let other long lines, then urgent work pass, if this thread decodes a long line."""
     if long_lines.pass_on():
         if _ending.is_set():
-            raise InvalidJSON("the daemon stops")
+            raise _stopping()
         UrgentWork.let_pass()
 
 
@@ -247,9 +251,8 @@ class _LongTexts:
             self._start_next(peer)
             if outcome.cancelled():
                 return
-            if done.cancelled():
-                outcome.cancel()
-            elif (error := done.exception()) is None:
+            error = _stopping() if done.cancelled() else done.exception()
+            if error is None:
                 outcome.set_result(done.result())
             else:
                 outcome.set_exception(error)
@@ -262,10 +265,11 @@ class _LongTexts:
         return outcome
 
     async def end(self) -> None:
-        """Let the threads end soon, and wait for it; what waits for a text is cancelled or gets an exception."""
+        """Let the threads end soon, and wait for it; what waits for a text gets `InvalidJSON`."""
         _ending.set()
         for outcome, _ in chain.from_iterable(self._waiting.values()):
-            outcome.cancel()
+            if not outcome.done():
+                outcome.set_exception(_stopping())
         await asyncio.to_thread(self._threads.shutdown, cancel_futures=True)
 
     def _start_next(self, peer: Hashable) -> None:
@@ -273,7 +277,7 @@ class _LongTexts:
         waiting = self._waiting.get(peer, deque())
         while waiting:
             outcome, start = waiting.popleft()
-            if not outcome.cancelled():
+            if not outcome.done():
                 start()
                 return
         self._waiting.pop(peer, None)
