@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 #: Bytes from which a line is long: it is decoded in a thread, because the loop must not wait for it.
 LONG_LINE = 64 * 1024
-#: Threads for long lines, and for other work; a line that has none waits for the end of another one.
+#: Threads, of which at most half are for long lines; a line that has none waits for the end of another one.
 _MAX_THREADS, _MAX_THREADS_OF_PEER = 64, 8
 _RETAINED_BYTES, _MAPPED_BYTES = 64 * 1024 * 1024, 16 * 1024 * 1024
 #: Receive buffer of each TLS connection, in bytes. asyncio allocates 256 KiB, even for an idle connection. This many
@@ -180,7 +180,7 @@ async def _run_to_end(main: Coroutine[Any, Any, T]) -> T:
         return await main
     finally:
         if (long_texts := _long_texts.get(asyncio.get_running_loop())) is not None:
-            await long_texts.end()
+            long_texts.end()
 
 
 class _SSLProtocol(asyncio.sslproto.SSLProtocol):
@@ -228,15 +228,15 @@ def _log_unexpected(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) ->
 
 
 class _LongTexts:
-    """The threads for long texts of one event loop, apart from those for other work.
+    """The long texts of one event loop that are worked on in threads, or wait for one.
 
-    A peer has few of them. Otherwise one that sends many long lines would have all, and others wait for their ends.
+    A peer has few threads, and all peers half of them. Otherwise one that sends many long lines would have all, and
+    other lines and other work would wait for their ends.
     """
 
     def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(_MAX_THREADS)
         self._running: Counter[Hashable] = Counter()  # by peer
-        # Of peers that have all their threads: the outcome, and what starts the work.
+        # By peer, the one that waits for the longest time first: the outcome, and what starts the work.
         self._waiting: dict[Hashable, deque[tuple[asyncio.Future[Any], Callable[[], object]]]] = {}
 
     def run(self, work: Callable[[], T], peer: Hashable) -> asyncio.Future[T]:
@@ -245,10 +245,14 @@ class _LongTexts:
         outcome: asyncio.Future[T] = loop.create_future()
 
         def start() -> None:
-            loop.run_in_executor(self._threads, work).add_done_callback(on_done)
+            self._running[peer] += 1
+            loop.run_in_executor(None, work).add_done_callback(on_done)
 
         def on_done(done: asyncio.Future[T]) -> None:
-            self._start_next(peer)
+            self._running[peer] -= 1
+            if not self._running[peer]:
+                del self._running[peer]
+            self._start_next()
             if outcome.cancelled():
                 return
             error = _stopping() if done.cancelled() else done.exception()
@@ -257,33 +261,35 @@ class _LongTexts:
             else:
                 outcome.set_exception(error)
 
-        if peer is not None and self._running[peer] >= _MAX_THREADS_OF_PEER:
-            self._waiting.setdefault(peer, deque()).append((outcome, start))
-        else:
-            self._running[peer] += 1
+        if self._has_thread(peer):
             start()
+        else:
+            self._waiting.setdefault(peer, deque()).append((outcome, start))
         return outcome
 
-    async def end(self) -> None:
-        """Let the threads end soon, and wait for it; what waits for a text gets `InvalidJSON`."""
+    def end(self) -> None:
+        """Have the threads end soon; what waits for a text gets `InvalidJSON`."""
         _ending.set()
         for outcome, _ in chain.from_iterable(self._waiting.values()):
             if not outcome.done():
                 outcome.set_exception(_stopping())
-        await asyncio.to_thread(self._threads.shutdown, cancel_futures=True)
+        self._waiting.clear()
 
-    def _start_next(self, peer: Hashable) -> None:
-        """Give the thread of a peer, which is free again, to its next text."""
-        waiting = self._waiting.get(peer, deque())
-        while waiting:
-            outcome, start = waiting.popleft()
-            if not outcome.done():
-                start()
-                return
-        self._waiting.pop(peer, None)
-        self._running[peer] -= 1
-        if not self._running[peer]:
-            del self._running[peer]
+    def _has_thread(self, peer: Hashable) -> bool:
+        is_below = peer is None or self._running[peer] < _MAX_THREADS_OF_PEER
+        return is_below and self._running.total() < _MAX_THREADS // 2
+
+    def _start_next(self) -> None:
+        """Give the thread that is free again to the next peer in turn."""
+        for peer in [peer for peer in self._waiting if self._has_thread(peer)]:
+            waiting = self._waiting.pop(peer)
+            while waiting:
+                outcome, start = waiting.popleft()
+                if not outcome.done():
+                    start()
+                    if waiting:
+                        self._waiting[peer] = waiting
+                    return
 
 
 _long_texts: WeakKeyDictionary[asyncio.AbstractEventLoop, _LongTexts] = WeakKeyDictionary()

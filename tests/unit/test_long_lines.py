@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -47,6 +48,7 @@ async def test_long_lines_of_a_peer_leave_threads_to_others() -> None:
             json_pieces.between_pieces()
         return int(line)
 
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(64))  # as many threads as a daemon has
     expensive = [run_in_turn(decode_expensive, b"%d" % number, "attacker") for number in range(70)]
     abandoned = run_in_turn(decode_expensive, b"0", "attacker")
     abandoned.cancel()
@@ -58,6 +60,26 @@ async def test_long_lines_of_a_peer_leave_threads_to_others() -> None:
     finally:
         may_end.set()
     assert await asyncio.gather(*expensive) == list(range(70))
+
+
+async def test_long_lines_of_many_peers_leave_threads_to_other_work() -> None:
+    may_end = threading.Event()
+
+    def decode_expensive(line: bytes) -> int:
+        while not may_end.is_set():
+            json_pieces.between_pieces()
+        return int(line)
+
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(64))  # as many threads as a daemon has
+    expensive = [run_in_turn(decode_expensive, b"%d" % number, f"attacker {number % 10}") for number in range(100)]
+    others = [run_in_turn(int, b"%d" % number, f"client {number}") for number in range(3)]
+    try:
+        async with asyncio.timeout(30):
+            assert await asyncio.to_thread(int, "2") == 2
+    finally:
+        may_end.set()
+    assert await asyncio.gather(*expensive) == list(range(100))
+    assert await asyncio.gather(*others) == [0, 1, 2]
 
 
 async def test_long_lines_are_decoded_in_turn() -> None:
