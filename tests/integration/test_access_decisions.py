@@ -131,8 +131,9 @@ class Service:
         self.daemon = Harpcallerd(directory, settings=keys | hosts)
         self.daemon.start()
         self.control = ControlClient(self.daemon.socket)
-        serving = [event for event in self.daemon.events("harpcallerd is serving") if "port" in event]
-        first, second, encrypted = (event["port"] for event in serving)
+        serving = self.daemon.events("harpcallerd is serving")
+        # A name may have an IPv6 address, too.
+        first, second, encrypted = (event["port"] for event in serving if event["address"] == "127.0.0.1")
         context = ssl.create_default_context(cafile=files.ca_file)
         context.load_cert_chain(directory / "a.ops.example.net.pem", directory / "a.ops.example.net.key")
 

@@ -519,7 +519,7 @@ def test_program_version_and_failed_output(program: str) -> None:
 
 def test_list_to_full_device_has_its_exit_status(dispatcher: Harpcallerd) -> None:
     with dispatcher:
-        dispatcher.submit("nowhere", "p")
+        dispatcher.ask(get_result=dispatcher.submit("nowhere", "p"))  # it ends when the hosts are loaded
         for command in ("status", "list --all", "stop --print-pid"):
             with open("/dev/full", "w") as full:
                 done = subprocess.run(

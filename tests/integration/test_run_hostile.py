@@ -443,7 +443,9 @@ async def test_what_short_records_need_in_the_store_counts(tmp_path: Path) -> No
 async def test_end_beyond_the_limit_ends_the_job(tmp_path: Path, record: int, end_of_call: dict[str, Any]) -> None:
     def script(conn: PeerConnection) -> None:
         started(conn, stream=True)
-        ends(conn, {"stream": "x" * record}, EXIT_INFO, end_of_call)
+        conn.reply({"stream": "x" * record}, EXIT_INFO, end_of_call)
+        # The call is stopped if the record is handled before its end arrives.
+        assert next(each for each in commands(conn) if not each.keys() & {"ack", "stop"}) == {"release": True}
 
     with playing(tmp_path, call_list(), script) as peer:
         async with running(

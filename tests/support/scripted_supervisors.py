@@ -43,11 +43,15 @@ async def supervisor(directory: Path, name: str, script: Script) -> AsyncIterato
         exchanges.add(exchange)
         exchange.add_done_callback(exchanges.discard)
 
-    async with await asyncio.start_unix_server(serve, directory / (SOCKET_PREFIX + name)):
+    server = await asyncio.start_unix_server(serve, directory / (SOCKET_PREFIX + name))
+    try:
         yield
-    for exchange in exchanges:  # links stay open until the frontend closes them
-        exchange.cancel()
-    await asyncio.gather(*exchanges, return_exceptions=True)
+    finally:
+        server.close()
+        for exchange in exchanges:  # links stay open until the frontend closes them, and Python 3.12 waits for that
+            exchange.cancel()
+        await asyncio.gather(*exchanges, return_exceptions=True)
+        await server.wait_closed()
 
 
 async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, script: Script) -> None:
