@@ -118,9 +118,7 @@ def test_retired_supervisor_does_not_take_the_new_calls(tmp_path: Path, clean: C
             assert harpd.call("echo", 1)[-1] == {"result": [1]}
         (tmp_path / "go").touch()
         with harpd.attach(call) as again:
-            while (line := again.message()) != {"result": "there"}:
-                assert "error" not in line
-            again.send({"release": True})
+            assert again.closing_line() == {"result": "there"}
 
 
 @contextmanager
@@ -193,9 +191,7 @@ def test_supervisor_that_a_reload_did_not_find_retires(tmp_path: Path) -> None:
             assert harpd.call("echo", 1)[-1] == {"result": [1]}
         (tmp_path / "go").touch()
         with harpd.attach(call) as again:
-            while (line := again.message()) != {"result": "there"}:
-                assert "error" not in line
-            again.send({"release": True})
+            assert again.closing_line() == {"result": "there"}
         wait_until(lambda: is_dead(old), DEADLINE, "the end of the old supervisor")
 
 

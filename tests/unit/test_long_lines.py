@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -39,16 +40,22 @@ async def test_long_line_that_is_invalid_raises() -> None:
     assert await run_in_turn(int, b"1") == 1
 
 
-async def test_long_lines_of_a_peer_leave_threads_to_others() -> None:
-    """With all threads, a peer made others wait until one of its lines was decoded, which took up to a minute."""
+def expensive_decoder() -> tuple[Callable[[bytes], int], threading.Event]:
+    """Give the loop as many threads as a daemon has; return a decoder, and what lets it end."""
     may_end = threading.Event()
 
-    def decode_expensive(line: bytes) -> int:
+    def decode(line: bytes) -> int:
         while not may_end.is_set():
             json_pieces.between_pieces()
         return int(line)
 
-    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(64))  # as many threads as a daemon has
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(64))
+    return decode, may_end
+
+
+async def test_long_lines_of_a_peer_leave_threads_to_others() -> None:
+    """With all threads, a peer made others wait until one of its lines was decoded, which took up to a minute."""
+    decode_expensive, may_end = expensive_decoder()
     expensive = [run_in_turn(decode_expensive, b"%d" % number, "attacker") for number in range(70)]
     abandoned = run_in_turn(decode_expensive, b"0", "attacker")
     abandoned.cancel()
@@ -63,14 +70,7 @@ async def test_long_lines_of_a_peer_leave_threads_to_others() -> None:
 
 
 async def test_long_lines_of_many_peers_leave_threads_to_other_work() -> None:
-    may_end = threading.Event()
-
-    def decode_expensive(line: bytes) -> int:
-        while not may_end.is_set():
-            json_pieces.between_pieces()
-        return int(line)
-
-    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(64))  # as many threads as a daemon has
+    decode_expensive, may_end = expensive_decoder()
     expensive = [run_in_turn(decode_expensive, b"%d" % number, f"attacker {number % 10}") for number in range(100)]
     others = [run_in_turn(int, b"%d" % number, f"client {number}") for number in range(3)]
     try:
