@@ -277,7 +277,7 @@ class AuditFile:
         """Write entries with ``time``, ``action`` and so on. After an error none is written; raises `AuditError`."""
         with self._lock, self._exclusion:
             now = time.monotonic()
-            is_continued = self._shared and os.pread(self._head, _MARK_BYTES, _MAX_HEAD) != self._mark  # by others
+            is_continued = self._shared and not self._has_mark()  # by others
             if is_continued or now >= self._follow_at:
                 self._follow_at = now + _FOLLOW_INTERVAL
                 self._follow_rename()
@@ -358,6 +358,12 @@ class AuditFile:
         self._head = self._descriptor = -1
 
     # Internals.
+
+    def _has_mark(self) -> bool:
+        try:
+            return os.pread(self._head, _MARK_BYTES, _MAX_HEAD) == self._mark
+        except OSError as error:
+            raise AuditError(f"{head_file(self.path)}: {error.strerror}") from error
 
     def _set_mark(self) -> None:
         """Tell other processes of a shared file, before this one writes a line, that they have to follow it."""
