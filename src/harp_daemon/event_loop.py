@@ -253,9 +253,10 @@ class _LongTexts:
             if not self._running[peer]:
                 del self._running[peer]
             self._start_next()
+            # Asked in any case: an error that nobody asks for is logged as an unexpected one.
+            error = _stopping() if done.cancelled() else done.exception()
             if outcome.cancelled():
                 return
-            error = _stopping() if done.cancelled() else done.exception()
             if error is None:
                 outcome.set_result(done.result())
             else:

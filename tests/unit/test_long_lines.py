@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +39,28 @@ async def test_long_line_that_is_invalid_raises() -> None:
     with pytest.raises(ValueError, match="invalid literal"):
         await run_in_turn(int, b"x")
     assert await run_in_turn(int, b"1") == 1
+
+
+async def test_invalid_long_line_that_nobody_waits_for_is_no_unexpected_error() -> None:
+    """A peer that sends such lines and goes away filled the log with tracebacks."""
+    unexpected: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unexpected.append(context))
+    may_end, has_ended = threading.Event(), threading.Event()
+
+    def decode(line: bytes) -> int:
+        assert may_end.wait(60)
+        has_ended.set()
+        return int(line)
+
+    abandoned = run_in_turn(decode, b"x")
+    abandoned.cancel()
+    may_end.set()
+    assert await run_in_turn(int, b"1") == 1  # which comes after the other one
+    assert has_ended.is_set()
+    del abandoned
+    await asyncio.sleep(0)
+    gc.collect()
+    assert not unexpected
 
 
 def expensive_decoder() -> tuple[Callable[[bytes], int], threading.Event]:
