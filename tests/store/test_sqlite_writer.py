@@ -8,10 +8,11 @@ from pathlib import Path
 from harp.protocol.json_text import Raw
 from harpcaller.model.jobs import State
 from harpcaller.store.sqlite import FILE_NAME, open_store
-from harpcaller.store.sqlite.file import connect
+from harpcaller.store.sqlite.file import LOG_BYTES, connect
 from harpcaller.store.sqlite.staging import STEP_JOBS, encode_jobs
 from harpcaller.store.sqlite.writer import Writer
 from harpcaller.store.sqlite.writes import Writes
+from support.deadline import eventually
 from support.jobs import ENDS, added, claimed, new_job, records
 
 #: About half of what one commit may have.
@@ -94,4 +95,53 @@ async def test_claim_is_committed_with_the_long_job_before_it(tmp_path: Path) ->
     assert len(await commits(tmp_path, (Writes.add_job, job, 1.0), claim)) == 1
     store = await open_store(tmp_path)
     assert (await store.get_job(job.id)).state is State.RUNNING
+    await store.close()
+
+
+async def test_log_is_copied_without_a_commit(tmp_path: Path) -> None:
+    """A commit that copies the log takes 10 ms and more, for which all other jobs wait."""
+    ids = await running_jobs(tmp_path)
+    file = tmp_path / FILE_NAME
+    store = await open_store(tmp_path)
+    before = file.stat().st_size
+    written = 5 * 1024 * 1024  # less than a commit would copy
+    for number in range(written // len(LONG)):
+        await store.append_records(ids[0], number, records([LONG]))
+    await eventually(lambda: file.stat().st_size > before + written // 2, what="the copy of the log")
+    await store.close()
+
+
+async def test_log_is_overwritten_while_jobs_are_stored(tmp_path: Path) -> None:
+    """The writer copies what was added meanwhile: only a log that is copied as a whole begins again."""
+    ids = await running_jobs(tmp_path)
+    log = tmp_path / f"{FILE_NAME}-wal"
+    store = await open_store(tmp_path)
+    total = 0
+    async with asyncio.timeout(60):
+        while total < 4 * LOG_BYTES:
+            await asyncio.gather(*(store.append_records(job_id, total, records([LONG] * 4)) for job_id in ids))
+            total += 4 * len(ids) * len(LONG)
+            assert log.stat().st_size < 2 * LOG_BYTES
+    await store.close()
+
+
+def log_number(log: Path) -> int:
+    """Return how often the log has begun again: https://sqlite.org/fileformat2.html#walformat."""
+    return int.from_bytes(log.read_bytes()[12:16], "big")
+
+
+async def test_copied_log_begins_again(tmp_path: Path) -> None:
+    ids = await running_jobs(tmp_path)
+    log = tmp_path / f"{FILE_NAME}-wal"
+    store = await open_store(tmp_path)
+    await store.append_records(ids[0], 0, records([b"1"]))
+    first = log_number(log)
+    for number in range(40):  # about 5 MiB
+        await store.append_records(ids[1], number, records([LONG]))
+    async with asyncio.timeout(60):
+        number = 1
+        while log_number(log) == first:
+            await store.append_records(ids[0], number, records([b"1"]))
+            number += 1
+    assert log.stat().st_size < LOG_BYTES  # a commit has not copied it
     await store.close()

@@ -201,7 +201,7 @@ def limit(directory: Path, scenario: Scenario) -> None:
 
 
 def mount_and_prune(directory: Path, size: int) -> None:
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(directory)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(directory)], check=True)
     asyncio.run(prune_scenario(directory / "store", size))
 
 

@@ -26,7 +26,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from functools import partial, wraps
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -41,6 +41,7 @@ from harpcaller.model.jobs import JobDetails, NewJob, Subject
 from harpcaller.store import StorageError, UnknownJob
 from harpcaller.store.measurements import StoreMeasurements
 from harpcaller.store.sqlite import counting, reads, searches
+from harpcaller.store.sqlite.checkpoints import copy_log
 from harpcaller.store.sqlite.file import FILE_NAME, connect, lock, prepare, storage_errors
 from harpcaller.store.sqlite.staging import STEP_JOBS, check_calls, encode_jobs, split
 from harpcaller.store.sqlite.writer import Writer
@@ -174,7 +175,7 @@ class Store:
     _delete_orphaned_records = _writes(Writes.delete_orphaned_records)
     _delete_request_ids = _writes(Writes.delete_request_ids)
     _release_free_pages = _writes(Writes.release_free_pages)
-    _checkpoint = _reads(reads.checkpoint)
+    _copy_log = _reads(copy_log)
 
     @property
     def measurements(self) -> StoreMeasurements | None:
@@ -315,8 +316,7 @@ class Store:
         while await self._release_free_pages():
             pass
         if pruned:
-            with suppress(StorageError):  # on a full disk it may fail; a later write checkpoints again
-                await self._checkpoint()
+            await self._copy_log()
         return pruned
 
     async def forget_request_ids(self, submitted_before: float) -> None:

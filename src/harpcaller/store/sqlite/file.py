@@ -33,8 +33,8 @@ _APPLICATION_ID = b"HARP"
 _APPLICATION_ID_AT = slice(68, 72)  # in SQLite's header
 _LOG_FORMAT_AT, _LOG_FORMAT = 18, 2  # of a file with a write-ahead log
 BUSY_TIMEOUT = 5000  #: Milliseconds to wait for another program that locks the file, such as a backup.
-#: The write-ahead log is truncated to this size if it has grown beyond it. SQLite checkpoints it at about 4 MiB and
-#: then overwrites it in place, which costs the file system less than growing a file.
+#: The write-ahead log is truncated to this size if it has grown beyond it. It is copied into the file after about 4 MiB
+#: (see `checkpoints`) and then overwritten in place, which costs the file system less than growing a file.
 LOG_BYTES = 16 * 1024 * 1024
 
 # Without an adapter for a type, the driver looks for one in three places, for each value: 0.8 us for None or bytes. A

@@ -315,11 +315,3 @@ def read_gauges(
     queued_of_hosts = {decode_name(host): number for host, number in of_hosts}
     known = queued_of_hosts if queued <= max_of_hosts else None
     return StoreGauges(queued, oldest, held, running or 0, stuck or 0, count, full, tuple(of_queues), known)
-
-
-def checkpoint(db: sqlite3.Connection) -> None:
-    """Copy the write-ahead log into the file, as far as other connections allow it without waiting.
-
-    It runs on a connection that has no transaction. If it is incomplete, the next write checkpoints again.
-    """
-    db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()

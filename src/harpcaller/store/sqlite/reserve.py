@@ -7,8 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 
 RESERVE_NAME = "harpcaller.reserve"  #: The name of the file in the store's directory.
-#: A step of the deletion writes up to about 4 MiB to the log, and a checkpoint as much to the store's file.
-RESERVE_BYTES = 8 * 1024 * 1024
+#: A step of the deletion writes up to about 4 MiB to the log. Copying the log adds these to the store's file, and up to
+#: 8 MiB that are in the log before.
+RESERVE_BYTES = 16 * 1024 * 1024
 
 
 class Reserve:

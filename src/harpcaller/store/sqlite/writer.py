@@ -39,7 +39,8 @@ from harp_daemon.outcome import Outcome
 from harpcaller.model.changes import Change
 from harpcaller.store import StorageError, SubmissionRefused
 from harpcaller.store.measurements import StoreMeasurements
-from harpcaller.store.sqlite.file import to_storage_error
+from harpcaller.store.sqlite.checkpoints import FULL_LOG_PAGES, Checkpointer, copy_log
+from harpcaller.store.sqlite.file import connect, to_storage_error
 from harpcaller.store.sqlite.reserve import Reserve
 from harpcaller.store.sqlite.writes import PAYLOAD_BYTES, PRUNING, Writes
 
@@ -77,6 +78,8 @@ class Writer:
         self._reserve = Reserve(path.parent)
         self._reserve.fill()
         self._connection = connection
+        self._checkpointer = Checkpointer(connect(path))
+        connection.execute(f"PRAGMA wal_autocheckpoint = {FULL_LOG_PAGES}")
         # SQLite notes how to undo a statement: otherwise in a file in /var/tmp, if it changes many pages.
         connection.execute("PRAGMA temp_store = MEMORY")
         self._writes = Writes(connection)
@@ -160,7 +163,11 @@ class Writer:
                 # The loop may be closed when the program ends without closing the store.
                 with suppress(RuntimeError):
                     self._loop.call_soon_threadsafe(self._publish, batch, outcomes, changes)
+                if self._checkpointer.take_rest():
+                    copy_log(self._connection)
+                self._checkpointer.count(len(batch), sum(map(_size_of, batch)))
                 urgent.end()
+            self._checkpointer.end()
 
     def _next_batch(self) -> list[_Member]:
         """Wait for members; return groups of short and of long verbs alternately. An empty list ends the thread."""
@@ -244,12 +251,12 @@ class Writer:
         deleted = 0
         while True:
             self._reserve.release()
-            self._checkpoint()  # so that the log is overwritten from its start and does not grow
+            copy_log(self._connection)  # so that the log is overwritten from its start and does not grow
             [outcome] = self._commit([member])
             for verb in (Writes.delete_orphaned_records, Writes.release_free_pages):
                 while self._commit([member._replace(verb=verb, args=(), options={})]) == [True]:
                     pass
-            self._checkpoint()
+            copy_log(self._connection)
             is_full = self._reserve.fill()
             if member.verb is not Writes.delete_jobs:
                 return outcome
@@ -258,10 +265,6 @@ class Writer:
             deleted += outcome
             if is_full or not outcome:
                 return deleted
-
-    def _checkpoint(self) -> None:
-        with suppress(sqlite3.Error):  # the disk is full
-            self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
     def _publish(self, batch: Sequence[_Member], outcomes: Sequence[Any], changes: Sequence[Change]) -> None:
         if changes:
