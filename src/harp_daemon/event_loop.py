@@ -22,10 +22,11 @@ from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, overload
 from weakref import WeakKeyDictionary
 
 from harp.protocol.json_text import InvalidJSON
+from harp.protocol.lines import LongLine
 from harp_daemon import json_pieces, logs
 from harp_daemon.process import tune_memory
 
@@ -253,7 +254,7 @@ class _LongTexts:
             if not self._running[peer]:
                 del self._running[peer]
             self._start_next()
-            # Asked in any case: an error that nobody asks for is logged as an unexpected one.
+            # Asked for even if nobody waits: an error that nobody asks for is logged as an unexpected one.
             error = _stopping() if done.cancelled() else done.exception()
             if outcome.cancelled():
                 return
@@ -296,15 +297,24 @@ class _LongTexts:
 _long_texts: WeakKeyDictionary[asyncio.AbstractEventLoop, _LongTexts] = WeakKeyDictionary()
 
 
-def run_in_turn(work: Callable[[A], T], text: A, peer: Hashable = None) -> asyncio.Future[T]:
+@overload
+def run_in_turn(work: Callable[[bytes], T], text: bytes | LongLine, peer: Hashable = None) -> asyncio.Future[T]: ...
+
+
+@overload
+def run_in_turn(work: Callable[[A], T], text: A, peer: Hashable = None) -> asyncio.Future[T]: ...
+
+
+def run_in_turn(work: Callable[[Any], T], text: Any, peer: Hashable = None) -> asyncio.Future[T]:
     """Do the work on a long text in a thread, in turn with other long texts; return a future of its result.
 
+    The work gets a `LongLine` joined.
     `peer`: who has sent it; None: a peer whose number of texts is limited elsewhere.
     """
 
     def run_work() -> T:
         with long_lines:
-            return work(text)
+            return work(text.join() if isinstance(text, LongLine) else text)
 
     loop = asyncio.get_running_loop()
     if loop not in _long_texts:

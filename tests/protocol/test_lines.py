@@ -51,3 +51,33 @@ def test_line_in_tiny_pieces_needs_little_memory() -> None:
     assert lines.size == len(line)
     assert lines.feed(b"\nz") == [line]
     assert lines.pending == b"z"
+
+
+@pytest.mark.parametrize("size", [1, 700, 4096, 16 * 1024, 64 * 1024])
+def test_long_line_is_not_joined_until_it_is_needed(size: int) -> None:
+    """Joining one of 15 MiB halts an event loop for more than 10 ms."""
+    line = bytes(range(11, 255)) * 5000
+    stream = b"before\n" + line + b"\nafter\nrest"
+    buffer = LineBuffer(len(line))
+    found: list[bytes] = []
+    longest = []
+    for at in range(0, len(stream), size):
+        long, lines = buffer.feed_long(stream[at : at + size])
+        if long is not None:
+            assert len(long) == len(line)
+            longest.append(long)
+            found.append(b"long")
+        found += lines
+    assert found == [b"before", b"long", b"after"]
+    assert buffer.pending == b"rest"
+    [joined] = longest
+    assert joined.join() == line
+
+
+def test_long_line_is_joined_by_feed() -> None:
+    line = b"x" * (1 << 20)
+    buffer = LineBuffer(len(line))
+    assert buffer.feed(line) == []
+    assert buffer.feed(b"\ny\nz") == [line, b"y"]
+    with pytest.raises(LineTooLong):
+        buffer.feed(line)

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from harp.protocol.json_text import InvalidJSON
+from harp.protocol.lines import LongLine
 from harp_daemon import event_loop, json_pieces
 from harp_daemon.event_loop import Turns, UrgentWork, long_lines, run, run_in_turn
 from support.deadline import eventually
@@ -39,6 +40,10 @@ async def test_long_line_that_is_invalid_raises() -> None:
     with pytest.raises(ValueError, match="invalid literal"):
         await run_in_turn(int, b"x")
     assert await run_in_turn(int, b"1") == 1
+
+
+async def test_pieces_of_long_line_are_joined_in_a_thread() -> None:
+    assert await run_in_turn(bytes.upper, LongLine([b"ab", b"c"], 3)) == b"ABC"
 
 
 async def test_invalid_long_line_that_nobody_waits_for_is_no_unexpected_error() -> None:

@@ -21,6 +21,7 @@ from typing import cast
 from harp.protocol import dispatcher as protocol
 from harp.protocol.ends import End
 from harp.protocol.json_text import Envelope
+from harp.protocol.lines import LongLine
 from harp.protocol.schema import ProtocolError
 from harp_daemon.event_loop import LONG_LINE, run_in_turn
 from harp_daemon.outcome import Outcome
@@ -205,8 +206,11 @@ class ClientServer(Server):
         if len(line) < LONG_LINE:
             self._execute(connection, partial(decode_request, line))
         else:
-            decoding = run_in_turn(decode_request, line, peer_of(connection.client))
-            decoding.add_done_callback(lambda decoded: self._execute(connection, decoded.result))
+            self._on_long_request(connection, line)
+
+    def _on_long_request(self, connection: Connection, line: bytes | LongLine) -> None:
+        decoding = run_in_turn(decode_request, line, peer_of(connection.client))
+        decoding.add_done_callback(lambda decoded: self._execute(connection, decoded.result))
 
     def _execute(self, connection: Connection, decoded: Callable[[], protocol.Received]) -> None:
         """Execute the request that `decoded` returns."""

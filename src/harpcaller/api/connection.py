@@ -22,7 +22,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
-from harp.protocol.lines import LineBuffer, LineTooLong
+from harp.protocol.lines import LineBuffer, LineTooLong, LongLine
 from harp.protocol.schema import ProtocolError
 from harp_daemon.acceptor import Acceptor
 from harp_daemon.memory_quota import MemoryQuota, Reservation
@@ -78,6 +78,10 @@ class Server(ABC):
     @abstractmethod
     def _on_request(self, connection: Connection, line: bytes) -> None:
         """Answer a request: a line without its line feed."""
+
+    def _on_long_request(self, connection: Connection, line: LongLine) -> None:
+        """Answer a request whose pieces are not joined."""
+        self._on_request(connection, line.join())
 
     @abstractmethod
     def _on_failed(self, connection: Connection, error: BaseException) -> None:
@@ -229,19 +233,26 @@ class Connection:
             return
         lines = self._lines = self._lines or LineBuffer(self._line_limit)
         try:
-            complete_lines = lines.feed(data)
+            long, complete_lines = lines.feed_long(data)
         except LineTooLong:
             self._refuse(f"the request line is longer than {self._line_limit} bytes")
             return
-        if complete_lines:
-            self.has_extra_input = len(complete_lines) > 1 or bool(lines.pending)
+        if long is not None:
+            self.has_extra_input = bool(complete_lines or lines.size)
+            self._end_request()
+            self._server._on_long_request(self, long)
+        elif complete_lines:
+            self.has_extra_input = len(complete_lines) > 1 or lines.size > 0
             self._on_line(complete_lines[0])
 
     def _on_line(self, line: bytes) -> None:
+        self._end_request()
+        self._server._on_request(self, line)
+
+    def _end_request(self) -> None:
         self._request_received = True
         self.received_at = time.monotonic()
         self._end_reading()
-        self._server._on_request(self, line)
 
     def _on_late_request(self, seconds: float) -> None:
         if self._request_received and not self._has_part():
@@ -273,7 +284,7 @@ class Connection:
 
     def _has_part(self) -> bool:
         """Return whether a part of a request was received."""
-        return self._lines is not None and bool(self._lines.pending)
+        return self._lines is not None and self._lines.size > 0
 
     def _end_reading(self) -> None:
         self._is_reading = False

@@ -35,7 +35,7 @@ from harp.protocol.harpd import (
     encode_command,
 )
 from harp.protocol.json_text import InvalidJSON, Raw, loads
-from harp.protocol.lines import LineBuffer, LineTooLong
+from harp.protocol.lines import LineBuffer, LineTooLong, LongLine
 from harp.protocol.schema import ProtocolError, is_count
 from harp_daemon.event_loop import LONG_LINE, run_in_turn
 from harp_daemon.sliced_json import decode_slices, slice_records
@@ -53,14 +53,18 @@ _HEARTBEAT_INTERVAL = 15.0  #: Seconds between two heartbeats.
 _MAX_MISSED_HEARTBEATS = 3  #: Number of unanswered heartbeats after which the connection is aborted.
 _MIN_HEARTBEAT_INTERVAL = 0.1  #: Minimum seconds between two heartbeats, whatever timeout a host sets.
 _begins_as_record = methodcaller("startswith", RECORD_PREFIX)
-_is_heartbeat = methodcaller("startswith", b'{"heartbeat":')
+_begins_as_heartbeat = methodcaller("startswith", b'{"heartbeat":')
 _MAX_UNSENT_BYTES = 64 * 1024  #: Maximum bytes of commands that the host has not read.
 _COMMAND_DELAY = 0.03  #: Maximum seconds for which the last command of a call waits for the next request.
 _MAX_QUEUED = 64  #: Maximum number of messages in a `MessageQueue`; above it, its connection is not read.
 
 
-def _is_record(line: bytes) -> bool:
-    return _begins_as_record(line) and len(line) <= LONG_LINE
+def _is_record(line: bytes | LongLine) -> bool:
+    return len(line) <= LONG_LINE and _begins_as_record(line)
+
+
+def _is_heartbeat(line: bytes | LongLine) -> bool:
+    return len(line) <= LONG_LINE and _begins_as_heartbeat(line)
 
 
 class Receiver(Protocol):
@@ -84,7 +88,8 @@ class HarpdConnection(asyncio.Protocol):
         self._transport: asyncio.Transport
         self._address: str | None = None
         self._lines = LineBuffer(max_line)
-        self._unread: list[bytes] = []  # complete lines that wait for the first request, or for a long line before them
+        # Complete lines that wait for the first request, or for a long line before them.
+        self._unread: list[bytes | LongLine] = []
         self._exchange: ReplyReader | None = None
         self._receiver: Receiver | None = None
         self._masked_texts: Sequence[bytes] = ()
@@ -119,10 +124,13 @@ class HarpdConnection(asyncio.Protocol):
         """See `asyncio.Protocol`."""
         self.last_received_at = time.monotonic()
         try:
-            self._unread += self._lines.feed(data)
+            long, lines = self._lines.feed_long(data)
         except LineTooLong as error:
             self._end(error)
         else:
+            if long is not None:
+                self._unread.append(long)
+            self._unread += lines
             self._deliver()
             if self._lines.size > MAX_MESSAGE_BYTES:
                 self._check_length(self._lines.size)
@@ -217,7 +225,7 @@ class HarpdConnection(asyncio.Protocol):
     @property
     def is_reusable(self) -> bool:
         """Whether both sides are open, and every received line is complete and decoded."""
-        unfinished = self._suspended or self._unread or self._lines.pending
+        unfinished = self._suspended or self._unread or self._lines.size
         return not (self._ended or self._transport.is_closing() or unfinished)
 
     @property
@@ -228,7 +236,7 @@ class HarpdConnection(asyncio.Protocol):
 
     def describe_state(self) -> str:
         """Return the state of the exchange, for an error message."""
-        return "in the middle of a line" if self._lines.pending else f"while {self.phase_text}"
+        return "in the middle of a line" if self._lines.size else f"while {self.phase_text}"
 
     def close(self) -> None:
         """Close the connection after the written data was sent."""
@@ -267,7 +275,8 @@ class HarpdConnection(asyncio.Protocol):
                 asyncio.get_running_loop().call_soon(self._next_turn)
                 return
             line = lines[at]
-            if len(line) > LONG_LINE or (self._masked_texts and self._is_masking_slow(len(line))):
+            is_long = isinstance(line, LongLine) or len(line) > LONG_LINE
+            if is_long or (self._masked_texts and self._is_masking_slow(len(line))):
                 at += 1
                 if not self._check_length(len(line)):
                     return
@@ -275,7 +284,7 @@ class HarpdConnection(asyncio.Protocol):
                 run_in_turn(self._decode, line, self._address).add_done_callback(self._on_decoded)
                 continue
             if exchange.phase in STREAMING and at >= decode_singly_to:
-                run = list(takewhile(_is_record, islice(lines, at, at + room)))
+                run = cast(list[bytes], list(takewhile(_is_record, islice(lines, at, at + room))))
                 if len(run) > 1 and (records := slice_records(run)) is not None:
                     at += len(run)
                     room -= len(run)
@@ -290,7 +299,7 @@ class HarpdConnection(asyncio.Protocol):
             at += 1
             room -= _SINGLE_LINE_COST
             try:
-                message = self._read_message(line)
+                message = self._read_message(cast(bytes, line))
             except ProtocolError as error:
                 self._end(error)
             else:

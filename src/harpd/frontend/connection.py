@@ -41,7 +41,7 @@ from harp.protocol import harpd as messages
 from harp.protocol.ends import Failed
 from harp.protocol.harpd import AnyRequest, Attach, ListCalls, Request, encode_message
 from harp.protocol.json_text import dumps
-from harp.protocol.lines import LineBuffer, LineTooLong
+from harp.protocol.lines import LineBuffer, LineTooLong, LongLine
 from harp.protocol.schema import ProtocolError
 from harp_daemon.acceptor import network
 from harp_daemon.event_loop import LONG_LINE, run_in_turn
@@ -298,16 +298,17 @@ class Connection(asyncio.Protocol):
             self.end_connection(_REQUEST_MEMORY_FULL, discard_input=True)
             return
         try:
-            lines = self._lines.feed(data)
+            long, lines = self._lines.feed_long(data)
         except LineTooLong:
             reason = f"the request line is longer than {self.limits.request_line} bytes"
             self.end_connection(Failed("invalid_request", reason), discard_input=True)
             return
-        if lines:
+        if long is not None or lines:
             self.cancel_timer()
             self._receive = self._receive_early_data
-            self._early_data = b"\n".join((*lines[1:], self._lines.pending))
-            self._handle_line(lines[0])
+            line = lines.pop(0) if long is None else long
+            self._early_data = b"\n".join((*lines, self._lines.pending))
+            self._handle_line(line)
         elif self._timer is None:
             self.set_timer(self.limits.request_timeout, self._on_request_timeout)
 
@@ -326,8 +327,8 @@ class Connection(asyncio.Protocol):
             self.resume_reading()
         return early
 
-    def _handle_line(self, line: bytes) -> None:
-        if len(line) > LONG_LINE:
+    def _handle_line(self, line: bytes | LongLine) -> None:
+        if isinstance(line, LongLine) or len(line) > LONG_LINE:
             self._run(self._handle_long_line(line))
             return
         try:
@@ -444,7 +445,7 @@ class Connection(asyncio.Protocol):
             log.exception("connection failed", extra={"peer": self.peer})
             self._fail()
 
-    async def _handle_long_line(self, line: bytes) -> None:
+    async def _handle_long_line(self, line: bytes | LongLine) -> None:
         decode = partial(messages.decode_request, decoder=decode_slices)
         request = await run_in_turn(decode, line, network(self._address))
         if self._admit(request):
