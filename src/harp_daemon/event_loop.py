@@ -254,7 +254,7 @@ class _LongTexts:
             if not self._running[peer]:
                 del self._running[peer]
             self._start_next()
-            # Asked for even if nobody waits: an error that nobody asks for is logged as an unexpected one.
+            # Also if nobody waits: an error that is not asked for is logged as an unexpected one.
             error = _stopping() if done.cancelled() else done.exception()
             if outcome.cancelled():
                 return
