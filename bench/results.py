@@ -12,6 +12,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -146,11 +147,14 @@ def conditions(directory: Path) -> dict[str, Any]:
     facts = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.split(":", 1)[1].strip() for line in facts if line.startswith("model name")]
     commit = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    described = subprocess.run(commit, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False)
+    described = ""
+    with suppress(FileNotFoundError):  # without git, for example on a machine that got an archive
+        done = subprocess.run(commit, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False)
+        described = done.stdout.strip()
     arguments = sysconfig.get_config_var("CONFIG_ARGS") or ""
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": described.stdout.strip(),
+        "commit": described or "unknown",
         "machine": f"{len(os.sched_getaffinity(0))} cores, {names[0] if names else platform.machine()}, "
         f"Linux {platform.release()}, {_file_system(directory)}, sync {_sync_ms(directory):.2f} ms",
         "in_memory": _file_system(directory) in ("tmpfs", "ramfs"),
