@@ -6,6 +6,7 @@ import asyncio
 import re
 import socket
 import subprocess
+import time
 import urllib.request
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
@@ -119,6 +120,14 @@ def test_harpd_metrics_without_a_supervisor(tmp_path: Path) -> None:
 )
 def test_request_of_another_form_is_refused(head: bytes, status: int) -> None:
     assert check_request(head)[0] == status
+
+
+def test_header_with_many_spaces_is_checked_at_once() -> None:
+    head = b"GET /metrics HTTP/1.1\r\nHost: \t localhost\t \r\n"
+    assert check_request(head)[0] == 200
+    began = time.process_time()
+    assert check_request(head + b"X:" + b" " * 3000 + b"\x01\r\n")[0] == 400
+    assert time.process_time() - began < 1
 
 
 @asynccontextmanager

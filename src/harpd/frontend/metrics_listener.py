@@ -22,7 +22,8 @@ _MAX_CONNECTIONS = 16  #: Maximum number of open connections; the oldest one wit
 _MAX_HEAD = 8192  #: Maximum bytes of a request.
 _SECONDS = 10.0  #: Maximum seconds from the connection to its end.
 _REQUEST = re.compile(rb"(GET|HEAD) (/[!-~]*) HTTP/1\.[01]\r\n")
-_HEADER = re.compile(rb"^([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t -~\x80-\xff]*?)[ \t]*\r$", re.MULTILINE)
+#: The value has the spaces around it: an expression that separates them has n^3 ways to divide n spaces.
+_HEADER = re.compile(rb"^([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)\r$", re.MULTILINE)
 _HOST = re.compile(r"(?:localhost|127(?:\.\d{1,3}){3}|\[::1\])(?::\d{1,5})?", re.IGNORECASE | re.ASCII)
 _REASONS = {200: "OK", 400: "Bad Request", 403: "Forbidden", 404: "Not Found", 503: "Service Unavailable"}
 
@@ -111,7 +112,7 @@ def check_request(head: bytes) -> tuple[int, bytes, bool]:
     if request is None:
         return 400, b"GET", False
     lines = head[request.end() :]
-    headers = [(name.lower(), value.decode("latin-1")) for name, value in _HEADER.findall(lines)]
+    headers = [(name.lower(), value.strip(b" \t").decode("latin-1")) for name, value in _HEADER.findall(lines)]
     if len(headers) != lines.count(b"\n"):  # a line of another form, such as one that continues another
         return 400, request[1], False
     hosts = [value for name, value in headers if name == b"host"]
