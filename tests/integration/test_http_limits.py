@@ -325,3 +325,46 @@ async def test_http_requests_of_one_connection_are_answered_in_order(tmp_path: P
         answers = await api.send(GET + b"Content-Length: %d\r\n\r\n" % len(first) + first + last)
         assert answers.count(b"HTTP/1.1 200") == 2
         assert b"HTTP/1.1 404" not in answers
+
+
+async def test_http_request_behind_a_stream_leaves_no_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harpcaller.http.streaming.HEARTBEAT", 0.1)
+    async with running_api(tmp_path) as api:
+        kinds = api.api.service.streams.kinds
+        async with connected(api) as (reader, writer):
+            writer.write(f"GET /api/v1/events HTTP/1.1\r\nHost: localhost\r\n{api.authorization}\r\n".encode())
+            assert status(await read_head(reader)) == 200
+            writer.write(GET + b"\r\n")  # its answer would follow the end of the stream
+            await eventually(
+                lambda: any(getattr(each, "pipeline", None) for each in api.api.server.state.connections), 20
+            )
+            assert kinds["events"] == 1
+            writer.transport.abort()
+        await eventually(lambda: not kinds["events"], 20)
+
+
+async def test_http_invalid_body_behind_a_request_does_not_end_its_answer(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running_api(tmp_path) as api:
+        job = (await api.client.post("/jobs", json={"host": "x", "procedure": "p", "arguments": []})).json()["job"]
+        await api.dispatcher.result(job)
+        tag = (await api.client.get(f"/jobs/{job}")).headers["etag"]
+        wait = f"GET /api/v1/jobs/{job}?wait=1 HTTP/1.1\r\nHost: localhost\r\nIf-None-Match: {tag}\r\n"
+        chunked = b"POST /api/v1/nothing HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+        for others in (b"", GET + b"\r\n"):
+            sent = f"{wait}{api.authorization}\r\n".encode() + others + chunked + b"no length\r\n"
+            answers = await api.send(sent)
+            assert [int(each[:3]) for each in answers.split(b"HTTP/1.1 ")[1:]] == [304, *([200] if others else [])]
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+async def test_http_request_that_was_answered_gets_no_second_answer(tmp_path: Path) -> None:
+    async with running_api(tmp_path) as api, connected(api) as (reader, writer):
+        head = b"POST /api/v1/nothing HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+        writer.write(head + b"1\r\nx\r\n")
+        answer = await read_head(reader)
+        assert status(answer) == 404
+        writer.write(b"no length\r\n")
+        async with asyncio.timeout(20):
+            assert b"HTTP/1.1" not in await reader.read()

@@ -79,7 +79,7 @@ def test_http_uvicorn_has_the_names_that_the_server_uses() -> None:
     methods = ("connection_made", "connection_lost", "data_received", "pause_writing", "resume_writing", "shutdown")
     assert all(
         callable(HttpToolsProtocol.__dict__.get(name))
-        for name in (*of_parser, *methods, "_unset_keepalive_if_required")
+        for name in (*of_parser, *methods, "_unset_keepalive_if_required", "_start_asgi_task")
     )
     source = inspect.getsource(httptools_impl)
     for attribute in ("pipeline", "cycle", "flow", "parser", "headers", "url", "access_log", "transport"):

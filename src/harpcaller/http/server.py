@@ -27,7 +27,7 @@ from typing import Any
 
 import httptools
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from harp_daemon.acceptor import Acceptor
@@ -229,6 +229,7 @@ class HTTPConnection(HttpToolsProtocol):
         self._is_in_head = self._is_in_body = False
         self._head_bytes = self._body_bytes = self._body_data = 0
         self._is_discarding = False  # whether input is discarded until the connection closes
+        self._answered: RequestResponseCycle | None = None  # the request that is being answered, or was the last one
         self._refusal: Problem | None = None
 
     async def run(self) -> None:
@@ -291,9 +292,10 @@ class HTTPConnection(HttpToolsProtocol):
         self._stop_timers()
         super().connection_lost(exc)
         self._unset_keepalive_if_required()
-        for cycle, _ in self.pipeline:
-            cycle.disconnected = True
-        self.pipeline.clear()
+        self.pipeline.clear()  # they are not answered
+        if self._answered is not None and not self._answered.response_complete:
+            self._answered.disconnected = True  # uvicorn does so with the latest request, which may wait behind it
+            self._answered.message_event.set()
         if not self.closed.done():
             self.closed.set_result(None)
 
@@ -460,8 +462,12 @@ class HTTPConnection(HttpToolsProtocol):
             self._reject_request(Problem("invalid_request", 'Transfer-Encoding: expected "chunked" with HTTP/1.1'))
         if not self.url.startswith(b"/"):
             self._reject_request(Problem("invalid_request", "the URL must begin with a slash"))
-        self._is_in_head, self._is_in_body = False, True
         super().on_headers_complete()
+        self._is_in_head, self._is_in_body = False, True
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._answered = cycle
+        super()._start_asgi_task(cycle, app)
 
     def on_body(self, body: bytes) -> None:
         """Note a part of the body."""
@@ -486,10 +492,17 @@ class HTTPConnection(HttpToolsProtocol):
             self.cycle.keep_alive = False
 
     def _refuse(self, problem: Problem) -> None:
-        """Send a refusal, or only close the connection if the response to an earlier request is being sent."""
+        """Send a refusal, or only close the connection after the responses to earlier requests."""
+        if self._is_in_body and self.pipeline:  # its newest one is refused
+            self.pipeline.popleft()
+            before = self.pipeline[0][0] if self.pipeline else self._answered
+            assert before is not None
+            self.cycle = before
+            self._end_input()
+            return
         cycle = self.cycle
         is_open = cycle is not None and not cycle.response_complete
-        if is_open and self._is_in_body and not self.pipeline and not cycle.response_started:
+        if is_open and self._is_in_body and not cycle.response_started:
             cycle.disconnected = True
             cycle.message_event.set()
             self._send_refusal(problem)
@@ -499,6 +512,8 @@ class HTTPConnection(HttpToolsProtocol):
                 cycle.message_event.set()
                 self.transport.close()
             self._end_input()
+        elif self._is_in_body:  # the request has its response
+            self.transport.close()
         else:
             self._send_refusal(problem)
 
