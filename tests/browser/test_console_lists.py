@@ -235,6 +235,27 @@ def test_search_finds_by_words_and_keys(pages: Pages, filled: Site, sought: str,
     expect(rows(page)).to_contain_text(found)
 
 
+#: Type into the field in the moment in which it is there.
+TYPE_AT_ONCE = """\
+new MutationObserver((_, observer) => {
+  const field = document.querySelector("input[type=search]");
+  if (!field) return;
+  observer.disconnect();
+  field.focus();
+  document.execCommand("insertText", false, "procedure:fail");
+}).observe(document, { childList: true, subtree: true });
+"""
+
+
+def test_what_is_typed_while_the_page_begins_is_kept(pages: Pages, filled: Site) -> None:
+    context = pages.context()
+    context.add_init_script(TYPE_AT_ONCE)
+    page = context.new_page()
+    page.goto(f"{filled.url}/")
+    expect(page.get_by_text("live", exact=True)).to_be_visible()
+    expect(page.get_by_role("searchbox", name="Search jobs")).to_have_value("procedure:fail")
+
+
 def test_keys_of_a_search_are_filters_that_counts_show(pages: Pages, filled: Site) -> None:
     page = pages.open("/jobs")
     field = page.get_by_role("searchbox", name="Search jobs")

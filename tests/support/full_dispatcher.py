@@ -53,7 +53,7 @@ def scenario(system: System, store: Path, go: Path) -> None:
     running_job = system.rpc.host("web01", queue={"wait": "here"}).stream_after(str(go), RECORDS)
     follower = running_job.follow(since=0)
     assert next(follower) == "started"
-    ballast.write_bytes(bytes(36_000_000))
+    ballast.write_bytes(bytes(28_000_000))
     accepted = fill(system, {"wait": "here"})  # behind the running job, so that they stay queued
     go.touch()
     wait_until(

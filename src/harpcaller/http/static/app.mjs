@@ -3,7 +3,7 @@
 import { askEarly, del, facts, get, post, togglePause, useLiveStatus } from "./api.mjs";
 import { readClock, setSetting, shortTime, visible } from "./formats.mjs";
 import { BASE, COMMON_VIEWS, hostLink, jobLink, link, navigate, SEARCHED, searched, useRedraw, useRoute } from "./router.mjs";
-import { Button, Dialog, Empty, Example, Fault, html, Icon, listKeys, Loading, Menu, Notices, render, setCalls, setTitle, useEffect, useErrorBoundary, useKeys, useRef, useSettings, useState } from "./ui.mjs";
+import { Button, Dialog, Empty, Example, Fault, html, Icon, listKeys, Loading, Menu, Notices, render, setCalls, setTitle, useEffect, useErrorBoundary, useKeys, useLayoutEffect, useRef, useSettings, useState } from "./ui.mjs";
 
 // By the first part of the path: the module, the component of its list, and that of one thing, whose id is the second part.
 const VIEWS = {
@@ -116,7 +116,8 @@ function Account({ me, logOut, help }) {
 
 function Search({ place }) {
   const field = useRef(null);
-  useEffect(() => void (field.current.value = (place.path === "/jobs" && place.query.get("q")) || ""), [place]);
+  // At once, because the field can be typed into as soon as it is drawn.
+  useLayoutEffect(() => void (field.current.value = (place.path === "/jobs" && place.query.get("q")) || ""), [place]);
   useKeys("Everywhere", { "/": [() => field.current.select(), "Search jobs"] }, 0);
   function submit(event) {
     event.preventDefault();

@@ -48,9 +48,9 @@ let list = before === "/jobs" ? location.search : "";  // the query of the lates
 export const listAddress = () => BASE + "/jobs" + list;
 
 function current() {
-  const { pathname, search, hash } = location;
+  const { pathname, search, hash, href } = location;
   const path = pathname.startsWith(BASE) ? pathname.slice(BASE.length) || "/" : pathname;
-  return { path, query: new URLSearchParams(search), hash, returned };
+  return { path, query: new URLSearchParams(search), hash, href, returned };
 }
 
 const moves = makeSignal();
@@ -70,11 +70,11 @@ export function navigate(href, { replace = false } = {}) {
   announce();
 }
 
-/** Return `{path, query, hash, returned}` of the present address (`returned`: the reader was there before). */
+/** Return `{path, query, hash, href, returned}` of the present address (`returned`: the reader was there before). */
 export function useRoute() {
   const [place, setPlace] = useState(current);
   useEffect(() => {
-    setPlace(current());   // a navigation between the first drawing and this effect
+    setPlace((drawn) => drawn.href === location.href ? drawn : current());   // a navigation before this effect
     return moves.follow(setPlace);
   }, []);
   return place;
