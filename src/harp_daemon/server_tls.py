@@ -95,7 +95,11 @@ def server_context(
         context.verify_mode = ssl.CERT_OPTIONAL
         _load(context, f"{where}.client_ca_file", client_ca_file, "a PEM file of authorities")
     if crl_file is not None:
+        authorities = context.cert_store_stats()["x509"]
         _load(context, f"{where}.crl_file", crl_file, "a PEM file of revocation lists")
+        if context.cert_store_stats()["x509"] != authorities:
+            # OpenSSL would accept them as authorities. The lists are signed, so others may be able to replace the file.
+            raise ConfigError(f"{where}.crl_file: expected revocation lists only, got {crl_file} with certificates")
         context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
     return context
 

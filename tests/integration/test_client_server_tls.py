@@ -315,15 +315,36 @@ def ask(dispatcher: TLS, context: ssl.SSLContext) -> Any:
         return client.message()
 
 
+def make_authority(directory: Path) -> Path:
+    directory.mkdir()
+    key = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=ca".split()
+    files = ["-keyout", directory / "ca.key", "-out", directory / "ca.pem"]
+    subprocess.run([*key, *files], check=True, capture_output=True)
+    return directory
+
+
+def test_tls_authority_in_the_revocation_file_is_refused(certified: TLS) -> None:
+    other = make_authority(certified.directory / "other")
+    stranger = client_context(certified, *make_client(other, "DNS:alice.ops.example.net"))
+    revocations = certified.directory / "pki/crl.pem"
+    lists = revocations.read_text()
+    revocations.write_text(lists + (other / "ca.pem").read_text())
+    error = certified.wait_event("cannot use changed file")["error"]
+    assert f"expected revocation lists only, got {revocations} with certificates" in error
+    with pytest.raises(OSError):
+        ask(certified, stranger)
+    revocations.write_text((certified.directory / "pki/ca.pem").read_text() + lists)
+    wait_until(lambda: certified.events("changed file read"), DEADLINE, "a file without other authorities")
+    with pytest.raises(OSError):
+        ask(certified, stranger)
+
+
 def test_tls_client_certificate_is_optional_but_must_be_valid(certified: TLS) -> None:
     pki = certified.directory / "pki"
     good = client_context(certified, *make_client(pki, "DNS:alice.ops.example.net", "email:alice@example.net"))
     assert ask(certified, good) == {"cancelled": False}
     assert ask(certified, certified.context()) == {"cancelled": False}
-    other = certified.directory / "other"
-    other.mkdir()
-    key = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=ca".split()
-    subprocess.run([*key, "-keyout", other / "ca.key", "-out", other / "ca.pem"], check=True, capture_output=True)
+    other = make_authority(certified.directory / "other")
     stranger = client_context(certified, *make_client(other, "DNS:alice.ops.example.net"))
     with pytest.raises(OSError):
         ask(certified, stranger)
