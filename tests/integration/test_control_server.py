@@ -351,6 +351,7 @@ COMMANDS = (
         (b'{"command": "queue-cancel"}', "queue: missing"),
         (b'{"command": "queue-list", "queue": []}', "queue: expected an object"),
         (b'{"command": "prune-jobs", "age": "x"}', "age: expected a number of seconds above 0, got 'x'"),
+        (b'{"command": "prune-jobs", "age": 1%s}' % (b"0" * 400), "age: expected fewer than 100000000000 seconds"),
         (b'{"command": "prune-jobs", "age": 0}', "age: expected a number of seconds above 0, got 0"),
         (b'{"command": "prune-jobs", "age": -1}', "age: expected a number of seconds above 0, got -1"),
     ],

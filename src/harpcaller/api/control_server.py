@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 MAX_CONTROL_CONNECTIONS = 64  #: Maximum number of connections.
 _MAX_REQUEST = 16 * 1024 * 1024
 _IDLE_TIMEOUT = 30.0
+_MAX_SECONDS = 1e11  # 3,000 years, so that sums with times are times
 _SEND_BYTES = 64 * 1024  # bytes of a list that are sent together
 
 Items: TypeAlias = AsyncGenerator[Envelope, None]
@@ -334,6 +335,7 @@ def _count(members: JSONObject, key: str) -> int:
 def _seconds(members: JSONObject, key: str) -> Any:
     seconds = member_value(members, key)
     check(schema.is_seconds(seconds), f"{key}: expected a number of seconds above 0, got {seconds!r}")
+    check(seconds < _MAX_SECONDS, f"{key}: expected fewer than {_MAX_SECONDS:.0f} seconds")
     return seconds
 
 
