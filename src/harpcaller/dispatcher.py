@@ -110,6 +110,7 @@ def _shielded(
         task = asyncio.create_task(request(self, *args, **kwargs))
         self._requests.add(task)
         task.add_done_callback(self._requests.discard)
+        task.add_done_callback(lambda task: task.cancelled() or task.exception())  # perhaps nobody waits any more
         return await asyncio.shield(task)
 
     return method

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import sqlite3
 import threading
@@ -86,6 +87,29 @@ def host(directory: Path, script: Script, first: tuple[Script, ...] = ()) -> Ite
     """Run a host. Its first calls follow `first`, later calls `script`."""
     with Peer(*first, always=script, tls=server_context(server_files(directory))) as peer:
         yield peer
+
+
+async def test_failed_request_whose_client_has_left_is_no_unexpected_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    begun, released, failed = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def record(_: object) -> None:
+        begun.set()
+        await released.wait()
+        failed.set()
+        raise StorageError("no room")
+
+    async with running(tmp_path) as dispatcher:
+        request = asyncio.create_task(dispatcher.submit_many([call()], "test", record=record))
+        await begun.wait()
+        request.cancel()
+        await asyncio.wait([request])
+        released.set()
+        await failed.wait()
+    del request
+    gc.collect()
+    assert [event.message for event in caplog.records if event.levelname == "ERROR"] == []
 
 
 async def test_submit_and_claim_share_one_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -276,7 +276,9 @@ class HostsRegistry:
 
         Raises `RefreshFailed` if the script fails or the file cannot be read.
         """
-        return await asyncio.shield(self._create_task(self._compare()))
+        task = self._create_task(self._compare())
+        task.add_done_callback(lambda task: task.cancelled() or task.exception())  # perhaps nobody waits any more
+        return await asyncio.shield(task)
 
     def _create_task(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(work)
