@@ -26,7 +26,7 @@ class Sizes:
     flood: int = 20_000  # jobs that are submitted before the first result is read
     soak: float = 600.0  # seconds of the long load
     traced: int = 9  # jobs whose function entries are counted
-    neighbours: float = 6.0  # seconds in which others make jobs and calls, half of it beside each kind of peer
+    neighbours: float = 16.0  # seconds in which others make jobs and calls, half of it beside each kind of peer
 
     def scaled(self, factor: float) -> Sizes:
         """Return sizes that are this many times as large; no count becomes less than 1."""
