@@ -318,7 +318,7 @@ def ask(dispatcher: TLS, context: ssl.SSLContext) -> Any:
 def make_authority(directory: Path) -> Path:
     directory.mkdir()
     key = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=ca".split()
-    files = ["-keyout", directory / "ca.key", "-out", directory / "ca.pem"]
+    files = f"-keyout {directory}/ca.key -out {directory}/ca.pem".split()
     subprocess.run([*key, *files], check=True, capture_output=True)
     return directory
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import logging
+import os
 import ssl
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -368,3 +370,17 @@ async def test_http_request_that_was_answered_gets_no_second_answer(tmp_path: Pa
         writer.write(b"no length\r\n")
         async with asyncio.timeout(20):
             assert b"HTTP/1.1" not in await reader.read()
+
+
+async def test_http_connection_that_is_reset_during_an_answer_is_closed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: object) -> None:
+        raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))  # if the reset arrives in this moment
+
+    async with running_api(tmp_path) as api:
+        monkeypatch.setattr("asyncio.selector_events._SelectorSocketTransport.write_eof", fail)
+        head = b"POST /api/v1/nothing HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: 9\r\n\r\n"
+        assert status(await api.send(head + b"x")) == 404
+        await eventually(lambda: not api.api.server.acceptor.connections, 20)
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []

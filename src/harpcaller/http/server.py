@@ -315,7 +315,11 @@ class HTTPConnection(HttpToolsProtocol):
         self._stop_timer()
         if (self._is_in_head or self._is_in_body) and transport.can_write_eof():
             self.flow.resume_reading()
-            transport.write_eof()
+            try:
+                transport.write_eof()
+            except OSError:  # the client has just reset the connection
+                transport.abort()
+                return
             self._timer = self._server.timers.call_later(_LINGER_SECONDS, transport.close)
         else:
             transport.close()
