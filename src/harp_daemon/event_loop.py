@@ -27,6 +27,7 @@ from weakref import WeakKeyDictionary
 
 from harp.protocol.json_text import InvalidJSON
 from harp.protocol.lines import LongLine
+from harp.protocol.schema import ProtocolError
 from harp_daemon import json_pieces, logs
 from harp_daemon.process import tune_memory
 
@@ -143,17 +144,14 @@ class _Selector(selectors.DefaultSelector):
 
 long_lines = Turns()  #: The lock of the thread that decodes a long line.
 _ending = threading.Event()  # set when the daemon stops: nobody needs the lines any more
-
-
-def _stopping() -> InvalidJSON:
-    return InvalidJSON("the daemon stops")
+_STOPPING = "the daemon stops"
 
 
 def _between_pieces() -> None:
     """Let other long lines, then urgent work pass, if this thread decodes a long line."""
     if long_lines.pass_on():
         if _ending.is_set():
-            raise _stopping()
+            raise InvalidJSON(_STOPPING)
         UrgentWork.let_pass()
 
 
@@ -255,7 +253,7 @@ class _LongTexts:
                 del self._running[peer]
             self._start_next()
             # Also if nobody waits: an error that is not asked for is logged as an unexpected one.
-            error = _stopping() if done.cancelled() else done.exception()
+            error = ProtocolError(_STOPPING) if done.cancelled() else done.exception()
             if outcome.cancelled():
                 return
             if error is None:
@@ -270,11 +268,11 @@ class _LongTexts:
         return outcome
 
     def end(self) -> None:
-        """Have the threads end soon; what waits for a text gets `InvalidJSON`."""
+        """Have the threads end soon: decoders raise `InvalidJSON`; what waits for a thread gets `ProtocolError`."""
         _ending.set()
         for outcome, _ in chain.from_iterable(self._waiting.values()):
             if not outcome.done():
-                outcome.set_exception(_stopping())
+                outcome.set_exception(ProtocolError(_STOPPING))
         self._waiting.clear()
 
     def _has_thread(self, peer: Hashable) -> bool:
