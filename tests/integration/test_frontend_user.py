@@ -10,7 +10,6 @@ import os
 import signal
 import ssl
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -244,18 +243,69 @@ for found, _, names in os.walk(directory):
 """
 
 
-def test_process_with_the_frontends_uid_loads_no_settings(tmp_path: Path) -> None:
-    """It has no capability, but the uid that the frontend has: by default that of root before, now another one."""
-    evil = tmp_path / "evil.py"
-    evil.write_text("from harpd.proc import procedure\n@procedure\ndef evil():\n    return 1\n")
+#: Sends each line to each socket of the directories whose descriptors it has inherited, as a user without capabilities.
+SEND_TO_INHERITED = """
+*directories, lines = sys.argv[1:]
+for line in lines.splitlines():
+    for directory in directories:
+        for name in ("supervisor", *NAMES):
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.settimeout(20)
+                try:
+                    connection.connect(f"/proc/self/fd/{directory}/{name}")
+                    connection.sendall(line.encode() + b"\\n")
+                    reply = connection.recv(1000).decode().strip()
+                except OSError as error:
+                    reply = type(error).__name__
+            print(directory, line[:20], reply, sep="\\t")
+"""
+
+
+def test_process_with_the_frontends_uid_loads_no_settings(tmp_path: Path, public: Path) -> None:
+    """It has no capability, but the uid that the frontend has: by default that of root before, now another one.
+
+    It has got a descriptor of each directory with sockets, too, so that only the supervisor's checks are left.
+    """
+    loaded = public / "results" / "loaded"
+    evil = public / "evil.py"
+    evil.write_text(f"from harpd.proc import procedure\nopen({str(loaded)!r}, 'w').close()\n")
+    settings = {"procedures": str(evil), "default_user": "root"}
+    settings |= {name: getattr(Limits, name) for name in vars(Limits) if not name.startswith("_")}
+    reload = {"control": "reload", "settings": settings, **settings}
+    others = ("drain", "retire", "shutdown", "status")
+    lines = [json.dumps(line) for line in (reload, *({"control": one} for one in others), {"calls": "nobody"})]
     with separate(tmp_path / "harpd") as harpd:
-        settings = {"procedures": str(evil), "default_user": "root"}
-        settings |= {name: getattr(Limits, name) for name in vars(Limits) if not name.startswith("_")}
-        family = [psutil.Process(harpd.pid), *psutil.Process(harpd.pid).children()]
-        (uid,) = {one.uids().effective for one in family if one.net_connections("tcp")} - {0} or {0}
-        run_as(uid, SEND, harpd.runtime_directory, json.dumps({"control": "reload", "settings": settings}))
-        assert "evil" not in harpd.status()["procedures"]
-        assert harpd.call("version")[-1] == {"result": 1}
+        before = harpd.status()
+        with harpd.start_resumable("wait_for", str(tmp_path / "go")) as client:
+            client.message()
+        output = send_to_directories(FRONTEND, [harpd.runtime_directory, harpd.runtime_directory / "frontend"], lines)
+        replies = [line.split("\t")[1:] for line in output.splitlines()]
+        reached = [reply for _, reply in replies if reply.startswith("{")]
+        assert reached, replies
+        assert all(json.loads(reply) == {"harp": 1, "calls": [], "instance": before["instance"]} for reply in reached)
+        assert {reply for _, reply in replies if not reply.startswith("{")} == {"", "PermissionError"}
+        # Not even root can send settings: it can only have the supervisor request them from its launcher.
+        assert harpd.ask(reload) == {"ok": True}
+        assert harpd.reload()["event"] == "reloaded"
+        assert harpd.status() == {**before, "calls": 1, "resumable": 1, "zygote": harpd.zygote}
+        (tmp_path / "go").touch()
+        with harpd.attach(client.call) as again:
+            assert again.closing_line() == {"result": "there"}
+        assert not loaded.exists()
+
+
+def send_to_directories(uid: int, directories: list[Path], lines: list[str]) -> str:
+    """Send lines to the sockets of supervisors in directories, as a user who has descriptors of them."""
+    names = sorted({path.name for directory in directories for path in directory.glob("supervisor-*")})
+    opened = [os.open(directory, os.O_PATH) for directory in directories]
+    try:
+        program = f"NAMES = {names!r}\n{SEND_TO_INHERITED}"
+        command = without_rights(uid, program, *opened, "\n".join(lines))
+        done = subprocess.run(command, check=True, pass_fds=opened, capture_output=True, text=True, timeout=DEADLINE)
+    finally:
+        for one in opened:
+            os.close(one)
+    return done.stdout
 
 
 class Limits:
@@ -624,15 +674,18 @@ def test_other_user_cannot_connect_as_the_frontend(tmp_path: Path) -> None:
         for uid in (OTHER, 65_534):
             output = run_as(uid, SEND, harpd.runtime_directory, '{"control":"status"}', '{"calls":"o"}')
             assert "supervisor" not in output
-        directory = os.open(harpd.runtime_directory / "frontend", os.O_PATH)
-        try:  # it has got a descriptor of the directory somehow
-            os.set_inheritable(directory, True)
-            program = f"import os, socket, sys; os.chdir('/proc/self/fd/{directory}')\n{SEND}"
-            command = [sys.executable, "-c", program, ".", '{"calls":"o"}']
-            prefix = ["setpriv", "--reuid", str(OTHER), "--clear-groups", "--ambient-caps", "+dac_read_search"]
-            prefix += ["--inh-caps", "+dac_read_search"]
-            done = subprocess.run([*prefix, *command], pass_fds=[directory], capture_output=True, text=True, check=True)
-        finally:
-            os.close(directory)
-        assert "Permission denied" in done.stdout
-        assert "instance" not in done.stdout
+        directory = harpd.runtime_directory / "frontend"
+        lines = ['{"calls":"o"}', '{"control":"status"}', '{"metrics":true}']
+        refused = send_to_directories(OTHER, [directory], lines)  # it has got a descriptor of the directory somehow
+        assert {line.rpartition("\t")[2] for line in refused.splitlines()} == {"PermissionError"}
+        for path in directory.iterdir():
+            path.chmod(0o666)  # it can open the sockets, too: the supervisor compares its uid
+        refused = send_to_directories(OTHER, [directory], lines)
+        assert {line.rpartition("\t")[2] for line in refused.splitlines()} <= {
+            "",
+            "ConnectionResetError",
+            "BrokenPipeError",
+        }
+        harpd.wait_event("rejected connection of another user", uid=OTHER)
+        assert "instance" in send_to_directories(FRONTEND, [directory], lines)
+        assert harpd.call("version")[-1] == {"result": 1}

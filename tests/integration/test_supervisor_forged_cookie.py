@@ -48,12 +48,13 @@ of_root = procedure(resist)
 of_attacker = procedure(uid={ATTACKER})(resist)
 """
 #: A service that root has started; its child has become the attacker, and forges the cookie in the environment that
-#: it is executed with.
+#: it is executed with. The child ignores SIGTERM, so that a stop of the call comes to SIGKILL, and to process groups.
 SERVICE = f"""
-import os, sys, time
+import os, signal, sys, time
 if os.fork() == 0:
     os.setresgid({ATTACKER}, {ATTACKER}, {ATTACKER})
     os.setresuid({ATTACKER}, {ATTACKER}, {ATTACKER})
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.execve("/bin/sleep", ["sleep", "600"], {{"HARPD_CALL": sys.argv[1]}})
 time.sleep(600)
 """
