@@ -287,6 +287,22 @@ def test_line_of_host_after_acknowledgement_delays_no_other(
         assert delays.longest(dispatcher.pid) < _LONGEST_CPU
 
 
+def test_repeated_key_in_auth_is_refused(harpd: Harpd, dispatcher: Harpcallerd) -> None:
+    """Before anybody is authenticated, and without a traceback."""
+    sizes = {daemon: daemon.log_file.stat().st_size for daemon in (harpd, dispatcher)}
+    password = json.dumps(harpd.password).encode()
+    call = b'{"harp":1,"procedure":"echo","arguments":[1],"auth":{"user":"tester","password":%b,"password":%b}}\n'
+    for first, second in ((b'"wrong"', password), (password, b'"wrong"'), (password, password)):
+        assert json.loads(attack_harpd(harpd, call % (first, second)))["error"]["type"] == "invalid_request"
+    cancel = b'{"harpcaller":1,"cancel":"3f22e0d4-c8ed-11e5-8d66-001e8c140268","auth":{"token":"a","token":"b"}}\n'
+    assert json.loads(attack_dispatcher(dispatcher, cancel))["error"]["type"] == "invalid_request"
+    assert harpd.call("echo", 1)[-1] == {"result": [1]}
+    for daemon, size in sizes.items():
+        log = daemon.log_file.read_bytes()[size:]
+        assert b"Traceback" not in log
+        assert b"system_error" not in log
+
+
 def host_that_sends(line: bytes) -> Callable[[PeerConnection], None]:
     """Return a script of a host that sends this line instead of an acknowledgement, and then again."""
 

@@ -17,7 +17,9 @@ from harp_daemon.process import ProcessError, pidfile
 from harp_daemon.sockets import ListenError, listen_unix
 from support.daemonlog import DEADLINE
 from support.harpcallerd import Harpcallerd
+from support.harpd import Harpd
 from support.other_user import without_rights
+from support.procedures_file import PROCEDURES
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can start a process of another user")
 OTHER = 64_322
@@ -98,6 +100,46 @@ def test_locked_files_stop_no_dispatcher(public: Path) -> None:
         dispatcher.stop()
     with locked_by_another_user(public), dispatcher:
         assert dispatcher.control("list").returncode == 0
+
+
+@pytest.mark.root
+@as_root
+def test_locked_files_stop_no_harpd(public: Path) -> None:
+    harpd = Harpd(public / "harpd", PROCEDURES, options=(f"--pidfile={public}/harpd/pid",))
+    for path in (harpd.certfile, harpd.config_file, harpd.procedures_file, harpd.keyfile):
+        path.chmod(0o644)  # the attacker can open all that is not the daemon's own
+    with harpd, locked_by_another_user(public) as locked:
+        assert locked > 4
+        assert harpd.reload()["event"] == "reloaded"
+        assert harpd.call("version")[-1] == {"result": 1}
+        os.kill(harpd.pid, 9)
+        harpd.kill()
+        harpd.start()
+        assert harpd.call("version")[-1] == {"result": 1}
+        assert harpd.stop() == 0
+        harpd.start()
+
+
+def test_daemons_follow_no_planted_link(tmp_path: Path) -> None:
+    """As pid file of either daemon, and as runtime directory of harpd."""
+    (tmp_path / "target").write_text("content")
+    (tmp_path / "pid").symlink_to("target")
+    (tmp_path / "directory").mkdir(mode=0o700)
+    (tmp_path / "run").symlink_to("directory")
+    option = f"--pidfile={tmp_path}/pid"
+    dispatcher = Harpcallerd(tmp_path / "dispatcher")
+    harpd = Harpd(tmp_path / "harpd", PROCEDURES)
+    linked = Harpd(tmp_path / "linked", PROCEDURES, {"runtime_directory": str(tmp_path / "run")})
+    for command, reason in (
+        (dispatcher.command("start", f"--config={dispatcher.config_file}", option), "symbolic link; remove it"),
+        (harpd.command(option), "symbolic link; remove it"),
+        (linked.command(), "a symbolic link; name the directory itself"),
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=False)
+        assert done.returncode == 1, done.stderr
+        assert reason in done.stderr
+    assert (tmp_path / "target").read_text() == "content"
+    assert list((tmp_path / "directory").iterdir()) == []
 
 
 @pytest.mark.root
