@@ -214,7 +214,7 @@ def test_line_of_user_delays_no_other(harpd: Harpd, delays: Delays, tmp_path: Pa
             with harpd.attach(client.call) as client:
                 assert client.closing_line() == {"result": "there"}
     assert took
-    assert max(took) < _LONGEST, max(took)
+    assert max(took) < 5 * _LONGEST, max(took)
     assert delays.longest(harpd.pid) < _LONGEST_CPU
 
 
@@ -243,7 +243,7 @@ def test_line_of_client_delays_no_other(dispatcher: Harpcallerd, delays: Delays,
                     attacker.send(line)
                     assert len(attacker.line()) < 4096
     assert took
-    assert max(took) < _LONGEST, max(took)
+    assert max(took) < 5 * _LONGEST, max(took)
     assert delays.longest(dispatcher.pid) < _LONGEST_CPU
 
 
@@ -283,7 +283,7 @@ def test_line_of_host_after_acknowledgement_delays_no_other(
             with dispatcher.connect() as waiting:
                 waiting.send({"harpcaller": 1, "get_result": job})
                 assert waiting.line()
-        assert max(took) < _LONGEST, max(took)
+        assert max(took) < 5 * _LONGEST, max(took)
         assert delays.longest(dispatcher.pid) < _LONGEST_CPU
 
 

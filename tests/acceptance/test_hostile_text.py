@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -29,9 +30,11 @@ def host(conn: PeerConnection) -> None:
             conn.reply({"harp": 1, "calls": [], "instance": "w1"})
             return
         conn.reply(acknowledgement(stream=True))
-        conn.reply({"stream": ODD}, {"stream": {ODD: [ODD]}})
+        lines: list[Any] = [{"stream": ODD}, {"stream": {ODD: [ODD]}}]
         if request["arguments"] != ["wait"]:
-            conn.reply(EXIT_INFO, {"exception": {"type": f"T{ODD}", "message": f"m{ODD}\n{ODD}", "data": {ODD: ODD}}})
+            end = {"type": f"T{ODD}", "message": f"m{ODD}\n{ODD}", "data": {ODD: ODD}}
+            lines += [EXIT_INFO, {"exception": end}]
+        conn.send(*(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines))
         conn.until_closed()
 
 
@@ -48,8 +51,9 @@ def test_commands_print_no_control_character(tmp_path: Path) -> None:
         with Harpcallerd(tmp_path / "dispatcher", {HOST: peer.port}, settings=settings) as dispatcher:
 
             def submit(**members: Any) -> str:
-                [reply] = dispatcher.ask(**{**call, **members})
-                return str(reply["job_id"])
+                with dispatcher.connect() as client:  # only the controls below 0x20 must be escaped in JSON
+                    client.send(json.dumps({"harpcaller": 1, **call, **members}, ensure_ascii=False).encode() + b"\n")
+                    return str(json.loads(client.line())["job_id"])
 
             environment["HARP_DISPATCHER"] = f"127.0.0.1:{dispatcher.port}"
             ended = submit()

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import socket
 import ssl
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from harpd.cli import parser
@@ -176,3 +179,30 @@ async def test_addresses_of_one_ipv6_network_share_their_delays(
     assert replies[-1] is None, "the check waits for longer than the time limit"
     async with asyncio.timeout(30):
         assert await ask("2001:db8:0:1::1") is False, "another network does not wait"
+
+
+def test_unknown_user_costs_as_much_as_a_known_one(tmp_path: Path) -> None:
+    """Otherwise, the time of a refusal would reveal which names exist. It is measured as processor time of harpd."""
+    users = tmp_path / "users"
+    users.touch(0o600)
+    for user, salt in (("cheap", "saltsalt"), ("known", "rounds=1000000$saltsalt")):
+        command = ["openssl", "passwd", "-6", "-salt", salt, "right"]
+        hashed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        users.write_text(f"{users.read_text()}{user}:{hashed}")
+    users_of_file = {"module": "harpd.auth.passfile", "file": str(users)}
+    with Harpd(tmp_path / "harpd", PROCEDURES, {"authentication": users_of_file}) as harpd:
+        process = psutil.Process(harpd.pid)
+
+        def cost(user: str) -> float:
+            least = math.inf
+            for _ in range(2):
+                began = sum(process.cpu_times()[:2])
+                with harpd.connect() as client:
+                    client.send(harpd.request("echo", [1], auth={"user": user, "password": "wrong"}))
+                    assert client.message() == WRONG
+                least = min(least, sum(process.cpu_times()[:2]) - began)
+            return least
+
+        known = cost("known")
+        assert known > 0.1, "it is much more than all else"
+        assert known / 2 < cost("unknown") < 2 * known

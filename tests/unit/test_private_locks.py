@@ -114,10 +114,47 @@ def test_locked_files_stop_no_harpd(public: Path) -> None:
         assert harpd.call("version")[-1] == {"result": 1}
         os.kill(harpd.pid, 9)
         harpd.kill()
-        harpd.start()
-        assert harpd.call("version")[-1] == {"result": 1}
-        assert harpd.stop() == 0
-        harpd.start()
+        assert (public / "harpd" / "pid").exists()
+        with locked_by_another_user(public):  # also what the dead process had locked
+            harpd.start()
+            assert harpd.call("version")[-1] == {"result": 1}
+            assert harpd.stop() == 0
+            harpd.start()
+
+
+#: Prints each directory that it can list, and each file that it can read.
+READ = """
+for found, directories, names in os.walk(sys.argv[1]):
+    print(found)
+    for name in names:
+        try:
+            os.close(os.open(os.path.join(found, name), os.O_RDONLY | os.O_NONBLOCK))
+            print(os.path.join(found, name))
+        except OSError:
+            pass
+"""
+
+
+@pytest.mark.root
+@as_root
+def test_directories_of_daemons_are_private_with_any_umask(public: Path) -> None:
+    """Another user plants, locks and reads no file of harpd's runtime directory and of the dispatcher's store."""
+    harpd = Harpd(public / "harpd", PROCEDURES)
+    dispatcher = Harpcallerd(public / "dispatcher")
+    umask = os.umask(0)
+    try:
+        with harpd, dispatcher:
+            with harpd.start_resumable("echo", 1) as client:
+                client.message()
+            dispatcher.submit("nowhere", "p")
+            for directory in (harpd.runtime_directory, dispatcher.store_directory):
+                assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+                assert any(directory.iterdir())
+                command = without_rights(OTHER, READ, directory)
+                done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=DEADLINE)
+                assert done.stdout == ""
+    finally:
+        os.umask(umask)
 
 
 def test_daemons_follow_no_planted_link(tmp_path: Path) -> None:
