@@ -30,6 +30,8 @@ _SIZE = 15 * 1024 * 1024
 _LONGEST = 2.0
 #: The same in processor time of the daemon: 0.015 s were measured, and 0.06 s with 14 lines of 15 MiB at once.
 _LONGEST_CPU = 0.05
+#: The same while something is passed on or stored: other threads do that on another processor, and it counts, too.
+_LONGEST_CPU_STORED = 2 * _LONGEST_CPU
 _MIB = 1024 * 1024
 #: Maximum bytes of the event of a request of others.
 _MAX_EVENT = 400
@@ -215,7 +217,7 @@ def test_line_of_user_delays_no_other(harpd: Harpd, delays: Delays, tmp_path: Pa
                 assert client.closing_line() == {"result": "there"}
     assert took
     assert max(took) < 5 * _LONGEST, max(took)
-    assert delays.longest(harpd.pid) < _LONGEST_CPU
+    assert delays.longest(harpd.pid) < _LONGEST_CPU_STORED
 
 
 @pytest.mark.parametrize("name", _SOME)
@@ -244,7 +246,7 @@ def test_line_of_client_delays_no_other(dispatcher: Harpcallerd, delays: Delays,
                     assert len(attacker.line()) < 4096
     assert took
     assert max(took) < 5 * _LONGEST, max(took)
-    assert delays.longest(dispatcher.pid) < _LONGEST_CPU
+    assert delays.longest(dispatcher.pid) < _LONGEST_CPU_STORED
 
 
 @pytest.mark.parametrize("name", _SOME)
@@ -284,7 +286,7 @@ def test_line_of_host_after_acknowledgement_delays_no_other(
                 waiting.send({"harpcaller": 1, "get_result": job})
                 assert waiting.line()
         assert max(took) < 5 * _LONGEST, max(took)
-        assert delays.longest(dispatcher.pid) < _LONGEST_CPU
+        assert delays.longest(dispatcher.pid) < _LONGEST_CPU_STORED
 
 
 def test_repeated_key_in_auth_is_refused(harpd: Harpd, dispatcher: Harpcallerd) -> None:
