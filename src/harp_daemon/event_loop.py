@@ -145,12 +145,14 @@ class _Selector(selectors.DefaultSelector):
 long_lines = Turns()  #: The lock of the thread that decodes a long line.
 _ending = threading.Event()  # set when the daemon stops: nobody needs the lines any more
 _STOPPING = "the daemon stops"
+_thread = threading.local()  # its `outcome` is that of the text which the thread works on
 
 
 def _between_pieces() -> None:
     """Let other long lines, then urgent work pass, if this thread decodes a long line."""
     if long_lines.pass_on():
-        if _ending.is_set():
+        outcome: asyncio.Future[Any] | None = getattr(_thread, "outcome", None)
+        if _ending.is_set() or (outcome is not None and outcome.cancelled()):
             raise InvalidJSON(_STOPPING)
         UrgentWork.let_pass()
 
@@ -239,13 +241,20 @@ class _LongTexts:
         self._waiting: dict[Hashable, deque[tuple[asyncio.Future[Any], Callable[[], object]]]] = {}
 
     def run(self, work: Callable[[], T], peer: Hashable) -> asyncio.Future[T]:
-        """Do the work in a thread."""
+        """Do the work in a thread. Cancelling the future ends it soon, and drops the text: others need the memory."""
         loop = asyncio.get_running_loop()
         outcome: asyncio.Future[T] = loop.create_future()
 
         def start() -> None:
             self._running[peer] += 1
-            loop.run_in_executor(None, work).add_done_callback(on_done)
+            loop.run_in_executor(None, run_until_cancelled).add_done_callback(on_done)
+
+        def run_until_cancelled() -> T:
+            _thread.outcome = outcome
+            try:
+                return work()
+            finally:
+                del _thread.outcome
 
         def on_done(done: asyncio.Future[T]) -> None:
             self._running[peer] -= 1
@@ -265,6 +274,7 @@ class _LongTexts:
             start()
         else:
             self._waiting.setdefault(peer, deque()).append((outcome, start))
+            outcome.add_done_callback(lambda _: self._forget(peer, outcome))
         return outcome
 
     def end(self) -> None:
@@ -274,6 +284,15 @@ class _LongTexts:
             if not outcome.done():
                 outcome.set_exception(ProtocolError(_STOPPING))
         self._waiting.clear()
+
+    def _forget(self, peer: Hashable, outcome: asyncio.Future[Any]) -> None:
+        """Drop a text that was cancelled before it had a thread."""
+        if outcome.cancelled() and peer in self._waiting:
+            others = deque(entry for entry in self._waiting[peer] if entry[0] is not outcome)
+            if others:
+                self._waiting[peer] = others
+            else:
+                del self._waiting[peer]
 
     def _has_thread(self, peer: Hashable) -> bool:
         is_below = peer is None or self._running[peer] < _MAX_THREADS_OF_PEER

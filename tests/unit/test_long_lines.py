@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -201,6 +202,36 @@ async def test_long_line_does_not_wait_for_ever() -> None:
         assert await asyncio.wait_for(run_in_turn(Pieces().decode, b"x"), 60) == b"x"
     finally:
         urgent.end()
+
+
+def test_cancelled_lines_end_and_are_dropped() -> None:
+    """A stranger that left filled the memory with lines that were still decoded, or waited for it."""
+    started, ended = threading.Semaphore(0), threading.Semaphore(0)
+
+    def decode_endlessly(_: bytes) -> None:
+        started.release()
+        try:
+            while True:
+                json_pieces.between_pieces()
+        finally:
+            ended.release()
+
+    async def main() -> None:
+        decoding = [run_in_turn(decode_endlessly, b"x", "peer") for _ in range(8)]
+        line = LongLine([b"x"], 1)
+        is_dropped = weakref.ref(line)
+        waiting = run_in_turn(decode_endlessly, line, "peer")
+        del line
+        for _ in decoding:
+            await asyncio.to_thread(started.acquire)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        await eventually(lambda: is_dropped() is None, 20)
+        for one in decoding:
+            one.cancel()
+        assert [await asyncio.to_thread(ended.acquire, timeout=20) for _ in decoding] == [True] * 8
+
+    run(main())
 
 
 def test_long_lines_do_not_delay_the_end() -> None:

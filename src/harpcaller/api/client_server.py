@@ -209,8 +209,13 @@ class ClientServer(Server):
             self._on_long_request(connection, line)
 
     def _on_long_request(self, connection: Connection, line: bytes | LongLine) -> None:
+        def on_decoded(decoded: asyncio.Future[protocol.Received]) -> None:
+            if not decoded.cancelled():
+                self._execute(connection, decoded.result)
+
         decoding = run_in_turn(decode_request, line, peer_of(connection.client))
-        decoding.add_done_callback(lambda decoded: self._execute(connection, decoded.result))
+        decoding.add_done_callback(on_decoded)
+        connection.closed.add_done_callback(lambda _: decoding.cancel())  # its memory is free for others now
 
     def _execute(self, connection: Connection, decoded: Callable[[], protocol.Received]) -> None:
         """Execute the request that `decoded` returns."""
