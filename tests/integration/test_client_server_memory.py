@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import select
 import socket
 from collections.abc import Iterator
@@ -53,6 +54,21 @@ def never_reading(dispatcher: Harpcallerd, request: dict[str, Any]) -> LineClien
 def connections(dispatcher: Harpcallerd) -> int:
     found = psutil.Process(dispatcher.pid).net_connections("tcp")
     return sum(one.status != psutil.CONN_LISTEN and one.laddr.port == dispatcher.port for one in found)
+
+
+def test_long_requests_of_one_connection_are_forgotten(tmp_path: Path, peer: Peer) -> None:
+    arguments = ["x" * 1000] * (2 * MIB // 1000)
+    request = {"harpcaller": 1, "keep_alive": True, "host": "none", "procedure": "p", "arguments": arguments}
+    with Harpcallerd(tmp_path, {"web01": peer.port}) as dispatcher, dispatcher.connect() as client:
+
+        def submit(number: int) -> int:
+            for _ in range(number):
+                client.send(request)
+                assert "job_id" in json.loads(client.line())
+            return psutil.Process(dispatcher.pid).memory_info().rss
+
+        before = submit(40)  # after these, the memory that Python keeps for others no longer grows
+        assert submit(80) < before + 80 * MIB
 
 
 @pytest.mark.parametrize("kind", ["result", "wait", "status", "end of a stream", "record"])

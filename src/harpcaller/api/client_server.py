@@ -210,12 +210,16 @@ class ClientServer(Server):
 
     def _on_long_request(self, connection: Connection, line: bytes | LongLine) -> None:
         def on_decoded(decoded: asyncio.Future[protocol.Received]) -> None:
+            connection.closed.remove_done_callback(on_closed)  # which refers to the request
             if not decoded.cancelled():
                 self._execute(connection, decoded.result)
 
+        def on_closed(_: asyncio.Future[None]) -> None:
+            decoding.cancel()  # its memory is free for others now
+
         decoding = run_in_turn(decode_request, line, peer_of(connection.client))
         decoding.add_done_callback(on_decoded)
-        connection.closed.add_done_callback(lambda _: decoding.cancel())  # its memory is free for others now
+        connection.closed.add_done_callback(on_closed)
 
     def _execute(self, connection: Connection, decoded: Callable[[], protocol.Received]) -> None:
         """Execute the request that `decoded` returns."""
