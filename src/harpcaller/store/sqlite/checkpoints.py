@@ -23,6 +23,8 @@ class Checkpointer:
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
+        #: Held during a copy; the writer holds it while it needs the space of the reserve, which a copy would use.
+        self.copying = threading.Lock()
         self._written = 0  # bytes, about
         self._is_due = threading.Event()
         self._is_copying = self._is_rest_due = self._ending = False
@@ -55,8 +57,9 @@ class Checkpointer:
                 self._is_due.clear()
                 if self._ending:
                     return
-                for _ in range(_PASSES):
-                    copy_log(self._connection)
+                with self.copying:
+                    for _ in range(_PASSES):
+                        copy_log(self._connection)
                 self._is_rest_due = True
                 self._is_copying = False
 

@@ -158,7 +158,8 @@ class Writer:
                 outcomes = self._commit(batch)
                 for index, (member, outcome) in enumerate(zip(batch, outcomes, strict=True)):
                     if isinstance(outcome, StorageError) and member.verb in PRUNING:
-                        outcomes[index] = self._commit_with_reserve(member)
+                        with self._checkpointer.copying:
+                            outcomes[index] = self._commit_with_reserve(member)
                 changes, self._committed = self._committed, []
                 # The loop may be closed when the program ends without closing the store.
                 with suppress(RuntimeError):
