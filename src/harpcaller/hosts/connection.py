@@ -441,9 +441,9 @@ class HarpdConnection(asyncio.Protocol):
         if self._is_reading and time.monotonic() - silent_since > max_silence:
             self._transport.abort()
             return
-        self.send_command(Heartbeat(self._peer_time))
         if self._heartbeat_sent_at is None:
-            self._heartbeat_sent_at = time.monotonic()
+            self._heartbeat_sent_at = time.monotonic()  # before the kernel has it, and perhaps halts this process
+        self.send_command(Heartbeat(self._peer_time))
         self._heartbeat_timer = self._timers.call_later(self._heartbeat_interval, self._send_heartbeat)
 
 
