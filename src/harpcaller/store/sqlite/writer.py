@@ -9,6 +9,8 @@ continues. If the commit fails, for example because the disk is full, all member
 Long payloads are written separately. Verbs with more than `_LONG_BYTES`, such as the records of fast streams, alternate
 with all others, about `_BATCH_BYTES` at a time. A short verb therefore waits for at most one such batch.
 
+Another thread copies the log into the file, see `checkpoints`. The writer copies the rest between two transactions.
+
 A step of pruning that failed, for example on a full disk, is repeated immediately with the space of the reserve. Pages
 are freed and the reserve is filled again before the next batch, so that no other write uses the space.
 
