@@ -33,31 +33,31 @@ def wait():
     while True:
         time.sleep(3600)
 
-def begin_to_hop(stop, session):
+def begin_to_hop(going, session):
     if os.fork() == 0:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        hop(stop, session)
+        hop(going, session)
 
 @procedure
-def hops(stop, session):
+def hops(going, session):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    begin_to_hop(stop, session)
+    begin_to_hop(going, session)
     while True:
         time.sleep(3600)
 
 @procedure
-def hops_and_dies(stop, session):
-    begin_to_hop(stop, session)
+def hops_and_dies(going, session):
+    begin_to_hop(going, session)
     os._exit(7)
 
 @procedure
-def loses_a_hopper(stop, begun):
+def loses_a_hopper(going, begun):
     """Hide from scans: change parent, session and environment."""
     if os.fork() == 0:
         os.setsid()
         if os.fork() == 0:
             code = HOP + "import sys; open(sys.argv[2], 'w'); hop(sys.argv[1], True)"
-            os.execve(sys.executable, [sys.executable, "-c", code, stop, begun], {})
+            os.execve(sys.executable, [sys.executable, "-c", code, going, begun], {})
         os._exit(0)
     while not os.path.exists(begun):
         time.sleep(0.01)
@@ -101,10 +101,12 @@ def supervisor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Supervisor]
 
 
 @pytest.fixture
-def stop(tmp_path: Path) -> Iterator[Path]:
-    """The file that ends the fork loop."""
-    yield tmp_path / "stop"
-    (tmp_path / "stop").touch()
+def going(tmp_path: Path) -> Iterator[Path]:
+    """The file whose removal ends the fork loop; that of its directory does so, too."""
+    file = tmp_path / "going"
+    file.touch()
+    yield file
+    file.unlink(missing_ok=True)
 
 
 def started(supervisor: Supervisor, call: Channel) -> int:
@@ -132,8 +134,8 @@ def done(call: Channel) -> None:
     assert call.lines() == []
 
 
-def test_stop_fork_loop(supervisor: Supervisor, stop: Path) -> None:
-    with supervisor.call_resumable("hops", str(stop), False) as call:
+def test_stop_fork_loop(supervisor: Supervisor, going: Path) -> None:
+    with supervisor.call_resumable("hops", str(going), False) as call:
         pid = started(supervisor, call)
         wait_until(lambda: any(p.group == pid != p.pid for p in take_snapshot().values()), DEADLINE, "the first hop")
         call.send({"stop": {"why": "cancelled"}})
@@ -143,8 +145,8 @@ def test_stop_fork_loop(supervisor: Supervisor, stop: Path) -> None:
         done(call)
 
 
-def test_stop_fork_loop_after_main_death(supervisor: Supervisor, stop: Path) -> None:
-    with supervisor.call_resumable("hops_and_dies", str(stop), False) as call:
+def test_stop_fork_loop_after_main_death(supervisor: Supervisor, going: Path) -> None:
+    with supervisor.call_resumable("hops_and_dies", str(going), False) as call:
         pid = started(supervisor, call)
         stop_report = read_stop_report(call)
         assert not group_lives(pid)
@@ -152,13 +154,13 @@ def test_stop_fork_loop_after_main_death(supervisor: Supervisor, stop: Path) -> 
         done(call)
 
 
-def test_stop_unstoppable_fork_loop_reports_survivors(supervisor: Supervisor, stop: Path) -> None:
+def test_stop_unstoppable_fork_loop_reports_survivors(supervisor: Supervisor, going: Path) -> None:
     """It changes its session each time: without a cgroup, only chance ends it."""
-    with supervisor.call_resumable("hops_and_dies", str(stop), True) as call:
+    with supervisor.call_resumable("hops_and_dies", str(going), True) as call:
         started(supervisor, call)
         stop_report = read_stop_report(call)
         assert stop_report["survivors"] or not stop_report["complete"] or not lives(call.id)
-        stop.touch()
+        going.unlink()
         wait_until(lambda: not lives(call.id), DEADLINE, "its end")
         wait_until(lambda: supervisor.status()["calls"] == 0, DEADLINE, "the call gone")
 
@@ -173,8 +175,8 @@ def test_stop_with_unknown_cookie_is_incomplete(supervisor: Supervisor, tmp_path
         done(call)
 
 
-def test_stop_with_invisible_process_is_incomplete(supervisor: Supervisor, stop: Path, tmp_path: Path) -> None:
-    with supervisor.call_resumable("loses_a_hopper", str(stop), str(tmp_path / "begun")) as call:
+def test_stop_with_invisible_process_is_incomplete(supervisor: Supervisor, going: Path, tmp_path: Path) -> None:
+    with supervisor.call_resumable("loses_a_hopper", str(going), str(tmp_path / "begun")) as call:
         started(supervisor, call)
         stop_report = read_stop_report(call)
         assert (stop_report["survivors"], stop_report["complete"]) == ([], False)
@@ -183,13 +185,13 @@ def test_stop_with_invisible_process_is_incomplete(supervisor: Supervisor, stop:
 
 @pytest.mark.root
 @ROOT
-def test_stop_fork_loop_in_cgroup(tmp_path: Path, stop: Path) -> None:
+def test_stop_fork_loop_in_cgroup(tmp_path: Path, going: Path) -> None:
     with (
         own_cgroup() as place,
         Supervisor(tmp_path / "supervisor", PROCEDURES, kill_grace=0.3, cgroup=str(place)) as supervisor,
     ):
         for procedure in ("hops", "hops_and_dies"):
-            with supervisor.call_resumable(procedure, str(stop), True) as call:
+            with supervisor.call_resumable(procedure, str(going), True) as call:
                 started(supervisor, call)
                 wait_until(lambda: lives(call.id), DEADLINE, "the first hop")
                 call.send({"stop": {"why": "cancelled"}})
@@ -266,9 +268,9 @@ def test_survivors_of_discarded_call_stay_recorded(tmp_path: Path) -> None:
             wait_until(lambda: not read_entries(supervisor.runtime_directory), DEADLINE, "the entry gone")
 
 
-def test_shutdown_kills_calls_whose_termination_is_late(tmp_path: Path) -> None:
+def test_shutdown_kills_calls_whose_termination_is_late(tmp_path: Path, going: Path) -> None:
     supervisor = Supervisor(tmp_path / "supervisor", PROCEDURES, kill_grace=DEADLINE).start()
-    with supervisor.call_resumable("hops", str(tmp_path / "stop"), False) as call:
+    with supervisor.call_resumable("hops", str(going), False) as call:
         group = os.getpgid(started(supervisor, call))
         wait_until(lambda: members(group) > 1, DEADLINE, "the process that hops")
         call.send({"stop": {"why": "cancelled"}})

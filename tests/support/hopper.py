@@ -16,13 +16,13 @@ from support.deadline import wait_until
 
 __all__ = ["HOP", "group_lives", "hopping", "is_hopper"]
 
-#: The code of the loop, for the text of a procedures file: it continues until the file `stop` exists.
+#: The code of the loop, for the text of a procedures file: it continues as long as the file `going` exists.
 HOP = """
 import os, signal
 
-def hop(stop, session=False):
+def hop(going, session=False):
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    while not os.path.exists(stop):
+    while os.path.exists(going):
         if os.fork():
             os._exit(0)
         if session:
@@ -37,24 +37,25 @@ def hopping(directory: Path, session: bool = False, **environment: str) -> Itera
     """Run a fork loop, and stop it.
 
     Args:
-        directory: where the file is made that ends it.
+        directory: where the file is made whose removal ends it.
         session: whether it has a new session after each hop.
         environment: its environment.
 
     Yields:
         its process group, if it keeps it.
     """
-    stop = directory / f"stop-{uuid.uuid4().hex}"
+    going = directory / f"going-{uuid.uuid4().hex}"
+    going.touch()
     kind = "session" if session else "group"
     reading, writing = os.pipe()  # open until the last process of the loop has ended
     try:
-        command = [sys.executable, "-c", _PROGRAM, str(stop), kind]
+        command = [sys.executable, "-c", _PROGRAM, str(going), kind]
         process = subprocess.Popen(command, env=environment, pass_fds=(writing,))
         os.close(writing)
         wait_until(lambda: process.poll() is not None, what="the first hop")
         yield process.pid
     finally:
-        stop.touch()
+        going.unlink()
         os.read(reading, 1)
         os.close(reading)
 
