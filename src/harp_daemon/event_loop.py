@@ -51,6 +51,8 @@ _SWITCH_INTERVAL = 0.0005
 #: Seconds in which a thread with a long line lets other threads begin, after each step, and for which it waits at most
 #: until they have ended: a loop that is always busy must not stop it.
 _PAUSE, _MAX_WAIT = 0.00005, 0.005
+#: Seconds after urgent work in which the pauses are longer: as long as so many steps of at most so many seconds.
+_SHARED_FOR, _PAUSES, _MAX_STEP = 0.1, 2.0, 0.001
 
 
 class Turns:
@@ -99,6 +101,7 @@ class UrgentWork:
 
     _present: ClassVar[set[UrgentWork]] = set()
     _ended = threading.Event()  # set when there is none, for the thread that waits
+    _resumed_at = _seen_at = 0.0  # monotonic times at which that thread continued, and last saw urgent work
 
     def begin(self) -> None:
         """Begin urgent work."""
@@ -113,12 +116,16 @@ class UrgentWork:
     @classmethod
     def let_pass(cls) -> None:
         """Let other threads begin urgent work, and wait until it has ended, for at most `_MAX_WAIT` seconds."""
-        time.sleep(_PAUSE)
+        now = time.monotonic()
+        is_shared = now - cls._seen_at < _SHARED_FOR
+        time.sleep(max(_PAUSE, _PAUSES * min(now - cls._resumed_at, _MAX_STEP)) if is_shared else _PAUSE)
         if cls._present:
+            cls._seen_at = now
             cls._ended.clear()
             if cls._present:
                 cls._ended.wait(_MAX_WAIT)
             cls._ended.set()
+        cls._resumed_at = time.monotonic()
 
 
 class _Selector(selectors.DefaultSelector):

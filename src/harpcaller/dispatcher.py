@@ -416,12 +416,14 @@ class Dispatcher:
         """
         stop_request, cancelled = self._cancelled_by(client, principal), 0
         while True:
+            began = time.monotonic()
             jobs = await self.store.cancel_queue(queue, self._wall(), stop_request, limit=_CANCEL_STEP)
             await self._report_cancelled([job_id for job_id, _ in jobs], principal)
             await asyncio.gather(*(self._stop_cancelled(job_id, before, client) for job_id, before in jobs))
             cancelled += len(jobs)
             if len(jobs) < _CANCEL_STEP:
                 return cancelled
+            await asyncio.sleep(self.store.find_pause(time.monotonic() - began))
 
     async def wait_stopped(self, job_id: str) -> JobDetails:
         """Wait until a job has ended and its stop is not pending; return its details. Raises `UnknownJob`."""

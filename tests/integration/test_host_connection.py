@@ -205,6 +205,33 @@ async def test_host_that_floods_does_not_delay_other_hosts(tmp_path: Path, line:
     assert max(received) <= 2 * most
 
 
+async def test_host_that_floods_pauses_when_it_is_told_to(tmp_path: Path) -> None:
+    """Between two pauses, the records of one turn are received; what it has used is more than nothing, and bounded."""
+    count, used = 10_000, []
+    received: list[int] = []
+
+    def find_pause(seconds: float) -> float:
+        used.append(seconds)
+        received.append(len(collector.records))
+        return 0.001
+
+    def script(conn: PeerConnection) -> None:
+        conn.expect()
+        conn.reply(STREAMING)
+        conn.send(b"".join(b'{"stream":%d}\n' % number for number in range(count)))
+        conn.until_closed()
+
+    collector = Collector()
+    async with connected(tmp_path, script) as (conn, _):
+        conn.find_pause = find_pause
+        conn.send_request(START, Phase.SENT, collector)
+        await eventually(lambda: len(collector.records) == count, what="all records")
+    assert collector.records == [b"%d" % number for number in range(count)]
+    assert len(used) > 1
+    assert all(0 < seconds <= 0.01 for seconds in used)
+    assert max(after - before for before, after in pairwise([0, *received])) <= 2000
+
+
 @pytest.mark.parametrize("close", [False, True])
 async def test_long_request_arrives_before_later_commands(tmp_path: Path, close: bool) -> None:
     """A long request is written in several turns."""

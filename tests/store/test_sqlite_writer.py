@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from harp.protocol.json_text import Raw
 from harpcaller.model.jobs import State
 from harpcaller.store.sqlite import FILE_NAME, open_store
+from harpcaller.store.sqlite import writer as writer_module
 from harpcaller.store.sqlite.file import LOG_BYTES, connect
 from harpcaller.store.sqlite.staging import STEP_JOBS, encode_jobs
 from harpcaller.store.sqlite.writer import Writer
@@ -96,6 +103,95 @@ async def test_claim_is_committed_with_the_long_job_before_it(tmp_path: Path) ->
     store = await open_store(tmp_path)
     assert (await store.get_job(job.id)).state is State.RUNNING
     await store.close()
+
+
+def begun(directory: Path, monkeypatch: pytest.MonkeyPatch, pauses: float) -> tuple[Writer, list[tuple[float, str]]]:
+    """Return a writer whose floods pause so many times as long as they work, and its statements with their times.
+
+    Whoever has submitted two jobs counts as present for ever, because the machine may be slow.
+    """
+    monkeypatch.setattr(writer_module, "_PAUSES", pauses)
+    monkeypatch.setattr(writer_module, "_SHARED_FOR", 1e9)
+    statements: list[tuple[float, str]] = []
+    connection = connect(directory / FILE_NAME)
+    connection.set_trace_callback(lambda statement: statements.append((time.monotonic(), statement)))
+    return Writer(directory / FILE_NAME, connection, asyncio.get_running_loop()), statements
+
+
+@asynccontextmanager
+async def stopped(writer: Writer) -> AsyncIterator[None]:
+    try:
+        yield
+    finally:
+        writer.stop()
+        await asyncio.to_thread(writer.join)
+
+
+async def submit(writer: Writer, count: int) -> None:
+    for _ in range(count):
+        await writer.run(Writes.add_job, False, (new_job(host="web02"), 1.0), {})
+
+
+@pytest.mark.parametrize("kind", ["records", "arguments", "jobs"])
+async def test_flood_pauses_while_others_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """After each of its commits, others have three times as long."""
+    job_id, *_ = await running_jobs(tmp_path)
+    steps = [[new_job(host="web02") for _ in range(STEP_JOBS)] for _ in range(4)]
+    floods: dict[str, list[tuple[Any, ...]]] = {
+        "records": [(Writes.append_records, job_id, number, records([LONG])) for number in range(4)],
+        "arguments": [(Writes.add_job, new_job(host="web02", arguments=Raw(b"[%b]" % LONG)), 1.0) for _ in range(4)],
+        "jobs": [(Writes.insert_staged, step, jobs, 1.0) for step, jobs in enumerate(steps, 1)],
+    }
+    writer, statements = begun(tmp_path, monkeypatch, 3.0)
+    async with stopped(writer):
+        await writer.run(Writes.stage_jobs, False, ([*map(encode_jobs, steps)], [], 1.0), {})
+        await submit(writer, 2)
+        del statements[:]
+        for verb, *arguments in floods[kind]:
+            await writer.run(verb, False, arguments, {})
+    begins = [at for at, statement in statements if statement == "BEGIN IMMEDIATE"]
+    commits = [at for at, statement in statements if statement == "COMMIT"]
+    assert len(begins) == len(commits) == 4
+    for begin, commit, next_begin in zip(begins, commits, begins[1:], strict=False):
+        assert next_begin - commit >= 3.0 * (commit - begin)
+
+
+async def test_short_writes_do_not_wait_for_the_pause_of_a_flood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pause ends when the writer stops: all that was accepted is stored."""
+    first, second, *_ = await running_jobs(tmp_path)
+    writer, _ = begun(tmp_path, monkeypatch, 1e9)
+    async with stopped(writer):
+        await submit(writer, 2)
+        await writer.run(Writes.append_records, False, (second, 0, records([LONG])), {})
+        waiting = writer.run(Writes.append_records, False, (second, 1, records([LONG])), {})
+        for number in range(20):
+            await writer.run(Writes.append_records, False, (first, number, records([b"1"])), {})
+        assert not waiting.done()
+    assert await waiting
+
+
+async def test_flood_alone_does_not_pause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it consists of, and what comes of it, is not the work of others."""
+    first, second, *others = await running_jobs(tmp_path)
+    writer, _ = begun(tmp_path, monkeypatch, 1e9)
+    async with stopped(writer):
+        await submit(writer, 1)
+        for number, other in zip(range(4), others, strict=False):
+            await writer.run(Writes.append_records, False, (first, number, records([LONG])), {})
+            await writer.run(Writes.append_records, False, (second, number, records([b"1"])), {})
+            await writer.run(Writes.cancel_queue, False, (Raw(b"1"), 1.0, b"{}"), {"limit": 100})
+            await writer.run(Writes.finish_job, False, (other, ENDS[State.RETURNED], 3.0), {})
+            await writer.run(Writes.claim_jobs, True, (5.0, 10, 1000), {})
+        assert writer.find_pause(1.0) == 0
+        await submit(writer, 1)
+        assert writer.find_pause(1e-9) == 1.0
+        assert writer.find_pause(1.0) == writer.find_pause(2.0), "the pause after a slow step is bounded"
+        monkeypatch.setattr(writer_module, "_SHARED_FOR", 0.0)
+        assert writer.find_pause(1.0) == 0
+        await submit(writer, 3)
+        assert writer.find_pause(1.0) == 0, "they do not submit often"
 
 
 async def test_log_is_copied_without_a_commit(tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ class Switched:
 
     def __getattr__(self, name: str) -> Any:
         verb = getattr(self._store, name)
-        if name == "path":
+        if name in ("path", "find_pause"):
             return verb
 
         async def switched(*arguments: Any, **options: Any) -> Any:

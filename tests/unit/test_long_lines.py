@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -192,6 +193,33 @@ def test_long_line_waits_for_a_turn_of_the_loop() -> None:
         return await decoding
 
     assert run(decode()) == b"x"
+
+
+async def test_long_line_leaves_time_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After urgent work, its pauses are twice as long as its steps; they are short where nobody else works."""
+    monkeypatch.setattr(event_loop, "_PAUSE", short := 0.00001)
+    monkeypatch.setattr(event_loop, "_MAX_STEP", 60)
+    monkeypatch.setattr(event_loop, "_MAX_WAIT", 0.001)
+    monkeypatch.setattr(UrgentWork, "_seen_at", float("-inf"))
+    pauses: list[float] = []
+
+    def work_in_steps(_: bytes) -> list[float]:
+        pauses.clear()
+        for _step in range(4):
+            threading.Event().wait(0.01)  # a step
+            json_pieces.between_pieces()
+        return pauses.copy()
+
+    urgent = UrgentWork()
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    assert set(await run_in_turn(work_in_steps, b"x")) == {short}
+    urgent.begin()
+    await run_in_turn(work_in_steps, b"x")
+    urgent.end()
+    monkeypatch.setattr(event_loop, "_SHARED_FOR", 1e9)
+    assert min(await run_in_turn(work_in_steps, b"x")) >= 0.02
+    monkeypatch.setattr(event_loop, "_SHARED_FOR", 0.0)
+    assert set(await run_in_turn(work_in_steps, b"x")) == {short}
 
 
 async def test_long_line_does_not_wait_for_ever() -> None:

@@ -45,6 +45,7 @@ from harpcaller.secret_arguments import mask_message, mask_records
 PAST_END = 2**53  #: A record number above all others. An attach with it is refused with the number of the next record.
 
 _MAX_TURN_LINES = 1000  #: Maximum number of records that are delivered in one turn of the event loop.
+_MAX_TURN_SECONDS = 0.01  #: Most CPU seconds that count as used for the records of one turn: others use it, too.
 _SINGLE_LINE_COST = 30  #: The number of adjacent records that need as much time as one line that is decoded singly.
 #: Maximum bytes times masked texts of what is masked in the event loop: 1 ms.
 _MAX_MASKING = 3_000_000
@@ -57,6 +58,10 @@ _begins_as_heartbeat = methodcaller("startswith", b'{"heartbeat":')
 _MAX_UNSENT_BYTES = 64 * 1024  #: Maximum bytes of commands that the host has not read.
 _COMMAND_DELAY = 0.03  #: Maximum seconds for which the last command of a call waits for the next request.
 _MAX_QUEUED = 64  #: Maximum number of messages in a `MessageQueue`; above it, its connection is not read.
+
+
+def _never(seconds: float) -> float:
+    return 0.0
 
 
 def _is_record(line: bytes | LongLine) -> bool:
@@ -106,6 +111,9 @@ class HarpdConnection(asyncio.Protocol):
         self._peer_time = 0.0  # the latest time of the host, which the next heartbeat echoes
         self._heartbeat_sent_at: float | None = None  # monotonic time of a heartbeat without a reply
         self.on_round_trip: Callable[[float], None] | None = None  #: Is called with the seconds to a heartbeat's reply.
+        #: Returns for how many seconds a host pauses that has used so many of the processor; see `Store.find_pause`.
+        self.find_pause: Callable[[float], float] = _never
+        self._used = 0.0  # CPU seconds of this process at the last pause
         self._reused_unanswered = False
         self._acknowledgement: tuple[bytes, Message] | None = None  # of the last call; most calls receive the same line
         self.is_paused = False  #: Whether the receiver has paused reading.
@@ -272,7 +280,7 @@ class HarpdConnection(asyncio.Protocol):
             if room <= 0:
                 self._unread = lines[at:]
                 self._suspend()
-                asyncio.get_running_loop().call_soon(self._next_turn)
+                self._pause()
                 return
             line = lines[at]
             is_long = isinstance(line, LongLine) or len(line) > LONG_LINE
@@ -351,6 +359,12 @@ class HarpdConnection(asyncio.Protocol):
     def _suspend(self) -> None:
         self._suspended = True
         self._update_reading()
+
+    def _pause(self) -> None:
+        """Have the next turn, after a pause if there are others: a flood keeps this process busy until it is stored."""
+        used, self._used = self._used, time.process_time()
+        seconds = self.find_pause(min(self._used - used, _MAX_TURN_SECONDS))
+        asyncio.get_running_loop().call_later(seconds, self._next_turn)
 
     def _next_turn(self) -> None:
         self._suspended = False

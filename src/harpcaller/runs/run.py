@@ -330,6 +330,7 @@ class Run:
         self._phase = RunPhase.SENT
         self._stop_sent = False
         self._deadlines.on_request_sent(reattach=self.outage is not None)
+        conn.find_pause = self._context.store.find_pause
         conn.send_request(line, exchange, self, self._arguments.texts)
         self._set_timer(self._deadlines.next_deadline(self.has_ended))
 

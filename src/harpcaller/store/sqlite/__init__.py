@@ -192,6 +192,10 @@ class Store:
         """Monotonic time of the last commit; infinite and negative before the first one."""
         return self._writer.committed_at
 
+    def find_pause(self, seconds: float) -> float:
+        """Return for how many seconds a flood pauses after it has used `seconds`: 0 if nobody else submits jobs."""
+        return self._writer.find_pause(seconds)
+
     def observe(self, observer: Callable[[Sequence[Change]], object]) -> Callable[[], None]:
         """Call a function after each later commit with the changes of jobs in it; return a function that ends it.
 

@@ -7,7 +7,8 @@ that only the failed member has no effect. A refusal, which clients can cause, i
 continues. If the commit fails, for example because the disk is full, all members get the error.
 
 Long payloads are written separately. Verbs with more than `_LONG_BYTES`, such as the records of fast streams, alternate
-with all others, about `_BATCH_BYTES` at a time. A short verb therefore waits for at most one such batch.
+with all others, about `_BATCH_BYTES` at a time. A short verb therefore waits for at most one such batch. After it, long
+ones pause if others are present: see `find_pause`.
 
 Another thread copies the log into the file, see `checkpoints`. The writer copies the rest between two transactions.
 
@@ -33,7 +34,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from operator import attrgetter
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, TypeVar
 
 from harp_daemon.event_loop import UrgentWork
@@ -52,8 +53,12 @@ T = TypeVar("T")
 
 _MAX_MEMBERS = 500  # Limit of a batch, so that its first member does not wait for an unlimited number of others.
 _LONG_BYTES = 64 * 1024  # The verbs that are called in the same turns are long if their payloads have more bytes.
+_SHORT_BYTES = 4 * 1024  # A verb of less is no part of a flood.
 _BATCH_BYTES = 256 * 1024  # A batch of long verbs ends when their payloads have this size.
 _SEPARATE = Writes.append_records, Writes.insert_staged
+_SHARED_FOR = 0.5  # Seconds between two submissions, and after them, in which floods share the daemon with others.
+_PAUSES = 3.0  # The pauses of a flood, compared with the time that it uses.
+_MAX_USED = 0.05  # Most seconds of one step that count: the disk may be slow.
 
 
 class _Member(NamedTuple):
@@ -92,6 +97,11 @@ class Writer:
         self._short: deque[Sequence[_Member]] = deque()
         self._long: deque[tuple[Sequence[_Member], int]] = deque()
         self._long_is_next = self._ending = False
+        self._is_long = False  # of the batch
+        self._long_at = 0.0  # monotonic time at which the next long batch may begin
+        # Monotonic times of the last submission of a job, and of the last one that followed another one soon: a single
+        # one may be that of the flood.
+        self._submitted_at = self._others_at = float("-inf")
         self._observers: list[Callable[[Sequence[Change]], object]] = []
         self._committed: list[Change] = []  # the changes of the last batch
         #: Called in the thread before each transaction.
@@ -128,6 +138,13 @@ class Writer:
         self._writes.is_observed = True
         return end
 
+    def find_pause(self, seconds: float) -> float:
+        """Return for how many seconds a flood pauses after it has used `seconds`: 0 if nobody else submits jobs.
+
+        So it leaves most of the time to others. Otherwise each of their steps would wait for a step of the flood.
+        """
+        return _PAUSES * min(seconds, _MAX_USED) if time.monotonic() - self._others_at < _SHARED_FOR else 0.0
+
     def _notify_observers(self, changes: Sequence[Change]) -> None:
         for observer in self._observers.copy():
             try:
@@ -157,11 +174,19 @@ class Writer:
                 urgent.begin()
                 batch.sort(key=attrgetter("last"))
                 self.before_commit()
+                began_at = time.monotonic()
                 outcomes = self._commit(batch)
                 for index, (member, outcome) in enumerate(zip(batch, outcomes, strict=True)):
                     if isinstance(outcome, StorageError) and member.verb in PRUNING:
                         with self._checkpointer.copying:
                             outcomes[index] = self._commit_with_reserve(member)
+                now = time.monotonic()
+                if self._is_long:
+                    self._long_at = now + self.find_pause(now - began_at)
+                elif any(member.verb is Writes.add_job for member in batch):
+                    if now - self._submitted_at < _SHARED_FOR:
+                        self._others_at = now
+                    self._submitted_at = now
                 changes, self._committed = self._committed, []
                 # The loop may be closed when the program ends without closing the store.
                 with suppress(RuntimeError):
@@ -174,14 +199,18 @@ class Writer:
 
     def _next_batch(self) -> list[_Member]:
         """Wait for members; return groups of short and of long verbs alternately. An empty list ends the thread."""
-        while not (self._ending or (self._queue.empty() and (self._short or self._long))):
-            members = self._queue.get()
+        while not (self._ending or (self._queue.empty() and (self._short or self._is_long_due()))):
+            try:
+                members = self._queue.get(timeout=max(0.0, self._long_at - time.monotonic()) if self._long else None)
+            except Empty:
+                continue
             if members:
                 self._add_called(members)
             else:
                 self._ending = True
         batch: list[_Member] = []
-        if self._short and not (self._long and self._long_is_next):
+        self._is_long = not self._short or (self._long_is_next and self._is_long_due())
+        if not self._is_long:
             self._long_is_next = True
             while self._short and len(batch) < _MAX_MEMBERS:
                 batch += self._short.popleft()
@@ -194,16 +223,21 @@ class Writer:
             room -= size
         return batch
 
+    def _is_long_due(self) -> bool:
+        return bool(self._long) and time.monotonic() >= self._long_at
+
     def _add_called(self, members: Sequence[_Member]) -> None:
         """Add the verbs that were called in the same turns. A claim stays in the group of the jobs that it starts.
 
-        The verbs of `_SEPARATE`, of which floods consist, are separated from others that were called with them.
+        The verbs of `_SEPARATE`, of which floods consist, are separated from others that were called with them, also
+        from the few records of other jobs.
         """
         if sum(map(_size_of, members)) <= _LONG_BYTES:
             self._short.append(members)
             return
-        self._long += [((member,), member.size) for member in members if member.verb in _SEPARATE]
-        if others := [member for member in members if member.verb not in _SEPARATE]:
+        floods = [member for member in members if member.verb in _SEPARATE and member.size > _SHORT_BYTES]
+        self._long += [((member,), member.size) for member in floods]
+        if others := [member for member in members if member.verb not in _SEPARATE or member.size <= _SHORT_BYTES]:
             size = sum(map(_size_of, others))
             if size > _LONG_BYTES:
                 self._long.append((others, size))
