@@ -30,6 +30,7 @@ from harp.protocol.lines import LongLine
 from harp.protocol.schema import ProtocolError
 from harp_daemon import json_pieces, logs
 from harp_daemon.process import tune_memory
+from harp_daemon.time_slices import take_short_slices
 
 A = TypeVar("A")
 T = TypeVar("T")
@@ -170,6 +171,7 @@ json_pieces.between_pieces = _between_pieces
 def run(main: Coroutine[Any, Any, T]) -> T:
     """Run the coroutine of a daemon to its end and return its result."""
     tune_memory(_RETAINED_BYTES, _MAPPED_BYTES)
+    take_short_slices()
     asyncio.sslproto.SSLProtocol = _SSLProtocol  # type: ignore[misc]  # the loop creates one for each connection
     sys.setswitchinterval(_SWITCH_INTERVAL)
     try:

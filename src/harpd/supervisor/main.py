@@ -79,6 +79,7 @@ from harp_daemon import logs
 from harp_daemon.audit import AuditError
 from harp_daemon.process import tune_memory
 from harp_daemon.secret_values import texts_at
+from harp_daemon.time_slices import take_short_slices
 from harpd.auth.rights import UserRights
 from harpd.supervisor.call import Call, CallContext, StopReason
 from harpd.supervisor.dynamic_uids import NoFreeUid
@@ -555,6 +556,7 @@ def main() -> NoReturn:
         signal.signal(number, signal.SIG_IGN)
     os.set_inheritable(lifeline, False)
     tune_memory(_RETAINED_BYTES, _MAPPED_BYTES)
+    take_short_slices()
     loop = EventLoop()
     logs.write_per_turn(loop.call_soon)
     defaults = {  # for a launcher of an earlier version

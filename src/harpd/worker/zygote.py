@@ -47,6 +47,7 @@ from os import fork  # not the one of `AdoptedChildren`, which records children
 
 from harp import __version__
 from harp.protocol.json_text import encode_value, loads
+from harp_daemon.time_slices import take_usual_slices
 from harpd.proc import DYNAMIC_UID
 from harpd.processes.cookie import EnvCookie
 from harpd.processes.prctl import become_subreaper, die_with_parent
@@ -205,6 +206,7 @@ def main() -> NoReturn:
     """Run the zygote."""
     descriptor, supervisor = map(int, sys.argv[1:3])
     enter_surroundings()
+    take_usual_slices()
     os.environ.pop("LD_BIND_NOW", None)  # set in this process only
     _ignore_signals()
     sys.setrecursionlimit(10_000)  # each level of a nested payload needs one frame or more
