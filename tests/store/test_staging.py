@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def many(**attributes: Any) -> list[NewJob]:
 
 
 async def stored_ids(store: Store) -> list[str]:
-    return [job.id for _, job in await store.list_jobs(ended=True)]
+    return [job.id for _, job in await store.list_jobs(ended=True, limit=10_000)]
 
 
 def test_staged_jobs_are_decoded_unchanged() -> None:
@@ -213,3 +214,82 @@ async def test_closing_ends_the_repetition(reopen: Reopen) -> None:
         await adding
     store = await reopen()
     assert len(await stored_ids(store)) in (0, MANY), "all or none"
+
+
+LARGE = 25 * STEP_JOBS
+KILLED_WHILE_STAGING = """
+import asyncio, os, signal, sys
+from pathlib import Path
+from harpcaller.store.sqlite import open_store
+from support.jobs import new_job
+
+async def main(directory, count, commits):
+    store = await open_store(Path(directory))
+    def before_commit():
+        nonlocal commits
+        commits -= 1
+        if commits < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+    store.call_before_commits(before_commit)
+    await store.add_jobs([new_job(arguments=b"[%d]" % n) for n in range(count)], 2.0)
+
+asyncio.run(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
+"""
+
+
+@pytest.mark.parametrize("commits", range(6))
+async def test_crash_between_the_parts_stores_all_jobs_or_none(reopen: Reopen, tmp_path: Path, commits: int) -> None:
+    """All are stored as soon as the last of four parts is committed."""
+    command = [sys.executable, "-c", KILLED_WHILE_STAGING, str(tmp_path / "store"), str(LARGE), str(commits)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    killed = await asyncio.to_thread(subprocess.run, command, check=False, env=environment, timeout=60)
+    assert killed.returncode == -9
+    expected = LARGE if commits >= 4 else 0
+    copy = tmp_path / "copy"
+    await asyncio.to_thread(backup.back_up, tmp_path / "store" / "harpcaller.sqlite", copy)
+    (tmp_path / "restored").mkdir()
+    assert backup.restore(copy, tmp_path / "restored", "cancel", time.time()) == expected
+    store = await reopen()
+    assert len(await stored_ids(store)) == expected
+    assert staged_rows(store) == 0
+
+
+async def test_parts_are_committed_between_the_writes_of_others(store: Store) -> None:
+    commits: list[int] = []
+    store.call_before_commits(lambda: commits.append(staged_rows(store)))
+    await store.add_jobs([new_job() for _ in range(LARGE)], 2.0)
+    assert 0 == commits[0] < commits[1] < commits[2] < commits[3] < commits[4] == LARGE / STEP_JOBS
+
+
+async def test_failed_part_stores_nothing(store: Store) -> None:
+    """Another program locks the file for longer than the writer waits, after the first part."""
+    transactions = 0
+
+    def before_commit() -> None:
+        nonlocal transactions
+        transactions += 1
+        if transactions == 2:
+            other.execute("BEGIN IMMEDIATE")
+        elif transactions == 3:
+            other.execute("ROLLBACK")
+
+    other = sqlite3.connect(store.path, isolation_level=None, check_same_thread=False)
+    store.call_before_commits(before_commit)
+    with pytest.raises(StorageError, match="locked"):
+        await store.add_jobs([new_job() for _ in range(LARGE)], 2.0)
+    other.close()
+    assert staged_rows(store) == 0
+    assert await stored_ids(store) == []
+    assert len(await store.add_jobs([new_job() for _ in range(LARGE)], 3.0)) == LARGE
+
+
+async def test_limit_is_checked_when_all_parts_are_written(store: Store) -> None:
+    with pytest.raises(LimitReached):
+        await store.add_jobs([new_job(owner="token:a", max_queued=LARGE - 1) for _ in range(LARGE)], 2.0)
+    assert staged_rows(store) == 0
+    assert await stored_ids(store) == []
+
+
+def staged_rows(store: Store) -> int:
+    with closing(sqlite3.connect(store.path)) as file:
+        return int(file.execute("SELECT count(*) FROM staged_jobs").fetchone()[0])

@@ -26,7 +26,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from functools import partial, wraps
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -38,12 +38,12 @@ from harp_daemon.outcome import Outcome
 from harpcaller.model.changes import Change
 from harpcaller.model.job_filters import JobFilter
 from harpcaller.model.jobs import JobDetails, NewJob, Subject
-from harpcaller.store import StorageError, UnknownJob
+from harpcaller.store import LimitReached, StorageError, UnknownJob
 from harpcaller.store.measurements import StoreMeasurements
 from harpcaller.store.sqlite import counting, reads, searches
 from harpcaller.store.sqlite.checkpoints import copy_log
 from harpcaller.store.sqlite.file import FILE_NAME, connect, lock, prepare, storage_errors
-from harpcaller.store.sqlite.staging import STEP_JOBS, check_calls, encode_jobs, split
+from harpcaller.store.sqlite.staging import STEP_JOBS, check_calls, encode_jobs, join_rows, split
 from harpcaller.store.sqlite.writer import Writer
 from harpcaller.store.sqlite.writes import Writes, insert_staged_jobs
 
@@ -169,7 +169,9 @@ class Store:
     _add_job = _writes(Writes.add_job)
     _add_jobs = _writes(Writes.add_jobs)
     _check_request_ids = _writes(Writes.check_request_ids)
+    _stage_part = _writes(Writes.stage_part)
     _stage_jobs = _writes(Writes.stage_jobs)
+    _discard_staged_parts = _writes(Writes.discard_staged_parts)
     _insert_staged = _writes(Writes.insert_staged)
     _delete_jobs = _writes(Writes.delete_jobs)
     _delete_orphaned_records = _writes(Writes.delete_orphaned_records)
@@ -254,7 +256,7 @@ class Store:
             for part in parts:
                 rows.append(encode_jobs(part))
                 await asyncio.sleep(0)
-            steps = await self._stage_jobs(rows, limited, now)
+            steps = await self._stage(rows, limited, now)
             if limited:  # they are checked
                 parts = [[replace(job, max_queued=None) for job in part] for part in parts]
             ids: list[str] = []
@@ -265,6 +267,20 @@ class Store:
         finally:
             self._staged_ids = frozenset()
             self._staged_owners = frozenset()
+
+    async def _stage(self, rows: Sequence[bytes], limited: Sequence[NewJob], now: float) -> list[int]:
+        """Store the rows, all or none, in several transactions; return the numbers of their steps."""
+        *parts, last = join_rows(rows)
+        steps: list[int] = []
+        try:
+            for part in parts:
+                steps += await self._stage_part(part)
+            return steps + await self._stage_jobs(last, limited, now, steps)
+        except (StorageError, LimitReached):
+            if steps:
+                with suppress(StorageError):  # they are also deleted when the store is opened
+                    await self._discard_staged_parts()
+            raise
 
     async def _insert_step(self, step: int, jobs: Sequence[NewJob], now: float) -> list[str]:
         while True:

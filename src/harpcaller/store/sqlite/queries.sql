@@ -64,6 +64,12 @@ INSERT INTO staged_jobs (submitted, jobs) VALUES (?, ?) RETURNING step;
 -- name: staged_jobs
 SELECT step, submitted, jobs FROM staged_jobs ORDER BY step;
 
+-- name: complete_staged_jobs
+UPDATE staged_jobs SET submitted = ? WHERE step = ?;
+
+-- name: discard_staged_parts
+DELETE FROM staged_jobs WHERE submitted < 0;
+
 -- name: unstage_jobs
 DELETE FROM staged_jobs WHERE step = ?;
 

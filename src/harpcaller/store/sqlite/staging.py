@@ -1,10 +1,10 @@
 """Staging: many jobs of one request are stored all or none, without a transaction that others wait for.
 
 Theory of operation. Inserting a job costs about 11 us, mostly for indexes; 10,000 in one transaction would delay the
-writes of all others by 110 ms. So the jobs are first written as a few long rows, without indexes, in one transaction:
-from then on they are stored. Then each row is replaced by its jobs, in a short transaction, between those of others.
-The first jobs may start before the last are inserted. A store that is opened inserts the jobs that were staged when a
-dispatcher died.
+writes of all others by 110 ms. So the jobs are first written as a few long rows, without indexes, in parts of about
+`_PART_BYTES`. The transaction of the last part stores them all. Then each row is replaced by its jobs, in a short
+transaction, between those of others. The first jobs may start before the last are inserted. A store that is opened
+inserts the jobs that were staged when a dispatcher died, and deletes parts without the last one.
 """
 
 from __future__ import annotations
@@ -24,12 +24,26 @@ from harpcaller.store import RequestIDReused
 
 STEP_JOBS = 100  #: Jobs of one row, and so of one transaction.
 
+_PART_BYTES = 256 * 1024  #: Bytes of a part, without its last row.
 _TEXTS = ("arguments", "queue", "info")  # the attributes that are `Raw`
 
 
 def split(jobs: Sequence[NewJob]) -> list[Sequence[NewJob]]:
     """Return the jobs in steps of at most `STEP_JOBS`."""
     return [jobs[first : first + STEP_JOBS] for first in range(0, len(jobs), STEP_JOBS)]
+
+
+def join_rows(rows: Sequence[bytes]) -> list[list[bytes]]:
+    """Return the rows in parts, each for one transaction."""
+    parts: list[list[bytes]] = [[]]
+    size = 0
+    for row in rows:
+        if size >= _PART_BYTES:
+            parts.append([])
+            size = 0
+        parts[-1].append(row)
+        size += len(row)
+    return parts
 
 
 def check_calls(jobs: Sequence[NewJob], calls: dict[tuple[str, str], tuple[str, bytes]]) -> None:

@@ -59,6 +59,7 @@ _GROWING_CHUNK_BYTES = 2048
 _MAX_CHUNK_BYTES = 65536  # A chunk of this size gets no further record.
 _ROWS = 64  # Maximum number of rows in one statement. More rows are hardly cheaper, and SQLite limits the parameters.
 _JOB_BYTES = 200  # Approximate bytes of a job without its arguments.
+_INCOMPLETE = -1.5  # The time of submission of staged jobs that are not stored yet; as long in the file as another.
 _STEP_PAYLOAD = 256 * 1024  # A step of staged jobs takes at least as long as records of so many bytes.
 # Approximate limits of one step of pruning.
 _STEP_JOBS = 100
@@ -269,13 +270,27 @@ class Writes:
         """
         return set(self._find_submitted_before(jobs))
 
-    def stage_jobs(self, rows: Sequence[bytes], limited: Sequence[NewJob], now: float) -> list[int]:
-        """Store jobs that `staging.encode_jobs` encoded, all or none; return the numbers of their steps.
+    def stage_part(self, rows: Sequence[bytes]) -> list[int]:
+        """Write jobs that `staging.encode_jobs` encoded; return the numbers of their steps. They are not stored yet."""
+        return self._stage(rows, _INCOMPLETE)
 
-        `limited` are those of them with a limit of queued jobs. Raises `LimitReached`.
+    def stage_jobs(
+        self, rows: Sequence[bytes], limited: Sequence[NewJob], now: float, parts: Sequence[int] = ()
+    ) -> list[int]:
+        """Store the last jobs of a request with those of its earlier parts; return the numbers of the new steps.
+
+        `limited` are those of all jobs with a limit of queued jobs. Raises `LimitReached`.
         """
         self._check_queued(limited)
-        return [self.db.execute(QUERIES["stage_jobs"], (now, row)).fetchone()[0] for row in rows]
+        self._execute_guarded(QUERIES["complete_staged_jobs"], [(now, step) for step in parts])
+        return self._stage(rows, now)
+
+    def discard_staged_parts(self) -> None:
+        """Delete the parts of a request whose last part was not stored."""
+        self.db.execute(QUERIES["discard_staged_parts"])
+
+    def _stage(self, rows: Sequence[bytes], submitted: float) -> list[int]:
+        return [self.db.execute(QUERIES["stage_jobs"], (submitted, row)).fetchone()[0] for row in rows]
 
     def insert_staged(self, step: int, jobs: Sequence[NewJob], now: float) -> list[str]:
         """Insert the jobs of a step instead of its row; return their ids as `add_jobs` does."""
@@ -637,6 +652,7 @@ class Writes:
 
 def insert_staged_jobs(db: sqlite3.Connection) -> None:
     """Insert all staged jobs: those of a request that a crash has interrupted. In one transaction."""
+    db.execute(QUERIES["discard_staged_parts"])
     rows = db.execute(QUERIES["staged_jobs"]).fetchall()
     if not rows:
         return
@@ -662,7 +678,8 @@ def _count_bytes(jobs: Sequence[NewJob]) -> int:
 PAYLOAD_BYTES: dict[Callable[..., Any], Callable[..., int]] = {
     Writes.add_job: lambda job, now: len(job.arguments),
     Writes.add_jobs: lambda jobs, now: _count_bytes(jobs),
-    Writes.stage_jobs: lambda rows, limited, now: sum(map(len, rows)),
+    Writes.stage_part: lambda rows: sum(map(len, rows)),
+    Writes.stage_jobs: lambda rows, limited, now, parts=(): sum(map(len, rows)),
     Writes.insert_staged: lambda step, jobs, now: max(_STEP_PAYLOAD, _count_bytes(jobs)),
     Writes.append_records: lambda job_id, first, records: sum(map(len, records.values)) + PACKET_BYTES * len(records),
     Writes.finish_job: _end_bytes,
