@@ -525,6 +525,7 @@ def test_followers_that_do_not_read_delay_no_other(
     total, count = 6 * MIB, 40
     job = rpc.web01.records(total // size, size)
     assert job.get() is None
+    assert sum(1 for _ in job.follow(since=0)) == total // size  # the store's caches are full
     bound = count * (2 * max(64 * KIB, size) + 64 * KIB) + USUAL
     with bounded(dispatcher=(system.dispatcher.pid, bound)), ExitStack() as stack:
         for _ in range(count):
