@@ -40,6 +40,9 @@ _BEGIN, _END = 0.3, 10.0
 _LONG = [[number, {"key": "x" * 20, "more": [1.5, None, True]}] for number in range(40_000)]
 #: Bytes of a line that is expensive to decode.
 _BAD_LINE = 15 * 1024 * 1024
+#: Bytes that are sent at once. The kernel may not interrupt a system call: one that copies megabytes would delay the
+#: programs of this machine, which another machine does not.
+_PIECE = 64 * 1024
 #: Jobs that are cancelled at once, and clients that follow one job.
 _CANCELLED, _FOLLOWERS = 5_000, 1_000
 _OWNER, _QUEUE = "neighbour", {"neighbour": 1}
@@ -120,7 +123,9 @@ def _bad_line_to_dispatcher(rpc: harp.HarpCaller) -> Callable[[], object]:
 
     def send() -> None:
         with socket.create_connection(address) as sock, suppress(OSError):
-            sock.sendall(line)
+            pieces = memoryview(line)
+            for at in range(0, len(line), _PIECE):
+                sock.sendall(pieces[at : at + _PIECE])
             sock.recv(1 << 16)
 
     return send
