@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -283,9 +284,20 @@ def test_snapshot_complete_has_process_with_wrapped_pid(number: int) -> None:
 def test_kill_group_ends_fork_loop(tmp_path: Path) -> None:
     with hopping(tmp_path) as group:
         wait_until(lambda: group_lives(group), what="a look that finds it")  # an incomplete snapshot may miss it
-        kill_group(group)
+        kill_group(group, None)
         wait_until(lambda: not group_lives(group), what="the group's end")
-        kill_group(group)
+        kill_group(group, None)
+
+
+def test_kill_group_spares_a_later_group_of_its_id() -> None:
+    """A process that has the pid of the leader, but is not the one of the snapshot, leads another group."""
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as later:
+        leader = take_snapshot()[later.pid]
+        for earlier in (None, replace(leader, start=leader.start - 1)):
+            kill_group(later.pid, earlier)
+            assert take_snapshot()[later.pid].alive
+        kill_group(later.pid, leader)
+        assert later.wait(60) == -signal.SIGKILL
 
 
 def test_snapshot_with_zombie_becomes_complete() -> None:

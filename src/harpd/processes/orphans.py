@@ -13,7 +13,7 @@ import time
 from collections.abc import Collection
 from typing import Any
 
-from harpd.processes.process_tree import CallTree, Snapshot, kill_group, send_signal, take_snapshot
+from harpd.processes.process_tree import CallTree, Process, Snapshot, kill_group, send_signal, take_snapshot
 from harpd.processes.stop_report import StopReport
 
 log = logging.getLogger("harpd.supervisor")
@@ -34,7 +34,7 @@ class OrphanedCall:
         self._started_at = time.time()
         self._found_at = time.monotonic()
         self._logged = False
-        self._groups: set[int] = set()  # those that the last scan has found
+        self._groups: dict[int, Process | None] = {}  # those that the last scan has found, with their leaders
 
     @property
     def is_fresh(self) -> bool:
@@ -55,7 +55,8 @@ class OrphanedCall:
         previous, cgroup = self._report.remaining.keys(), self._tree.cgroup
         self._report.record(self._tree.members(processes, previous, ignore_session=True))
         remaining = self._report.remaining
-        self._groups = self._tree.process_groups(remaining.values(), remaining, processes)
+        groups = self._tree.process_groups(remaining.values(), remaining, processes)
+        self._groups = {group: processes.get(group) for group in groups}
         self.ended = processes.complete and not self.survives and not (cgroup is not None and cgroup.populated)
         if self.survives and not self.is_fresh and not self._logged:
             self._logged = True
@@ -70,8 +71,8 @@ class OrphanedCall:
         for identity in self._report.remaining:
             if send_signal(signal.SIGKILL, identity):
                 self._report.record_signal(signal.SIGKILL, identity)
-        for group in self._groups:
-            kill_group(group)
+        for group, leader in self._groups.items():
+            kill_group(group, leader)
         if self._tree.cgroup is not None:
             self._tree.cgroup.kill()
 

@@ -361,10 +361,14 @@ def send_signal(number: signal.Signals, identity: tuple[int, int]) -> bool:
     return False
 
 
-def kill_group(group: int) -> None:
+def kill_group(group: int, leader: Process | None) -> None:
     """Kill all processes of a group of `CallTree.process_groups` in one step, so that no process can fork.
 
-    The group has its id while it has members. Ids are assigned in ascending order: a free one is reused last.
+    `leader` is the process with this pid in the same snapshot. The group has its id while it has members. If another
+    process has the pid by now, the group has ended: the pid may be the id of that process's group.
     """
+    found = start_time(group)
+    if found and (leader is None or leader.start != found):
+        return
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(group, signal.SIGKILL)

@@ -161,7 +161,7 @@ class TerminationSequence:
         excluded = {self._tree.pid} if main - targets else set()
         of_targets = (members[identity] for identity in targets)
         for group in self._tree.process_groups(of_targets, members, self._snapshot) - excluded:
-            kill_group(group)
+            kill_group(group, self._snapshot.get(group))
         if cgroup is not None:
             cgroup.kill()
 
