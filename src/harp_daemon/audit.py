@@ -322,12 +322,14 @@ class AuditLog:
         self._log_problem()
 
     def _write_group(self, group: Sequence[Recorded]) -> None:
-        self._file.check_room()
+        if self._file.problem is not None:
+            self._file.check_room()
         has_room = self._file.has_room
         entries = [entry.fields for entry in group if has_room or entry.must]
         if entries or self._waiting:
+            waiting = [*self._waiting.describe_discarded(), *self._waiting] if self._waiting else []
             try:
-                self._file.append([*self._waiting.describe_discarded(), *self._waiting, *entries])
+                self._file.append(waiting + entries)
             except AuditError:
                 self._waiting.add(entry.fields for entry in group if entry.must)
                 raise
@@ -381,6 +383,7 @@ class DirectAuditLog:
         self._waiting = _Waiting[dict[str, Any]]()
         self._timer_at = math.inf  # monotonic time
         self._written = threading.Event()
+        self._is_sync_requested = False
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._sync_repeatedly, name="audit-sync", daemon=True)
         self._thread.start()
@@ -390,15 +393,15 @@ class DirectAuditLog:
         """Why new calls are to be refused; None: entries can be written."""
         return self._file.problem
 
-    def record(
-        self, action: str, decision: str | None, *, must: bool = False, repeats: Hashable = None, **fields: Any
-    ) -> None:
-        """Write an entry, as `AuditLog.record`; raise `AuditError` if an entry without `must` cannot be written."""
-        entry = {"time": time.time(), "action": action, "decision": decision, **fields}
+    def record(self, entry: dict[str, Any], *, must: bool = False, repeats: Hashable = None) -> None:
+        """Write an entry with ``time``, ``action``, ``decision`` and others, as `AuditLog.record`.
+
+        Raises `AuditError` if an entry without `must` cannot be written.
+        """
         if repeats is not None:
             now = time.monotonic()  # before the timer begins, so that the window has ended when it runs
             self._set_timer(_WINDOW)
-            if not self._repetitions.admit((action, decision, repeats), entry, now):
+            if not self._repetitions.admit((entry["action"], entry.get("decision"), repeats), entry, now):
                 return
         if must:
             self._write_waiting(entry)
@@ -450,17 +453,19 @@ class DirectAuditLog:
         else:
             if self._waiting:
                 self._waiting.clear()
-            self._request_sync()
+            if not self._is_sync_requested:
+                self._request_sync()
 
     def _request_sync(self) -> None:
         """Have the thread wait for the disk soon, after a write."""
-        if not self._written.is_set():  # faster than to set it again; it is cleared before the wait
-            self._written.set()
+        self._is_sync_requested = True
+        self._written.set()
 
     def _sync_repeatedly(self) -> None:
         while not self._closing.is_set():
             self._written.wait()
             self._closing.wait(_SYNC_DELAY)
             self._written.clear()
+            self._is_sync_requested = False  # before the wait: an entry that is written meanwhile requests another
             with suppress(AuditError):
                 self._file.sync()

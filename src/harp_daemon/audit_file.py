@@ -27,7 +27,7 @@ import stat
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from datetime import datetime
 from functools import lru_cache
 from hashlib import blake2b, sha256
@@ -212,17 +212,14 @@ def read_lines(path: Path) -> Iterator[Line]:
                 yield Line(name, number, text.rstrip(b"\n"), text.endswith(b"\n"))
 
 
-class _Exclusion:
-    """The exclusion of other processes that write the same file. Threads of one process share it."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-
-    def __enter__(self) -> None:
-        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
-
-    def __exit__(self, *_: object) -> None:
-        fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+@contextmanager
+def _excluding_others(descriptor: int) -> Iterator[None]:
+    """Exclude other processes that write the same file."""
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
 class AuditFile:
@@ -239,7 +236,6 @@ class AuditFile:
         self._lock = threading.Lock()
         self._shared = shared
         self._mark = os.urandom(_MARK_BYTES)
-        self._exclusion: AbstractContextManager[None] = nullcontext()
         self._follow_at = 0.0  # monotonic time
         self._descriptor = self._head = -1
         self._position = NO_ENTRY
@@ -254,7 +250,6 @@ class AuditFile:
             self._open()
             if shared:
                 fcntl.flock(self._head, fcntl.LOCK_UN)
-                self._exclusion = _Exclusion(self._head)
         except OSError as error:
             self.close()
             raise AuditError(f"{error.filename or path}: {error.strerror}") from error
@@ -274,19 +269,30 @@ class AuditFile:
         return self.problem is None or self._allocated - self._size > _RESERVED_FOR_ENDS
 
     def append(self, entries: Sequence[Mapping[str, Any]]) -> None:
-        """Write entries with ``time``, ``action`` and so on. After an error none is written; raises `AuditError`."""
-        with self._lock, self._exclusion:
-            now = time.monotonic()
-            is_continued = self._shared and not self._has_mark()  # by others
-            if is_continued or now >= self._follow_at:
-                self._follow_at = now + _FOLLOW_INTERVAL
-                self._follow_rename()
-                if is_continued:
-                    self._set_mark()
-            if self._size >= self._max_bytes and self.problem is None:  # another file would need room
-                self.rotate()
-            if entries:
-                self._write(entries)
+        """Write entries with ``time``, ``action`` and so on. After an error none is written; raises `AuditError`.
+
+        A process calls this now and then, with cold caches: each function that it does not call saves time.
+        """
+        with self._lock:
+            if self._shared:
+                fcntl.flock(self._head, fcntl.LOCK_EX)
+            try:
+                now = time.monotonic()
+                is_continued = self._shared and os.pread(self._head, _MARK_BYTES, _MAX_HEAD) != self._mark  # by others
+                if is_continued or now >= self._follow_at:
+                    self._follow_at = now + _FOLLOW_INTERVAL
+                    self._follow_rename()
+                    if is_continued:
+                        self._set_mark()
+                if self._size >= self._max_bytes and self.problem is None:  # another file would need room
+                    self.rotate()
+                if entries:
+                    self._write(entries)
+            except OSError as error:
+                raise AuditError(f"{head_file(self.path)}: {error.strerror}") from error
+            finally:
+                if self._shared:
+                    fcntl.flock(self._head, fcntl.LOCK_UN)
 
     def sync(self) -> None:
         """Wait until the written entries are on stable storage, then store the head. Raises `AuditError`.
@@ -300,7 +306,7 @@ class AuditFile:
                 os.fdatasync(descriptor)
             finally:
                 os.close(descriptor)
-            with self._lock, self._exclusion:
+            with self._lock, _excluding_others(self._head) if self._shared else nullcontext():
                 stored = _parse_head(os.pread(self._head, _MAX_HEAD, 0)) if self._shared else None
                 if stored is None or stored.entry < position.entry:
                     os.pwrite(self._head, f"{position.entry} {position.hash}\n".encode(), 0)
@@ -358,12 +364,6 @@ class AuditFile:
         self._head = self._descriptor = -1
 
     # Internals.
-
-    def _has_mark(self) -> bool:
-        try:
-            return os.pread(self._head, _MARK_BYTES, _MAX_HEAD) == self._mark
-        except OSError as error:
-            raise AuditError(f"{head_file(self.path)}: {error.strerror}") from error
 
     def _set_mark(self) -> None:
         """Tell other processes of a shared file, before this one writes a line, that they have to follow it."""
@@ -498,15 +498,18 @@ class AuditFile:
             self._write([{"time": time.time(), **entry} for entry in entries])
 
     def _write(self, entries: Sequence[Mapping[str, Any]]) -> None:
-        (number, last_hash), lines = self._position, []
+        number, last_hash = self._position
+        lines: list[bytes] = []
         for entry in entries:
             number += 1
             text = self._encode_entry(number, last_hash, entry)
-            last_hash = hash_line(text)
-            lines.append(text + b"\n")
+            hashed = _unhashed.copy()  # as `hash_line`
+            hashed.update(text)
+            last_hash = hashed.hexdigest()
+            lines += text, b"\n"
         data = b"".join(lines)
         try:
-            written = 0
+            written = os.write(self._descriptor, data)
             while written < len(data):
                 written += os.write(self._descriptor, data[written:])
         except OSError as error:
@@ -517,7 +520,8 @@ class AuditFile:
             raise AuditError(self.problem) from error
         self._size += len(data)
         self._position = Position(number, last_hash)
-        self.check_room()
+        if self._allocated - self._size < _LEAST_AHEAD or self.problem is not None:
+            self.check_room()
 
     def _encode_entry(self, number: int, previous: str, entry: Mapping[str, Any]) -> bytes:
         members: dict[str, Any] = {"entry": number, "time": "", "previous": previous}
@@ -527,9 +531,12 @@ class AuditFile:
             if type(value) is str and len(value) > MAX_TEXT:
                 value = f"{value[:MAX_TEXT]}... ({len(value)} characters)"
             members[key] = value
-        members["time"] = format_time(entry["time"])
+        seconds = entry["time"]
+        members["time"] = f"{_format_second(int(seconds))}.{int(seconds % 1 * 1000):03d}Z"  # as `format_time`
         if "arguments" in entry:
-            members["arguments"] = self.digest(entry["arguments"])
+            digested = self._keyed.copy()  # as `digest`
+            digested.update(entry["arguments"])
+            members["arguments"] = digested.hexdigest()
         try:
             text = _encode_fast(members)
             if text.isascii():

@@ -66,7 +66,7 @@ def test_audit_timer_ends_the_window_that_began_with_it(tmp_path: Path, monkeypa
         with monkeypatch.context() as patched:
             patched.setattr(time, "monotonic", lambda: next(clock))  # it is later with each look at it
             for _ in range(15):
-                log.record("read", "denied", repeats="peer", peer="peer")
+                log.record({"time": 1.0, "action": "read", "decision": "denied", "peer": "peer"}, repeats="peer")
             due_at, on_timer = timers[0]
             patched.setattr(time, "monotonic", lambda: due_at)
             on_timer()
@@ -83,15 +83,23 @@ def test_audit_has_an_entry_about_those_that_were_discarded(
 
     async def run() -> None:
         log: Any = DirectAuditLog(path, 1 << 20, lambda *_: None) if direct else AuditLog(path)
+
+        def record_end(job: str) -> asyncio.Future[None] | None:
+            if direct:
+                log.record({"time": 1.0, "action": "end", "job": job}, must=True)
+                return None
+            recorded: asyncio.Future[None] = log.record("end", None, must=True, job=job)
+            return recorded
+
         path.rename(tmp_path / "moved")
         path.mkdir()  # so that no file can be begun
         for number in range(12):
-            done = log.record("end", None, must=True, job=str(number))
+            done = record_end(str(number))
             if done is not None:
                 with pytest.raises(audit.AuditError):
                     await done
         path.rmdir()
-        done = log.record("end", None, must=True, job="last")
+        done = record_end("last")
         if done is not None:
             await done
             await log.close()
@@ -122,10 +130,10 @@ def test_direct_log_tries_again_soon_while_a_window_is_open(tmp_path: Path) -> N
     timers: list[tuple[float, Callable[[], None]]] = []
     log = DirectAuditLog(tmp_path / "audit.jsonl", 1 << 20, lambda *timer: timers.append(timer))
     try:
-        log.record("login", "denied", must=True, repeats="peer")
+        log.record({"time": 1.0, "action": "login", "decision": "denied"}, must=True, repeats="peer")
         assert [seconds for seconds, _ in timers] == [60]
         with no_file_may_grow():
-            log.record("end", None, must=True, job="a")
+            log.record({"time": 1.0, "action": "end", "job": "a"}, must=True)
         assert [seconds for seconds, _ in timers] == [60, 1]
         assert '"a"' not in log.path.read_text()
         timers[1][1]()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from time import time
 from typing import Any
 
 from harp.protocol.ends import Failed
@@ -46,29 +47,37 @@ class CallAudit:
         if self._log is None:
             return
         user, peer = str(header.get("user", "")), str(header.get("peer", ""))
-        fields: dict[str, Any] = {"principal": f"user:{user}", "peer": peer, "procedure": procedure}
-        fields["arguments"] = arguments
+        entry: dict[str, Any] = {
+            "time": time(),
+            "action": "call",
+            "decision": "allowed",
+            "job": call_id,
+            "principal": f"user:{user}",
+            "peer": peer,
+            "procedure": procedure,
+            "arguments": arguments,
+        }
         if (caller := header.get("caller")) is not None:
             for field, key in _OF_CALLER:
-                fields[field] = str(caller.get(key))
+                entry[field] = str(caller.get(key))
         if rejection is None:
-            self._log.record("call", "allowed", must=True, job=call_id, **fields)
+            self._log.record(entry, must=True)
         else:
-            decision = "denied" if rejection.type == "access_denied" else "failed"
-            source = user, peer.rpartition(":")[0]
-            error = {"error": rejection.type, "reason": rejection.message}
-            self._log.record("call", decision, must=True, repeats=source, job=call_id, **fields, **error)
+            entry["decision"] = "denied" if rejection.type == "access_denied" else "failed"
+            entry |= {"error": rejection.type, "reason": rejection.message}
+            self._log.record(entry, must=True, repeats=(user, peer.rpartition(":")[0]))
 
     def record_end(self, fields: Mapping[str, Any], end: str, by: str | None, user: str | None) -> None:
         """Record the end of a call. `by`: why it was stopped; `user`: by whom."""
         if self._log is not None:
             names = {"job": fields["call"], "procedure": fields["procedure"]}
-            self._log.record("end", None, must=True, **names, end=end, by=user or by, why=by)
+            entry = {"time": time(), "action": "end", **names, "end": end, "by": user or by, "why": by}
+            self._log.record(entry, must=True)
 
     def record_command(self, action: str, **fields: Any) -> None:
         """Record a command of an administrator, or an event of the supervisor."""
         if self._log is not None:
-            self._log.record(action, None, must=True, **fields)
+            self._log.record({"time": time(), "action": action, **fields}, must=True)
 
     def record_reports(self, reports: object) -> None:
         """Record failed logins of a message of the frontend. Raises `ProtocolError`."""
@@ -81,9 +90,10 @@ class CallAudit:
             count = report.get("count")
             check(type(count) is int, "count: expected an integer")
             if self._log is not None:
-                fields = {"principal": f"user:{user}", "peer": peer, "reason": reason, "reporter": "frontend"}
-                number = count if count != 1 else None
-                self._log.record("authenticate", "denied", must=True, repeats=peer, **fields, count=number)
+                entry = {"time": time(), "action": "authenticate", "decision": "denied", "principal": f"user:{user}"}
+                entry |= {"peer": peer, "reason": reason, "reporter": "frontend"}
+                entry["count"] = count if count != 1 else None
+                self._log.record(entry, must=True, repeats=peer)
 
     def reopen(self) -> None:
         """Continue in another file if the file was renamed."""
