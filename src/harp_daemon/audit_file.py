@@ -524,13 +524,9 @@ class AuditFile:
             self.check_room()
 
     def _encode_entry(self, number: int, previous: str, entry: Mapping[str, Any]) -> bytes:
-        members: dict[str, Any] = {"entry": number, "time": "", "previous": previous}
-        for key, value in entry.items():
-            if value is None:
-                continue
-            if type(value) is str and len(value) > MAX_TEXT:
-                value = f"{value[:MAX_TEXT]}... ({len(value)} characters)"
-            members[key] = value
+        members = {"entry": number, "time": "", "previous": previous, **entry}
+        if None in entry.values():
+            members = {key: value for key, value in members.items() if value is not None}
         seconds = entry["time"]
         members["time"] = f"{_format_second(int(seconds))}.{int(seconds % 1 * 1000):03d}Z"  # as `format_time`
         if "arguments" in entry:
@@ -539,10 +535,14 @@ class AuditFile:
             members["arguments"] = digested.hexdigest()
         try:
             text = _encode_fast(members)
-            if text.isascii():
+            # A line with a longer text has `MAX_TEXT`, 110 bytes of number, time and hash, and 6 for each name.
+            if len(text) <= MAX_TEXT + 90 + 6 * len(members) and text.isascii():
                 return text
         except (TypeError, ValueError):  # for example a lone surrogate
             pass
+        for key, value in members.items():
+            if type(value) is str and len(value) > MAX_TEXT:
+                members[key] = f"{value[:MAX_TEXT]}... ({len(value)} characters)"
         return _encode(members).encode()
 
 

@@ -17,8 +17,9 @@ from harpcaller.model.latest import Latest
 #: How many bytes of each payload are needed for a decision: rules refuse to judge longer ones.
 SUBJECT_BYTES = MAX_EXAMINED + 1
 _ROUNDING = 1e-9  #: Seconds. A shorter delay is an error of rounding.
-_RECENT = 500  #: Number of the latest jobs in memory.
-_MAX_REMEMBERED = 4096  #: Maximum length of the arguments of such a job.
+#: Number of the latest jobs in memory, and the maximum bytes of their arguments: those of the latest ends, so that the
+#: results of as many jobs are given without a look-up in the store, with rules as without.
+_RECENT, _MAX_REMEMBERED = 2500, 1000
 _MAX_RATES = 10_000  #: Number of rates from which unused ones are removed.
 
 
