@@ -7,7 +7,8 @@ Theory of operation. All entries that are recorded during one wait for the disk 
 `AuditLog` belongs to an asyncio loop. A group is written by its own thread, or by another thread that is about to
 store what the entries describe: then they are in the file before that is stored, and a process that is killed loses
 nothing. Such entries do not wait for the disk: after a power failure, they are made again from what was stored.
-`DirectAuditLog`, for a loop without futures, writes immediately; the wait for the disk is in a thread, soon after.
+`DirectAuditLog`, for a loop without futures, writes what was recorded in a turn of the loop before anything is sent
+that tells of it; the wait for the disk is in a thread, soon after.
 
 While the file has a `problem`, for example a full disk, entries of new jobs are refused. Entries with `must` cannot be
 refused, because what they describe has happened: they are written into the room that was allocated for them. If even
@@ -370,15 +371,24 @@ def _resolve(futures: Sequence[asyncio.Future[None]], error: AuditError | None) 
 
 
 class DirectAuditLog:
-    """An audit log that writes immediately; a thread waits for the disk. Other processes may write the same file.
+    """An audit log that writes at once; a thread waits for the disk. Other processes may write the same file.
 
-    `call_later` calls a function after a number of seconds, in the thread of the program's loop. Raises `AuditError`.
+    `call_soon` calls a function at the end of this turn of the program's loop, `call_later` after a number of seconds.
+    Raises `AuditError`.
     """
 
-    def __init__(self, path: Path, max_bytes: int, call_later: Callable[[float, Callable[[], None]], object]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        max_bytes: int,
+        call_soon: Callable[[Callable[[], None]], object],
+        call_later: Callable[[float, Callable[[], None]], object],
+    ) -> None:
         self.path = path
         self._file = AuditFile(path, max_bytes, shared=True)
+        self._call_soon = call_soon
         self._call_later = call_later
+        self._recorded: list[dict[str, Any]] = []  # in this turn; not written yet
         self._repetitions = _Repetitions()
         self._waiting = _Waiting[dict[str, Any]]()
         self._timer_at = math.inf  # monotonic time
@@ -393,23 +403,25 @@ class DirectAuditLog:
         """Why new calls are to be refused; None: entries can be written."""
         return self._file.problem
 
-    def record(self, entry: dict[str, Any], *, must: bool = False, repeats: Hashable = None) -> None:
-        """Write an entry with ``time``, ``action``, ``decision`` and others, as `AuditLog.record`.
+    def record(self, entry: dict[str, Any], *, repeats: Hashable = None) -> None:
+        """Record an entry with ``time``, ``action``, ``decision`` and others, as `AuditLog.record` with `must`.
 
-        Raises `AuditError` if an entry without `must` cannot be written.
+        It is written at the end of this turn. Call `write` before anything is sent earlier that tells of it.
         """
         if repeats is not None:
             now = time.monotonic()  # before the timer begins, so that the window has ended when it runs
             self._set_timer(_WINDOW)
             if not self._repetitions.admit((entry["action"], entry.get("decision"), repeats), entry, now):
                 return
-        if must:
-            self._write_waiting(entry)
-        elif self._file.has_room:
-            self._file.append([entry])
-            self._request_sync()
-        else:
-            raise AuditError(self.problem or f"{self.path}: no room")
+        if not self._recorded:
+            self._call_soon(self.write)
+        self._recorded.append(entry)
+
+    def write(self) -> None:
+        """Write the recorded entries."""
+        if self._recorded:
+            entries, self._recorded = self._recorded, []
+            self._write_waiting(entries)
 
     def check_room(self) -> None:
         """Find out whether a full disk has room again."""
@@ -424,7 +436,8 @@ class DirectAuditLog:
 
     def close(self) -> None:
         """Write all entries and close the file."""
-        self._write_waiting(*self._repetitions.end_window(float("inf")))
+        self._write_waiting([*self._recorded, *self._repetitions.end_window(float("inf"))])
+        self._recorded = []
         self._closing.set()
         self._written.set()
         self._thread.join()
@@ -438,11 +451,11 @@ class DirectAuditLog:
 
     def _on_timer(self) -> None:
         self._timer_at = math.inf
-        self._write_waiting(*self._repetitions.end_window(time.monotonic()))
+        self._write_waiting(self._repetitions.end_window(time.monotonic()))
 
-    def _write_waiting(self, *entries: dict[str, Any]) -> None:
+    def _write_waiting(self, entries: list[dict[str, Any]]) -> None:
         """Write entries that cannot be refused, after those that wait. If that fails, they wait, too."""
-        group = (*self._waiting.describe_discarded(), *self._waiting, *entries) if self._waiting else entries
+        group = [*self._waiting.describe_discarded(), *self._waiting, *entries] if self._waiting else entries
         if not group:
             return
         try:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
@@ -144,9 +145,37 @@ def test_audit_harpd_has_each_call_answered_before_a_kill(harpd: Harpd) -> None:
     wait_until(lambda: harpd.call("same", -1)[-1] == {"result": -1}, what="the next supervisor")
     assert verify(path).problems == []
     key = (harpd.directory / ".audit.jsonl.key").read_bytes()
-    digests = {entry["arguments"] for entry in entries(harpd, action="call")}
-    missing = [number for number in answered if digest(key, number) not in digests]
-    assert missing == []
+    jobs = {entry["arguments"]: entry["job"] for entry in entries(harpd, action="call")}
+    assert [number for number in answered if digest(key, number) not in jobs] == []
+    ended = {entry["job"] for entry in entries(harpd, action="end")}
+    assert [number for number in answered if jobs[digest(key, number)] not in ended] == []
+
+
+def test_audit_harpd_has_each_call_when_its_procedure_begins(tmp_path: Path) -> None:
+    """Calls arrive together: the procedure of the first one begins while the supervisor starts the others."""
+    procedures = """
+from harpd.proc import procedure
+
+@procedure
+def read(number):
+    return open(FILE).read()[-20_000:]
+"""
+    path = tmp_path / "audit.jsonl"
+    with Harpd(tmp_path, procedures.replace("FILE", repr(str(path))), {"audit_file": str(path)}) as harpd:
+        key = (tmp_path / ".audit.jsonl.key").read_bytes()
+        barrier = threading.Barrier(8)
+
+        def call_often(first: int) -> list[int]:
+            """Return the calls that began without an entry."""
+            missing = []
+            for number in range(first, 160, 8):
+                barrier.wait(60)
+                if digest(key, number) not in harpd.call("read", number)[-1]["result"]:
+                    missing.append(number)
+            return missing
+
+        with ThreadPoolExecutor(8) as threads:
+            assert list(threads.map(call_often, range(8))) == [[]] * 8
 
 
 def digest(key: bytes, number: int) -> str:

@@ -62,7 +62,7 @@ def test_audit_timer_ends_the_window_that_began_with_it(tmp_path: Path, monkeypa
     def call_later(seconds: float, function: Callable[[], None]) -> None:
         timers.append((time.monotonic() + seconds, function))
 
-    with closing(DirectAuditLog(path, 10**8, call_later)) as log:
+    with closing(DirectAuditLog(path, 10**8, lambda write: None, call_later)) as log:
         with monkeypatch.context() as patched:
             patched.setattr(time, "monotonic", lambda: next(clock))  # it is later with each look at it
             for _ in range(15):
@@ -82,11 +82,12 @@ def test_audit_has_an_entry_about_those_that_were_discarded(
     path = tmp_path / "audit.jsonl"
 
     async def run() -> None:
-        log: Any = DirectAuditLog(path, 1 << 20, lambda *_: None) if direct else AuditLog(path)
+        log: Any = DirectAuditLog(path, 1 << 20, lambda write: None, lambda *_: None) if direct else AuditLog(path)
 
         def record_end(job: str) -> asyncio.Future[None] | None:
             if direct:
-                log.record({"time": 1.0, "action": "end", "job": job}, must=True)
+                log.record({"time": 1.0, "action": "end", "job": job})
+                log.write()
                 return None
             recorded: asyncio.Future[None] = log.record("end", None, must=True, job=job)
             return recorded
@@ -128,12 +129,14 @@ def no_file_may_grow() -> Iterator[None]:
 
 def test_direct_log_tries_again_soon_while_a_window_is_open(tmp_path: Path) -> None:
     timers: list[tuple[float, Callable[[], None]]] = []
-    log = DirectAuditLog(tmp_path / "audit.jsonl", 1 << 20, lambda *timer: timers.append(timer))
+    log = DirectAuditLog(tmp_path / "audit.jsonl", 1 << 20, lambda write: None, lambda *timer: timers.append(timer))
     try:
-        log.record({"time": 1.0, "action": "login", "decision": "denied"}, must=True, repeats="peer")
+        log.record({"time": 1.0, "action": "login", "decision": "denied"}, repeats="peer")
+        log.write()
         assert [seconds for seconds, _ in timers] == [60]
         with no_file_may_grow():
-            log.record({"time": 1.0, "action": "end", "job": "a"}, must=True)
+            log.record({"time": 1.0, "action": "end", "job": "a"})
+            log.write()
         assert [seconds for seconds, _ in timers] == [60, 1]
         assert '"a"' not in log.path.read_text()
         timers[1][1]()

@@ -2,6 +2,10 @@
 
 The frontend reads what strangers send, so it does not write the file. It reports failed logins in messages of bounded
 size, see `harpd.frontend.login_reports`; their entries say so. Spec: docs/audit.md.
+
+The entries of calls are written together, when their turn of the loop ends: each write costs as much as all else about
+an entry. `CallAudit.write` is called before data is sent to a frontend or a worker, which is why nothing that was sent
+lacks its entry if this process is killed.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ class CallAudit:
         file = settings.get("audit_file")
         self._log: DirectAuditLog | None = None
         if file is not None:
-            self._log = DirectAuditLog(Path(file), settings["audit_file_bytes"], loop.call_later)
+            self._log = DirectAuditLog(Path(file), settings["audit_file_bytes"], loop.call_soon, loop.call_later)
 
     def check_room(self) -> Failed | None:
         """Return why no call can start: its entries could not be written."""
@@ -61,26 +65,32 @@ class CallAudit:
             for field, key in _OF_CALLER:
                 entry[field] = str(caller.get(key))
         if rejection is None:
-            self._log.record(entry, must=True)
+            self._log.record(entry)
         else:
             entry["decision"] = "denied" if rejection.type == "access_denied" else "failed"
             entry |= {"error": rejection.type, "reason": rejection.message}
-            self._log.record(entry, must=True, repeats=(user, peer.rpartition(":")[0]))
+            self._log.record(entry, repeats=(user, peer.rpartition(":")[0]))
 
     def record_end(self, fields: Mapping[str, Any], end: str, by: str | None, user: str | None) -> None:
         """Record the end of a call. `by`: why it was stopped; `user`: by whom."""
         if self._log is not None:
             names = {"job": fields["call"], "procedure": fields["procedure"]}
             entry = {"time": time(), "action": "end", **names, "end": end, "by": user or by, "why": by}
-            self._log.record(entry, must=True)
+            self._log.record(entry)
+
+    def write(self) -> None:
+        """Write the recorded entries: data is about to be sent that tells of them."""
+        if self._log is not None:
+            self._log.write()
 
     def record_command(self, action: str, **fields: Any) -> None:
-        """Record a command of an administrator, or an event of the supervisor."""
+        """Write a command of an administrator, or an event of the supervisor."""
         if self._log is not None:
-            self._log.record({"time": time(), "action": action, **fields}, must=True)
+            self._log.record({"time": time(), "action": action, **fields})
+            self._log.write()
 
     def record_reports(self, reports: object) -> None:
-        """Record failed logins of a message of the frontend. Raises `ProtocolError`."""
+        """Write failed logins of a message of the frontend. Raises `ProtocolError`."""
         check(isinstance(reports, list) and len(reports) <= MAX_REPORTS, "report: expected a short array")
         assert isinstance(reports, list)
         for report in reports:
@@ -93,7 +103,8 @@ class CallAudit:
                 entry = {"time": time(), "action": "authenticate", "decision": "denied", "principal": f"user:{user}"}
                 entry |= {"peer": peer, "reason": reason, "reporter": "frontend"}
                 entry["count"] = count if count != 1 else None
-                self._log.record(entry, must=True, repeats=peer)
+                self._log.record(entry, repeats=peer)
+        self.write()
 
     def reopen(self) -> None:
         """Continue in another file if the file was renamed."""

@@ -315,6 +315,7 @@ class Call:
         self._close()
 
     def _flush_arguments(self) -> None:
+        self._context.audit.write()
         try:
             if self._unsent:
                 self._unsent = self._unsent[os.write(self._worker.calls, self._unsent) :] or memoryview(b"")

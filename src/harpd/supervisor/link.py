@@ -185,6 +185,7 @@ class Link(FrameSocket):
 
     `on_start` and `on_attach` receive each channel with the header, and with the arguments. If one of them raises
     KeyError or ProtocolError, the channel is closed. The link is one of `links` until all channels were hung up.
+    `before_sending` is called before data is sent.
     """
 
     _log = log
@@ -197,6 +198,7 @@ class Link(FrameSocket):
         on_start: Callable[[LinkChannel, Mapping[str, Any], Raw], None],
         on_attach: Callable[[LinkChannel, Mapping[str, Any]], None],
         links: Links,
+        before_sending: Callable[[], object],
     ) -> None:
         request_line, request_memory = limits
         super().__init__(connection, _MAX_EXPANSION * request_line + _MAX_FACTS_BYTES, loop.call_soon)
@@ -204,6 +206,7 @@ class Link(FrameSocket):
         self._on_start, self._on_attach = on_start, on_attach
         self._channels: dict[int, LinkChannel] = {}
         self._gathering: list[LinkChannel] = []
+        self._before_sending = before_sending
         self._links, self._held, self._max_held = links, 0, 2 * request_memory  # an earlier frontend may still run
         self._watch_writable(False)
         links.add(self)
@@ -229,10 +232,15 @@ class Link(FrameSocket):
     def finish(self, deadline: float) -> None:
         """Handle the frames that have arrived, and send all data within this time: this process exits."""
         self._on_ready()
+        self._before_sending()
         if not self._lost:
             self._connection.settimeout(deadline)
             with contextlib.suppress(OSError):
                 self._connection.sendall(self._unsent)
+
+    def _flush(self) -> None:
+        self._before_sending()
+        super()._flush()
 
     def gather(self, channel: LinkChannel) -> None:
         """Flush the lines that the channel has gathered, soon."""

@@ -254,7 +254,8 @@ class Supervisor:
             version = request.value("link")
             check(version == VERSION, f"link: expected version {VERSION}, got {version!r}")
             limits = self._context.settings["request_line"], self._context.settings["request_memory"]
-            link = Link(self._loop, connection, limits, self._on_start, self._registry.attach, self._links)
+            write_audit = self._context.audit.write
+            link = Link(self._loop, connection, limits, self._on_start, self._registry.attach, self._links, write_audit)
             link.receive(received)
         elif "report" in request:
             self._context.audit.record_reports(request.value("report"))
