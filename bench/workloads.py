@@ -178,7 +178,7 @@ _COST = (
 _ACCESS = Workload(
     "access",
     # Many short turns: a machine has periods of seconds. With few jobs, one turn is only to show that it works.
-    lambda sizes: {"clients": 4, "count": max(100, sizes.jobs // 5), "turns": 16 if sizes.jobs >= 100 else 1},
+    lambda sizes: {"clients": 4, "count": max(100, sizes.jobs // 5), "turns": 8 if sizes.jobs >= 100 else 1},
     (
         Row("access-plain", "CPU of dispatcher and harpd for a job, without rules and audit", "ms", "plain"),
         Row("access-rules", "The same with rules, compared with that", "x", "rules"),
