@@ -21,8 +21,9 @@ from support.procedures_file import PROCEDURES
 from support.resumable_host import EXIT_INFO, acknowledgement, commands, ends, playing, stop_report
 
 _SIZE = 15 * 1024 * 1024
-#: Maximum seconds of processor time for which the event loop of a daemon may be busy at once.
-_LONGEST_CPU = 0.05
+#: Maximum seconds of processor time for which the event loop of a daemon may be busy at once, or wait for a processor
+#: while a thread of the daemon has one: 0.015 s alone, and 0.08 s were seen beside three other tests.
+_LONGEST_CPU = 0.2
 _LINE, _NAME, _QUEUE = 4096, 255, 4096
 UNKNOWN = "3f22e0d4-c8ed-11e5-8d66-001e8c140268"
 #: Names that are too long, by what is expensive about them.
