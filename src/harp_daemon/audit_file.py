@@ -274,9 +274,9 @@ class AuditFile:
         A process calls this now and then, with cold caches: each function that it does not call saves time.
         """
         with self._lock:
-            if self._shared:
-                fcntl.flock(self._head, fcntl.LOCK_EX)
             try:
+                if self._shared:
+                    fcntl.flock(self._head, fcntl.LOCK_EX)
                 now = time.monotonic()
                 is_continued = self._shared and os.pread(self._head, _MARK_BYTES, _MAX_HEAD) != self._mark  # by others
                 if is_continued or now >= self._follow_at:
@@ -289,7 +289,7 @@ class AuditFile:
                 if entries:
                     self._write(entries)
             except OSError as error:
-                raise AuditError(f"{head_file(self.path)}: {error.strerror}") from error
+                raise AuditError(f"{error.filename or self.path}: {error.strerror}") from error
             finally:
                 if self._shared:
                     fcntl.flock(self._head, fcntl.LOCK_UN)

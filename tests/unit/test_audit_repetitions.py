@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import fcntl
 import json
+import os
 import resource
 import signal
 import time
@@ -125,6 +128,27 @@ def no_file_may_grow() -> Iterator[None]:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, before)
+
+
+def test_direct_log_keeps_entries_that_the_lock_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux has no memory for the lock, for example. What is sent after the write is not held up by an exception."""
+    flock = fcntl.flock
+
+    def refuse(descriptor: int, operation: int) -> None:
+        if operation == fcntl.LOCK_EX:
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+        flock(descriptor, operation)
+
+    with closing(DirectAuditLog(tmp_path / "audit.jsonl", 1 << 20, lambda write: None, lambda *_: None)) as log:
+        with monkeypatch.context() as patched:
+            patched.setattr(fcntl, "flock", refuse)
+            log.record({"time": 1.0, "action": "end", "job": "a"})
+            log.write()
+        assert '"a"' not in log.path.read_text()
+        log.record({"time": 2.0, "action": "end", "job": "b"})
+        log.write()
+        jobs = [json.loads(line).get("job") for line in log.path.read_text().splitlines()]
+        assert jobs[-2:] == ["a", "b"]
 
 
 def test_direct_log_tries_again_soon_while_a_window_is_open(tmp_path: Path) -> None:
